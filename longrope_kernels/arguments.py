@@ -1,0 +1,250 @@
+"""What the public functions do with their arguments before a backend sees them.
+
+Shapes, dtypes and devices are checked here, always; values in values.py, where that is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from . import ops
+from .rope import (
+    UNBOUNDED,
+    FactorSet,
+    Rope,
+    RopeTables,
+    check_attention_factor,
+    check_base,
+    check_n_hat,
+)
+
+Layout = Literal["bshd", "bhsd", "thd"]
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "bshd": ("batch", "seq", "heads", "dim"),
+    "bhsd": ("batch", "heads", "seq", "dim"),
+    "thd": ("tokens", "heads", "dim"),
+}
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+# ------------------------------------------------------------------------------------------ rope
+
+
+def resolve_rope(
+    factors: torch.Tensor | Sequence[float] | Rope,
+    n_hat: int | None,
+    base: float,
+    interleaved: bool,
+    attention_factor: float,
+    device: torch.device,
+) -> tuple[RopeTables, bool]:
+    """The tables on ``device`` and the pairing, from a `Rope` or from raw factors.
+
+    Raw factors on the host go through a cached `Rope`, in extended precision; factors on a device
+    go through float64 there, without a sync.
+    """
+    if isinstance(factors, Rope):
+        if n_hat is not None or base != 10000.0 or interleaved or attention_factor != 1.0:
+            raise ValueError(
+                "factors: got a Rope, which holds n_hat, base, interleaved and attention_factor; "
+                "expected none of them beside it"
+            )
+        if _capturing_without(factors, device):
+            raise RuntimeError(
+                f"factors: this Rope has no tables on {device} yet and a CUDA graph is being "
+                f"captured; call rope.to({str(device)!r}) before the capture"
+            )
+        return factors.tables(device), factors.interleaved
+
+    if n_hat is None:
+        raise TypeError("n_hat: expected an int beside raw factors (0 for no threshold), got None")
+    if isinstance(factors, torch.Tensor):
+        _check_factors_tensor(factors)
+    else:
+        factors = torch.tensor(_listed("factors", factors), dtype=torch.float64, device="cpu")
+        _check_factors_tensor(factors)
+    if factors.device.type == "cpu" and not torch.compiler.is_compiling():
+        rope = _rope_of(tuple(factors.tolist()), n_hat, base, interleaved, attention_factor)
+        return rope.tables(device), interleaved
+
+    check_n_hat(n_hat)
+    check_base(base)
+    check_attention_factor(attention_factor)
+    if factors.device.type != "cpu" and factors.device != device:
+        raise ValueError(f"factors: expected them on the host or on {device}, got {factors.device}")
+    inv_freq, steps = ops.frequencies(factors, float(base))
+    return RopeTables(
+        inv_freq.to(device),
+        steps.to(device),
+        torch.full((1,), n_hat, dtype=torch.int64, device=device),
+        torch.full((1,), attention_factor, dtype=torch.float64, device=device),
+        torch.full((1,), UNBOUNDED, dtype=torch.int64, device=device),
+    ), interleaved
+
+
+@lru_cache(maxsize=256)
+def _rope_of(
+    factors: tuple[float, ...], n_hat: int, base: float, interleaved: bool, attention_factor: float
+) -> Rope:
+    return Rope((FactorSet(factors, n_hat, attention_factor),), base, interleaved)
+
+
+def _capturing_without(rope: Rope, device: torch.device) -> bool:
+    if device.type != "cuda" or torch.compiler.is_compiling() or rope.has_tables(device):
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _check_factors_tensor(factors: torch.Tensor) -> None:
+    if factors.dim() != 1 or factors.shape[0] == 0:
+        raise ValueError(
+            f"factors: expected shape (P,) with one factor per pair, got {tuple(factors.shape)}"
+        )
+    if not factors.dtype.is_floating_point:
+        raise TypeError(f"factors: expected a floating dtype, got {factors.dtype}")
+    if factors.requires_grad:
+        raise ValueError("factors: expected a tensor without grad; no gradient reaches factors")
+
+
+def _listed(name: str, values: Sequence[float]) -> list[float]:
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name}: expected a Rope, a tensor or a sequence of numbers, got {values!r}"
+        ) from None
+
+
+# ----------------------------------------------------------------------------------- q, k and co.
+
+
+def check_tensor(name: str, x: object) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    return x
+
+
+def check_layout(layout: str) -> tuple[str, ...]:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    return LAYOUTS[layout]
+
+
+def check_heads(name: str, x: torch.Tensor, layout: str, rotary_dim: int) -> None:
+    """x is a floating tensor of ``layout`` with a unit last stride and room for the rotation."""
+    axes = check_layout(layout)
+    if x.dim() != len(axes):
+        raise ValueError(
+            f"{name}: expected shape ({', '.join(axes)}) for layout {layout!r}, "
+            f"got {tuple(x.shape)}"
+        )
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.shape[-1] < rotary_dim:
+        raise ValueError(
+            f"{name}: expected a last dimension of at least {rotary_dim} (2 * len(factors)), "
+            f"got {x.shape[-1]}"
+        )
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(
+            f"{name}: expected a unit stride in the last dimension, got strides {x.stride()}; "
+            f"pass {name}.contiguous()"
+        )
+
+
+def check_like(name: str, x: torch.Tensor, q: torch.Tensor, layout: str) -> None:
+    """x goes with q: same dtype, device and sizes but for the heads."""
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+    heads = LAYOUTS[layout].index("heads")
+    for axis, axis_name in enumerate(LAYOUTS[layout]):
+        if axis != heads and x.shape[axis] != q.shape[axis]:
+            raise ValueError(
+                f"{name}: expected {axis_name} {q.shape[axis]} as in q, got shape {tuple(x.shape)}"
+            )
+
+
+def as_bshd(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """A view of x as (batch, seq, heads, dim); packed tokens become a batch of one."""
+    if layout == "bshd":
+        return x
+    return x.transpose(1, 2) if layout == "bhsd" else x.unsqueeze(0)
+
+
+def from_bshd(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The inverse of `as_bshd`."""
+    if layout == "bshd":
+        return x
+    return x.transpose(1, 2) if layout == "bhsd" else x.squeeze(0)
+
+
+def check_positions(positions: torch.Tensor, batch: int, seq: int, q: torch.Tensor) -> torch.Tensor:
+    """Positions as a (batch, seq) view."""
+    check_index("positions", positions, q)
+    shape = tuple(positions.shape)
+    if shape == (seq,):
+        return positions.unsqueeze(0).expand(batch, seq)
+    if shape == (batch, seq):
+        return positions
+    if shape == (1, seq):
+        return positions.expand(batch, seq)
+    raise ValueError(
+        f"positions: expected shape ({seq},) or ({batch}, {seq}) for q, got {tuple(shape)}"
+    )
+
+
+def check_index(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    check_tensor(name, x)
+    if x.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: expected int32 or int64, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+
+
+def check_selection(
+    tables: RopeTables,
+    q: torch.Tensor,
+    batch: int,
+    layout: str,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(lengths, sets, cu_seqlens) as the backends take them: at most one of the first two.
+
+    A `Rope` of one set needs none of them, and gets none.
+    """
+    if cu_seqlens is not None:
+        check_index("cu_seqlens", cu_seqlens, q)
+        if layout != "thd":
+            raise ValueError(f"cu_seqlens: expected with layout 'thd' only, got {layout!r}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(
+                f"cu_seqlens: expected shape (sequences + 1,), got {tuple(cu_seqlens.shape)}"
+            )
+        batch = cu_seqlens.shape[0] - 1
+    for name, x in (("lengths", lengths), ("sets", sets)):
+        if x is not None:
+            check_index(name, x, q)
+            if tuple(x.shape) != (batch,):
+                raise ValueError(
+                    f"{name}: expected shape ({batch},), one for each sequence, "
+                    f"got {tuple(x.shape)}"
+                )
+    if sets is not None and sets.dtype != torch.int32:
+        raise TypeError(f"sets: expected int32, got {sets.dtype}")
+    if tables.max_length.shape[0] == 1:
+        return None, None, None
+    if lengths is None and sets is None:
+        raise ValueError(
+            f"lengths: expected lengths= or sets= of shape ({batch},) with a Rope of "
+            f"{tables.max_length.shape[0]} factor sets, got neither"
+        )
+    return (None if sets is not None else lengths), sets, cu_seqlens

@@ -1,0 +1,116 @@
+"""Which backend serves a call, and the calls into them. Backends never import one another."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import values
+
+BACKENDS = ("reference", "native", "triton")
+
+# Fastest first, by device type; the reference serves every device and is the only one in float64.
+ROTARY_CHOICE = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
+
+# Device types each compiled backend serves.
+_DEVICES = {"native": ("cpu",), "triton": ("cuda",)}
+
+
+@cache
+def missing(name: str) -> str | None:
+    """Why the backend cannot run in this process and how to get it, or None where it can."""
+    return None if name == "reference" else _module(name).missing()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def choose_rotary(backend: str | None, device: str, is_float64: bool) -> str:
+    """The backend for a rotation: the named one, or the first of `ROTARY_CHOICE` that can serve.
+
+    Args:
+        backend: a name, or None to choose.
+        device: the type of the device the tensors are on ("cpu", "cuda", ...).
+        is_float64: whether q and k are float64.
+
+    Raises:
+        ValueError: an unknown name, or one that does not serve this device or dtype.
+        RuntimeError: the named backend is not there; the message says how to get it.
+    """
+    if backend is None:
+        if is_float64:
+            return "reference"
+        candidates = ROTARY_CHOICE.get(device, ("reference",))
+        return next(name for name in candidates if missing(name) is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if backend == "reference":
+        return backend
+    if is_float64:
+        raise ValueError(
+            f"backend: {backend!r} does not serve float64; expected 'reference' or another dtype"
+        )
+    reason = missing(backend)
+    if reason is not None:
+        raise RuntimeError(f"backend: {backend!r} is not available: {reason}")
+    if device not in _DEVICES[backend] and not _interprets(backend, device):
+        raise ValueError(
+            f"backend: {backend!r} serves tensors on {_DEVICES[backend][0]}, got {device}"
+            + ("; TRITON_INTERPRET=1 runs it on cpu, slowly" if backend == "triton" else "")
+        )
+    return backend
+
+
+def run_rotary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    positions: torch.Tensor,
+    steps: torch.Tensor,
+    n_hat: torch.Tensor,
+    attention_factor: torch.Tensor,
+    max_length: torch.Tensor,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    interleaved: bool,
+    conjugate: bool,
+    backend: str,
+) -> None:
+    """Rotate q and k into q_out and k_out (which may be q and k), after checking the values."""
+    values.check_values(positions, n_hat.shape[0], lengths, sets, cu_seqlens)
+    _module(backend).rotary(
+        q,
+        k,
+        q_out,
+        k_out,
+        positions,
+        steps,
+        n_hat,
+        attention_factor,
+        max_length,
+        lengths,
+        sets,
+        cu_seqlens,
+        interleaved,
+        conjugate,
+    )
+
+
+def _interprets(backend: str, device: str) -> bool:
+    return backend == "triton" and device == "cpu" and bool(_module("triton").interpreting())
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def table() -> list[dict[str, Any]]:
+    """One row a backend: name, devices, and why it is missing (None where it is not)."""
+    return [
+        {"name": n, "devices": _DEVICES.get(n, ("any",)), "missing": missing(n)} for n in BACKENDS
+    ]

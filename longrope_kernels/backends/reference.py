@@ -1,0 +1,102 @@
+"""The specification in PyTorch: the formula of the paper, with float64 angles, and its gradient.
+
+Everything else in this package is tested against this file. It uses no kernel, no custom op and
+no phase accumulator, so PyTorch differentiates it by itself, to any order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..rope import RopeTables
+
+
+def token_sets(
+    tables: RopeTables,
+    positions: torch.Tensor,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> torch.Tensor:
+    """The factor set of each token: (B, S) int64.
+
+    A sequence takes ``sets`` where given, else the first set whose ``max_length`` is not below its
+    length, else the last. Packed tokens (B = 1) find their sequence in ``cu_seqlens``.
+    """
+    batch, seq = positions.shape
+    count = tables.max_length.shape[0]
+    if sets is not None:
+        of_sequence = sets.long().clamp(0, count - 1)
+    elif lengths is not None:
+        too_long = lengths.long()[:, None] > tables.max_length[None, :]
+        of_sequence = too_long.sum(dim=1).clamp(max=count - 1)
+    else:
+        return torch.zeros((batch, seq), dtype=torch.int64, device=positions.device)
+    if cu_seqlens is None:
+        return of_sequence[:, None].expand(batch, seq)
+    tokens = torch.arange(seq, device=positions.device, dtype=cu_seqlens.dtype)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+    return of_sequence[sequence.clamp(max=of_sequence.shape[0] - 1)][None, :]
+
+
+def cos_sin(
+    tables: RopeTables,
+    positions: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    sets: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``a cos(angle)`` and ``a sin(angle)`` of each token and pair: two (B, S, P) float64."""
+    token_set = token_sets(tables, positions, lengths, sets, cu_seqlens)
+    n = positions.long()
+    n_hat = tables.n_hat[token_set]
+    original = (n_hat > 0) & (n < n_hat)
+    inv_freq = tables.inv_freq[token_set, (~original).long()]
+    angle = n[..., None].double() * inv_freq
+    a = torch.where(original, 1.0, tables.attention_factor[token_set])[..., None]
+    return a * angle.cos(), a * angle.sin()
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    """Rotate the first 2P dimensions of x (B, S, H, D) by cos and sin (B, S, P), in their dtype."""
+    pairs = cos.shape[-1]
+    rotated, rest = x[..., : 2 * pairs].to(cos.dtype), x[..., 2 * pairs :]
+    if interleaved:
+        x_i, x_j = rotated[..., 0::2], rotated[..., 1::2]
+    else:
+        x_i, x_j = rotated[..., :pairs], rotated[..., pairs:]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    y_i, y_j = x_i * cos - x_j * sin, x_i * sin + x_j * cos
+    y = torch.stack((y_i, y_j), -1).flatten(-2) if interleaved else torch.cat((y_i, y_j), -1)
+    return torch.cat((y.to(x.dtype), rest), -1)
+
+
+def rotary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    tables: RopeTables,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q and k.
+
+    Args:
+        q, k: (B, S, Hq, D) and (B, S, Hk, D), any floating dtype.
+        positions: (B, S) int32 or int64.
+        tables: of the `Rope`, on the device of q.
+        lengths, sets: (sequences,) or None; ``sets`` wins.
+        cu_seqlens: (sequences + 1,) or None; with it B = 1 and S counts all tokens.
+        interleaved: as in `Rope`.
+
+    Returns:
+        Two new tensors. float64 inputs are rotated in float64, all others in float32.
+    """
+    cos, sin = cos_sin(tables, positions, lengths, sets, cu_seqlens)
+    if q.dtype != torch.float64:
+        cos, sin = cos.float(), sin.float()
+    return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)

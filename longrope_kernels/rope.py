@@ -1,0 +1,290 @@
+"""`Rope`: the factor sets of a LongRoPE embedding as one value. It calls no kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from . import phase
+from .hf_config import read_longrope_config, read_plain_config, rope_type
+
+# The bound of a set that has none. Lengths are at most 2**31, so no sequence passes it.
+UNBOUNDED = 2**62
+
+
+class RopeTables(NamedTuple):
+    """A `Rope` as tensors on one device; some kilobytes. ``S`` sets of ``P`` pairs.
+
+    Row 0 of the second dimension serves tokens below ``n_hat``, row 1 all others.
+    """
+
+    inv_freq: torch.Tensor  # (S, 2, P) float64, radians per token; the reference reads it
+    steps: torch.Tensor  # (S, 2, P) int64, 2**-64 turns per token; the kernels read it
+    n_hat: torch.Tensor  # (S,) int64
+    attention_factor: torch.Tensor  # (S,) float64
+    max_length: torch.Tensor  # (S,) int64
+
+
+@dataclass(frozen=True)
+class FactorSet:
+    """One factor per pair of dimensions, and where they hold.
+
+    Attributes:
+        factors: ``lambda_i``, P finite numbers above 0; pair ``i`` turns by
+            ``n * base**(-i / P) / lambda_i`` at position ``n``.
+        n_hat: tokens at positions below it keep the original embedding, neither scaled nor
+            multiplied by ``attention_factor``. 0 means no threshold.
+        attention_factor: multiplies the rotated dimensions of q and k, at or above ``n_hat``.
+        max_length: the longest sequence (in tokens) the set serves; None for no bound.
+
+    Raises:
+        ValueError, TypeError: naming the attribute that is out of range.
+    """
+
+    factors: tuple[float, ...]
+    n_hat: int = 0
+    attention_factor: float = 1.0
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", _as_floats("factors", self.factors))
+        if not self.factors:
+            raise ValueError("factors: expected at least one factor, got none")
+        for i, value in enumerate(self.factors):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(
+                    f"factors: expected finite numbers above 0, got {value} for pair {i}"
+                )
+        check_n_hat(self.n_hat)
+        check_attention_factor(self.attention_factor)
+        if self.max_length is not None and (
+            not _is_int(self.max_length) or not 0 < self.max_length <= 2**31
+        ):
+            raise ValueError(
+                "max_length: expected a whole number of tokens from 1 to 2**31, or None, "
+                f"got {self.max_length!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary embedding: factor sets by sequence length, base and pairing.
+
+    A sequence of total length ``L`` (cached tokens and new ones) takes the first set with
+    ``L <= max_length``, else the last. The value is frozen, compares and hashes by its numbers,
+    and keeps its tables on every device that asked for them.
+
+    Attributes:
+        sets: with ascending ``max_length`` and the same number of factors each.
+        base: ``b`` in ``theta_i = b**(-2i / R)``, ``R = 2 * pairs``.
+        interleaved: pairs are dimensions ``(2i, 2i + 1)`` (GPT-J) rather than ``(i, i + P)``
+            (GPT-NeoX, Llama, Phi).
+
+    Raises:
+        ValueError, TypeError: naming the attribute that is out of range.
+    """
+
+    sets: tuple[FactorSet, ...]
+    base: float = 10000.0
+    interleaved: bool = False
+    _tables: dict[torch.device, RopeTables] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        sets = (self.sets,) if isinstance(self.sets, FactorSet) else tuple(self.sets)
+        object.__setattr__(self, "sets", sets)
+        check_base(self.base)
+        object.__setattr__(self, "base", float(self.base))
+        if not isinstance(self.interleaved, bool):
+            raise TypeError(f"interleaved: expected a bool, got {self.interleaved!r}")
+        if not sets or not all(isinstance(s, FactorSet) for s in sets):
+            raise TypeError(f"sets: expected one or more FactorSet, got {self.sets!r}")
+        counts = [len(s.factors) for s in sets]
+        if len(set(counts)) != 1:
+            raise ValueError(f"sets: expected as many factors in each set, got {counts}")
+        bounds = [UNBOUNDED if s.max_length is None else s.max_length for s in sets]
+        if sorted(set(bounds)) != bounds:
+            shown = [s.max_length for s in sets]
+            raise ValueError(f"sets: expected ascending max_length (None last), got {shown}")
+
+    @classmethod
+    def plain(cls, rotary_dim: int, *, base: float = 10000.0, interleaved: bool = False) -> Rope:
+        """The original rotary embedding: every factor 1, no threshold."""
+        if not _is_int(rotary_dim) or rotary_dim < 2 or rotary_dim % 2:
+            raise ValueError(f"rotary_dim: expected an even number above 0, got {rotary_dim!r}")
+        return cls((FactorSet((1.0,) * (rotary_dim // 2)),), base, interleaved)
+
+    @classmethod
+    def longrope(
+        cls,
+        short_factor: Sequence[float],
+        long_factor: Sequence[float],
+        original_max_position_embeddings: int,
+        max_position_embeddings: int | None = None,
+        *,
+        attention_factor: float | tuple[float, float] | None = None,
+        n_hat: int | tuple[int, int] = 0,
+        base: float = 10000.0,
+        interleaved: bool = False,
+    ) -> Rope:
+        """A short and a long set, as published for the Phi-3 family.
+
+        Args:
+            short_factor: ``lambda`` for sequences up to ``original_max_position_embeddings``.
+            long_factor: ``lambda`` for all longer ones (4096 tokens are short, 4097 long).
+            original_max_position_embeddings: in tokens.
+            max_position_embeddings: in tokens; with it the attention factor of both sets is
+                ``sqrt(1 + ln s / ln original)``, ``s`` the extension ratio, and 1 where
+                ``s <= 1``. Needed unless ``attention_factor`` is given.
+            attention_factor: overrides that formula; a pair is (short, long).
+            n_hat: threshold of both sets; a pair is (short, long).
+            base: as in `Rope`.
+            interleaved: as in `Rope`.
+        """
+        if attention_factor is None:
+            if max_position_embeddings is None:
+                raise ValueError(
+                    "max_position_embeddings: expected a number of tokens, or attention_factor "
+                    "in its place; got neither"
+                )
+            attention_factor = extension_attention_factor(
+                max_position_embeddings, original_max_position_embeddings
+            )
+        short_a, long_a = _pair(attention_factor)
+        short_n, long_n = _pair(n_hat)
+        short = FactorSet(
+            _as_floats("short_factor", short_factor),
+            short_n,
+            short_a,
+            original_max_position_embeddings,
+        )
+        long = FactorSet(_as_floats("long_factor", long_factor), long_n, long_a)
+        return cls((short, long), base, interleaved)
+
+    @classmethod
+    def from_config(cls, config: Any, *, n_hat: int | tuple[int, int] = 0) -> Rope:
+        """The `Rope` of a Hugging Face config of type longrope (or its old name "su") or default.
+
+        Args:
+            config: a config object or dict with ``rope_parameters`` (transformers 5) or
+                ``rope_scaling`` (4).
+            n_hat: as in `Rope.longrope`; the published configs have no field for it.
+
+        Raises:
+            ValueError: naming the field that is missing or of another type.
+        """
+        if rope_type(config) == "default":
+            return cls.plain(**read_plain_config(config))
+        return cls.longrope(**read_longrope_config(config), n_hat=n_hat)
+
+    @property
+    def pairs(self) -> int:
+        """``P``, the number of rotated pairs."""
+        return len(self.sets[0].factors)
+
+    @property
+    def rotary_dim(self) -> int:
+        """``R = 2P``, the number of rotated dimensions of a head."""
+        return 2 * self.pairs
+
+    def set_index(self, length: int) -> int:
+        """The index of the set for a sequence of ``length`` tokens (cached and new)."""
+        for index, factor_set in enumerate(self.sets):
+            if factor_set.max_length is None or length <= factor_set.max_length:
+                return index
+        return len(self.sets) - 1
+
+    def to(self, device: torch.device | str) -> Rope:
+        """This rope, its tables made on ``device`` now, so that no later call copies them."""
+        self.tables(torch.empty(0, device=device).device)
+        return self
+
+    def tables(self, device: torch.device) -> RopeTables:
+        """The tensors the backends read, on ``device``; copied there once and kept."""
+        tables = self._tables.get(device)
+        if tables is None:
+            tables = RopeTables(*(table.to(device) for table in self._host_tables))
+            # Fake tensors (made while a graph is traced) must not outlive their trace.
+            if type(tables.steps) is torch.Tensor:
+                self._tables[device] = tables
+        return tables
+
+    def has_tables(self, device: torch.device) -> bool:
+        """Whether a call on ``device`` finds its tables there."""
+        return device in self._tables
+
+    @cached_property
+    def _host_tables(self) -> RopeTables:
+        inv_freq, steps = [], []
+        original = phase.frequencies(self.base, (1.0,) * self.pairs)
+        for factor_set in self.sets:
+            scaled = phase.frequencies(self.base, factor_set.factors)
+            inv_freq.append([[float(f) for f in row] for row in (original, scaled)])
+            steps.append([[phase.fixed_point_step(f) for f in row] for row in (original, scaled)])
+        bounds = [UNBOUNDED if s.max_length is None else s.max_length for s in self.sets]
+        factors = [s.attention_factor for s in self.sets]
+        return RopeTables(
+            torch.tensor(inv_freq, dtype=torch.float64, device="cpu"),
+            torch.tensor(steps, dtype=torch.int64, device="cpu"),
+            torch.tensor([s.n_hat for s in self.sets], dtype=torch.int64, device="cpu"),
+            torch.tensor(factors, dtype=torch.float64, device="cpu"),
+            torch.tensor(bounds, dtype=torch.int64, device="cpu"),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rope, (self.sets, self.base, self.interleaved)
+
+
+def extension_attention_factor(max_length: float, original_length: float) -> float:
+    """``sqrt(1 + ln s / ln original_length)`` with ``s = max_length / original_length``.
+
+    LongRoPE's (and YaRN-like) temperature; 1 where nothing is extended.
+    """
+    ratio = max_length / original_length
+    return 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original_length))
+
+
+def check_base(base: float) -> None:
+    if isinstance(base, bool) or not isinstance(base, int | float):
+        raise TypeError(f"base: expected a number, got {base!r}")
+    if not (math.isfinite(base) and base > 0):
+        raise ValueError(f"base: expected a finite number above 0, got {base}")
+
+
+def check_n_hat(n_hat: int) -> None:
+    if not _is_int(n_hat):
+        raise TypeError(f"n_hat: expected a whole number of tokens, got {n_hat!r}")
+    if not 0 <= n_hat < 2**31:
+        raise ValueError(f"n_hat: expected a token position from 0 to 2**31 - 1, got {n_hat}")
+
+
+def check_attention_factor(attention_factor: float) -> None:
+    if isinstance(attention_factor, bool) or not isinstance(attention_factor, int | float):
+        raise TypeError(f"attention_factor: expected a number, got {attention_factor!r}")
+    if not (math.isfinite(attention_factor) and attention_factor > 0):
+        raise ValueError(
+            f"attention_factor: expected a finite number above 0, got {attention_factor}"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_floats(name: str, values: Any) -> tuple[float, ...]:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().tolist()
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a sequence of numbers, got {values!r}") from None
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    return tuple(value) if isinstance(value, tuple | list) else (value, value)
