@@ -129,9 +129,13 @@ _library.impl("rotary", _differentiable_rotary, "Autograd")
 _library.impl("rotary_", _versioned_rotary_, "Autograd")
 
 
-def rotary_inplace(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """`rotary_` on one tensor, recorded by autograd; returns x."""
-    return _RotaryInplace.apply(x, *rest)  # type: ignore[no-any-return,no-untyped-call]
+def rotary_inplace(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> None:
+    """`rotary_`, recorded by autograd where q or k requires grad (then one launch for each)."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        for x in (q, k):
+            _RotaryInplace.apply(x, *rest)  # type: ignore[no-untyped-call]
+    else:
+        rotary_(q, k, *rest)
 
 
 # ----------------------------------------------------------------------------------- frequencies

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,8 @@ from .hf_config import read_longrope_config, read_plain_config, rope_type
 
 # The bound of a set that has none. Lengths are at most 2**31, so no sequence passes it.
 UNBOUNDED = 2**62
+
+_HOST = torch.device("cpu")
 
 
 class RopeTables(NamedTuple):
@@ -112,6 +113,7 @@ class Rope:
         if sorted(set(bounds)) != bounds:
             shown = [s.max_length for s in sets]
             raise ValueError(f"sets: expected ascending max_length (None last), got {shown}")
+        self.tables(_HOST)
 
     @classmethod
     def plain(cls, rotary_dim: int, *, base: float = 10000.0, interleaved: bool = False) -> Rope:
@@ -206,12 +208,16 @@ class Rope:
         return self
 
     def tables(self, device: torch.device) -> RopeTables:
-        """The tensors the backends read, on ``device``; copied there once and kept."""
+        """The tensors the backends read, on ``device``; copied there once and kept.
+
+        A graph that is traced before `to` was called on that device copies them on each run:
+        what is made inside a graph cannot be kept beyond it.
+        """
         tables = self._tables.get(device)
         if tables is None:
-            tables = RopeTables(*(table.to(device) for table in self._host_tables))
-            # Fake tensors (made while a graph is traced) must not outlive their trace.
-            if type(tables.steps) is torch.Tensor:
+            host = self._tables.get(_HOST) or self._make_tables()
+            tables = RopeTables(*(table.to(device) for table in host))
+            if type(tables.steps) is torch.Tensor and not torch.compiler.is_compiling():
                 self._tables[device] = tables
         return tables
 
@@ -219,8 +225,7 @@ class Rope:
         """Whether a call on ``device`` finds its tables there."""
         return device in self._tables
 
-    @cached_property
-    def _host_tables(self) -> RopeTables:
+    def _make_tables(self) -> RopeTables:
         inv_freq, steps = [], []
         original = phase.frequencies(self.base, (1.0,) * self.pairs)
         for factor_set in self.sets:
@@ -230,11 +235,11 @@ class Rope:
         bounds = [UNBOUNDED if s.max_length is None else s.max_length for s in self.sets]
         factors = [s.attention_factor for s in self.sets]
         return RopeTables(
-            torch.tensor(inv_freq, dtype=torch.float64, device="cpu"),
-            torch.tensor(steps, dtype=torch.int64, device="cpu"),
-            torch.tensor([s.n_hat for s in self.sets], dtype=torch.int64, device="cpu"),
-            torch.tensor(factors, dtype=torch.float64, device="cpu"),
-            torch.tensor(bounds, dtype=torch.int64, device="cpu"),
+            torch.tensor(inv_freq, dtype=torch.float64, device=_HOST),
+            torch.tensor(steps, dtype=torch.int64, device=_HOST),
+            torch.tensor([s.n_hat for s in self.sets], dtype=torch.int64, device=_HOST),
+            torch.tensor(factors, dtype=torch.float64, device=_HOST),
+            torch.tensor(bounds, dtype=torch.int64, device=_HOST),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -56,7 +56,8 @@ def apply_rotary(
             several sets needs one of the two. On a device, an index out of range is clamped.
         cu_seqlens: (sequences + 1,) int32 or int64, where packed sequences begin, with the token
             count last; ``lengths`` and ``sets`` are then (sequences,).
-        inplace: write into q and k and return them.
+        inplace: write into q and k and return them. Refused on a leaf that requires grad and on
+            memory that q and k share (not detected under ``torch.compile``).
         backend: "reference", "native" (CPU), "triton" (CUDA), or None for the fastest that can
             serve (``longrope info`` prints the table). A named backend runs or raises.
 
@@ -87,26 +88,24 @@ def apply_rotary(
     if inplace:
         _check_writable(q, k)
 
+    recorded = torch.is_grad_enabled() and (q.requires_grad or k4.requires_grad)
+
+    rest = (positions, *tables[1:], *selection, interleaved, False, name)
     if name == "reference":
         from .backends import reference
 
         if not torch.compiler.is_compiling():
             values.check_values(positions, tables.n_hat.shape[0], *selection)
         q_out, k_out = reference.rotary(q4, k4, positions, tables, *selection, interleaved)
-        if inplace:
-            q_out, k_out = q4.copy_(q_out), k4.copy_(k_out)
+    elif not inplace or (recorded and torch.compiler.is_compiling()):
+        q_out, k_out = ops.rotary(q4, k4, *rest)
     else:
-        rest = (positions, *tables[1:], *selection, interleaved, False, name)
-        if not inplace:
-            q_out, k_out = ops.rotary(q4, k4, *rest)
-        elif torch.is_grad_enabled() and (q.requires_grad or k4.requires_grad):
-            q_out = ops.rotary_inplace(q4, *rest)
-            k_out = k4 if k is None else ops.rotary_inplace(k4, *rest)
-        else:
-            ops.rotary_(q4, k4, *rest)
-            q_out, k_out = q4, k4
+        ops.rotary_inplace(q4, k4, *rest)
+        return q, k
 
     if inplace:
+        q4.copy_(q_out)
+        k4.copy_(k_out)
         return q, k
     return (
         arguments.from_bshd(q_out, layout),
@@ -129,5 +128,6 @@ def _check_writable(q: torch.Tensor, k: torch.Tensor | None) -> None:
                 f"inplace: elements of {name} share memory (shape {tuple(x.shape)}, strides "
                 f"{x.stride()}); pass {name}.contiguous()"
             )
-    if k is not None and overlap(q, k):
+    # A graph being traced has no addresses yet.
+    if k is not None and not torch.compiler.is_compiling() and overlap(q, k):
         raise ValueError("inplace: q and k overlap in memory; expected separate elements")

@@ -1,0 +1,70 @@
+# `make demo` and `make test` do everything from a fresh checkout; the rest is for developers.
+
+PYTHON ?= python3
+# What the development environment pins. Override to try others, for example
+#   make test PINS="torch==2.10.0 triton==3.6.0 'numpy<2.4'"
+PINS ?= torch==2.13.0 triton==3.6.0 'numpy<2.4'
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt longrope_kernels/_version.py \
+	$(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test test-newest-triton benchmark lint format docs clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/longrope demo
+
+test: $(VENV)/test.stamp test-newest-triton
+	$(BIN)/python -m pytest tests
+
+# The kernels with the newest Triton there is, beside the pinned one.
+test-newest-triton: $(VENV)/test.stamp $(VENV)/newest-triton.stamp
+	PYTHONPATH=$(VENV)/newest-triton $(BIN)/python -m pytest -q tests/test_triton.py
+
+benchmark: $(VENV)/test.stamp
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: $(VENV)/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/lint.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site demo-output *.egg-info longrope_kernels/_native*.so
+
+# The pins come first: with them in place nothing below brings another torch.
+$(VENV)/pins.stamp: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) $(PINS)
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/pins.stamp $(BUILD_INPUTS)
+	$(PIP) --editable '.[demo,triton]' $(PINS)
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(PIP) --group test $(PINS)
+	touch $@
+
+$(VENV)/lint.stamp: $(VENV)/pins.stamp
+	$(PIP) --group lint $(PINS)
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/pins.stamp
+	$(PIP) --group docs $(PINS)
+	touch $@
+
+$(VENV)/newest-triton.stamp: $(VENV)/pins.stamp
+	rm -rf $(VENV)/newest-triton
+	$(PIP) --target $(VENV)/newest-triton --no-deps triton
+	touch $@

@@ -1,0 +1,109 @@
+// The Python module longrope_kernels._native: addresses, sizes and strides in, nothing out.
+//
+// Tensors come as plain addresses, so the module needs no libtorch and serves any torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/rotary.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace py = pybind11;
+using longrope_cpu::ElementType;
+using longrope_cpu::Heads;
+using longrope_cpu::RotaryArguments;
+
+namespace {
+
+template <typename T>
+const T* pointer(int64_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+using HeadsTuple =
+    std::tuple<int64_t, int64_t, int64_t, std::array<int64_t, 3>, std::array<int64_t, 3>>;
+
+Heads heads(const HeadsTuple& x) {
+  const auto& [in, out, count, in_strides, out_strides] = x;
+  return {pointer<void>(in), reinterpret_cast<void*>(out), count, in_strides, out_strides};
+}
+
+std::vector<std::string> instruction_sets() {
+  int count = 0;
+  const auto* sets = longrope_cpu::instruction_sets(&count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) names.emplace_back(sets[i].name);
+  return names;
+}
+
+longrope_cpu::RotaryFunction rotary_function(const std::string& name) {
+  int count = 0;
+  const auto* sets = longrope_cpu::instruction_sets(&count);
+  for (int i = 0; i < count; ++i) {
+    if (name.empty() || name == sets[i].name) return sets[i].rotary;
+  }
+  throw std::invalid_argument("instruction_set: this processor or build has no " + name);
+}
+
+void rotary(const HeadsTuple& q, const HeadsTuple& k, int type, std::array<int64_t, 4> sizes,
+            int64_t positions, bool positions_are_int64, std::array<int64_t, 2> position_strides,
+            int64_t sets, std::array<int64_t, 4> tables, std::array<int64_t, 3> selection,
+            int64_t sequences, bool interleaved, bool conjugate, int threads,
+            const std::string& instruction_set) {
+  RotaryArguments a;
+  a.q = heads(q);
+  a.k = heads(k);
+  a.type = static_cast<ElementType>(type);
+  a.batch = sizes[0];
+  a.seq = sizes[1];
+  a.dim = sizes[2];
+  a.pairs = sizes[3];
+  a.positions = pointer<void>(positions);
+  a.positions_are_int64 = positions_are_int64;
+  a.position_strides = position_strides;
+  a.sets = sets;
+  a.steps = pointer<uint64_t>(tables[0]);
+  a.n_hat = pointer<int64_t>(tables[1]);
+  a.attention_factor = pointer<double>(tables[2]);
+  a.max_length = pointer<int64_t>(tables[3]);
+  a.lengths = pointer<int64_t>(selection[0]);
+  a.chosen_sets = pointer<int64_t>(selection[1]);
+  a.cu_seqlens = pointer<int64_t>(selection[2]);
+  a.sequences = sequences;
+  a.interleaved = interleaved;
+  a.conjugate = conjugate;
+  a.threads = threads;
+  const auto function = rotary_function(instruction_set);
+  py::gil_scoped_release release;
+  function(a);
+}
+
+// Ask for huge pages below [address, address + bytes), memory that nothing has touched yet: a
+// fresh output otherwise costs a page fault every 4 KiB, more than the rotation itself.
+void advise_huge_pages(int64_t address, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kPage = 2 << 20;
+  const int64_t begin = (address + kPage - 1) / kPage * kPage;
+  const int64_t end = (address + bytes) / kPage * kPage;
+  if (end > begin) {
+    madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
+  }
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled kernels of longrope_kernels; call them through the package.";
+  m.def("instruction_sets", &instruction_sets, "What this processor runs, best first.");
+  m.def("rotary", &rotary, "Rotate q and k; see csrc/cpu/rotary.h for the arguments.");
+  m.def("advise_huge_pages", &advise_huge_pages);
+}

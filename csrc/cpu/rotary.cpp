@@ -1,0 +1,38 @@
+// Picks the instruction set at run time.
+#include "rotary.h"
+
+namespace longrope_cpu {
+
+namespace {
+
+struct Available {
+  InstructionSet sets[3];
+  int count = 0;
+
+  void add(const char* name, RotaryFunction rotary) { sets[count++] = {name, rotary}; }
+
+  Available() {
+#if defined(LONGROPE_HAS_X86_KERNELS)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      add("avx512", rotary_avx512);
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      add("avx2", rotary_avx2);
+    }
+#endif
+    add("baseline", rotary_baseline);
+  }
+};
+
+}  // namespace
+
+const InstructionSet* instruction_sets(int* count) {
+  static const Available available;
+  *count = available.count;
+  return available.sets;
+}
+
+}  // namespace longrope_cpu

@@ -1,0 +1,183 @@
+// The rotation itself; compiled once for each instruction set, over the vector type included
+// before it.
+//
+// Tokens go in blocks: the cosines and sines of a block are computed once, and serve all heads of
+// q and k while they are in the L1 cache. Within a block the loop order follows the strides, so
+// that memory is walked forwards in (batch, seq, heads, dim) and (batch, heads, seq, dim) alike.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../rotation.h"
+#include "rotary.h"
+
+namespace {
+namespace longrope {
+
+using longrope_cpu::ElementType;
+using longrope_cpu::Heads;
+using longrope_cpu::RotaryArguments;
+
+constexpr int64_t kBlock = 16;  // tokens; 16 * 64 pairs * 2 floats = 8 KiB of cosines and sines
+
+inline int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+
+// Finds the factor set of tokens visited in ascending order.
+class SetOfToken {
+ public:
+  explicit SetOfToken(const RotaryArguments& a) : a_(a) {}
+
+  int64_t operator()(int64_t batch, int64_t token) {
+    if (a_.lengths == nullptr && a_.chosen_sets == nullptr) return 0;
+    int64_t sequence = batch;
+    if (a_.cu_seqlens != nullptr) {
+      const int64_t* ends = a_.cu_seqlens + 1;
+      sequence = std::upper_bound(ends, ends + a_.sequences, token) - ends;
+      sequence = std::min(sequence, a_.sequences - 1);
+    }
+    if (a_.chosen_sets != nullptr) {
+      return std::min(std::max<int64_t>(a_.chosen_sets[sequence], 0), a_.sets - 1);
+    }
+    return set_of_length(a_.lengths[sequence], a_.max_length, a_.sets);
+  }
+
+ private:
+  const RotaryArguments& a_;
+};
+
+// a * cos and a * sin of one token, for all pairs.
+inline void cos_sin_row(const RotaryArguments& a, int64_t n, int64_t set, float* cos, float* sin) {
+  const int64_t n_hat = a.n_hat[set];
+  const bool original = n_hat > 0 && n < n_hat;
+  const uint64_t* steps = a.steps + (2 * set + (original ? 0 : 1)) * a.pairs;
+  const float scale = original ? 1.0f : static_cast<float>(a.attention_factor[set]);
+  const float sine_scale = a.conjugate ? -scale : scale;
+#pragma omp simd
+  for (int64_t i = 0; i < a.pairs; ++i) {
+    const CosSin turn = cos_sin(phase(n, steps[i]));
+    cos[i] = scale * turn.cos;
+    sin[i] = sine_scale * turn.sin;
+  }
+}
+
+template <bool kInterleaved, typename T>
+inline void rotate_vector(const T* in_i, const T* in_j, T* out_i, T* out_j, const float* cos,
+                          const float* sin) {
+  Vec x_i, x_j;
+  if constexpr (kInterleaved) {
+    load_pairs(in_i, x_i, x_j);
+  } else {
+    x_i = load(in_i);
+    x_j = load(in_j);
+  }
+  const Vec c = load(cos), s = load(sin);
+  const Vec y_i = multiply_subtract(x_i, c, multiply(x_j, s));
+  const Vec y_j = multiply_add(x_i, s, multiply(x_j, c));
+  if constexpr (kInterleaved) {
+    store_pairs(out_i, y_i, y_j);
+  } else {
+    store(out_i, y_i);
+    store(out_j, y_j);
+  }
+}
+
+// One head of one token.
+template <bool kInterleaved, typename T>
+inline void rotate_row(const T* in, T* out, const float* cos, const float* sin, int64_t pairs,
+                       int64_t dim) {
+  const int64_t whole = pairs / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) {
+    const int64_t at = kInterleaved ? 2 * i : i;
+    rotate_vector<kInterleaved>(in + at, in + pairs + at, out + at, out + pairs + at, cos + i,
+                                sin + i);
+  }
+  if (whole < pairs) {
+    T tail[2 * kWidth] = {};
+    const int64_t left = pairs - whole, at = kInterleaved ? 2 * whole : whole;
+    const size_t bytes = static_cast<size_t>(kInterleaved ? 2 * left : left) * sizeof(T);
+    std::memcpy(tail, in + at, bytes);
+    if (!kInterleaved) std::memcpy(tail + kWidth, in + pairs + at, bytes);
+    rotate_vector<kInterleaved>(tail, tail + kWidth, tail, tail + kWidth, cos + whole,
+                                sin + whole);
+    std::memcpy(out + at, tail, bytes);
+    if (!kInterleaved) std::memcpy(out + pairs + at, tail + kWidth, bytes);
+  }
+  if (out != in && 2 * pairs < dim) {
+    std::memcpy(out + 2 * pairs, in + 2 * pairs,
+                static_cast<size_t>(dim - 2 * pairs) * sizeof(T));
+  }
+}
+
+// All heads of the tokens [begin, end) of one batch entry; row t of cos and sin is begin + t.
+template <bool kInterleaved, typename T>
+void rotate_block(const RotaryArguments& a, const Heads& x, int64_t batch, int64_t begin,
+                  int64_t end, const float* cos, const float* sin, int64_t row) {
+  const T* in = static_cast<const T*>(x.in) + batch * x.in_strides[0];
+  T* out = static_cast<T*>(x.out) + batch * x.out_strides[0];
+  const auto one = [&](int64_t token, int64_t head) {
+    const int64_t t = (token - begin) * row;
+    rotate_row<kInterleaved>(in + token * x.in_strides[1] + head * x.in_strides[2],
+                             out + token * x.out_strides[1] + head * x.out_strides[2], cos + t,
+                             sin + t, a.pairs, a.dim);
+  };
+  if (x.in_strides[2] <= x.in_strides[1]) {
+    for (int64_t token = begin; token < end; ++token)
+      for (int64_t head = 0; head < x.heads; ++head) one(token, head);
+  } else {
+    for (int64_t head = 0; head < x.heads; ++head)
+      for (int64_t token = begin; token < end; ++token) one(token, head);
+  }
+}
+
+inline int64_t position_at(const RotaryArguments& a, int64_t batch, int64_t token) {
+  const int64_t at = batch * a.position_strides[0] + token * a.position_strides[1];
+  return a.positions_are_int64 ? static_cast<const int64_t*>(a.positions)[at]
+                               : static_cast<const int32_t*>(a.positions)[at];
+}
+
+template <bool kInterleaved, typename T>
+void rotary_of(const RotaryArguments& a) {
+  const int64_t row = round_up(a.pairs);
+  const int64_t blocks_of_sequence = (a.seq + kBlock - 1) / kBlock;
+  const int64_t blocks = a.batch * blocks_of_sequence;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+    std::vector<float> table(static_cast<size_t>(2 * kBlock * row));
+    float* cos = table.data();
+    float* sin = cos + kBlock * row;
+    SetOfToken set_of_token(a);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t batch = block / blocks_of_sequence;
+      const int64_t begin = block % blocks_of_sequence * kBlock;
+      const int64_t end = std::min(begin + kBlock, a.seq);
+      for (int64_t token = begin; token < end; ++token) {
+        const int64_t t = (token - begin) * row;
+        cos_sin_row(a, position_at(a, batch, token), set_of_token(batch, token), cos + t, sin + t);
+      }
+      rotate_block<kInterleaved, T>(a, a.q, batch, begin, end, cos, sin, row);
+      rotate_block<kInterleaved, T>(a, a.k, batch, begin, end, cos, sin, row);
+    }
+  }
+}
+
+template <typename T>
+void rotary_of(const RotaryArguments& a) {
+  a.interleaved ? rotary_of<true, T>(a) : rotary_of<false, T>(a);
+}
+
+inline void rotary_of_type(const RotaryArguments& a) {
+  switch (a.type) {
+    case ElementType::kFloat32:
+      return rotary_of<float>(a);
+    case ElementType::kBFloat16:
+      return rotary_of<BFloat16>(a);
+    case ElementType::kFloat16:
+      return rotary_of<Float16>(a);
+  }
+}
+
+}  // namespace longrope
+}  // namespace

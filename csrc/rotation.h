@@ -1,0 +1,61 @@
+// The rotation's building blocks, for host and device alike.
+//
+// An angle is kept in turns, as a 64-bit fixed-point fraction: with
+// step = round(2^64 * frequency / (2 pi)), the phase of token n is n * step mod 2^64. Integer
+// wraparound is the range reduction, and it is exact.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LONGROPE_INLINE __host__ __device__ __forceinline__
+#else
+#define LONGROPE_INLINE inline
+#endif
+
+// Internal linkage: the file is compiled once per instruction set, and the linker must not let
+// one of them stand for another.
+namespace {
+namespace longrope {
+
+// The phase of token n in 2^-32 turns, its rounding error at most 2^-32 turns (1.5e-9 rad).
+LONGROPE_INLINE uint32_t phase(int64_t n, uint64_t step) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(n) * step) >> 32);
+}
+
+struct CosSin {
+  float cos;
+  float sin;
+};
+
+// Cosine and sine of a phase in 2^-32 turns, each within 1.2e-7.
+//
+// The nearest quarter turn comes off in integers, exactly; what is left lies in [-pi/4, pi/4],
+// where the polynomials (Cephes' coefficients for float) are good to the last bit of a float32.
+LONGROPE_INLINE CosSin cos_sin(uint32_t phase) {
+  const uint32_t quarter = (phase + 0x20000000u) >> 30;
+  const float r = static_cast<float>(static_cast<int32_t>(phase - (quarter << 30))) *
+                  1.4629180792671596e-9f;  // 2 pi / 2^32
+  const float r2 = r * r;
+  const float s =
+      r + r * r2 * (-1.6666654611e-1f + r2 * (8.3321608736e-3f + r2 * -1.9515295891e-4f));
+  const float c = 1.0f - 0.5f * r2 +
+                  r2 * r2 *
+                      (4.166664568298827e-2f +
+                       r2 * (-1.388731625493765e-3f + r2 * 2.443315711809948e-5f));
+  const bool odd = quarter & 1u;
+  const float cos = odd ? s : c;
+  const float sin = odd ? c : s;
+  // cos is negative in quarters 1 and 2, sin in 2 and 3.
+  return {((quarter + 1u) & 2u) ? -cos : cos, (quarter & 2u) ? -sin : sin};
+}
+
+// The factor set of a sequence: the first whose max_length is not below its length, else the last.
+LONGROPE_INLINE int64_t set_of_length(int64_t length, const int64_t* max_length, int64_t sets) {
+  int64_t set = 0;
+  while (set < sets - 1 && length > max_length[set]) ++set;
+  return set;
+}
+
+}  // namespace longrope
+}  // namespace
