@@ -36,7 +36,7 @@ format: $(VENV)/lint.stamp
 	$(BIN)/ruff format .
 
 docs: $(VENV)/docs.stamp
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist site demo-output *.egg-info longrope_kernels/_native*.so

@@ -1,0 +1,126 @@
+"""What only the native backend has: instruction sets, 16-bit conversions, tails and threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from longrope_kernels import FactorSet, Rope, apply_rotary
+from longrope_kernels.backends import native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rotate(
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    rope: Rope,
+    instruction_set: str,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """x (B, S, H, D) by one instruction set, as both q and k would be."""
+    out = x if inplace else torch.full_like(x, torch.nan)
+    no_k = x[:, :, :0]
+    tables = rope.tables(x.device)[1:]
+    selection = (None, None, None)
+    native.rotary(
+        x, no_k, out, no_k, positions, *tables, *selection, rope.interleaved, False, instruction_set
+    )
+    return out
+
+
+@pytest.fixture(params=native.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> str:
+    """Each one that this processor runs; without the extension the file fails to import."""
+    return str(request.param)
+
+
+def test_baseline_is_always_built() -> None:
+    assert native.instruction_sets()[-1] == "baseline"
+
+
+def test_unknown_instruction_set_is_named() -> None:
+    x = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(ValueError, match="instruction_set: this processor or build has no mmx"):
+        rotate(x, torch.zeros(1, 1, dtype=torch.int64), Rope.plain(8), "mmx")
+
+
+# One pair, a tail alone, whole vectors of every width, and whole vectors with a tail.
+@pytest.mark.parametrize("pairs", [1, 7, 8, 16, 23, 40, 64])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_instruction_sets_agree_with_the_formula(
+    instruction_set: str, dtype: torch.dtype, interleaved: bool, pairs: int
+) -> None:
+    rope = Rope((FactorSet((1.5,) * pairs, 3, 1.2),), interleaved=interleaved)
+    x = torch.randn(2, 18, 3, 2 * pairs + 5).to(dtype)
+    positions = torch.tensor([0, 1, 2, 3, 4, -5, 4097, 131072, 2**31 - 1] * 4).view(2, 18)
+    exact, _ = apply_rotary(x.double(), None, positions, rope, backend="reference")
+    reference, _ = apply_rotary(x, None, positions, rope, backend="reference")
+    own_error = (reference.double() - exact).abs().max()
+    for inplace in (False, True):
+        out = rotate(x.clone(), positions, rope, instruction_set, inplace)
+        error = (out.double() - exact).abs().max()
+        assert error <= 2 * own_error + torch.finfo(torch.float32).eps, (inplace, float(error))
+        assert torch.equal(out[..., 2 * pairs :], x[..., 2 * pairs :])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.001, 0.3, 1e-3, 300.0])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_is_converted_and_rounded_exactly(
+    instruction_set: str, dtype: torch.dtype, interleaved: bool, scale: float
+) -> None:
+    """At position 0 the rotation is a multiplication by a; every value, subnormal and infinite."""
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = torch.zeros(1, 1, 1024, 128, dtype=dtype)
+    first = slice(0, 128, 2) if interleaved else slice(0, 64)
+    x[..., first] = values.view(1, 1, 1024, 64)
+    rope = Rope((FactorSet((1.0,) * 64, 0, scale),), interleaved=interleaved)
+    out = rotate(x, torch.zeros(1, 1, dtype=torch.int64), rope, instruction_set)
+    expected = (values.float() * torch.tensor(scale)).to(dtype)
+    got = out[..., first].reshape(-1)
+    finite = values.isfinite()
+    assert torch.equal(got[finite].view(torch.int16), expected[finite].view(torch.int16))
+    assert torch.equal(got[~finite].isnan(), expected[~finite].isnan())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads through /proc")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_follow_torch(threads: int) -> None:
+    """A fresh process: a pool of threads, once started, stays."""
+    code = f"""
+import os, torch
+import longrope_kernels as lk
+torch.set_num_threads({threads})
+before = len(os.listdir("/proc/self/task"))
+q = torch.ones(1, 512, 8, 128)
+lk.apply_rotary(q, None, torch.arange(512), lk.Rope.plain(128), backend="native")
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) == threads - 1
+
+
+def test_small_calls_stay_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    extension = native._native
+    assert extension is not None
+    original = extension.rotary
+
+    class Spy:
+        advise_huge_pages = staticmethod(extension.advise_huge_pages)
+
+        @staticmethod
+        def rotary(*arguments: object) -> None:
+            seen.append(arguments[-2])
+            original(*arguments)
+
+    monkeypatch.setattr(native, "_native", Spy)
+    for tokens in (1, 4096):
+        q = torch.ones(1, tokens, 4, 64)
+        apply_rotary(q, None, torch.arange(tokens), Rope.plain(64), backend="native")
+    assert seen == [1, torch.get_num_threads()]
