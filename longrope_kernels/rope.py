@@ -218,6 +218,10 @@ class Rope:
             host = self._tables.get(_HOST) or self._make_tables()
             tables = RopeTables(*(table.to(device) for table in host))
             if type(tables.steps) is torch.Tensor and not torch.compiler.is_compiling():
+                for table in tables:
+                    # torch._dynamo.mark_static without its import (a second): or else a graph
+                    # with dynamic shapes takes a batch of two and two sets for one symbol.
+                    table._dynamo_static_indices = set(range(table.dim()))  # type: ignore[attr-defined]
                 self._tables[device] = tables
         return tables
 

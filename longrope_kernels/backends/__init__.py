@@ -26,7 +26,6 @@ def missing(name: str) -> str | None:
     return None if name == "reference" else _module(name).missing()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose_rotary(backend: str | None, device: str, is_float64: bool) -> str:
     """The backend for a rotation: the named one, or the first of `ROTARY_CHOICE` that can serve.
 
@@ -61,6 +60,10 @@ def choose_rotary(backend: str | None, device: str, is_float64: bool) -> str:
             + ("; TRITON_INTERPRET=1 runs it on cpu, slowly" if backend == "triton" else "")
         )
     return backend
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo (a second).
+choose_rotary._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run_rotary(
