@@ -1,0 +1,357 @@
+"""enable() on small Phi-3 models against the untouched ones."""
+
+import copy
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from longrope_kernels import Rope, backends
+from longrope_kernels.published import published_configs
+
+pytest.importorskip("transformers", minversion="5.0.0")
+
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
+    Phi3Model,
+)
+from transformers.models.phi3 import modeling_phi3
+
+from longrope_kernels.integrations.transformers import ExactRotaryEmbedding, disable, enable
+
+MODELS = tuple(published_configs())
+BACKENDS = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(bool(backends.missing(name)), reason=f"no {name} backend")
+    )
+    for name in ("reference", "native")
+]
+
+
+def small_config(name: str = "phi-3-mini-128k", original: int = 4096, **overrides) -> Phi3Config:
+    """Two layers of four heads (two of keys) of the published head geometry and factors."""
+    published = published_configs()[name]
+    fields = {
+        "hidden_size": 4 * published["head_dim"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "vocab_size": 128,
+        "max_position_embeddings": 32 * original,
+        "original_max_position_embeddings": original,
+        "rope_theta": published["rope_theta"],
+        "rope_scaling": {**published["rope_scaling"], "factor": 32.0},
+        "partial_rotary_factor": published["partial_rotary_factor"],
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        # Larger than the default, so that attention is far from uniform and rotation matters.
+        "initializer_range": 0.06,
+    }
+    return Phi3Config(**{**fields, **overrides})
+
+
+@cache
+def small_weights(name: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)
+    return Phi3ForCausalLM(small_config(name)).state_dict()
+
+
+def small_model(
+    name: str = "phi-3-mini-128k", dtype: torch.dtype = torch.float32, **config
+) -> Phi3ForCausalLM:
+    # As from_pretrained(dtype=...) does; .to(dtype) would round transformers' frequencies as well.
+    model = Phi3ForCausalLM._from_config(small_config(name, **config), dtype=dtype)
+    model.load_state_dict(small_weights(name))
+    return model.eval()
+
+
+def tokens(batch: int = 2, seq: int = 24) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(3, 128, (batch, seq), generator=generator)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, start: int = 0, ids: torch.Tensor | None = None) -> torch.Tensor:
+    ids = tokens() if ids is None else ids
+    positions = torch.arange(start, start + ids.shape[1])[None]
+    return model(ids, position_ids=positions, use_cache=False).logits
+
+
+def max_diff(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_logits_are_within_twice_the_models_own_error(name, dtype, backend):
+    truth = logits(small_model(name, torch.float64))
+    own_error = max_diff(logits(small_model(name, dtype)), truth)
+    error = max_diff(logits(enable(small_model(name, dtype), backend=backend)), truth)
+    assert error <= 2 * own_error
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_fp32_logits_agree_at_short_positions(name, backend):
+    expected = logits(small_model(name))
+    assert max_diff(logits(enable(small_model(name), backend=backend)), expected) < 2e-5
+    without_rotation = logits(small_model(name), ids=tokens().flip(1)).flip(1)
+    assert max_diff(without_rotation, expected) > 0.1  # order matters here: the test can fail
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("last", [4094, 4095, 4096, 4097])
+def test_the_set_changes_where_transformers_changes_it(last, backend):
+    """A last position of 4095 makes 4096 tokens, which are short; one more is long."""
+    start = last - tokens().shape[1] + 1
+    expected = logits(small_model(), start)
+    assert max_diff(logits(enable(small_model(), backend=backend), start), expected) < 2e-3
+    short = enable(small_model(), rope=Rope(Rope.from_config(small_config()).sets[:1]))
+    differs = max_diff(logits(short, start), expected) > 0.05
+    assert differs == (last > 4095)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_at_two_million_are_nearer_the_truth_than_the_untouched_models(backend):
+    start = 2**21
+    truth = logits(enable(small_model(dtype=torch.float64)), start)
+    error = max_diff(logits(enable(small_model(), backend=backend), start), truth)
+    assert error < 1e-4 < max_diff(logits(small_model(), start), truth)
+
+
+def test_one_long_sequence_takes_the_batch_with_it_as_in_transformers():
+    positions = torch.stack((torch.arange(24), torch.arange(4090, 4090 + 24)))
+    expected = small_model()(tokens(), position_ids=positions).logits
+    actual = enable(small_model())(tokens(), position_ids=positions).logits
+    assert max_diff(actual.detach(), expected.detach()) < 2e-3
+
+
+def test_n_hat_keeps_the_first_tokens_unscaled():
+    config = small_config()
+    below = enable(small_model(), rope=Rope.from_config(config, n_hat=24))
+    plain = enable(small_model(), rope=Rope.plain(96))
+    assert max_diff(logits(below), logits(plain)) < 1e-6
+    assert max_diff(logits(below), logits(small_model())) > 1e-2
+
+
+def test_a_config_without_scaling_is_the_plain_embedding():
+    model = small_model(rope_scaling=None)
+    expected = logits(model)
+    assert max_diff(logits(enable(model)), expected) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "make", [Phi3Model, Phi3ForSequenceClassification, Phi3ForTokenClassification]
+)
+def test_every_head(make):
+    torch.manual_seed(1)
+    model = make(small_config()).eval()
+    with torch.no_grad():
+        expected = model(tokens())[0]
+        assert max_diff(enable(model)(tokens())[0], expected) < 2e-5
+    assert isinstance(model.base_model.rotary_emb, ExactRotaryEmbedding)
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    model.train()
+    model(tokens(), labels=tokens()).loss.backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["phi-3-mini-128k", "phi-4-mini"])
+def test_training_gradients(name, backend):
+    expected = gradients(small_model(name))
+    actual = gradients(enable(small_model(name), backend=backend))
+    for a, e in zip(actual, expected, strict=True):
+        assert max_diff(a, e) <= 1e-5 * float(e.abs().max())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    expected = gradients(enable(small_model()))
+    model = enable(small_model())
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for a, e in zip(gradients(model), expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_training_under_autocast():
+    model = enable(small_model())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens(), labels=tokens()).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------- generate
+
+
+GENERATE = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 20},
+    "beam": {"num_beams": 3},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+}
+
+
+def generated(model: torch.nn.Module, ids: torch.Tensor, **arguments) -> torch.Tensor:
+    torch.manual_seed(11)
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **arguments}
+    return model.generate(ids, **arguments)
+
+
+@pytest.mark.parametrize("arguments", GENERATE.values(), ids=GENERATE.keys())
+def test_generate_gives_the_same_tokens(arguments):
+    expected = generated(small_model(), tokens(), **arguments)
+    assert expected.shape == (2, 32)
+    assert torch.equal(generated(enable(small_model()), tokens(), **arguments), expected)
+
+
+def test_generate_with_left_padding():
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    ids[0, :9], mask[0, :9] = 0, 0
+    expected = generated(small_model(), ids, attention_mask=mask)
+    assert torch.equal(generated(enable(small_model()), ids, attention_mask=mask), expected)
+
+
+def test_generate_across_the_switch_to_the_long_set():
+    """transformers drops its cache there and prefills again, under the long set."""
+    expected = generated(small_model(original=26), tokens())
+    assert torch.equal(generated(enable(small_model(original=26)), tokens()), expected)
+    assert not torch.equal(generated(small_model(), tokens()), expected)
+
+
+# ----------------------------------------------------------------------------- life of the module
+
+
+def test_enable_returns_the_model_and_twice_is_once():
+    model = small_model()
+    assert enable(model) is model
+    expected = logits(model)
+    original = model.model.rotary_emb.original
+    dispatcher = modeling_phi3.apply_rotary_pos_emb
+    enable(model)
+    assert model.model.rotary_emb.original is original
+    assert modeling_phi3.apply_rotary_pos_emb is dispatcher
+    assert torch.equal(logits(model), expected)
+
+
+def test_enable_again_takes_the_new_arguments():
+    model = enable(enable(small_model()), rope=Rope.plain(96))
+    assert torch.equal(logits(model), logits(enable(small_model(), rope=Rope.plain(96))))
+
+
+def test_disable_restores_the_model_bit_for_bit():
+    model = small_model()
+    rotary, expected = model.model.rotary_emb, logits(model)
+    enable(model)
+    assert not torch.equal(logits(model, 10**5), logits(small_model(), 10**5))
+    assert disable(model) is model
+    assert model.model.rotary_emb is rotary
+    assert torch.equal(logits(model), expected)
+    disable(model)
+    assert torch.equal(logits(model), expected)
+
+
+def test_untouched_models_stay_untouched_beside_an_enabled_one():
+    expected = logits(small_model(), 10**5)
+    enable(small_model())
+    assert torch.equal(logits(small_model(), 10**5), expected)
+
+
+def test_state_dict_is_unchanged_and_loads(tmp_path):
+    model = small_model()
+    names = list(model.state_dict())
+    enable(model)
+    assert list(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    loaded = Phi3ForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.model.rotary_emb).__name__ == "Phi3RotaryEmbedding"
+    assert torch.equal(logits(enable(loaded.eval())), logits(model))
+
+
+def test_deepcopy_and_torch_save(tmp_path):
+    model = enable(small_model())
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), logits(model))
+    disable(copied)
+    assert isinstance(model.model.rotary_emb, ExactRotaryEmbedding)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_enabled_model_moves_and_keeps_exact_angles():
+    """.to(bfloat16) rounds the frequencies of transformers' module; the Rope's stay exact."""
+    moved = enable(small_model()).to(torch.bfloat16)
+    assert torch.equal(logits(moved, 4000), logits(enable(small_model(dtype=torch.bfloat16)), 4000))
+
+
+def test_moving_layer_arguments_between_devices_keeps_the_rotation():
+    """accelerate and DDP rebuild the tuples they find in a layer's arguments."""
+    model = enable(small_model())
+    positions, rotation = model.model.rotary_emb(torch.empty(0), torch.arange(24)[None])
+    rebuilt = type(rotation)(*(x.to("cpu") if hasattr(x, "to") else x for x in rotation))
+    q = torch.randn(1, 4, 24, 96)
+    expected = modeling_phi3.apply_rotary_pos_emb(q, q, positions, rotation)
+    actual = modeling_phi3.apply_rotary_pos_emb(q, q, positions, rebuilt)
+    assert torch.equal(actual[0], expected[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_fullgraph(backend):
+    torch.compiler.reset()
+    model = enable(small_model(), backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for start in (0, 4090):  # one graph for both sets
+        with torch.compiler.set_stance("fail_on_recompile" if start else "default"):
+            actual = logits(compiled, start)
+        assert max_diff(actual, logits(model, start)) < 2e-5
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+def test_unsupported_models_are_named():
+    config = LlamaConfig(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=8,
+        intermediate_size=32,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"expected the Phi-3 family.*got LlamaForCausalLM"):
+        enable(LlamaForCausalLM(config))
+    with pytest.raises(ValueError, match=r"expected the Phi-3 family.*got SimpleNamespace"):
+        enable(SimpleNamespace())
+
+
+def test_a_rope_wider_than_a_head_is_refused_and_nothing_changed():
+    model = small_model()
+    with pytest.raises(ValueError, match=r"rope: expected at most 96 rotary dimensions.*got 128"):
+        enable(model, rope=Rope.plain(128))
+    with pytest.raises(TypeError, match="rope: expected a Rope or None, got dict"):
+        enable(model, rope={"factors": [1.0]})
+    assert type(model.model.rotary_emb) is modeling_phi3.Phi3RotaryEmbedding
+
+
+def test_a_backend_that_cannot_serve_is_refused():
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        enable(small_model(), backend="fast")
+    with pytest.raises(ValueError, match="does not serve float64"):
+        enable(small_model(dtype=torch.float64), backend="native")
