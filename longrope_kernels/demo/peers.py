@@ -1,0 +1,57 @@
+"""transformers' rotation with a published model's factors: what the kernels are held against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Phi3Config
+from transformers.models.phi3 import modeling_phi3
+
+from ..published import published_configs
+
+
+def phi3_config(name: str, **overrides: Any) -> Any:
+    """A `Phi3Config` with the head geometry and factors of a published model.
+
+    Args:
+        name: a key of `published_configs`.
+        overrides: fields of the config, such as the number of layers.
+    """
+    published = published_configs()[name]
+    original = published["original_max_position_embeddings"]
+    ratio = published["max_position_embeddings"] / original
+    same = (
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "original_max_position_embeddings",
+        "rope_theta",
+        "partial_rotary_factor",
+    )
+    fields = {field: published[field] for field in same}
+    scaling = {**published["rope_scaling"], "factor": ratio}
+    tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    return Phi3Config(**{**fields, **tokens, "rope_scaling": scaling, **overrides})
+
+
+class TransformersRotary:
+    """What `Phi3Model` does: a table of cosines and sines, then ``apply_rotary_pos_emb``."""
+
+    def __init__(self, config: Any, device: torch.device) -> None:
+        self.embedding = modeling_phi3.Phi3RotaryEmbedding(config).to(device)
+
+    def table(
+        self, positions: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin), each (1, seq, R) of ``dtype``, for positions (1, seq) int64."""
+        x = torch.empty(0, dtype=dtype, device=positions.device)
+        return self.embedding(x, positions)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def apply(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated q and k, (batch, heads, seq, dim) each."""
+        return modeling_phi3.apply_rotary_pos_emb(q, k, cos, sin)  # type: ignore[no-any-return]

@@ -1,0 +1,95 @@
+"""The command line: what it prints, writes and refuses."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from longrope_kernels import __version__, backends, cli
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(cli.app, arguments)
+
+
+def test_help_names_the_commands_and_explains_them():
+    assert "info" in run("--help").stdout
+    text = run("demo", "--help").stdout
+    assert "--out" in text
+    assert "error.png" in text
+
+
+def test_info_prints_version_backends_and_the_choice():
+    result = run("info")
+    assert result.exit_code == 0
+    assert f"longrope_kernels {__version__}" in result.stdout
+    for name in backends.BACKENDS:
+        assert f"\n  {name}" in result.stdout
+    assert "native > reference" in result.stdout
+
+
+def test_info_says_why_a_backend_is_missing(monkeypatch):
+    row = {"name": "native", "devices": ("cpu",), "missing": "not built; run make"}
+    monkeypatch.setattr(backends, "table", lambda: [row])
+    assert "native     cpu   missing: not built; run make" in run("info").stdout
+
+
+def test_demo_without_its_packages_is_one_line_naming_the_extra(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    result = run("demo", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    expected = "longrope demo needs matplotlib: pip install 'longrope-kernels[demo]'\n"
+    assert result.stderr == expected
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_imports_no_optional_package():
+    code = (
+        "import sys, longrope_kernels.cli;"
+        "assert not {'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_quick_demo_agrees_and_writes_its_files(tmp_path):
+    for package in ("transformers", "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    result = run("demo", "--quick", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "the same tokens with and without the kernels" in result.stdout
+    assert (tmp_path / "error.png").read_bytes().startswith(b"\x89PNG")
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    logits = results["logits"]
+    assert logits["float32_kernels"] < 1e-3
+    assert logits["bfloat16_kernels"] <= 2 * logits["bfloat16_untouched"]
+    rows = [row for row in results["errors"] if row["angle_error"] is not None]
+    assert {"transformers", "reference"} <= {row["method"] for row in rows}
+    for row in rows:
+        if row["method"] != "transformers":
+            assert row["angle_error"] < 1e-6, row
+            assert row["float32_error"] < 1e-6, row
+        elif row["position"] == 2**21 - 1:
+            assert row["angle_error"] > 0.05, row
+    variants = {row["variant"] for row in results["times"]["rows"]}
+    assert {"transformers eager", "reference", "clone", "copy_"} <= variants
+
+
+def test_a_variant_that_did_not_run_says_why():
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    from longrope_kernels.demo.report import times_text
+
+    rows = [
+        {"variant": "clone", "dtype": "float32", "ms": 1.0, "gb_per_s": 2.0, "speedup": 3.0},
+        {"variant": "torch.compile", "dtype": "float32", "reason": "no compiler"},
+    ]
+    text = times_text(rows, (1, 2, 3, 4), "CPU")
+    assert "torch.compile, float32: not measured: no compiler" in text
