@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from . import ops
+from . import ops, values
 from .rope import (
     UNBOUNDED,
     FactorSet,
@@ -41,13 +41,14 @@ def resolve_rope(
     base: float,
     interleaved: bool,
     attention_factor: float,
-    device: torch.device,
+    q: torch.Tensor,
 ) -> tuple[RopeTables, bool]:
-    """The tables on ``device`` and the pairing, from a `Rope` or from raw factors.
+    """The tables on the device of q and the pairing, from a `Rope` or from raw factors.
 
     Raw factors on the host go through a cached `Rope`, in extended precision; factors on a device
     go through float64 there, without a sync.
     """
+    device = q.device
     if isinstance(factors, Rope):
         if n_hat is not None or base != 10000.0 or interleaved or attention_factor != 1.0:
             raise ValueError(
@@ -59,7 +60,7 @@ def resolve_rope(
                 f"factors: this Rope has no tables on {device} yet and a CUDA graph is being "
                 f"captured; call rope.to({str(device)!r}) before the capture"
             )
-        return factors.tables(device), factors.interleaved
+        return _like(factors.tables(device), q), factors.interleaved
 
     if n_hat is None:
         raise TypeError("n_hat: expected an int beside raw factors (0 for no threshold), got None")
@@ -70,13 +71,14 @@ def resolve_rope(
         _check_factors_tensor(factors)
     if factors.device.type == "cpu" and not torch.compiler.is_compiling():
         rope = _rope_of(tuple(factors.tolist()), n_hat, base, interleaved, attention_factor)
-        return rope.tables(device), interleaved
+        return _like(rope.tables(device), q), interleaved
 
     check_n_hat(n_hat)
     check_base(base)
     check_attention_factor(attention_factor)
     if factors.device.type != "cpu" and factors.device != device:
         raise ValueError(f"factors: expected them on the host or on {device}, got {factors.device}")
+    values.check_factors(factors)
     inv_freq, steps = ops.frequencies(factors, float(base))
     return RopeTables(
         inv_freq.to(device),
@@ -92,6 +94,14 @@ def _rope_of(
     factors: tuple[float, ...], n_hat: int, base: float, interleaved: bool, attention_factor: float
 ) -> Rope:
     return Rope((FactorSet(factors, n_hat, attention_factor),), base, interleaved)
+
+
+def _like(tables: RopeTables, q: torch.Tensor) -> RopeTables:
+    """The tables as fake tensors where q is one."""
+    if torch.compiler.is_compiling() or type(q) is torch.Tensor:
+        return tables
+    mode = getattr(q, "fake_mode", None)
+    return tables if mode is None else RopeTables(*(mode.from_tensor(t) for t in tables))
 
 
 def _capturing_without(rope: Rope, device: torch.device) -> bool:
@@ -157,17 +167,26 @@ def check_heads(name: str, x: torch.Tensor, layout: str, rotary_dim: int) -> Non
         )
 
 
-def check_like(name: str, x: torch.Tensor, q: torch.Tensor, layout: str) -> None:
-    """x goes with q: same dtype, device and sizes but for the heads."""
-    if x.dtype != q.dtype:
-        raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
-    heads = LAYOUTS[layout].index("heads")
+def check_like(
+    name: str,
+    x: torch.Tensor,
+    other_name: str,
+    other: torch.Tensor,
+    layout: str,
+    free: tuple[str, ...] = ("heads",),
+) -> None:
+    """x goes with the other: same dtype, device and sizes but for the axes in ``free``."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {x.dtype}")
+    if x.device != other.device:
+        raise ValueError(
+            f"{name}: expected the device of {other_name}, {other.device}, got {x.device}"
+        )
     for axis, axis_name in enumerate(LAYOUTS[layout]):
-        if axis != heads and x.shape[axis] != q.shape[axis]:
+        if axis_name not in free and x.shape[axis] != other.shape[axis]:
             raise ValueError(
-                f"{name}: expected {axis_name} {q.shape[axis]} as in q, got shape {tuple(x.shape)}"
+                f"{name}: expected {axis_name} {other.shape[axis]} as in {other_name}, "
+                f"got shape {tuple(x.shape)}"
             )
 
 
@@ -185,9 +204,11 @@ def from_bshd(x: torch.Tensor, layout: str) -> torch.Tensor:
     return x.transpose(1, 2) if layout == "bhsd" else x.squeeze(0)
 
 
-def check_positions(positions: torch.Tensor, batch: int, seq: int, q: torch.Tensor) -> torch.Tensor:
+def check_positions(
+    name: str, positions: torch.Tensor, batch: int, seq: int, q: torch.Tensor
+) -> torch.Tensor:
     """Positions as a (batch, seq) view."""
-    check_index("positions", positions, q)
+    check_index(name, positions, q)
     shape = tuple(positions.shape)
     if shape == (seq,):
         return positions.unsqueeze(0).expand(batch, seq)
@@ -195,9 +216,7 @@ def check_positions(positions: torch.Tensor, batch: int, seq: int, q: torch.Tens
         return positions
     if shape == (1, seq):
         return positions.expand(batch, seq)
-    raise ValueError(
-        f"positions: expected shape ({seq},) or ({batch}, {seq}) for q, got {tuple(shape)}"
-    )
+    raise ValueError(f"{name}: expected shape ({seq},) or ({batch}, {seq}), got {shape}")
 
 
 def check_index(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
@@ -206,6 +225,16 @@ def check_index(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
         raise TypeError(f"{name}: expected int32 or int64, got {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+
+
+def check_borders(name: str, cu_seqlens: torch.Tensor, q: torch.Tensor, layout: str) -> int:
+    """Borders of packed sequences; returns how many sequences they bound."""
+    check_index(name, cu_seqlens, q)
+    if layout != "thd":
+        raise ValueError(f"{name}: expected with layout 'thd' only, got {layout!r}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{name}: expected shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
+    return cu_seqlens.shape[0] - 1
 
 
 def check_selection(
@@ -222,14 +251,7 @@ def check_selection(
     A `Rope` of one set needs none of them, and gets none.
     """
     if cu_seqlens is not None:
-        check_index("cu_seqlens", cu_seqlens, q)
-        if layout != "thd":
-            raise ValueError(f"cu_seqlens: expected with layout 'thd' only, got {layout!r}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-            raise ValueError(
-                f"cu_seqlens: expected shape (sequences + 1,), got {tuple(cu_seqlens.shape)}"
-            )
-        batch = cu_seqlens.shape[0] - 1
+        batch = check_borders("cu_seqlens", cu_seqlens, q, layout)
     for name, x in (("lengths", lengths), ("sets", sets)):
         if x is not None:
             check_index(name, x, q)

@@ -47,6 +47,8 @@ def read_longrope_config(config: Any) -> dict[str, Any]:
     rotary_dim = _rotary_dim(config)
     for name in ("short_factor", "long_factor"):
         factors = _required(parameters, name, "rope_parameters")
+        if not isinstance(factors, list | tuple):
+            raise ValueError(f"config: expected a list of numbers in {name}, got {factors!r}")
         if rotary_dim is not None and len(factors) != rotary_dim // 2:
             raise ValueError(
                 f"config: expected {rotary_dim // 2} numbers in {name} for {rotary_dim} rotary "

@@ -25,18 +25,19 @@ def overlaps_itself(x: torch.Tensor) -> bool:
 def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Whether x and y (of one dtype) may share an element.
 
-    Views of one packed QKV tensor do not: they interleave. In units of elements, for a stride m
-    that divides all larger strides of both, x lies in one interval of addresses modulo m and y in
-    another; where these are disjoint for some m, so are x and y. Anything else whose address
-    ranges meet counts as overlapping.
+    Views of one packed QKV tensor do not: they interleave. For a stride m that all larger strides
+    of both are multiples of, x lies in one interval of addresses modulo m and y in another; where
+    these are disjoint for some m, so are x and y. Anything else whose address ranges meet counts
+    as overlapping. Fake tensors have no addresses, and never overlap.
     """
     if x.numel() == 0 or y.numel() == 0 or x.device != y.device:
         return False
-    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+    if not (_has_address(x) and _has_address(y)):
         return False
+    # In bytes, since two storages may lie over one buffer at any distance.
     dims = [_dims(x), _dims(y)]
-    start = [x.storage_offset(), y.storage_offset()]
-    extent = [_extent(d) for d in dims]
+    start = [x.data_ptr(), y.data_ptr()]
+    extent = [_extent(d, x.element_size()) for d in dims]
     if start[0] + extent[0] <= start[1] or start[1] + extent[1] <= start[0]:
         return False
     for modulus in {stride for d in dims for stride, _ in d if stride > 0}:
@@ -44,16 +45,22 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
         outer = [stride for d in dims for stride, _ in d if stride >= modulus]
         if any(stride % modulus for stride in outer):
             continue
-        inner_extent = [_extent(d) for d in inner]
+        inner_extent = [_extent(d, x.element_size()) for d in inner]
         gap = (start[1] - start[0]) % modulus
         if inner_extent[0] <= gap and gap + inner_extent[1] <= modulus:
             return False
     return True
 
 
+def _has_address(x: torch.Tensor) -> bool:
+    return type(x) in (torch.Tensor, torch.nn.Parameter)
+
+
 def _dims(x: torch.Tensor) -> list[tuple[int, int]]:
-    return [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    """(stride in bytes, size) of the dimensions that have more than one index."""
+    strides = [stride * x.element_size() for stride in x.stride()]
+    return [(stride, size) for stride, size in zip(strides, x.shape, strict=True) if size > 1]
 
 
-def _extent(dims: list[tuple[int, int]]) -> int:
-    return 1 + sum(stride * (size - 1) for stride, size in dims)
+def _extent(dims: list[tuple[int, int]], element_size: int) -> int:
+    return element_size + sum(stride * (size - 1) for stride, size in dims)

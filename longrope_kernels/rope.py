@@ -53,14 +53,7 @@ class FactorSet:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", _as_floats("factors", self.factors))
-        if not self.factors:
-            raise ValueError("factors: expected at least one factor, got none")
-        for i, value in enumerate(self.factors):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(
-                    f"factors: expected finite numbers above 0, got {value} for pair {i}"
-                )
+        object.__setattr__(self, "factors", _as_factors("factors", self.factors))
         check_n_hat(self.n_hat)
         check_attention_factor(self.attention_factor)
         if self.max_length is not None and (
@@ -149,6 +142,9 @@ class Rope:
             base: as in `Rope`.
             interleaved: as in `Rope`.
         """
+        _check_length("original_max_position_embeddings", original_max_position_embeddings, 2)
+        if max_position_embeddings is not None:
+            _check_length("max_position_embeddings", max_position_embeddings, 1)
         if attention_factor is None:
             if max_position_embeddings is None:
                 raise ValueError(
@@ -158,16 +154,19 @@ class Rope:
             attention_factor = extension_attention_factor(
                 max_position_embeddings, original_max_position_embeddings
             )
-        short_a, long_a = _pair(attention_factor)
-        short_n, long_n = _pair(n_hat)
-        short = FactorSet(
-            _as_floats("short_factor", short_factor),
-            short_n,
-            short_a,
-            original_max_position_embeddings,
+        short_a, long_a = _pair("attention_factor", attention_factor)
+        short_n, long_n = _pair("n_hat", n_hat)
+        short = _as_factors("short_factor", short_factor)
+        long = _as_factors("long_factor", long_factor)
+        if len(short) != len(long):
+            raise ValueError(
+                f"long_factor: expected {len(short)} factors as in short_factor, got {len(long)}"
+            )
+        sets = (
+            FactorSet(short, short_n, short_a, original_max_position_embeddings),
+            FactorSet(long, long_n, long_a),
         )
-        long = FactorSet(_as_floats("long_factor", long_factor), long_n, long_a)
-        return cls((short, long), base, interleaved)
+        return cls(sets, base, interleaved)
 
     @classmethod
     def from_config(cls, config: Any, *, n_hat: int | tuple[int, int] = 0) -> Rope:
@@ -286,14 +285,32 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _as_floats(name: str, values: Any) -> tuple[float, ...]:
+def _check_length(name: str, value: float, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number of tokens, got {value!r}")
+    if not least <= value < math.inf:
+        raise ValueError(f"{name}: expected at least {least} tokens, got {value}")
+
+
+def _as_factors(name: str, values: Any) -> tuple[float, ...]:
     if isinstance(values, torch.Tensor):
         values = values.detach().tolist()
     try:
-        return tuple(float(value) for value in values)
+        factors = tuple(float(value) for value in values)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a sequence of numbers, got {values!r}") from None
+    if not factors:
+        raise ValueError(f"{name}: expected at least one factor, got none")
+    for i, factor in enumerate(factors):
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"{name}: expected finite numbers above 0, got {factor} for pair {i}")
+    return factors
 
 
-def _pair(value: Any) -> tuple[Any, Any]:
-    return tuple(value) if isinstance(value, tuple | list) else (value, value)
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
+    """(short, long) of a pair, or of one value for both."""
+    if not isinstance(value, tuple | list):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"{name}: expected one value or (short, long), got {value!r}")
+    return value[0], value[1]

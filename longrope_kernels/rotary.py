@@ -8,7 +8,7 @@ import torch
 
 from . import arguments, backends, ops, values
 from .memory import overlap, overlaps_itself
-from .rope import Rope
+from .rope import Rope, RopeTables
 
 
 def apply_rotary(
@@ -71,38 +71,30 @@ def apply_rotary(
     """
     arguments.check_tensor("q", q)
     tables, interleaved = arguments.resolve_rope(
-        factors, n_hat, base, interleaved, attention_factor, q.device
+        factors, n_hat, base, interleaved, attention_factor, q
     )
     arguments.check_heads("q", q, layout, 2 * tables.steps.shape[-1])
     if k is not None:
         arguments.check_heads(
             "k", arguments.check_tensor("k", k), layout, 2 * tables.steps.shape[-1]
         )
-        arguments.check_like("k", k, q, layout)
+        arguments.check_like("k", k, "q", q, layout)
     q4 = arguments.as_bshd(q, layout)
     k4 = ops.no_heads(q4) if k is None else arguments.as_bshd(k, layout)
     batch, seq = q4.shape[:2]
-    positions = arguments.check_positions(positions, batch, seq, q)
+    positions = arguments.check_positions("positions", positions, batch, seq, q)
     selection = arguments.check_selection(tables, q, batch, layout, lengths, sets, cu_seqlens)
     name = backends.choose_rotary(backend, q.device.type, q.dtype == torch.float64)
     if inplace:
         _check_writable(q, k)
 
     recorded = torch.is_grad_enabled() and (q.requires_grad or k4.requires_grad)
-
-    rest = (positions, *tables[1:], *selection, interleaved, False, name)
-    if name == "reference":
-        from .backends import reference
-
-        if not torch.compiler.is_compiling():
-            values.check_values(positions, tables.n_hat.shape[0], *selection)
-        q_out, k_out = reference.rotary(q4, k4, positions, tables, *selection, interleaved)
-    elif not inplace or (recorded and torch.compiler.is_compiling()):
-        q_out, k_out = ops.rotary(q4, k4, *rest)
-    else:
+    if inplace and name != "reference" and not (recorded and torch.compiler.is_compiling()):
+        rest = (positions, *tables[1:], *selection, interleaved, False, name)
         ops.rotary_inplace(q4, k4, *rest)
         return q, k
 
+    q_out, k_out = rotated(q4, k4, positions, tables, *selection, interleaved, name)
     if inplace:
         q4.copy_(q_out)
         k4.copy_(k_out)
@@ -111,6 +103,29 @@ def apply_rotary(
         arguments.from_bshd(q_out, layout),
         None if k is None else arguments.from_bshd(k_out, layout),
     )
+
+
+def rotated(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    tables: RopeTables,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    interleaved: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate checked q (B, S, Hq, D) and k (B, S, Hk, D), out of place, by a chosen backend."""
+    selection = (lengths, sets, cu_seqlens)
+    if backend != "reference":
+        rest = (positions, *tables[1:], *selection, interleaved, False, backend)
+        return ops.rotary(q, k, *rest)  # type: ignore[no-any-return]
+
+    from .backends import reference
+
+    values.check_values(positions, tables.n_hat.shape[0], *selection)
+    return reference.rotary(q, k, positions, tables, *selection, interleaved)
 
 
 def _check_writable(q: torch.Tensor, k: torch.Tensor | None) -> None:

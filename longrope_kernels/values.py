@@ -21,7 +21,7 @@ def check_values(
         count: the number of factor sets.
         lengths, sets, cu_seqlens: as in `apply_rotary`, or None.
     """
-    if positions.device.type != "cpu" and os.environ.get("LONGROPE_CHECK") != "1":
+    if not readable(positions):
         return
     if positions.dtype == torch.int64 and positions.numel():
         low, high = (int(bound) for bound in positions.aminmax())
@@ -36,9 +36,32 @@ def check_values(
         if low < 0 or high >= count:
             raise ValueError(f"sets: expected indices from 0 to {count - 1}, got {low} to {high}")
     if cu_seqlens is not None:
-        tokens, bounds = positions.shape[1], cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
-            raise ValueError(
-                f"cu_seqlens: expected ascending values from 0 to {tokens} (the token count), "
-                f"got {bounds if len(bounds) <= 8 else [*bounds[:4], '...', *bounds[-3:]]}"
-            )
+        check_borders("cu_seqlens", cu_seqlens, positions.shape[1])
+
+
+def check_borders(name: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """Check that packed sequences ascend from 0 to ``tokens``, where reading is free."""
+    if not readable(cu_seqlens):
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
+        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
+        raise ValueError(
+            f"{name}: expected ascending values from 0 to {tokens} (the token count), got {shown}"
+        )
+
+
+def check_factors(factors: torch.Tensor) -> None:
+    """Check that raw factors are finite and above 0, where reading is free."""
+    if readable(factors) and not bool((factors.isfinite() & (factors > 0)).all()):
+        raise ValueError(f"factors: expected finite numbers above 0, got {factors.tolist()}")
+
+
+def readable(x: torch.Tensor) -> bool:
+    """Whether values may be read: on the host, or on a device under ``LONGROPE_CHECK=1``.
+
+    Never while a graph is traced, and never those of a fake tensor, which has none.
+    """
+    if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return x.device.type == "cpu" or os.environ.get("LONGROPE_CHECK") == "1"

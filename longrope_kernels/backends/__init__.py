@@ -12,6 +12,7 @@ import torch
 from .. import values
 
 BACKENDS = ("reference", "native", "triton")
+ATTENTION_BACKENDS = ("reference", "composed")
 
 # Fastest first, by device type; the reference serves every device and is the only one in float64.
 ROTARY_CHOICE = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
@@ -58,6 +59,30 @@ def choose_rotary(backend: str | None, device: str, is_float64: bool) -> str:
         raise ValueError(
             f"backend: {backend!r} serves tensors on {_DEVICES[backend][0]}, got {device}"
             + ("; TRITON_INTERPRET=1 runs it on cpu, slowly" if backend == "triton" else "")
+        )
+    return backend
+
+
+def choose_attention(backend: str | None, is_float64: bool, needs_scores: bool) -> str:
+    """The backend for attention: the named one, or the fastest that can serve.
+
+    Args:
+        backend: a name, or None to choose.
+        is_float64: whether q is float64.
+        needs_scores: softcap or the log-sum-exp, which torch's SDPA has not.
+
+    Raises:
+        ValueError: an unknown name, or one that does not serve this call.
+    """
+    if backend is None:
+        return "reference" if is_float64 or needs_scores else "composed"
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(
+            f"backend: expected one of {', '.join(ATTENTION_BACKENDS)} or None, got {backend!r}"
+        )
+    if backend == "composed" and needs_scores:
+        raise ValueError(
+            "backend: 'composed' serves neither softcap nor return_lse; expected 'reference'"
         )
     return backend
 

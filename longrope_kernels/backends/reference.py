@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import masks
 from ..rope import RopeTables
 
 
@@ -34,9 +35,7 @@ def token_sets(
         return torch.zeros((batch, seq), dtype=torch.int64, device=positions.device)
     if cu_seqlens is None:
         return of_sequence[:, None].expand(batch, seq)
-    tokens = torch.arange(seq, device=positions.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
-    return of_sequence[sequence.clamp(max=of_sequence.shape[0] - 1)][None, :]
+    return of_sequence[masks.sequence_of_token(cu_seqlens, seq)][None, :]
 
 
 def cos_sin(
@@ -100,3 +99,57 @@ def rotary(
     if q.dtype != torch.float64:
         cos, sin = cos.float(), sin.float()
     return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    tables: RopeTables,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    interleaved: bool,
+    mask: masks.Mask,
+    softmax_scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q and k, then exact softmax attention; the scores of all pairs lie in memory.
+
+    Args:
+        q, k, v: (B, Sq, Hq, D), (B, Sk, Hk, D), (B, Sk, Hk, D); Hq a multiple of Hk.
+        positions, key_positions: (B, Sq) and (B, Sk).
+        tables, lengths, sets, interleaved: as in `rotary`.
+        mask: which keys a query sees.
+        softmax_scale, softcap: as in `longrope_kernels.attention`.
+
+    Returns:
+        out (B, Sq, Hq, D) of the dtype of q, and the log-sum-exp of the scores, base e,
+        (B, Hq, Sq) float32 (float64 for float64). A query that sees no key gets 0 and -inf.
+    """
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    turned = []
+    for x, n, borders in ((q, positions, mask.cu_seqlens), (k, key_positions, mask.cu_seqlens_k)):
+        cos, sin = (t.to(compute) for t in cos_sin(tables, n, lengths, sets, borders))
+        turned.append(rotate(x.to(compute), cos, sin, interleaved).transpose(1, 2))
+    groups = q.shape[2] // k.shape[2]
+    q_rot, k_rot = turned[0], turned[1].repeat_interleave(groups, dim=1)
+    values = v.to(compute).transpose(1, 2).repeat_interleave(groups, dim=1)
+
+    scores = q_rot @ k_rot.transpose(-1, -2) * softmax_scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = mask.visible(q.shape[0], q.shape[1], k.shape[1], q.device)[:, None]
+    scores = scores.masked_fill(~seen, -torch.inf)
+    # Finite stand-ins keep rows that see nothing out of NaN, in the gradient too. The column of
+    # -inf is for no keys at all.
+    top = torch.nn.functional.pad(scores.detach(), (0, 1), value=-torch.inf).amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0.0)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    some = total > 0
+    total = torch.where(some, total, 1.0)
+    out = (weights / total) @ values
+    lse = torch.where(some, total.log() + top, -torch.inf).squeeze(-1)
+    return out.transpose(1, 2).to(q.dtype), lse

@@ -1,0 +1,61 @@
+"""What every test needs: the interpreter without a GPU, poisoned memory, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Triton reads it when a kernel is defined, so it must be there before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from hypothesis import HealthCheck, settings
+
+# Derandomised: a red run is red again. No deadline: the interpreter is slow, and that is no bug.
+settings.register_profile(
+    "repository",
+    derandomize=True,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("repository")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton 3.6's interpreter indexes with arrays of one element, once for each loop it runs.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Conversion of an array:DeprecationWarning:triton.runtime"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what only a GPU can run; a backend that is absent fails instead."""
+    if torch.cuda.is_available():
+        return
+    gpu_only = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=gpu_only)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """Fill what torch.empty and its kin return with NaN: an unwritten output element shows.
+
+    The fill is part of the allocation in the dispatcher below Python, so it reaches `empty_like`,
+    `new_empty` and the ops' own outputs alike, on every device. ``warn_only`` keeps operators
+    without a deterministic form usable.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)

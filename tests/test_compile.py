@@ -1,0 +1,243 @@
+"""torch.compile(fullgraph=True): no graph break, few recompilations, the same bits as eager."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import NATIVE, Shape, Target, every_target, factors, positions_for, two_sets
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+
+from longrope_kernels import Rope, apply_rotary
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Any, backend: Any = "aot_eager", **kwargs: Any) -> Any:
+    return torch.compile(function, fullgraph=True, backend=backend, **kwargs)
+
+
+def equal(got: Any, wanted: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd", "thd"])
+@every_target
+def test_one_set(target: Target, layout: str) -> None:
+    shape = Shape(1, 18, 2, 1, 32, 12, layout=layout, dtype=torch.bfloat16)
+    rope = shape.rope().to(target.device)
+    q, k, positions = (target.move(x) for x in (*shape.qk(), positions_for(18, 128)))
+
+    def call(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> Any:
+        return target.rotary(q, k, positions, rope, layout=layout)
+
+    wanted = call(q, k, positions)
+    got = compiled(call)(q, k, positions)
+    assert equal(got, wanted)
+    assert [x.stride() for x in got] == [x.stride() for x in wanted]
+
+
+@every_target
+def test_several_sets_by_lengths(target: Target) -> None:
+    """The lengths are data: another mixture of sets runs the same graph."""
+    shape = Shape(2, 5, 2, 1, 32)
+    rope = two_sets(16).to(target.device)
+    q, k, positions = (target.move(x) for x in (*shape.qk(), positions_for(5, 7)))
+
+    def call(*args: torch.Tensor) -> Any:
+        return target.rotary(*args[:3], rope, lengths=args[3])
+
+    counter = CompileCounterWithBackend("aot_eager")
+    run = compiled(call, counter)
+    for lengths in ([5, 5000], [5000, 5], [4096, 4097]):
+        lengths = target.move(torch.tensor(lengths))
+        assert equal(run(q, k, positions, lengths), call(q, k, positions, lengths))
+    assert counter.frame_count == 1
+
+
+@every_target
+def test_packed_sequences(target: Target) -> None:
+    shape = Shape(1, 9, 2, 1, 32, layout="thd")
+    rope = two_sets(16).to(target.device)
+    q, k, positions = (target.move(x) for x in (*shape.qk(), positions_for(9, 7)))
+    sets = target.move(torch.tensor([1, 0, 1], dtype=torch.int32))
+    bounds = target.move(torch.tensor([0, 4, 4, 9], dtype=torch.int32))
+
+    def call(q: torch.Tensor, k: torch.Tensor) -> Any:
+        return target.rotary(q, k, positions, rope, layout="thd", sets=sets, cu_seqlens=bounds)
+
+    assert equal(compiled(call)(q, k), call(q, k))
+
+
+@pytest.mark.parametrize("kind", ["list", "tensor"])
+@every_target
+def test_raw_factors(target: Target, kind: str) -> None:
+    shape = Shape(1, 18, 2, 1, 32)
+    q, k, positions = (target.move(x) for x in (*shape.qk(), positions_for(18, 128)))
+    values: Any = list(factors(16))
+    if kind == "tensor":
+        values = torch.tensor(values, dtype=torch.float64)
+
+    def call(q: torch.Tensor, k: torch.Tensor) -> Any:
+        kwargs = {"attention_factor": 1.5, "backend": target.backend}
+        return apply_rotary(q, k, positions, values, 128, **kwargs)
+
+    assert equal(compiled(call)(q, k), call(q, k))
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@every_target
+def test_in_place(target: Target, layout: str) -> None:
+    shape = Shape(1, 18, 2, 1, 32, layout=layout)
+    rope = shape.rope().to(target.device)
+    q, k, positions = (target.move(x) for x in (*shape.qk(), positions_for(18, 128)))
+    wanted = target.rotary(q, k, positions, rope, layout=layout)
+
+    def call(q: torch.Tensor, k: torch.Tensor) -> Any:
+        return target.rotary(q, k, positions, rope, layout=layout, inplace=True)
+
+    outs = compiled(call)(q, k)
+    assert equal((q, k), wanted)
+    assert equal(outs, wanted)
+
+
+@every_target
+def test_in_place_on_views_of_packed_qkv(target: Target) -> None:
+    rope = Rope.plain(16).to(target.device)
+    qkv = target.move(torch.randn(2, 5, 8, 16))
+    positions = target.move(torch.arange(5))
+
+    def call(qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv.split([4, 2, 2], 2)
+        target.rotary(q, k, positions, rope, inplace=True)
+        return v.sum() + q.sum()
+
+    eager = qkv.clone()
+    wanted = call(eager)
+    assert torch.equal(compiled(call)(qkv), wanted)
+    assert torch.equal(qkv, eager)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out", "inplace"])
+@every_target
+def test_gradients(target: Target, inplace: bool) -> None:
+    shape = Shape(2, 9, 2, 1, 32, 12)
+    rope = two_sets(12).to(target.device)
+    tensors, positions = shape.qk(), target.move(positions_for(9, 7))
+    lengths = target.move(torch.tensor([5, 5000]))
+
+    def call(q: torch.Tensor, k: torch.Tensor) -> Any:
+        outs = target.rotary(q * 2, k * 2, positions, rope, lengths=lengths, inplace=inplace)
+        return sum((x * x.detach().sin()).sum() for x in outs)
+
+    results = []
+    for function in (call, compiled(call)):
+        q, k = (target.move(x.clone()).requires_grad_() for x in tensors)
+        function(q, k).backward()
+        results.append((q.grad, k.grad))
+    assert equal(*results)
+    assert results[0][0].any()
+
+
+@every_target
+def test_sequence_lengths_do_not_recompile_each_time(target: Target) -> None:
+    """One static graph, one dynamic: what torch does for any change of a size."""
+    rope = two_sets(8).to(target.device)
+
+    def call(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, n: torch.Tensor) -> Any:
+        return target.rotary(q, k, positions, rope, lengths=n)
+
+    counter = CompileCounter()
+    run = compiled(call, counter)
+    for seq in (5, 6, 9, 17, 33):
+        tensors = (*Shape(2, seq, 2, 1, 16).qk(), torch.arange(seq), torch.tensor([5, 5000]))
+        run(*(target.move(x) for x in tensors))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("batches", [(5, 3, 4), (2, 3, 4)], ids=["any", "as-many-as-sets"])
+@every_target
+def test_dynamic_shapes_equal_eager(target: Target, batches: tuple[int, int, int]) -> None:
+    """One graph for all; a batch of two and a Rope of two sets are no reason for another."""
+    # No two sizes of a call are equal: torch would take equal ones for one symbol.
+    sizes = [(7, 9, 6, 16), (19, 7, 2, 16), (11, 10, 5, 16)]
+    shapes = [Shape(batch, *rest) for batch, rest in zip(batches, sizes, strict=True)]
+    rope = two_sets(8).to(target.device)
+
+    def call(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, n: torch.Tensor) -> Any:
+        return target.rotary(q, k, positions, rope, lengths=n)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    run = compiled(call, counter, dynamic=True)
+    graphs = []
+    for shape in shapes:
+        lengths = torch.tensor([5000, 5, 4096, 4097, 1][: shape.batch])
+        tensors = (*shape.qk(), positions_for(shape.seq, 7), lengths)
+        args = [target.move(x) for x in tensors]
+        assert equal(run(*args), call(*args))
+        graphs.append(counter.frame_count)
+    assert graphs == graphs[:1] * len(graphs), "a later shape made another graph"
+
+
+@every_target
+def test_decode_steps_do_not_recompile(target: Target) -> None:
+    """One token a step at the next position, the length a tensor: one graph for all steps."""
+    rope = two_sets(8).to(target.device)
+    q, k = (target.move(x) for x in Shape(1, 1, 2, 1, 16).qk())
+
+    def call(position: torch.Tensor, length: torch.Tensor) -> Any:
+        return target.rotary(q, k, position, rope, lengths=length)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    run = compiled(call, counter)
+    for n in (4094, 4095, 4096, 4097):
+        args = [target.move(torch.tensor([x])) for x in (n, n + 1)]
+        assert equal(run(*args), call(*args))
+    assert counter.frame_count == 1
+
+
+@every_target
+def test_equal_ropes_share_a_graph_and_others_do_not(target: Target) -> None:
+    """A Rope is a constant of the graph; another value must never run the old constants."""
+    shape = Shape(1, 5, 2, 1, 16)
+    q, k = (target.move(x) for x in shape.qk())
+    positions = target.move(torch.arange(5))
+
+    def call(rope: Rope) -> Any:
+        return target.rotary(q, k, positions, rope)
+
+    run = compiled(call)
+    for rope in (Rope.plain(16), Rope.plain(8), Rope.plain(16, base=5e5), shape.rope(n_hat=2)):
+        assert equal(run(rope.to(target.device)), call(rope))
+
+
+def test_errors_survive_compilation() -> None:
+    q, rope = torch.randn(1, 5, 2, 16), Rope.plain(16)
+
+    def call(q: torch.Tensor) -> Any:
+        return NATIVE.rotary(q, None, torch.arange(4), rope)
+
+    with pytest.raises(Exception, match="positions"):
+        compiled(call)(q)
+
+
+def test_inductor() -> None:
+    """The real code generator once, with a neighbour on each side that it could fuse."""
+    shape = Shape(2, 9, 2, 1, 32, dtype=torch.bfloat16)
+    rope, (q, k) = two_sets(16), shape.qk()
+    positions, lengths = positions_for(9, 7), torch.tensor([5, 5000])
+
+    def call(q: torch.Tensor, k: torch.Tensor) -> Any:
+        outs = NATIVE.rotary(
+            q.transpose(1, 2), k.transpose(1, 2), positions, rope, layout="bhsd", lengths=lengths
+        )
+        return [x.transpose(1, 2) for x in outs]
+
+    assert equal(compiled(call, "inductor")(q, k), call(q, k))

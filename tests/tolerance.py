@@ -1,0 +1,48 @@
+"""One rule for "close": twice the error that the input's dtype makes by itself.
+
+``max|out - ref64| <= 2 * max|low - ref64| + eps * max|ref64|`` and the same of root mean squares,
+with ``low`` as truth.py makes it: exact angles, everything after them rounded to the input's
+dtype. ``eps`` is one unit in the last place of that dtype; on CUDA it is at least the 1e-6 that
+the package promises for cos and sin, since the hardware's fast sine is good to 2**-21.
+"""
+
+from __future__ import annotations
+
+import torch
+from truth import Expected
+
+PROMISED = 1e-6
+
+
+def unit(out: torch.Tensor) -> float:
+    eps = torch.finfo(out.dtype).eps
+    return max(eps, PROMISED) if out.is_cuda else eps
+
+
+def assert_close(out: torch.Tensor, expected: Expected, name: str = "out") -> None:
+    """Raise with the coordinates and values of the worst element where the rule is broken."""
+    ref64, low = expected
+    assert out.shape == ref64.shape, f"{name}: shape {tuple(out.shape)}, not {tuple(ref64.shape)}"
+    assert out.dtype == low.dtype, f"{name}: dtype {out.dtype}, not {low.dtype}"
+    if out.numel() == 0:
+        return
+    eps = unit(out)
+    got = out.detach().cpu().double()
+    error, budget = (got - ref64).abs(), (low.double() - ref64).abs()
+    allowed = 2 * budget.max() + eps * ref64.abs().max()
+    worst = int(error.nan_to_num(nan=torch.inf).argmax())
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), out.shape))
+    assert error.flatten()[worst] <= allowed, (
+        f"{name}: worst element at {at} of {tuple(out.shape)}: got {got[at]:.9g}, "
+        f"expected {ref64[at]:.9g}, off by {error[at]:.3e}, allowed {allowed:.3e}; "
+        f"{int((~(error <= allowed)).sum())} of {out.numel()} elements are off by more"
+    )
+    rms, rms_allowed = _rms(error), 2 * _rms(budget) + eps * _rms(ref64)
+    assert rms <= rms_allowed, (
+        f"{name}: root mean square error {rms:.3e}, allowed {rms_allowed:.3e}; "
+        f"worst element at {at}: got {got[at]:.9g}, expected {ref64[at]:.9g}"
+    )
+
+
+def _rms(x: torch.Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
