@@ -411,10 +411,8 @@ def rotary_kernel(
     for i_group in range(i_begin, i_end):
         rows_out, _ = _rows(i_group, i_b, o_s, q_out, k_out, Q_HEADS, K_HEADS, BLOCK_H)
         rows, exists = _rows(i_group + 1, i_b, o_s, q, k, Q_HEADS, K_HEADS, BLOCK_H)
-        # The conversion is for the interpreter of Triton 3.9, which takes the loop's index, a plain
-        # int, into the mask's type.
-        is_next = (i_group + 1 < i_end).to(tl.int1)
-        mask_next = exists & in_seq[:, None, None] & is_next
+        tokens = tl.where(i_group + 1 < i_end, seq, 0)  # none after the last group
+        mask_next = exists & (o_s < tokens)[:, None, None]
         next_i, next_j = _load(rows, mask_next, PAIRS, INTERLEAVED, BLOCK_P)
         _rotate_and_store(rows_out, mask, x_i, x_j, cos, sin, PAIRS, INTERLEAVED, BLOCK_P)
         if REST > 0:
