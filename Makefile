@@ -56,7 +56,7 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp
 	$(PIP) --group test $(PINS)
 	touch $@
 
-$(VENV)/lint.stamp: $(VENV)/pins.stamp
+$(VENV)/lint.stamp: $(VENV)/demo.stamp
 	$(PIP) --group lint $(PINS)
 	touch $@
 

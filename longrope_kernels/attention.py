@@ -1,0 +1,210 @@
+"""`attention`: check, choose a backend, rotate and attend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from . import arguments, backends, ops, values
+from .masks import Mask
+from .rope import Rope, RopeTables
+from .rotary import rotated
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    factors: torch.Tensor | Sequence[float] | Rope,
+    n_hat: int | None = None,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    kv_start: torch.Tensor | None = None,
+    key_positions: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    sets: torch.Tensor | None = None,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    attention_factor: float = 1.0,
+    layout: arguments.Layout = "bshd",
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention of q and k rotated by LongRoPE; both come unrotated.
+
+    Masks go by slots, never by positions: query i of Sq against Sk keys has slot
+    ``s = i + Sk - Sq`` (the last query stands at the last key), key j has slot j.
+
+    Args:
+        q: (batch, Sq, heads, dim), or as ``layout`` says; float32, bfloat16 or float16, and
+            float64 in the reference backend. A unit last stride, any others.
+        k, v: (batch, Sk, kv_heads, dim); heads is a multiple of kv_heads.
+        positions: of the queries, (Sq,) or (batch, Sq), for packed tokens (tokens,); int32 or
+            int64.
+        factors, n_hat, base, interleaved, attention_factor: as in `apply_rotary`, or a `Rope` in
+            place of factors.
+        causal: a query sees keys with ``j <= s``.
+        softmax_scale: multiplies the scores; dim**-0.5 by default.
+        window: a query sees keys with ``s - j < window`` (not causal: ``|s - j| < window``).
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        cu_seqlens: (sequences + 1,) int32 or int64, where packed sequences begin in q, with the
+            token count last; layout "thd".
+        cu_seqlens_k: the same for k and v; ``cu_seqlens`` by default.
+        kv_start: (batch,) or (sequences,) int32 or int64; keys at slots below it are hidden (left
+            padding).
+        key_positions: like positions, of the keys; by default the positions of the queries, which
+            needs as many keys as queries.
+        lengths, sets: which factor set each sequence takes, as in `apply_rotary`.
+        layout: "bshd", "bhsd" or "thd".
+        return_lse: also return the log-sum-exp of the scores, base e.
+        backend: "reference", "composed" (our rotation, then torch's scaled_dot_product_attention),
+            or None for the fastest that can serve. A named backend runs or raises.
+
+    Returns:
+        The attention output, of the shape and dtype of q; with ``return_lse`` also the log-sum-exp,
+        float32, (batch, heads, Sq) or (heads, tokens). A query that sees no key gets 0 and -inf.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is expected.
+    """
+    arguments.check_tensor("q", q)
+    tables, interleaved = arguments.resolve_rope(
+        factors, n_hat, base, interleaved, attention_factor, q
+    )
+    rotary_dim = 2 * tables.steps.shape[-1]
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        arguments.check_heads(name, arguments.check_tensor(name, x), layout, rotary_dim)
+    arguments.check_like("k", k, "q", q, layout, free=("heads", "seq", "tokens"))
+    arguments.check_like("v", v, "k", k, layout, free=())
+    q4, k4, v4 = (arguments.as_bshd(x, layout) for x in (q, k, v))
+    (batch, queries, heads, dim), (keys, kv_heads) = q4.shape, k4.shape[1:3]
+    if heads % max(kv_heads, 1) or (heads and not kv_heads):
+        raise ValueError(f"k: expected heads that divide the {heads} of q, got {kv_heads}")
+    softmax_scale = _check_scores(softmax_scale, window, softcap, dim)
+
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+    mask = _check_mask(causal, window, kv_start, cu_seqlens, cu_seqlens_k, q4, k4, layout)
+    lengths, sets, _ = arguments.check_selection(
+        tables, q, batch, layout, lengths, sets, cu_seqlens
+    )
+    positions = arguments.check_positions("positions", positions, batch, queries, q)
+    if key_positions is not None:
+        key_positions = arguments.check_positions("key_positions", key_positions, batch, keys, q)
+    elif queries != keys or cu_seqlens_k is not cu_seqlens:
+        raise ValueError(
+            f"key_positions: expected them where keys are not those of the queries ({keys} keys, "
+            f"{queries} queries), got None"
+        )
+
+    of_scores = softcap is not None or return_lse
+    name = backends.choose_attention(backend, q.dtype == torch.float64, of_scores)
+    if name == "reference":
+        from .backends import reference
+
+        out, lse = reference.attention(
+            q4,
+            k4,
+            v4,
+            positions,
+            positions if key_positions is None else key_positions,
+            tables,
+            lengths,
+            sets,
+            interleaved,
+            mask,
+            softmax_scale,
+            softcap,
+        )
+    else:
+        from .backends import composed
+
+        q4, k4 = _rotate(q4, k4, positions, key_positions, tables, lengths, sets, interleaved, mask)
+        out, lse = composed.attend(q4, k4, v4, mask, softmax_scale), None
+    out = arguments.from_bshd(out, layout)
+    if lse is None or not return_lse:
+        return out
+    return out, lse.squeeze(0) if layout == "thd" else lse
+
+
+def _rotate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    key_positions: torch.Tensor | None,
+    tables: RopeTables,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    interleaved: bool,
+    mask: Mask,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k by the fastest rotation there is: one launch where they stand at the same places."""
+    name = backends.choose_rotary(None, q.device.type, q.dtype == torch.float64)
+    # Without a choice of sets nothing depends on where sequences begin.
+    chosen = lengths is not None or sets is not None
+    borders, borders_k = (mask.cu_seqlens, mask.cu_seqlens_k) if chosen else (None, None)
+    if key_positions is None:
+        return rotated(q, k, positions, tables, lengths, sets, borders, interleaved, name)
+    no_q, no_k = ops.no_heads(k), ops.no_heads(q)
+    q, _ = rotated(q, no_k, positions, tables, lengths, sets, borders, interleaved, name)
+    _, k = rotated(no_q, k, key_positions, tables, lengths, sets, borders_k, interleaved, name)
+    return q, k
+
+
+def _check_scores(
+    softmax_scale: float | None, window: int | None, softcap: float | None, dim: int
+) -> float:
+    """The softmax scale, once all three are what they should be."""
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
+        raise TypeError(f"window: expected a whole number of tokens or None, got {window!r}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1 token, got {window}")
+    for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}: expected a number or None, got {value!r}")
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    return dim**-0.5 if softmax_scale is None else float(softmax_scale)
+
+
+def _check_mask(
+    causal: bool,
+    window: int | None,
+    kv_start: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    layout: str,
+) -> Mask:
+    """The mask of q (B, Sq, ...) and k (B, Sk, ...), its tensors checked."""
+    sequences = q.shape[0]
+    if cu_seqlens is not None and cu_seqlens_k is not None:
+        sequences = arguments.check_borders("cu_seqlens", cu_seqlens, q, layout)
+        if arguments.check_borders("cu_seqlens_k", cu_seqlens_k, q, layout) != sequences:
+            raise ValueError(
+                f"cu_seqlens_k: expected {sequences} sequences as in cu_seqlens, "
+                f"got shape {tuple(cu_seqlens_k.shape)}"
+            )
+        values.check_borders("cu_seqlens", cu_seqlens, q.shape[1])
+        values.check_borders("cu_seqlens_k", cu_seqlens_k, k.shape[1])
+    elif cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens: expected beside cu_seqlens_k, got None")
+    if kv_start is not None:
+        arguments.check_index("kv_start", kv_start, q)
+        if tuple(kv_start.shape) != (sequences,):
+            raise ValueError(
+                f"kv_start: expected shape ({sequences},), one for each sequence, "
+                f"got {tuple(kv_start.shape)}"
+            )
+    return Mask(causal, window, kv_start, cu_seqlens, cu_seqlens_k)
