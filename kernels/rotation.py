@@ -113,5 +113,6 @@ def narrow(x, dtype: tl.constexpr):
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
-        x = bits.to(tl.float32, bitcast=True)
+        # Without the low bits: the interpreter mistakes a subnormal, 0 rounded up, for another.
+        x = (bits & -65536).to(tl.float32, bitcast=True)
     return x.to(dtype)

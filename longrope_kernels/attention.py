@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import arguments, backends, ops, values
+from . import arguments, attention_ops, backends, ops, values
 from .masks import Mask
 from .rope import Rope, RopeTables
 from .rotary import rotated
@@ -35,6 +35,7 @@ def attention(
     interleaved: bool = False,
     attention_factor: float = 1.0,
     layout: arguments.Layout = "bshd",
+    k_rotation: str | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -46,11 +47,13 @@ def attention(
     Args:
         q: (batch, Sq, heads, dim), or as ``layout`` says; float32, bfloat16 or float16, and
             float64 in the reference backend. A unit last stride, any others.
-        k, v: (batch, Sk, kv_heads, dim); heads is a multiple of kv_heads.
+        k: (batch, Sk, kv_heads, dim); heads is a multiple of kv_heads.
+        v: like k.
         positions: of the queries, (Sq,) or (batch, Sq), for packed tokens (tokens,); int32 or
             int64.
-        factors, n_hat, base, interleaved, attention_factor: as in `apply_rotary`, or a `Rope` in
-            place of factors.
+        factors: as in `apply_rotary`, or a `Rope`, which holds what ``n_hat``, ``base``,
+            ``interleaved`` and ``attention_factor`` would say.
+        n_hat: as in `apply_rotary`.
         causal: a query sees keys with ``j <= s``.
         softmax_scale: multiplies the scores; dim**-0.5 by default.
         window: a query sees keys with ``s - j < window`` (not causal: ``|s - j| < window``).
@@ -62,11 +65,19 @@ def attention(
             padding).
         key_positions: like positions, of the keys; by default the positions of the queries, which
             needs as many keys as queries.
-        lengths, sets: which factor set each sequence takes, as in `apply_rotary`.
+        lengths: (batch,) or (sequences,), the total length of each sequence, which chooses its
+            factor set, as in `apply_rotary`.
+        sets: the factor set of each sequence, int32; wins over ``lengths``.
+        base: as in `apply_rotary`.
+        interleaved: as in `apply_rotary`.
+        attention_factor: as in `apply_rotary`.
         layout: "bshd", "bhsd" or "thd".
+        k_rotation: where backend "triton" rotates k: "prepass" (once, into a scratch), "registers"
+            (in the loop over keys, for few queries), or None for its own rule.
         return_lse: also return the log-sum-exp of the scores, base e.
         backend: "reference", "composed" (our rotation, then torch's scaled_dot_product_attention),
-            or None for the fastest that can serve. A named backend runs or raises.
+            "triton" (CUDA; the rotation fused; bfloat16 and float16), or None for the first that
+            can serve in `longrope info`'s table. A named backend runs or raises.
 
     Returns:
         The attention output, of the shape and dtype of q; with ``return_lse`` also the log-sum-exp,
@@ -74,7 +85,11 @@ def attention(
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected.
+        RuntimeError: the named backend is not available.
     """
+    for name, flag in (("causal", causal), ("return_lse", return_lse)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {flag!r}")
     arguments.check_tensor("q", q)
     tables, interleaved = arguments.resolve_rope(
         factors, n_hat, base, interleaved, attention_factor, q
@@ -105,34 +120,61 @@ def attention(
             f"{queries} queries), got None"
         )
 
-    of_scores = softcap is not None or return_lse
-    name = backends.choose_attention(backend, q.dtype == torch.float64, of_scores)
+    name = _choose(backend, k_rotation, q, mask, softcap is not None or return_lse)
+    of_keys = positions
+    if key_positions is not None:
+        of_keys = key_positions
+        values.check_positions("key_positions", key_positions)
+    lse: torch.Tensor | None
     if name == "reference":
         from .backends import reference
 
-        out, lse = reference.attention(
-            q4,
-            k4,
-            v4,
-            positions,
-            positions if key_positions is None else key_positions,
-            tables,
-            lengths,
-            sets,
-            interleaved,
-            mask,
-            softmax_scale,
-            softcap,
-        )
-    else:
+        values.check_values(positions, tables.n_hat.shape[0], lengths, sets, None)
+        rope = (tables, lengths, sets, interleaved)
+        scores = (mask, softmax_scale, softcap)
+        out, lse = reference.attention(q4, k4, v4, positions, of_keys, *rope, *scores)
+    elif name == "composed":
         from .backends import composed
 
         q4, k4 = _rotate(q4, k4, positions, key_positions, tables, lengths, sets, interleaved, mask)
         out, lse = composed.attend(q4, k4, v4, mask, softmax_scale), None
+    else:
+        out, lse = attention_ops.attention(
+            q4,
+            k4,
+            v4,
+            positions,
+            of_keys,
+            *tables[1:],
+            lengths,
+            sets,
+            mask.cu_seqlens,
+            mask.cu_seqlens_k,
+            mask.kv_start,
+            interleaved,
+            causal,
+            softmax_scale,
+            window or 0,
+            softcap or 0.0,
+            k_rotation,
+            name,
+        )
     out = arguments.from_bshd(out, layout)
     if lse is None or not return_lse:
         return out
     return out, lse.squeeze(0) if layout == "thd" else lse
+
+
+def _choose(
+    backend: str | None, k_rotation: str | None, q: torch.Tensor, mask: Mask, scored: bool
+) -> str:
+    if k_rotation not in (None, "prepass", "registers"):
+        raise ValueError(f"k_rotation: expected 'prepass', 'registers' or None, got {k_rotation!r}")
+    if k_rotation is not None and backend != "triton":
+        raise ValueError(f"k_rotation: expected backend='triton' beside it, got {backend!r}")
+    masked = any(x is not None for x in (mask.window, mask.kv_start, mask.cu_seqlens))
+    asks = "scored" if scored else "masked" if masked else "plain"
+    return backends.choose_attention(backend, q.device.type, q.dtype, q.shape[-1], asks)
 
 
 def _rotate(
@@ -207,4 +249,5 @@ def _check_mask(
                 f"kv_start: expected shape ({sequences},), one for each sequence, "
                 f"got {tuple(kv_start.shape)}"
             )
+        values.check_kv_start(kv_start)
     return Mask(causal, window, kv_start, cu_seqlens, cu_seqlens_k)

@@ -52,7 +52,10 @@ def info() -> None:
 
     typer.echo("\nbackend=None takes the first of these that is ready (float64: reference)")
     for device, names in backends.ROTARY_CHOICE.items():
-        typer.echo(f"  {device:<10} {' > '.join(names)}")
+        typer.echo(f"  apply_rotary  {device:<5} {' > '.join(names)}")
+    for device, asks in backends.ATTENTION_CHOICE.items():
+        for kind, names in asks.items():
+            typer.echo(f"  attention     {device:<5} {kind:<7} {' > '.join(names)}")
 
 
 @app.command()

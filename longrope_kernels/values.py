@@ -23,12 +23,7 @@ def check_values(
     """
     if not readable(positions):
         return
-    if positions.dtype == torch.int64 and positions.numel():
-        low, high = (int(bound) for bound in positions.aminmax())
-        if low < -(2**31) or high >= 2**31:
-            raise ValueError(
-                f"positions: expected values from -2**31 to 2**31 - 1, got {low} to {high}"
-            )
+    check_positions("positions", positions)
     if lengths is not None and lengths.numel() and int(lengths.min()) < 0:
         raise ValueError(f"lengths: expected token counts from 0, got {int(lengths.min())}")
     if sets is not None and sets.numel():
@@ -37,6 +32,21 @@ def check_values(
             raise ValueError(f"sets: expected indices from 0 to {count - 1}, got {low} to {high}")
     if cu_seqlens is not None:
         check_borders("cu_seqlens", cu_seqlens, positions.shape[1])
+
+
+def check_positions(name: str, positions: torch.Tensor) -> None:
+    """Check that positions fit 32 bits, where reading is free."""
+    if positions.dtype != torch.int64 or not positions.numel() or not readable(positions):
+        return
+    low, high = (int(bound) for bound in positions.aminmax())
+    if low < -(2**31) or high >= 2**31:
+        raise ValueError(f"{name}: expected values from -2**31 to 2**31 - 1, got {low} to {high}")
+
+
+def check_kv_start(kv_start: torch.Tensor) -> None:
+    """Check that slots are not negative, where reading is free."""
+    if kv_start.numel() and readable(kv_start) and int(kv_start.min()) < 0:
+        raise ValueError(f"kv_start: expected slots from 0, got {int(kv_start.min())}")
 
 
 def check_borders(name: str, cu_seqlens: torch.Tensor, tokens: int) -> None:

@@ -12,10 +12,28 @@ import torch
 from .. import values
 
 BACKENDS = ("reference", "native", "triton")
-ATTENTION_BACKENDS = ("reference", "composed")
+ATTENTION_BACKENDS = ("reference", "composed", "triton")
 
 # Fastest first, by device type; the reference serves every device and is the only one in float64.
-ROTARY_CHOICE = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
+ROTARY_CHOICE: dict[str, tuple[str, ...]] = {
+    "cuda": ("triton", "reference"),
+    "cpu": ("native", "reference"),
+}
+
+# By device type and by what a call asks for; the reference serves the rest, and float64.
+#   plain: causal or not, at most. torch's SDPA has its fastest kernels for these.
+#   masked: also a window, left padding or packed sequences, for which SDPA takes a mask in memory.
+#   scored: also softcap or the log-sum-exp, which SDPA has not.
+ATTENTION_CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
+    "cuda": {
+        "plain": ("composed",),
+        "masked": ("triton", "composed"),
+        "scored": ("triton", "reference"),
+    },
+    "cpu": {"plain": ("composed",), "masked": ("composed",), "scored": ("reference",)},
+}
+FUSED_DTYPES = (torch.bfloat16, torch.float16)
+FUSED_HEAD_DIMS = range(16, 257)
 
 # Device types each compiled backend serves.
 _DEVICES = {"native": ("cpu",), "triton": ("cuda",)}
@@ -52,6 +70,11 @@ def choose_rotary(backend: str | None, device: str, is_float64: bool) -> str:
         raise ValueError(
             f"backend: {backend!r} does not serve float64; expected 'reference' or another dtype"
         )
+    return _named(backend, device)
+
+
+def _named(backend: str, device: str) -> str:
+    """The backend, if it is there and serves tensors on ``device``."""
     reason = missing(backend)
     if reason is not None:
         raise RuntimeError(f"backend: {backend!r} is not available: {reason}")
@@ -63,32 +86,58 @@ def choose_rotary(backend: str | None, device: str, is_float64: bool) -> str:
     return backend
 
 
-def choose_attention(backend: str | None, is_float64: bool, needs_scores: bool) -> str:
-    """The backend for attention: the named one, or the fastest that can serve.
+def choose_attention(
+    backend: str | None, device: str, dtype: torch.dtype, head_dim: int, asks: str
+) -> str:
+    """The backend for attention: the named one, or the first of `ATTENTION_CHOICE` that can serve.
 
     Args:
         backend: a name, or None to choose.
-        is_float64: whether q is float64.
-        needs_scores: softcap or the log-sum-exp, which torch's SDPA has not.
+        device: the type of the device the tensors are on.
+        dtype: of q, k and v.
+        head_dim: of q, k and v.
+        asks: "plain", "masked" or "scored", the columns of the table.
 
     Raises:
         ValueError: an unknown name, or one that does not serve this call.
+        RuntimeError: the named backend is not there; the message says how to get it.
     """
     if backend is None:
-        return "reference" if is_float64 or needs_scores else "composed"
+        if dtype == torch.float64:
+            return "reference"
+        names = ATTENTION_CHOICE.get(device, ATTENTION_CHOICE["cpu"])[asks]
+        fits = dtype in FUSED_DTYPES and head_dim in FUSED_HEAD_DIMS
+        served = (n for n in names if n != "triton" or (fits and missing(n) is None))
+        return next(served, "reference")
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(
             f"backend: expected one of {', '.join(ATTENTION_BACKENDS)} or None, got {backend!r}"
         )
-    if backend == "composed" and needs_scores:
+    if backend == "composed" and dtype == torch.float64:
+        raise ValueError("backend: 'composed' does not serve float64; expected 'reference'")
+    if backend == "composed" and asks == "scored":
         raise ValueError(
-            "backend: 'composed' serves neither softcap nor return_lse; expected 'reference'"
+            "backend: 'composed' serves neither softcap nor return_lse; expected 'reference' or "
+            "'triton'"
         )
-    return backend
+    if backend != "triton":
+        return backend
+    if dtype not in FUSED_DTYPES:
+        raise ValueError(
+            f"backend: 'triton' serves bfloat16 and float16, got {dtype}; expected 'composed' or "
+            "'reference'"
+        )
+    if head_dim not in FUSED_HEAD_DIMS:
+        raise ValueError(
+            f"backend: 'triton' serves a head_dim from 16 to 256, got {head_dim}; expected "
+            "'composed' or 'reference'"
+        )
+    return _named(backend, device)
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo (a second).
 choose_rotary._dynamo_marked_constant = True  # type: ignore[attr-defined]
+choose_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run_rotary(
@@ -126,6 +175,33 @@ def run_rotary(
         interleaved,
         conjugate,
     )
+
+
+def run_attention(*arguments: Any) -> None:
+    """`triton_attention.forward`, after checking the values; the last argument is the backend."""
+    _check_attention_values(*arguments[5:-1])
+    _module(f"{arguments[-1]}_attention").forward(*arguments[:-1])
+
+
+def run_attention_backward(*arguments: Any) -> None:
+    """`triton_attention.backward`; the last argument is the backend."""
+    _module(f"{arguments[-1]}_attention").backward(*arguments[:-1])
+
+
+def _check_attention_values(
+    positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    steps: torch.Tensor,
+    n_hat: torch.Tensor,
+    attention_factor: torch.Tensor,
+    max_length: torch.Tensor,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    *_: Any,
+) -> None:
+    values.check_values(positions, n_hat.shape[0], lengths, sets, cu_seqlens)
+    values.check_positions("key_positions", key_positions)
 
 
 def _interprets(backend: str, device: str) -> bool:

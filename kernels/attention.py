@@ -1,0 +1,454 @@
+"""FlashAttention over q and k that come unrotated: the forward pass.
+
+q is rotated in registers, once for each tile of queries. k is rotated before, into a scratch, by
+the standalone rotation ("prepass"), or in registers in the loop ("registers"). The second repeats
+the work for every tile of queries, and in float32 sends k through registers on its way to the
+matrix unit, so it pays only where few queries share a key.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_tiles import (
+    LN2,
+    Config,
+    Launch,
+    cap_scores,
+    grid_of,
+    keys_of_queries,
+    nearest,
+    score_args,
+    sequence_of_tile,
+    set_of_sequence,
+    sizes_of,
+    span,
+    tensor_args,
+    tile_of_program,
+    vector_args,
+    visible,
+    wide,
+)
+from .pieces import (
+    add_dots,
+    dot_rows,
+    load_pieces,
+    narrow_pieces,
+    rotate_pieces,
+    scale_pieces,
+    store_pieces,
+    token_rows,
+    zero_pieces,
+)
+from .rotation import narrow
+
+# Queries that read a key, at which rotating it in a pre-pass is worth the traffic of the scratch.
+PREPASS_QUERIES = 400
+
+
+# ----------------------------------------------------------------------------------------- launch
+
+# By architecture and head_dim, for "prepass" (not causal, causal) and "registers": the largest
+# tiles that compile without spills (tests/test_codegen_attention.py). Not timed on a GPU yet. 0 is
+# the interpreter: small tiles, so that small tests see several.
+_SMALL = Config(32, 32, 4, 1)
+CONFIGS = {
+    0: {256: (_SMALL, _SMALL, _SMALL)},
+    90: {
+        64: (Config(128, 128, 8, 3), Config(128, 128, 8, 3), Config(128, 64, 8, 2)),
+        96: (Config(128, 128, 8, 2), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
+        128: (Config(128, 128, 8, 2), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
+        256: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 16, 8, 2)),
+    },
+    80: {
+        64: (Config(128, 64, 4, 3), Config(128, 64, 4, 3), Config(64, 64, 4, 2)),
+        96: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
+        128: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
+        256: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+    },
+}
+
+
+def choose_config(arch: int, dim: int, causal: bool, in_registers: bool) -> Config:
+    """The tiles for a device of compute capability ``arch`` (90 for 9.0)."""
+    of_dim: tuple[Config, ...] = nearest(CONFIGS, arch, dim)
+    return of_dim[2 if in_registers else int(causal)]
+
+
+def choose_rotation(queries: int, sequences: int, groups: int) -> str:
+    """Where k is rotated: "registers" if few queries read each key, else "prepass"."""
+    few = queries * groups < PREPASS_QUERIES * max(sequences, 1)
+    return "registers" if few else "prepass"
+
+
+def plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    positions: torch.Tensor,
+    key_positions: torch.Tensor | None,
+    steps: torch.Tensor,
+    n_hat: torch.Tensor,
+    attention_factor: torch.Tensor,
+    max_length: torch.Tensor,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    interleaved: bool,
+    causal: bool,
+    softmax_scale: float,
+    window: int,
+    softcap: float,
+    arch: int,
+) -> Launch:
+    """The launch of the forward pass, for tensors that are not empty.
+
+    The arguments are those of `backends.triton_attention.forward`. key_positions None: k is already
+    rotated. arch: the compute capability, 90 for 9.0. Nothing is allocated, no tensor is read.
+    """
+    sizes = sizes_of(q, k, cu_seqlens)
+    dim, pairs = q.shape[3], steps.shape[2]
+    config = choose_config(arch, dim, causal, key_positions is not None)
+    of_kv_head = 2 * sizes.keys * dim * k.element_size()
+    programs, tiles, section = grid_of(
+        sizes.queries, sizes.heads, sizes, config.block_m, of_kv_head, sizes.groups
+    )
+    constants = {
+        "DIM": dim,
+        "PAIRS": pairs,
+        "SETS": steps.shape[0],
+        "INTERLEAVED": interleaved,
+        "CAUSAL": causal,
+        "WINDOW": window > 0,
+        "SOFTCAP": softcap > 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+    args = (
+        tensor_args(q),
+        tensor_args(k),
+        tensor_args(v),
+        tensor_args(out),
+        (lse, *lse.stride()[:2]),
+        (positions, *positions.stride()),
+        (None, 0, 0) if key_positions is None else (key_positions, *key_positions.stride()),
+        (steps, n_hat, attention_factor, max_length),
+        vector_args(lengths),
+        vector_args(sets),
+        vector_args(cu_seqlens),
+        vector_args(cu_seqlens_k),
+        vector_args(kv_start),
+        *score_args(softmax_scale, softcap),
+        min(window, sizes.queries + sizes.keys),
+        *sizes.args(),
+        tiles,
+        section,
+    )
+    return Launch(attention_kernel, (programs,), args, constants, config.warps, config.stages)
+
+
+# ----------------------------------------------------------------------------------------- kernel
+
+
+@triton.jit
+def _load_k(
+    k,
+    key_positions,
+    rope,
+    j0,
+    exist,
+    i_set,
+    DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Rotated keys j0 to j0 + BLOCK_N; key_positions: (pointer or None, stride)."""
+    o_n = tl.arange(0, BLOCK_N)
+    rows = k[0] + wide(j0) * k[1] + (o_n * k[1])[:, None]
+    pieces = load_pieces(rows, exist, PAIRS, DIM, INTERLEAVED)
+    if key_positions[0] is not None:
+        p_n = key_positions[0] + wide(j0) * key_positions[1] + o_n * key_positions[1]
+        if exist is None:
+            n = tl.load(p_n).to(tl.int64)
+        else:
+            n = tl.load(p_n[:, None], mask=exist, other=0).to(tl.int64).reshape((BLOCK_N,))
+        original, a = token_rows(n, i_set, rope[1], rope[2])
+        p_steps = rope[0] + i_set * 2 * PAIRS
+        turned = rotate_pieces(pieces, n, original, a, p_steps, PAIRS, INTERLEAVED, False)
+        pieces = narrow_pieces(turned, k[0].dtype.element_ty)
+    return pieces
+
+
+@triton.jit
+def _attend(
+    acc,
+    top,
+    total,
+    q,
+    k,
+    v,
+    key_positions,
+    rope,
+    i_set,
+    slot,
+    begin,
+    end,
+    keys,
+    first_key,
+    window,
+    scale,
+    cap,
+    DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Online softmax over the keys from begin to end. Without MASKED all queries see all of them.
+
+    acc: plain pieces (BLOCK_M, D). top, total: (BLOCK_M,), the largest score (in units of log 2)
+    and the sum of the weights relative to it.
+    """
+    o_n = tl.arange(0, BLOCK_N)
+    for j0 in range(begin, end, BLOCK_N):
+        exist = None
+        if MASKED:
+            exist = (j0 + o_n < keys)[:, None]
+        b_k = _load_k(k, key_positions, rope, j0, exist, i_set, DIM, PAIRS, INTERLEAVED, BLOCK_N)
+        s = dot_rows(q, b_k, None)
+        if MASKED or SOFTCAP:
+            s = cap_scores(s, scale, cap, SOFTCAP)
+            if MASKED:
+                j = (j0 + o_n)[None, :]
+                seen = visible(slot[:, None], j, keys, first_key, window, CAUSAL, WINDOW)
+                s = tl.where(seen, s, float("-inf"))
+            new_top = tl.maximum(top, tl.max(s, 1))
+            base = new_top
+            if MASKED:
+                # A row that has seen nothing yet must not subtract infinities.
+                base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.exp2(s - base[:, None])
+        else:
+            # One multiply-add for each score, as the scale is not negative.
+            new_top = tl.maximum(top, tl.max(s, 1) * scale)
+            base = new_top
+            p = tl.exp2(s * scale - base[:, None])
+        alpha = tl.exp2(top - base)
+        total = total * alpha + tl.sum(p, 1)
+        rows = v[0] + wide(j0) * v[1] + (o_n * v[1])[:, None]
+        b_v = load_pieces(rows, exist, 0, DIM, False)
+        p = narrow(p, v[0].dtype.element_ty)
+        acc = add_dots(scale_pieces(acc, alpha[:, None]), p, b_v)
+        top = new_top
+    return acc, top, total
+
+
+# Sizes that change from call to call must not compile a kernel each.
+@triton.jit(
+    do_not_specialize=[
+        "scale",
+        "cap",
+        "window",
+        "queries",
+        "keys",
+        "heads",
+        "groups",
+        "sequences",
+        "search_step",
+        "tiles",
+        "section",
+    ]
+)
+def attention_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    positions,
+    key_positions,
+    rope,
+    lengths,
+    sets,
+    cu,
+    cu_k,
+    kv_start,
+    scale,
+    cap,
+    window,
+    queries,
+    keys,
+    heads,
+    groups,
+    sequences,
+    search_step,
+    tiles,
+    section,
+    DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SETS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attention of BLOCK_M queries of one head to all keys they see.
+
+    q, out: (pointer, batch stride, token stride, head stride) of (B, queries, heads, DIM), k, v of
+    (B, keys, heads / groups, DIM), all of one 16-bit dtype with a last stride of 1. lse: (pointer,
+    batch stride, head stride) of (B, heads, queries) float32. positions, key_positions: (pointer,
+    batch stride, token stride) of (B, queries) and (B, keys), int32 or int64; key_positions
+    (None, 0, 0): k is rotated. rope: steps (SETS, 2, PAIRS), n_hat, attention_factor, max_length.
+    lengths, sets, kv_start: (pointer or None, stride) of (sequences,); cu, cu_k: of
+    (sequences + 1,). scale, cap: see `cap_scores`. search_step: the largest power of two below
+    ``sequences``. tiles, section: see `tile_of_program`.
+    """
+    i_tile, i_bh = tile_of_program(tiles, section, tl.num_programs(0) // tiles)
+    i_b = i_bh // heads
+    i_h = i_bh % heads
+    i_sequence = i_b
+    if cu[0] is not None:
+        i_sequence, i_tile = sequence_of_tile(i_tile, cu, sequences, search_step, BLOCK_M)
+    begin_q, queries = span(i_sequence, cu, queries)
+    begin_k, keys = span(i_sequence, cu_k, keys)
+    i_set = set_of_sequence(i_sequence, lengths, sets, rope[3], SETS)
+
+    i_b = i_b.to(tl.int64)
+    i_h = i_h.to(tl.int64)
+    i_hk = i_h // groups
+    m0 = i_tile * BLOCK_M
+    o_m = m0 + tl.arange(0, BLOCK_M)
+    in_q = o_m < queries
+    row_q = begin_q + o_m
+
+    p_n = positions[0] + i_b * positions[1] + row_q * positions[2]
+    n = tl.load(p_n, mask=in_q, other=0).to(tl.int64)
+    original, a = token_rows(n, i_set, rope[1], rope[2])
+    rows = q[0] + i_b * q[1] + i_h * q[3] + (row_q * q[2])[:, None]
+    b_q = load_pieces(rows, in_q[:, None], PAIRS, DIM, INTERLEAVED)
+    p_steps = rope[0] + i_set * 2 * PAIRS
+    b_q = rotate_pieces(b_q, n, original, a, p_steps, PAIRS, INTERLEAVED, False)
+    b_q = narrow_pieces(b_q, q[0].dtype.element_ty)
+
+    shift = keys - queries
+    first_key = 0
+    if kv_start[0] is not None:
+        first_key = tl.load(kv_start[0] + i_sequence * kv_start[1]).to(tl.int32)
+    low, all_low, all_high, high = keys_of_queries(
+        m0, queries, keys, first_key, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    )
+
+    of_head_k = (k[0] + i_b * k[1] + begin_k * k[2] + i_hk * k[3], k[2])
+    of_head_v = (v[0] + i_b * v[1] + begin_k * v[2] + i_hk * v[3], v[2])
+    n_k = (None, 0)
+    if key_positions[0] is not None:
+        n_k = (
+            key_positions[0] + i_b * key_positions[1] + begin_k * key_positions[2],
+            key_positions[2],
+        )
+    slot = o_m + shift
+    acc = zero_pieces(BLOCK_M, 0, DIM, False)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if WINDOW or kv_start[0] is not None:
+        acc, top, total = _attend(
+            acc,
+            top,
+            total,
+            b_q,
+            of_head_k,
+            of_head_v,
+            n_k,
+            rope,
+            i_set,
+            slot,
+            low,
+            all_low,
+            keys,
+            first_key,
+            window,
+            scale,
+            cap,
+            DIM,
+            PAIRS,
+            INTERLEAVED,
+            CAUSAL,
+            WINDOW,
+            SOFTCAP,
+            True,
+            BLOCK_N,
+        )
+    acc, top, total = _attend(
+        acc,
+        top,
+        total,
+        b_q,
+        of_head_k,
+        of_head_v,
+        n_k,
+        rope,
+        i_set,
+        slot,
+        all_low,
+        all_high,
+        keys,
+        first_key,
+        window,
+        scale,
+        cap,
+        DIM,
+        PAIRS,
+        INTERLEAVED,
+        CAUSAL,
+        WINDOW,
+        SOFTCAP,
+        False,
+        BLOCK_N,
+    )
+    acc, top, total = _attend(
+        acc,
+        top,
+        total,
+        b_q,
+        of_head_k,
+        of_head_v,
+        n_k,
+        rope,
+        i_set,
+        slot,
+        all_high,
+        high,
+        keys,
+        first_key,
+        window,
+        scale,
+        cap,
+        DIM,
+        PAIRS,
+        INTERLEAVED,
+        CAUSAL,
+        WINDOW,
+        SOFTCAP,
+        True,
+        BLOCK_N,
+    )
+
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    acc = scale_pieces(acc, (1.0 / total)[:, None])
+    rows = out[0] + i_b * out[1] + i_h * out[3] + (row_q * out[2])[:, None]
+    store_pieces(rows, in_q[:, None], acc, 0, DIM, False)
+    p_lse = lse[0] + i_b * lse[1] + i_h * lse[2] + row_q
+    tl.store(p_lse, (top + tl.log2(total)) * LN2, mask=in_q)

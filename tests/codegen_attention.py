@@ -1,0 +1,245 @@
+"""Compile the attention kernels for GPUs that are not there, and read what came out.
+
+    python tests/codegen_attention.py              one JSON object a kernel, as a list
+    python tests/codegen_attention.py --markdown   a table
+
+As codegen.py does it: the launches come from the functions that the backend uses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import triton
+from codegen import CUOBJDUMP, INSTRUCTION
+from triton._utils import find_paths_if, get_iterable_path
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import native_specialize_impl
+
+from longrope_kernels.kernels import attention, attention_backward
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel of a call: 32 heads of q, 8 of k, a sequence of 8192 tokens."""
+
+    dim: int
+    arch: int = 90
+    kernel: str = "prepass"
+    causal: bool = True
+    pairs: int = 0
+    interleaved: bool = False
+    window: int = 0
+    softcap: float = 0.0
+    packed: bool = False
+    dtype: str = "bfloat16"
+
+    def launch(self) -> Any:
+        """The launch of this kernel, for tensors without memory."""
+        seq, pairs = 8192, self.pairs or self.dim // 2
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        def heads(count: int) -> torch.Tensor:
+            return empty(1, seq, count, self.dim, dtype=getattr(torch, self.dtype))
+
+        def rotated(count: int) -> torch.Tensor:
+            return heads(count).view(1, count, seq, self.dim).transpose(1, 2)
+
+        q, k, v, out = heads(32), heads(8), heads(8), heads(32)
+        positions = empty(seq).expand(1, seq)
+        tables = (empty(2, 2, pairs), empty(2), empty(2, dtype=torch.float64), empty(2))
+        cu = empty(9, dtype=torch.int32) if self.packed else None
+        rest = (
+            *tables,
+            empty(8 if self.packed else 1),
+            None,
+            cu,
+            cu,
+            None,
+            self.interleaved,
+            self.causal,
+            self.dim**-0.5,
+            self.window,
+            self.softcap,
+            self.arch,
+        )
+        lse = empty(1, 32, seq, dtype=torch.float32)
+        if self.kernel == "prepass":
+            return attention.plan(q, rotated(8), v, out, lse, positions, None, *rest)
+        if self.kernel == "registers":
+            return attention.plan(q, k, v, out, lse, positions, positions, *rest)
+        delta = torch.empty_like(lse)
+        if self.kernel == "delta":
+            return attention_backward.plan_delta(out, None, out, lse, delta)
+        gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        launches = attention_backward.plan(
+            out,
+            rotated(32),
+            rotated(8),
+            v,
+            lse,
+            delta,
+            *gradients,
+            positions,
+            positions,
+            *rest,
+        )
+        names = ("dk_dv", "dq") if len(launches) == 2 else ("dk", "dv", "dq")
+        return dict(zip(names, launches, strict=True))[self.kernel]
+
+
+DIMS = (64, 80, 96, 128, 256)
+# Beside the plain call, for head_dim 128.
+VARIANTS = {
+    "prepass": (
+        {"interleaved": True},
+        {"pairs": 48},
+        {"window": 1024},
+        {"softcap": 50.0},
+        {"packed": True},
+        {"dtype": "float16", "causal": False},
+    ),
+    "registers": ({"interleaved": True}, {"window": 1024}, {"packed": True}),
+    "dk": ({"softcap": 50.0}, {"packed": True}),
+    "dv": ({"softcap": 50.0}, {"packed": True}),
+    "dq": ({"softcap": 50.0}, {"packed": True}),
+}
+
+
+def cases() -> Iterator[Case]:
+    """Every head_dim for each architecture; the other variants for head_dim 128."""
+    for arch, dim in itertools.product((80, 90), DIMS):
+        configs = attention_backward.choose_configs(arch, dim, 0.0)
+        kernels = ["prepass", "registers", "dq", *(("dk", "dv") if configs.dv else ("dk_dv",))]
+        for kernel in kernels:
+            yield Case(dim, arch, kernel)
+            if dim == 128:
+                yield from (Case(dim, arch, kernel, **variant) for variant in VARIANTS[kernel])
+            elif kernel == "prepass":
+                yield Case(dim, arch, kernel, causal=False)
+        yield Case(dim, arch, "delta")
+
+
+def source(launch: Any, target: GPUTarget) -> ASTSource:
+    """What Triton's launcher would compile for these arguments."""
+    kernel, backend = launch.kernel, make_backend(target)
+    values = [
+        *launch.args,
+        *(launch.constants[name] for name in kernel.arg_names[len(launch.args) :]),
+    ]
+    types, hints = [], []
+    for parameter, value in zip(kernel.params, values, strict=True):
+        if parameter.is_constexpr:
+            kind, hint = "constexpr", None
+        else:
+            specialize = not parameter.do_not_specialize
+            kind, hint = native_specialize_impl(type(backend), value, False, specialize, specialize)
+        types.append(kind)
+        hints.append(hint)
+    constants = find_paths_if(types, lambda _, kind: kind == "constexpr")
+    hinted = find_paths_if(hints, lambda _, hint: isinstance(hint, str))
+    return ASTSource(
+        kernel,
+        dict(zip(kernel.arg_names, types, strict=True)),
+        {path: get_iterable_path(values, path) for path in constants},
+        {path: backend.parse_attr(get_iterable_path(hints, path)) for path in hinted},
+    )
+
+
+def tile_loop(dump: str) -> list[str]:
+    """The instructions of one tile: of the shortest loop with matrix instructions."""
+    lines = []
+    for line in dump.splitlines():
+        place, name = re.search(r"/\*([0-9a-f]{4,})\*/", line), INSTRUCTION.search(line)
+        if place and name and name[1] != "NOP":
+            branch = re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", line)
+            lines.append((int(place[1], 16), name[1], int(branch[1], 16) if branch else None))
+    loops = [
+        [name for place, name, _ in lines if target <= place <= end]
+        for end, _, target in lines
+        if target is not None and target < end
+    ]
+    return min((x for x in loops if any("MMA" in name for name in x)), key=len, default=[])
+
+
+def compile_case(case: Case, folder: Path) -> dict[str, Any]:
+    """Compile and count."""
+    launch = case.launch()
+    target = GPUTarget("cuda", case.arch, 32)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    compiled = triton.compile(source(launch, target), target=target, options=options)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [CUOBJDUMP, "-sass", "-res-usage", cubin]
+    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counts = Counter(INSTRUCTION.findall(dump))
+    del counts["NOP"]
+    tile = tile_loop(dump)
+
+    def number(*names: str) -> int:
+        return sum(count for name, count in counts.items() if name.split(".")[0] in names)
+
+    return {
+        **asdict(case),
+        "tile": [launch.constants["BLOCK_M"], launch.constants.get("BLOCK_N", 0)],
+        "warps": launch.warps,
+        "stages": launch.stages,
+        "registers": int(re.search(r"REG:(\d+)", dump)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", dump)[1]),
+        "shared": compiled.metadata.shared,
+        "local": number("LDL", "STL"),
+        "instructions": counts.total(),
+        "hgmma": number("HGMMA"),
+        "hmma": number("HMMA"),
+        "tile_instructions": len(tile),
+        "tile_matrix": sum("MMA" in name for name in tile),
+        "tile_mufu": sum(name.startswith("MUFU") for name in tile),
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    names = ("registers", "shared", "instructions", "local")
+    of_tile = ("tile_instructions", "tile_matrix", "tile_mufu")
+    head = ("sm", "kernel", "head_dim", "variant", "tile", "warps", "stages", *names, *of_tile)
+    lines = [" | ".join(head).replace("_", " "), " | ".join("---" for _ in head)]
+    for row in rows:
+        variant = [] if row["causal"] else ["not causal"]
+        variant += [name for name in ("interleaved", "window", "softcap", "packed") if row[name]]
+        variant += [f"{2 * row['pairs']} rotated"] if row["pairs"] else []
+        variant += ["float16"] if row["dtype"] == "float16" else []
+        cells = (
+            *(row["arch"], row["kernel"], row["dim"], ", ".join(variant)),
+            *(" x ".join(map(str, row["tile"])), row["warps"], row["stages"]),
+            *(row[name] for name in (*names, *of_tile)),
+        )
+        lines.append(" | ".join(map(str, cells)))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        rows = [compile_case(case, Path(folder)) for case in cases()]
+    print(markdown(rows) if "--markdown" in sys.argv[1:] else json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The ops of fused attention as torch.library, autograd and the choice of backends see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CUDA, two_sets
+
+from longrope_kernels import attention, attention_ops, backends
+
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def op_arguments(packed: bool, **change: Any) -> tuple[Any, ...]:
+    """Canonical arguments of the op: 2 rows of 5 tokens, or 2 packed sequences of 3 and 7."""
+    shape = (1, 10) if packed else (2, 5)
+    q, k, v = (torch.randn(*shape, h, 16, device=DEVICE).bfloat16() for h in (4, 2, 2))
+    positions = torch.arange(shape[1], device=DEVICE).expand(shape)
+    cu_seqlens = torch.tensor([0, 3, 10], device=DEVICE) if packed else None
+    rest = {
+        "lengths": torch.tensor([5, 5000], device=DEVICE),
+        "sets": None,
+        "cu_seqlens": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "kv_start": None if packed else torch.tensor([0, 1], device=DEVICE),
+        "interleaved": False,
+        "causal": True,
+        "softmax_scale": 0.25,
+        "window": 3,
+        "softcap": 0.0,
+        "k_rotation": None,
+        "backend": "triton",
+    }
+    tables = two_sets(8).tables(q.device)[1:]
+    return (q, k, v, positions, positions, *tables, *(rest | change).values())
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+def test_opcheck_forward(packed: bool, gradient: bool) -> None:
+    arguments = op_arguments(packed)
+    if gradient:
+        for x in arguments[:3]:
+            x.requires_grad_()
+    torch.library.opcheck(attention_ops.attention, arguments)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_opcheck_backward(packed: bool) -> None:
+    arguments = op_arguments(packed)
+    out, lse = attention_ops.attention(*arguments)
+    gradients = torch.randn_like(out), torch.randn_like(lse)
+    torch.library.opcheck(
+        attention_ops.attention_backward, (*gradients, *arguments[:3], out, lse, *arguments[3:])
+    )
+
+
+def test_a_second_backward_is_refused() -> None:
+    arguments = op_arguments(False)
+    q = arguments[0].requires_grad_()
+    out, _ = attention_ops.attention(*arguments)
+    (dq,) = torch.autograd.grad(out.float().square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.float().sum().backward()
+
+
+def test_only_the_lse_has_a_gradient() -> None:
+    arguments = op_arguments(False)
+    q = arguments[0].requires_grad_()
+    _, lse = attention_ops.attention(*arguments)
+    (dq,) = torch.autograd.grad(lse[lse.isfinite()].sum(), q)
+    assert dq.isfinite().all()
+    assert dq.abs().max() > 0
+
+
+@pytest.mark.parametrize("k_rotation", ["prepass", "registers"])
+def test_rotations_of_k_agree(k_rotation: str) -> None:
+    arguments = op_arguments(False)
+    named = op_arguments(False, k_rotation=k_rotation)
+    out, lse = attention_ops.attention(*arguments)
+    same, same_lse = attention_ops.attention(*arguments[:3], *named[3:])
+    torch.testing.assert_close(same, out, rtol=0, atol=2**-7)
+    torch.testing.assert_close(same_lse, lse, rtol=0, atol=1e-2)
+
+
+CHOICES = [
+    ("cpu", torch.float32, "plain", "composed"),
+    ("cpu", torch.bfloat16, "masked", "composed"),
+    ("cpu", torch.bfloat16, "scored", "reference"),
+    ("cpu", torch.float64, "plain", "reference"),
+    ("cuda", torch.bfloat16, "plain", "composed"),
+    ("cuda", torch.bfloat16, "masked", "triton"),
+    ("cuda", torch.float16, "scored", "triton"),
+    ("cuda", torch.float32, "masked", "composed"),
+    ("cuda", torch.float32, "scored", "reference"),
+    ("xpu", torch.bfloat16, "scored", "reference"),
+]
+
+
+@pytest.mark.parametrize(("device", "dtype", "asks", "name"), CHOICES)
+def test_choice(device: str, dtype: torch.dtype, asks: str, name: str) -> None:
+    assert backends.choose_attention(None, device, dtype, 128, asks) == name
+
+
+def test_choice_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        backends, "missing", lambda name: "not installed" if name == "triton" else None
+    )
+    choose = backends.choose_attention
+    assert choose(None, "cuda", torch.bfloat16, 128, "masked") == "composed"
+    with pytest.raises(RuntimeError, match=r"^backend: 'triton' is not available: not installed"):
+        choose("triton", "cuda", torch.bfloat16, 128, "plain")
+
+
+def test_compiled_attention_equals_eager() -> None:
+    q, k, v = (torch.randn(2, 7, h, 32, device=DEVICE).half() for h in (2, 1, 1))
+    rope, positions = two_sets(16).to(DEVICE), torch.arange(7, device=DEVICE)
+    lengths = torch.tensor([7, 4097], device=DEVICE)
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return attention(
+            q,
+            k,
+            v,
+            positions,
+            rope,
+            lengths=lengths,
+            return_lse=True,
+            softcap=9.0,
+            backend="triton",
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (call, compiled):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = run(*inputs)
+        gradients = torch.autograd.grad(out.float().square().sum() + lse.sum(), inputs)
+        results.append((out, lse, *gradients))
+    for eager, traced in zip(*results, strict=True):
+        assert torch.equal(eager, traced)
