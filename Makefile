@@ -17,7 +17,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
 
 test: $(VENV)/test.stamp test-newest-triton
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses auto --dist worksteal
 
 # The kernels with the newest Triton there is, beside the pinned one.
 test-newest-triton: $(VENV)/test.stamp $(VENV)/newest-triton.stamp

@@ -81,7 +81,8 @@ def attention(
 
     Returns:
         The attention output, of the shape and dtype of q; with ``return_lse`` also the log-sum-exp,
-        float32, (batch, heads, Sq) or (heads, tokens). A query that sees no key gets 0 and -inf.
+        (batch, heads, Sq) or (heads, tokens), float32 (float64 for float64). A query that sees no
+        key gets 0 and -inf.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected.
@@ -132,12 +133,14 @@ def attention(
         values.check_values(positions, tables.n_hat.shape[0], lengths, sets, None)
         rope = (tables, lengths, sets, interleaved)
         scores = (mask, softmax_scale, softcap)
-        out, lse = reference.attention(q4, k4, v4, positions, of_keys, *rope, *scores)
+        with torch.autocast(q.device.type, enabled=False):  # q, k and v keep their dtype
+            out, lse = reference.attention(q4, k4, v4, positions, of_keys, *rope, *scores)
     elif name == "composed":
         from .backends import composed
 
         q4, k4 = _rotate(q4, k4, positions, key_positions, tables, lengths, sets, interleaved, mask)
-        out, lse = composed.attend(q4, k4, v4, mask, softmax_scale), None
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = composed.attend(q4, k4, v4, mask, softmax_scale), None
     else:
         out, lse = attention_ops.attention(
             q4,

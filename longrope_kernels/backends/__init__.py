@@ -122,6 +122,7 @@ def choose_attention(
         )
     if backend != "triton":
         return backend
+    _named(backend, device)
     if dtype not in FUSED_DTYPES:
         raise ValueError(
             f"backend: 'triton' serves bfloat16 and float16, got {dtype}; expected 'composed' or "
@@ -132,7 +133,7 @@ def choose_attention(
             f"backend: 'triton' serves a head_dim from 16 to 256, got {head_dim}; expected "
             "'composed' or 'reference'"
         )
-    return _named(backend, device)
+    return backend
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo (a second).

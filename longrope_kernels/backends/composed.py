@@ -48,7 +48,7 @@ def _dense(
             return _sdpa(q, k, v, softmax_scale)
         if queries == keys:
             return _sdpa(q, k, v, softmax_scale, is_causal=True)
-        if queries < keys:
+        if queries < keys and not torch.compiler.is_compiling():  # a graph break
             return _sdpa(q, k, v, softmax_scale, attn_mask=causal_lower_right(queries, keys))
     return _masked(q, k, v, mask, softmax_scale)
 
@@ -68,8 +68,8 @@ def _sdpa(
     attn_mask: torch.Tensor | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    if k.shape[2] == 0:  # nothing to see; torch gives NaN
-        return q * 0
+    if k.shape[2] == 0:  # nothing to see; torch gives NaN. The empty sums keep the gradients.
+        return torch.zeros_like(q) + (q[..., :0].sum() + k.sum() + v.sum())
     return F.scaled_dot_product_attention(
         q,
         k,

@@ -1,0 +1,455 @@
+"""The truth of `attention`: plain loops in float64 over sequences and heads, masks slot by slot.
+
+`Call` holds the arguments of one call. ``truth`` is the formula, which autograd follows; ``low``
+the same in the steps of a fused kernel: exact angles; cos, sin, rotated q and k, probabilities,
+gradients of scores and the output rounded to the input's dtype; sums in float32, in any order.
+`Case` makes such arguments, `BACKENDS` says who is asked for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import truth
+from cases import CUDA, DTYPE_NAMES, Shape, Target, positions_for, two_sets
+from tolerance import assert_close
+
+from longrope_kernels import Rope, attention
+
+bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+Pair = tuple[torch.Tensor, torch.Tensor]
+# Float32 sums of as many tilings as it takes for few elements to show what rounding does.
+ORDERS = range(4)
+
+
+@dataclass(frozen=True)
+class Backend(Target):
+    """A backend, the dtypes it takes (its usual one first), whether it has softcap and lse."""
+
+    dtypes: tuple[torch.dtype, ...] = (fp32,)
+    of_scores: bool = True
+    k_rotation: str | None = None
+    smallest_dim: int = 1
+
+    def __str__(self) -> str:
+        return super().__str__() + (f"-{self.k_rotation}" if self.k_rotation else "")
+
+    def attend(self, *args: Any, **kwargs: Any) -> Any:
+        """`attention` on this backend, every tensor moved to the device first."""
+        return attention(
+            *(self.move(a) for a in args),
+            **{name: self.move(a) for name, a in kwargs.items()},
+            backend=self.backend,
+            k_rotation=self.k_rotation,
+        )
+
+    def nearest(self, case: Case) -> Case:
+        """The case in a dtype and with a head_dim that the backend serves."""
+        dtype = case.dtype if case.dtype in self.dtypes else self.dtypes[0]
+        return replace(case, dtype=dtype, dim=max(case.dim, self.smallest_dim))
+
+
+REFERENCE = Backend("reference", "cpu", (fp32, bf16, fp16, fp64))
+COMPOSED = Backend("composed", "cpu", (fp32, bf16, fp16), of_scores=False)
+# Without a GPU the interpreter runs the same kernels on CPU tensors.
+PREPASS, REGISTERS = (
+    Backend("triton", "cuda" if CUDA else "cpu", (bf16, fp16), k_rotation=name, smallest_dim=16)
+    for name in ("prepass", "registers")
+)
+BACKENDS = [REFERENCE, COMPOSED, PREPASS, REGISTERS]
+
+every_forward = pytest.mark.parametrize("backend", BACKENDS, ids=str)
+forwards_of_scores = pytest.mark.parametrize(
+    "backend", [b for b in BACKENDS if b.of_scores], ids=str
+)
+# Where k is rotated changes the forward pass alone, and one way stands for both elsewhere.
+ONE_WAY = [b for b in BACKENDS if b is not REGISTERS]
+every_backend = pytest.mark.parametrize("backend", ONE_WAY, ids=str)
+backends_of_scores = pytest.mark.parametrize(
+    "backend", [b for b in ONE_WAY if b.of_scores], ids=str
+)
+
+
+class Attended(NamedTuple):
+    out: truth.Expected
+    lse: truth.Expected
+
+
+class Sequence(NamedTuple):
+    """Where one sequence lies in q and k, and which keys each of its queries sees."""
+
+    row: int
+    q: slice
+    k: slice
+    mask: torch.Tensor  # (Sq, Sk) bool
+
+
+def visible(queries: int, keys: int, causal: bool, window: int | None, start: int) -> torch.Tensor:
+    """The slot rule: (queries, keys) bool."""
+    slot = torch.arange(queries)[:, None] + keys - queries
+    j = torch.arange(keys)
+    seen = (j >= start).expand(queries, keys)
+    if causal:
+        seen = seen & (j <= slot)
+    if window is not None:
+        distance = slot - j if causal else (slot - j).abs()
+        seen = seen & (distance < window)
+    return seen
+
+
+def _bshd(x: torch.Tensor, layout: str) -> torch.Tensor:
+    return x[None] if layout == "thd" else x.transpose(1, 2) if layout == "bhsd" else x
+
+
+def _from_bshd(x: torch.Tensor, layout: str) -> torch.Tensor:
+    return x.squeeze(0) if layout == "thd" else x.transpose(1, 2) if layout == "bhsd" else x
+
+
+class Call:
+    """The arguments of one call of `attention`, on the CPU."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        rope: Rope,
+        *,
+        key_positions: torch.Tensor | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float | None = None,
+        softmax_scale: float | None = None,
+        kv_start: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens_k: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        sets: torch.Tensor | None = None,
+        layout: str = "bshd",
+        return_lse: bool = False,
+    ) -> None:
+        self.tensors = tuple(x.detach().cpu() for x in (q, k, v))
+        self.layout, self.softcap, self.interleaved = layout, softcap, rope.interleaved
+        self.scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        self.dtype = q.dtype
+        self.sums = fp64 if q.dtype == fp64 else fp32
+        batch, queries, self.heads, _ = _bshd(q, layout).shape
+        keys, kv_heads = _bshd(k, layout).shape[1:3]
+        self.group = self.heads // max(kv_heads, 1)
+
+        cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        key_positions = positions if key_positions is None else key_positions
+        self.turns: list[Pair] = []
+        for at, seq, borders in (
+            (positions, queries, cu_seqlens),
+            (key_positions, keys, cu_seqlens_k),
+        ):
+            at = (at[None] if at.dim() == 1 else at).expand(batch, seq)
+            of_token = truth.token_sets(rope, batch, seq, lengths, sets, borders)
+            self.turns.append(truth.cos_sin(rope, at, of_token))
+
+        if cu_seqlens is None:
+            spans = [(b, slice(0, queries), slice(0, keys)) for b in range(batch)]
+        else:
+            borders, borders_k = cu_seqlens.tolist(), cu_seqlens_k.tolist()
+            spans = [
+                (0, slice(borders[n], borders[n + 1]), slice(borders_k[n], borders_k[n + 1]))
+                for n in range(len(borders) - 1)
+            ]
+        starts = [0] * len(spans) if kv_start is None else kv_start.tolist()
+        self.sequences = [
+            Sequence(
+                row, sq, sk, visible(sq.stop - sq.start, sk.stop - sk.start, causal, window, start)
+            )
+            for (row, sq, sk), start in zip(spans, starts, strict=True)
+        ]
+
+    def _rotated(self, q: torch.Tensor, k: torch.Tensor) -> Pair:
+        q, k = (
+            truth.rotate(x, *turn, self.interleaved)
+            for x, turn in zip((q, k), self.turns, strict=True)
+        )
+        return q, k
+
+    def _capped(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def _layout(self, out: torch.Tensor, lse: torch.Tensor) -> Pair:
+        return _from_bshd(out, self.layout), lse[0] if self.layout == "thd" else lse
+
+    def truth(self, *tensors: torch.Tensor) -> Pair:
+        """out and lse of q, k and v in float64 (by default this call's), as autograd follows."""
+        q, k, v = (_bshd(x.double(), self.layout) for x in tensors or self.tensors)
+        out = torch.zeros_like(q)
+        lse = torch.full((q.shape[0], self.heads, q.shape[1]), -torch.inf, dtype=fp64)
+        q, k = self._rotated(q, k)
+        for row, at, of_k, mask in self.sequences:
+            alive = mask.any(-1)
+            rows = torch.arange(at.start, at.stop)[alive]
+            for h in range(self.heads):
+                keys, values = (x[row, of_k, h // self.group] for x in (k, v))
+                scores = self._capped(self.scale * (q[row, rows, h] @ keys.T))
+                scores = scores.masked_fill(~mask[alive], -torch.inf)
+                out[row, rows, h] = torch.softmax(scores, -1) @ values
+                lse[row, h, rows] = torch.logsumexp(scores, -1)
+        return self._layout(out, lse)
+
+    def truth_grads(
+        self, grad_out: torch.Tensor, grad_lse: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        leaves = [x.double().requires_grad_() for x in self.tensors]
+        out, lse = self.truth(*leaves)
+        total = sum(x.sum() for x in leaves) * 0 + (out * grad_out.cpu().double()).sum()
+        if grad_lse is not None:
+            alive = lse > -torch.inf
+            total = total + (lse[alive] * grad_lse.cpu().double()[alive]).sum()
+        return torch.autograd.grad(total, leaves)
+
+    def _scores(self, q: torch.Tensor, k: torch.Tensor, order: int) -> torch.Tensor:
+        """In one of two tilings: the scale after the product, or before it."""
+        if order % 2:
+            return self._capped(_product(self.scale * q, k, order))
+        return self._capped(self.scale * _product(q, k, order))
+
+    def _low(
+        self, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, order: int
+    ) -> tuple[torch.Tensor, ...]:
+        """out and lse, or dq, dk and dv where an incoming gradient is given."""
+
+        def rounded(x: torch.Tensor) -> torch.Tensor:
+            return x.to(self.dtype).to(self.sums)
+
+        q, k, v = (_bshd(x, self.layout) for x in self.tensors)
+        q, k = (x.to(self.sums) for x in self._rotated(q, k))
+        out, dq, dk, dv = (torch.zeros_like(x, dtype=self.sums) for x in (q, q, k, v))
+        lse = torch.full((q.shape[0], self.heads, q.shape[1]), -torch.inf, dtype=self.sums)
+        d_out = out if grad_out is None else _bshd(grad_out.cpu(), self.layout).to(self.sums)
+        d_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.cpu().view_as(lse)
+        group_of = torch.arange(self.heads) // self.group
+        for row, at, of_k, mask in self.sequences:
+            if not mask.any():
+                continue
+            dead = ~mask.any(-1)[:, None]
+            # (heads, tokens, dim) each
+            x, d_o = (t[row, at].transpose(0, 1) for t in (q, d_out))
+            y, z = (t[row, of_k][:, group_of].transpose(0, 1).to(self.sums) for t in (k, v))
+            scores = self._scores(x, y, order).masked_fill(~mask, -torch.inf)
+            top = scores.amax(-1, keepdim=True).masked_fill(dead, 0.0)
+            p = torch.exp(scores - top)
+            total = p.sum(-1, keepdim=True)
+            stored = top + torch.log(total)
+            lse[row, :, at] = stored[..., 0]
+            o = rounded(_product(rounded(p), z.mT, order) / total.masked_fill(dead, 1.0))
+            out[row, at] = o.transpose(0, 1)
+            if grad_out is None:
+                continue
+
+            # The backward makes the probabilities again, in another tiling.
+            scores = self._scores(x, y, order + 1)
+            hidden = scores.masked_fill(~mask, -torch.inf)
+            p = torch.exp(hidden - stored.masked_fill(dead, 0.0))
+            delta = _product(d_o[..., None, :], o[..., None, :], order + 1)[..., 0]
+            delta = delta - d_lse[row, :, at, None].to(self.sums)
+            ds = p * (_product(d_o, z, order) - delta)
+            if self.softcap is not None:
+                ds = ds * (1 - (scores / self.softcap) ** 2)
+            ds = rounded(ds)
+            dq[row, at] = self.scale * _product(ds, y.mT, order).transpose(0, 1)
+            dk[row, of_k] = self.scale * self._grouped(_product(ds.mT, x.mT, order))
+            dv[row, of_k] = self._grouped(_product(rounded(p).mT, d_o.mT, order))
+        if grad_out is None:
+            return self._layout(out.to(self.dtype), lse)
+        dq, dk, dv = (x.to(self.dtype) for x in (dq, dk, dv))
+        dq, dk = (
+            truth.rotate(x, cos, -sin, self.interleaved)
+            for x, (cos, sin) in zip((dq, dk), self.turns, strict=True)
+        )
+        return tuple(_from_bshd(x, self.layout) for x in (dq, dk, dv))
+
+    def _grouped(self, x: torch.Tensor) -> torch.Tensor:
+        """(heads, Sk, dim) summed over the heads of a group: (Sk, kv_heads, dim)."""
+        return x.unflatten(0, (-1, self.group)).sum(1).transpose(0, 1)
+
+    def expected(self) -> Attended:
+        """What `attention` must return."""
+        lows = [self._low(None, None, order) for order in ORDERS]
+        return Attended(*map(_worst, self.truth(), *lows))
+
+    def expected_grads(
+        self, grad_out: torch.Tensor, grad_lse: torch.Tensor | None = None
+    ) -> list[truth.Expected]:
+        """What the backward of `attention` must make of these gradients: dq, dk, dv."""
+        lows = [self._low(grad_out, grad_lse, order) for order in ORDERS]
+        return list(map(_worst, self.truth_grads(grad_out, grad_lse), *lows))
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, order: int) -> torch.Tensor:
+    """``a @ b.mT``, summed in one of many orders; 0 is the order in memory."""
+    if order == 0:
+        return a @ b.mT
+    shuffled = torch.randperm(a.shape[-1], generator=torch.Generator().manual_seed(order))
+    return a[..., shuffled] @ b[..., shuffled].mT
+
+
+def _worst(ref64: torch.Tensor, *lows: torch.Tensor) -> truth.Expected:
+    """A kernel may sum in any order: element by element, that of all which errs most."""
+    errors = torch.stack([(low.double() - ref64).abs().nan_to_num(0.0) for low in lows])
+    most = errors.argmax(0, keepdim=True)
+    return truth.Expected(ref64, torch.stack(lows).gather(0, most)[0])
+
+
+def assert_lse_close(lse: torch.Tensor, expected: truth.Expected) -> None:
+    """-inf exactly where no key is seen, close everywhere else."""
+    seen = expected.ref64 > -torch.inf
+    assert lse.shape == seen.shape
+    assert torch.equal(lse.detach().cpu() == -torch.inf, ~seen)
+    values = (lse.detach().cpu()[seen], *(x[seen] for x in expected))
+    assert_close(values[0], truth.Expected(*values[1:]), "lse")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call by numbers. ``keys`` 0: as many as queries; ``pairs`` 0: all of ``dim``.
+
+    ``counts`` (and ``counts_k``, else the same) pack sequences into ``layout`` "thd", in place of
+    batch, queries and keys. ``lengths`` or ``sets``, one for each sequence, take `two_sets`.
+    """
+
+    batch: int = 2
+    queries: int = 19
+    keys: int = 0
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 32
+    pairs: int = 0
+    layout: str = "bshd"
+    dtype: torch.dtype = fp32
+    interleaved: bool = False
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    kv_start: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    counts_k: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    sets: tuple[int, ...] = ()
+    n_hat: int = 128
+    attention_factor: float = 1.19
+    return_lse: bool = False
+
+    def __str__(self) -> str:
+        sizes = f"B{self.batch}-T{self.queries}" + (f"x{self.keys}" if self.keys else "")
+        if self.counts:
+            sizes = "T" + "+".join(map(str, self.counts))
+            sizes += "x" + "+".join(map(str, self.counts_k)) if self.counts_k else ""
+        parts = [sizes, f"H{self.heads}.{self.kv_heads}", f"D{self.dim}"]
+        parts += [f"P{self.pairs}"] if self.pairs else []
+        parts += [self.layout, DTYPE_NAMES[self.dtype]]
+        parts += [name for name in ("interleaved", "return_lse") if getattr(self, name)]
+        parts += [] if self.causal else ["full"]
+        for name in ("window", "softcap", "scale", "kv_start", "lengths", "sets"):
+            value = getattr(self, name)
+            if value not in (None, ()):
+                shown = "+".join(map(str, value)) if isinstance(value, tuple) else value
+                parts.append(f"{name}{shown}")
+        return "-".join(parts)
+
+    @property
+    def of_scores(self) -> bool:
+        return self.softcap is not None or self.return_lse
+
+    def rope(self) -> Rope:
+        if self.lengths or self.sets:
+            return two_sets(self.pairs or self.dim // 2, interleaved=self.interleaved)
+        shape = Shape(1, 1, 1, 1, self.dim, self.pairs, interleaved=self.interleaved)
+        return shape.rope(self.n_hat, self.attention_factor)
+
+    def tokens(self) -> tuple[int, int]:
+        """How many queries and keys a row holds."""
+        if self.counts:
+            return sum(self.counts), sum(self.counts_k or self.counts)
+        return self.queries, self.keys or self.queries
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Normal q, k and v, made in the dtype that the kernel gets."""
+        queries, keys = self.tokens()
+        batch = 1 if self.layout == "thd" else self.batch
+        sizes = ((queries, self.heads), (keys, self.kv_heads), (keys, self.kv_heads))
+        made = []
+        for seq, heads in sizes:
+            x = torch.randn(batch, seq, heads, self.dim).to(self.dtype)
+            made.append(_from_bshd(x, self.layout).contiguous())
+        return made
+
+    def arguments(self) -> dict[str, Any]:
+        """All of `attention` but q, k, v and backend; no defaults. Positions are in no order."""
+        queries, keys = self.tokens()
+        positions = positions_for(queries + keys, self.n_hat or 128)
+        made: dict[str, Any] = {"positions": positions[:queries], "layout": self.layout}
+        if self.keys or self.counts_k:
+            made["key_positions"] = positions[-keys:] if keys else positions[:0]
+        for name, counts in (("cu_seqlens", self.counts), ("cu_seqlens_k", self.counts_k)):
+            if counts:
+                made[name] = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).int()
+        for name in ("kv_start", "lengths", "sets"):
+            if getattr(self, name):
+                made[name] = torch.tensor(getattr(self, name), dtype=torch.int32)
+        for name in ("window", "softcap"):
+            if getattr(self, name) is not None:
+                made[name] = getattr(self, name)
+        if self.scale is not None:
+            made["softmax_scale"] = self.scale
+        if not self.causal:
+            made["causal"] = False
+        return made
+
+
+def every_case(cases: list[Case]) -> pytest.MarkDecorator:
+    """``backend`` and ``case``: each case on each backend that serves it, in a dtype it takes."""
+    pairs: dict[str, Any] = {}
+    for backend in BACKENDS:
+        for case in cases:
+            if case.of_scores <= backend.of_scores:
+                served = backend.nearest(case)
+                pairs[f"{backend}-{served}"] = (backend, served)
+    params = [pytest.param(*pair, id=name) for name, pair in pairs.items()]
+    return pytest.mark.parametrize(("backend", "case"), params)
+
+
+def check(backend: Backend, case: Case, tensors: list[torch.Tensor] | None = None) -> torch.Tensor:
+    """Attend and compare; nothing given may change, nothing returned may be memory of it."""
+    tensors, arguments = tensors or case.tensors(), case.arguments()
+    positions = arguments.pop("positions")
+    moved, before = [backend.move(x) for x in tensors], [x.clone() for x in tensors]
+    args = (*moved, positions, case.rope())
+    outs = backend.attend(*args, **arguments, return_lse=case.return_lse)
+    expected = Call(*tensors, positions, case.rope(), **arguments).expected()
+    out, lse = outs if case.return_lse else (outs, None)
+    assert_close(out, expected.out)
+    if lse is not None:
+        assert_lse_close(lse, expected.lse)
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(moved, before, strict=True))
+    memory = {x.untyped_storage().data_ptr() for x in moved if x.numel()}
+    assert out.untyped_storage().data_ptr() not in memory or not out.numel()
+    return out
+
+
+def check_grads(backend: Backend, case: Case) -> tuple[torch.Tensor, ...]:
+    """dq, dk and dv against the truth for random incoming gradients, of lse too if returned."""
+    tensors, arguments = case.tensors(), case.arguments()
+    positions = arguments.pop("positions")
+    leaves = [backend.move(x.clone()).requires_grad_() for x in tensors]
+    rope = case.rope()
+    outs = backend.attend(*leaves, positions, rope, **arguments, return_lse=case.return_lse)
+    outs = list(outs) if case.return_lse else [outs]
+    grads_out = [torch.randn(x.shape).to(x.dtype) for x in outs]
+    grads = torch.autograd.grad(outs, leaves, [backend.move(g) for g in grads_out])
+    expected = Call(*tensors, positions, rope, **arguments).expected_grads(*grads_out)
+    for name, grad, wanted in zip("qkv", grads, expected, strict=True):
+        assert_close(grad, wanted, f"grad of {name}")
+    return grads

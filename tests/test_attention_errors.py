@@ -1,0 +1,329 @@
+"""Bad input to `attention`: the argument by name, what came and what is expected.
+
+Everything `apply_rotary` refuses is refused alike; the cases for q, k, positions, factors, numbers
+and selections are its own.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from attention_truth import BACKENDS, Backend, Case, bf16, every_backend, fp16, fp32, fp64
+from cases import factors, two_sets
+from test_errors import (
+    FACTORS,
+    NUMBERS,
+    POSITIONS,
+    QK,
+    SELECTION,
+    Arguments,
+    Bad,
+    by_id,
+    replace,
+    several,
+)
+
+from longrope_kernels import FactorSet, Rope, attention, backends
+
+NAN, INF = float("nan"), float("inf")
+# Another number of keys is no mistake here, as long as key_positions come with it.
+ROTARY = [bad for bad in [*QK, *POSITIONS, *FACTORS, *NUMBERS, *SELECTION] if bad.id != "k-seq"]
+
+
+def keys(**values: object) -> Arguments:
+    """7 keys for the 5 queries."""
+    more = {"k": torch.randn(2, 7, 2, 16), "v": torch.randn(2, 7, 2, 16)}
+    return {**more, "key_positions": torch.arange(7), **values}
+
+
+def packed(**values: object) -> Arguments:
+    """Two packed sequences of 2 and 3 queries, 3 and 4 keys."""
+    return {
+        "q": torch.randn(5, 4, 16),
+        "k": torch.randn(7, 2, 16),
+        "v": torch.randn(7, 2, 16),
+        "layout": "thd",
+        "key_positions": torch.arange(7),
+        "cu_seqlens": torch.tensor([0, 2, 5]),
+        "cu_seqlens_k": torch.tensor([0, 3, 7]),
+        **values,
+    }
+
+
+def bad(id: str, names: str, error: type[Exception], says: str = "", **values: object) -> Bad:
+    """``says``: what the message must hold, split at "|"."""
+    return Bad(id, names, error, replace(**values), tuple(says.split("|")) if says else ())
+
+
+def meta(*sizes: int) -> torch.Tensor:
+    return torch.zeros(sizes, device="meta")
+
+
+TENSORS = [
+    bad("list", "v", TypeError, "list|tensor", v=[1.0]),
+    bad("none", "v", TypeError, "NoneType|tensor", v=None),
+    bad("none", "k", TypeError, "NoneType|tensor", k=None),
+    bad("rank", "v", ValueError, "(2, 5, 32)|batch, seq, heads, dim", v=torch.randn(2, 5, 32)),
+    bad("dtype", "v", TypeError, "float16|float32", v=torch.randn(2, 5, 2, 16).half()),
+    bad("int", "v", TypeError, "int64|float32", v=torch.ones(2, 5, 2, 16).long()),
+    bad("device", "v", ValueError, "meta|device of", v=meta(2, 5, 2, 16)),
+    bad("batch", "v", ValueError, "(3, 5, 2, 16)|batch 2", v=torch.randn(3, 5, 2, 16)),
+    bad("seq", "v", ValueError, "(2, 6, 2, 16)|seq 5", v=torch.randn(2, 6, 2, 16)),
+    bad("heads", "v", ValueError, "(2, 5, 4, 16)|heads 2", v=torch.randn(2, 5, 4, 16)),
+    bad("dim", "v", ValueError, "(2, 5, 2, 32)|dim 16", v=torch.randn(2, 5, 2, 32)),
+    bad("stride", "v", ValueError, "unit stride|contiguous", v=torch.randn(2, 5, 2, 32)[..., ::2]),
+    bad("thd", "v", ValueError, "(6, 2, 16)|tokens 7", **packed(v=torch.randn(6, 2, 16))),
+    *(
+        bad(f"heads-{n}", "k", ValueError, f"4|{n}", k=x, v=x)
+        for n, x in ((n, torch.randn(2, 5, n, 16)) for n in (3, 8, 0))
+    ),
+]
+SCORES = [
+    bad("zero", "window", ValueError, "0|at least 1", window=0),
+    bad("negative", "window", ValueError, "-3|at least 1", window=-3),
+    bad("float", "window", TypeError, "2.0", window=2.0),
+    bad("bool", "window", TypeError, "True", window=True),
+    bad("pair", "window", TypeError, "(3, 3)", window=(3, 3)),
+    *(
+        bad(str(value), name, error, str(value), **{name: value})
+        for name in ("softcap", "softmax_scale")
+        for value, error in (
+            (0.0, ValueError),
+            (-1.0, ValueError),
+            (NAN, ValueError),
+            (INF, ValueError),
+            ("1", TypeError),
+            (True, TypeError),
+        )
+    ),
+    bad("number", "causal", TypeError, "1|bool", causal=1),
+    bad("string", "causal", TypeError, "no|bool", causal="no"),
+    bad("string", "return_lse", TypeError, "no|bool", return_lse="no"),
+    bad("unknown", "k_rotation", ValueError, "loop|registers|prepass", k_rotation="loop"),
+    bad("number", "k_rotation", ValueError, "1|registers|prepass", k_rotation=1),
+    bad("unknown", "backend", ValueError, "cudnn|reference|composed", backend="cudnn"),
+    bad("number", "backend", ValueError, "3|reference", backend=3),
+]
+KEYS = [
+    bad("none", "key_positions", ValueError, "7|5|None", **keys(key_positions=None)),
+    bad("list", "key_positions", TypeError, "list", **keys(key_positions=[0] * 7)),
+    bad("float", "key_positions", TypeError, "float32|int64", **keys(key_positions=torch.rand(7))),
+    bad("short", "key_positions", ValueError, "(5,)|(7,)", **keys(key_positions=torch.arange(5))),
+    bad(
+        "batch",
+        "key_positions",
+        ValueError,
+        "(3, 7)|(2, 7)",
+        **keys(key_positions=torch.zeros(3, 7).long()),
+    ),
+    bad("device", "key_positions", ValueError, "meta", **keys(key_positions=meta(7).long())),
+    bad(
+        "high",
+        "key_positions",
+        ValueError,
+        f"{2**31}|2**31 - 1",
+        **keys(key_positions=torch.arange(2**31 - 6, 2**31 + 1)),
+    ),
+    bad("queries", "positions", ValueError, "(7,)|(5,)", **keys(positions=torch.arange(7))),
+    bad(
+        "other-borders",
+        "key_positions",
+        ValueError,
+        "None",
+        **packed(
+            k=torch.randn(5, 2, 16),
+            v=torch.randn(5, 2, 16),
+            key_positions=None,
+            cu_seqlens_k=torch.tensor([0, 3, 5]),
+        ),
+    ),
+]
+PADDING = [
+    bad("list", "kv_start", TypeError, "list", kv_start=[0, 1]),
+    bad("float", "kv_start", TypeError, "float32|int64", kv_start=torch.rand(2)),
+    bad("shape", "kv_start", ValueError, "(3,)|(2,)", kv_start=torch.zeros(3).int()),
+    bad("2d", "kv_start", ValueError, "(1, 2)|(2,)", kv_start=torch.zeros(1, 2).int()),
+    bad("device", "kv_start", ValueError, "meta", kv_start=meta(2).int()),
+    bad("packed", "kv_start", ValueError, "(1,)|(2,)", **packed(kv_start=torch.zeros(1).int())),
+    bad("negative", "kv_start", ValueError, "-1", kv_start=torch.tensor([0, -1])),
+]
+
+
+def borders(name: str, tokens: int) -> list[Bad]:
+    """What neither cu_seqlens nor cu_seqlens_k may be."""
+    last = {"cu_seqlens": [2, 5], "cu_seqlens_k": [3, 7]}[name]
+    assert last[-1] == tokens
+
+    def given(*values: int) -> Arguments:
+        return packed(**{name: torch.tensor(values)})
+
+    return [
+        bad("end", name, ValueError, f"{tokens}|{tokens - 1}", **given(0, 2, tokens - 1)),
+        bad("past", name, ValueError, f"{tokens}|{tokens + 1}", **given(0, 2, tokens + 1)),
+        bad("start", name, ValueError, "[1, 2", **given(1, 2, tokens)),
+        bad("negative", name, ValueError, "-2", **given(0, -2, tokens)),
+        bad("descending", name, ValueError, "ascending", **given(0, tokens + 2, tokens)),
+        bad("float", name, TypeError, "float32|int64", **packed(**{name: torch.rand(3)})),
+        bad("list", name, TypeError, "list", **packed(**{name: [0, *last]})),
+        bad("2d", name, ValueError, "(1, 3)|+ 1", **packed(**{name: torch.zeros(1, 3).int()})),
+        bad("none", name, ValueError, "(0,)|+ 1", **packed(**{name: torch.zeros(0).int()})),
+        bad("device", name, ValueError, "meta", **packed(**{name: meta(3).int()})),
+    ]
+
+
+BORDERS = [
+    *borders("cu_seqlens", 5),
+    *borders("cu_seqlens_k", 7),
+    bad("layout", "cu_seqlens", ValueError, "thd", cu_seqlens=torch.tensor([0, 2, 5])),
+    bad("alone", "cu_seqlens", ValueError, "cu_seqlens_k|None", **packed(cu_seqlens=None)),
+    bad(
+        "count",
+        "cu_seqlens_k",
+        ValueError,
+        "2|(4,)",
+        **packed(cu_seqlens_k=torch.tensor([0, 1, 3, 7])),
+    ),
+    bad(
+        "count-descending",
+        "cu_seqlens",
+        ValueError,
+        "ascending",
+        **packed(cu_seqlens=torch.tensor([0, 4, 2, 5]), cu_seqlens_k=torch.tensor([0, 1, 3, 7])),
+    ),
+]
+SETS = [
+    Bad("packed", "lengths", ValueError, several(**packed()), ("sets", "2 factor sets", "(2,)")),
+    Bad(
+        "packed-shape",
+        "lengths",
+        ValueError,
+        several(**packed(lengths=torch.tensor([1, 2, 3]))),
+        ("(3,)", "(2,)"),
+    ),
+    Bad(
+        "packed-high",
+        "sets",
+        ValueError,
+        several(**packed(sets=torch.tensor([0, 2]).int())),
+        ("2", "0 to 1"),
+    ),
+]
+
+
+def good(backend: Backend) -> Arguments:
+    return {
+        "q": torch.randn(2, 5, 4, 16),
+        "k": torch.randn(2, 5, 2, 16),
+        "v": torch.randn(2, 5, 2, 16),
+        "positions": torch.arange(5),
+        "factors": Rope(FactorSet(factors(8))),
+        "backend": backend.backend,
+    }
+
+
+def assert_refused(backend: Backend, wrong: Bad) -> None:
+    arguments = good(backend)
+    changed = wrong.change(arguments) or {}
+    if changed.get("layout") == "thd" and "k" in changed and "v" not in changed:
+        changed = {**changed, "v": changed["k"]}
+    arguments.update(changed)
+    tensors = {name: arguments[name] for name in "qkv"}
+    if all(
+        isinstance(x, torch.Tensor) and x.dtype == fp32 and x.stride(-1) == 1
+        for x in tensors.values()
+    ):
+        arguments.update({name: x.to(backend.dtypes[0]) for name, x in tensors.items()})
+    moved = {
+        name: x if isinstance(x, torch.Tensor) and x.is_meta else backend.move(x)
+        for name, x in arguments.items()
+    }
+    with pytest.raises(wrong.error) as raised:
+        attention(**moved)
+    message = str(raised.value)
+    assert re.search(rf"(?<!\w){wrong.names}(?!\w)", message), message
+    for said in wrong.says:
+        assert said in message, f"{said!r} is not in: {message}"
+
+
+@pytest.mark.parametrize("wrong", by_id(ROTARY))
+@every_backend
+def test_what_apply_rotary_refuses(
+    backend: Backend, wrong: Bad, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGROPE_CHECK", "1")  # changes nothing on the host
+    assert_refused(backend, wrong)
+
+
+@pytest.mark.parametrize("wrong", by_id([*TENSORS, *SCORES, *KEYS, *PADDING, *BORDERS, *SETS]))
+@every_backend
+def test_bad_input(backend: Backend, wrong: Bad, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGROPE_CHECK", "1")
+    assert_refused(backend, wrong)
+
+
+@every_backend
+def test_good_input_is_taken(backend: Backend) -> None:
+    """What the bad cases are made from raises nothing."""
+    for more in ({}, keys(), packed(), packed(factors=two_sets(8), lengths=torch.tensor([1, 9]))):
+        arguments = {n: backend.move(x) for n, x in {**good(backend), **more}.items()}
+        for name in "qkv":
+            arguments[name] = arguments[name].to(backend.dtypes[0])
+        assert attention(**arguments).shape == arguments["q"].shape
+
+
+@pytest.mark.parametrize("scores", [{"softcap": 2.0}, {"return_lse": True}], ids=str)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if not b.of_scores], ids=str)
+def test_what_a_named_backend_lacks_is_said(backend: Backend, scores: Arguments) -> None:
+    """The message names the feature's argument and a backend that serves it."""
+    (name,) = scores
+    with pytest.raises(ValueError, match=rf"backend.*{backend}.*reference") as raised:
+        attention(**{**good(backend), **scores})
+    assert name in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if not b.k_rotation], ids=str)
+def test_k_rotation_is_for_the_fused_kernel(backend: Backend) -> None:
+    for name in ("registers", "prepass"):
+        with pytest.raises(ValueError, match=r"k_rotation.*triton"):
+            attention(**good(backend), k_rotation=name)
+
+
+@pytest.mark.parametrize("dtype", [fp64, fp32, bf16, fp16], ids=str)
+@every_backend
+def test_dtypes_a_named_backend_lacks_are_said(backend: Backend, dtype: torch.dtype) -> None:
+    tensors = {name: good(backend)[name].to(dtype) for name in "qkv"}
+    if dtype in backend.dtypes:
+        assert attention(**{**good(backend), **tensors}).dtype == dtype
+        return
+    with pytest.raises(ValueError, match=rf"backend.*{str(dtype)[6:]}.*reference"):
+        attention(**{**good(backend), **tensors})
+
+
+@pytest.mark.parametrize("name", ["sets", "cu_seqlens", "lengths", "kv_start"])
+@every_backend
+def test_one_set_still_checks_shapes_and_dtypes(backend: Backend, name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        attention(**{**good(backend), name: torch.rand(2)})
+
+
+def test_a_backend_that_is_not_there_raises_and_never_falls_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends, "missing", lambda name: f"{name} needs a frobnicator")
+    for backend in BACKENDS:
+        if backend.backend in ("reference", "composed"):
+            continue
+        with pytest.raises(RuntimeError, match=f"backend.*{backend.backend}.*frobnicator"):
+            attention(**good(backend))
+
+
+def test_positional_arguments_of_the_documentation() -> None:
+    """Six positional arguments, the rest by keyword."""
+    case = Case(1, 3, dim=16)
+    tensors = case.tensors()
+    attention(*tensors, torch.arange(3), (1.0,) * 8, 0, causal=False)
+    attention(*tensors, torch.arange(3), Rope.plain(16))
+    with pytest.raises(TypeError):
+        attention(*tensors, torch.arange(3), Rope.plain(16), None, True)
