@@ -16,8 +16,9 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt longrope_kernels/_version
 demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
 
+# One process a core, so one thread each; what threads do is tested in processes of its own.
 test: $(VENV)/test.stamp test-newest-triton
-	$(BIN)/python -m pytest tests --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
 
 # The kernels with the newest Triton there is, beside the pinned one.
 test-newest-triton: $(VENV)/test.stamp $(VENV)/newest-triton.stamp
