@@ -264,3 +264,12 @@ def test_the_interpreter_needs_no_device(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backend.missing() is None
     assert backend.interpreting()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_zeros_stay_zeros(dtype: torch.dtype) -> None:
+    """The interpreter's conversion once made 1e-38 of a bfloat16 zero."""
+    x = torch.zeros(1, 3, 2, 16, dtype=dtype, device=DEVICE)
+    rope = Rope((FactorSet((1.5,) * 8),))
+    out, _ = rotate(x, x[:, :, :0], rope, torch.arange(3, device=DEVICE)[None])
+    assert not out.any()
