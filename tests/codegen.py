@@ -121,13 +121,12 @@ def cases() -> Iterator[Case]:
         yield replace(llama, select=select)
 
 
-def source(launch: rotary.Launch, target: GPUTarget) -> ASTSource:
+def source(
+    kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], target: GPUTarget
+) -> ASTSource:
     """What Triton's launcher would compile for these arguments."""
-    kernel, backend = rotary.rotary_kernel, make_backend(target)
-    values = [
-        *launch.args,
-        *(launch.constants[name] for name in kernel.arg_names[len(launch.args) :]),
-    ]
+    backend = make_backend(target)
+    values = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
     types, hints = [], []
     for parameter, value in zip(kernel.params, values, strict=True):
         if parameter.is_constexpr:
@@ -137,12 +136,12 @@ def source(launch: rotary.Launch, target: GPUTarget) -> ASTSource:
             kind, hint = native_specialize_impl(type(backend), value, False, specialize, specialize)
         types.append(kind)
         hints.append(hint)
-    constants = find_paths_if(types, lambda _, kind: kind == "constexpr")
+    constexprs = find_paths_if(types, lambda _, kind: kind == "constexpr")
     hinted = find_paths_if(hints, lambda _, hint: isinstance(hint, str))
     return ASTSource(
         kernel,
         dict(zip(kernel.arg_names, types, strict=True)),
-        {path: get_iterable_path(values, path) for path in constants},
+        {path: get_iterable_path(values, path) for path in constexprs},
         {path: backend.parse_attr(get_iterable_path(hints, path)) for path in hinted},
     )
 
@@ -165,7 +164,9 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
     launch = case.launch()
     target = GPUTarget("cuda", case.arch, 32)
     compiled = triton.compile(
-        source(launch, target), target=target, options={"num_warps": launch.warps}
+        source(rotary.rotary_kernel, launch.args, launch.constants, target),
+        target=target,
+        options={"num_warps": launch.warps},
     )
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])

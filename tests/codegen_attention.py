@@ -26,11 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
-from codegen import CUOBJDUMP, INSTRUCTION
-from triton._utils import find_paths_if, get_iterable_path
+from codegen import CUOBJDUMP, INSTRUCTION, source
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import native_specialize_impl
 
 from longrope_kernels.kernels import attention, attention_backward
 
@@ -138,32 +135,6 @@ def cases() -> Iterator[Case]:
         yield Case(dim, arch, "delta")
 
 
-def source(launch: Any, target: GPUTarget) -> ASTSource:
-    """What Triton's launcher would compile for these arguments."""
-    kernel, backend = launch.kernel, make_backend(target)
-    values = [
-        *launch.args,
-        *(launch.constants[name] for name in kernel.arg_names[len(launch.args) :]),
-    ]
-    types, hints = [], []
-    for parameter, value in zip(kernel.params, values, strict=True):
-        if parameter.is_constexpr:
-            kind, hint = "constexpr", None
-        else:
-            specialize = not parameter.do_not_specialize
-            kind, hint = native_specialize_impl(type(backend), value, False, specialize, specialize)
-        types.append(kind)
-        hints.append(hint)
-    constants = find_paths_if(types, lambda _, kind: kind == "constexpr")
-    hinted = find_paths_if(hints, lambda _, hint: isinstance(hint, str))
-    return ASTSource(
-        kernel,
-        dict(zip(kernel.arg_names, types, strict=True)),
-        {path: get_iterable_path(values, path) for path in constants},
-        {path: backend.parse_attr(get_iterable_path(hints, path)) for path in hinted},
-    )
-
-
 def tile_loop(dump: str) -> list[str]:
     """The instructions of one tile: of the shortest loop with matrix instructions."""
     lines = []
@@ -185,7 +156,8 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
     launch = case.launch()
     target = GPUTarget("cuda", case.arch, 32)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    compiled = triton.compile(source(launch, target), target=target, options=options)
+    text = source(launch.kernel, launch.args, launch.constants, target)
+    compiled = triton.compile(text, target=target, options=options)
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     command = [CUOBJDUMP, "-sass", "-res-usage", cubin]
