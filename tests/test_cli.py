@@ -59,8 +59,6 @@ def test_the_command_line_imports_no_optional_package():
 
 @pytest.mark.slow
 def test_quick_demo_agrees_and_writes_its_files(tmp_path):
-    for package in ("transformers", "matplotlib", "tqdm"):
-        pytest.importorskip(package)
     result = run("demo", "--quick", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "the same tokens with and without the kernels" in result.stdout
@@ -83,8 +81,6 @@ def test_quick_demo_agrees_and_writes_its_files(tmp_path):
 
 
 def test_a_variant_that_did_not_run_says_why():
-    pytest.importorskip("transformers")
-    pytest.importorskip("matplotlib")
     from longrope_kernels.demo.report import times_text
 
     rows = [

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 Row = dict[str, Any]

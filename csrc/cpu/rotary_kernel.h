@@ -24,12 +24,12 @@ constexpr int64_t kBlock = 16;  // tokens; 16 * 64 pairs * 2 floats = 8 KiB of c
 
 inline int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 
-// Finds the factor set of tokens visited in ascending order.
+// Finds the factor set of a token.
 class SetOfToken {
  public:
   explicit SetOfToken(const RotaryArguments& a) : a_(a) {}
 
-  int64_t operator()(int64_t batch, int64_t token) {
+  int64_t operator()(int64_t batch, int64_t token) const {
     if (a_.lengths == nullptr && a_.chosen_sets == nullptr) return 0;
     int64_t sequence = batch;
     if (a_.cu_seqlens != nullptr) {
@@ -147,7 +147,7 @@ void rotary_of(const RotaryArguments& a) {
     std::vector<float> table(static_cast<size_t>(2 * kBlock * row));
     float* cos = table.data();
     float* sin = cos + kBlock * row;
-    SetOfToken set_of_token(a);
+    const SetOfToken set_of_token(a);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t batch = block / blocks_of_sequence;
