@@ -1,0 +1,191 @@
+"""Every measured number that README and docs show, made from the files under reports/.
+
+    python tests/figures.py --write   puts the tables in again
+
+A table stands between ``<!-- figures: NAME -->`` and ``<!-- end -->``. Numbers in sentences are
+listed as the sentence with the numbers left out. test_figures.py holds the pages to both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+CPU = "reports/cpu-2-cores/2026-11-22"
+
+
+@cache
+def read(path: str) -> Any:
+    """A JSON file under reports/."""
+    return json.loads((ROOT / path).read_text("utf-8"))
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
+    lines.insert(1, "|" + "---|" * len(head))
+    return "\n".join(lines).replace("|  |", "| |")
+
+
+# ---------------------------------------------------------------------------------------- rotation
+
+
+@cache
+def rotary_rows() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """(direction, dtype, name) to the benchmark of 4096 tokens."""
+    return {
+        (
+            benchmark["params"]["direction"],
+            benchmark["group"].split(", ")[-1],
+            benchmark["params"]["name"],
+        ): benchmark
+        for benchmark in read(f"{CPU}/benchmarks.json")["benchmarks"]
+    }
+
+
+def ms(direction: str, dtype: str, name: str) -> str:
+    return f"{1e3 * rotary_rows()[direction, dtype, name]['stats']['median']:.1f}"
+
+
+def of_copy(direction: str, dtype: str, name: str = "native") -> str:
+    return f"{rotary_rows()[direction, dtype, name]['extra_info']['copy_fraction']:.2f}"
+
+
+def of_eager(direction: str, dtype: str, name: str = "native") -> str:
+    info = rotary_rows()[direction, dtype, name]["extra_info"]
+    return f"{info['speedup_over_transformers_eager']:.1f}x"
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+def angle_errors() -> str:
+    positions = (4095, 131071, 1048575, 2097151)
+    errors = {(e["method"], e["position"]): e for e in read(f"{CPU}/demo.json")["errors"]}
+    rows = [
+        [title, *(f"{errors[method, n]['angle_error']:.1e}" for n in positions)]
+        for title, method in (("transformers", "transformers"), ("`native`", "native"))
+    ]
+    return markdown(["angle error (rad) up to position", *(f"{n:,}" for n in positions)], rows)
+
+
+def rotary_short() -> str:
+    names = ("transformers eager", "transformers torch.compile", "clone", "native")
+    head = ["forward, ms", "transformers eager", "torch.compile of it"]
+    head += ["a `clone` of q and k", "`native`", "`native`, in place", "`copy_`"]
+    rows = [
+        [
+            dtype,
+            *(ms("forward", dtype, name) for name in names),
+            *(ms("in place", dtype, name) for name in ("native", "copy_")),
+        ]
+        for dtype in DTYPES
+    ]
+    return markdown(head, rows)
+
+
+def rotary_forward() -> str:
+    names = ("transformers eager", "transformers torch.compile", "clone", "native")
+    rows = [
+        [
+            f"{direction}, {dtype}",
+            *(ms(direction, dtype, name) for name in names),
+            of_eager(direction, dtype),
+            of_copy(direction, dtype),
+        ]
+        for direction in ("forward", "backward")
+        for dtype in DTYPES
+    ]
+    head = ["", "eager", "torch.compile", "`clone`", "`native`", "of eager", "of `clone`"]
+    return markdown(head, rows)
+
+
+def rotary_inplace() -> str:
+    rows = [
+        [
+            dtype,
+            *(ms("in place", dtype, name) for name in ("copy_", "native")),
+            of_eager("in place", dtype),
+            of_copy("in place", dtype),
+        ]
+        for dtype in DTYPES
+    ]
+    return markdown(
+        ["in place", "`copy_`", "`native`", "of eager (its forward)", "of `copy_`"], rows
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "angle-errors": angle_errors,
+    "rotary-short": rotary_short,
+    "rotary-forward": rotary_forward,
+    "rotary-inplace": rotary_inplace,
+}
+
+
+# --------------------------------------------------------------------------------------- sentences
+
+
+def sentences() -> Iterator[tuple[str, str]]:
+    """(page, text) of every sentence with measured numbers outside the tables."""
+    pages = read(f"{CPU}/huge_pages.json")
+    low, high = (
+        [f"{edge(pages[dtype]['without']):.1f}" for dtype in DTYPES] for edge in (min, max)
+    )
+    ratios = [
+        clone / without
+        for dtype in DTYPES
+        for clone, without in zip(pages[dtype]["clone"], pages[dtype]["without"], strict=True)
+    ]
+    yield (
+        "docs/performance.md",
+        f"take {low[0]} to {high[0]} ms in float32 and {low[1]} to {high[1]} in bfloat16 "
+        "(`huge_pages.json` beside that file), "
+        f"{min(ratios):.2f} to {max(ratios):.2f} of `clone`",
+    )
+    times = {
+        row["variant"]: f"{row['ms']:.2f}"
+        for row in read(f"{CPU}/demo.json")["times"]["rows"]
+        if row["dtype"] == "bfloat16"
+    }
+    yield (
+        "docs/performance.md",
+        f"`clone` took {times['clone']} ms, `native` {times['native']} and `native` in place "
+        f"{times['native, in place']} (`demo.json` beside that file)",
+    )
+    for line in (ROOT / "reports/codegen/rotary.md").read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[:7] == ["Llama-3 8B", "32/8", "128", "128", "bfloat16", "half, forward", "90"]:
+            yield (
+                "docs/performance.md",
+                f"the half pairing takes {cells[8]} registers and {cells[9]} instructions",
+            )
+
+
+# ------------------------------------------------------------------------------------------- pages
+
+BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n\n)(.*?)(\n\n<!-- end -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> None:
+    for page in pages():
+        text = page.read_text("utf-8")
+        new = BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + m[4], text)
+        if new == text:
+            continue
+        print(page.relative_to(ROOT))
+        if "--write" in sys.argv[1:]:
+            page.write_text(new, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
