@@ -5,6 +5,7 @@ Shapes, dtypes and devices are checked here, always; values in values.py, where 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
@@ -254,12 +255,7 @@ def check_selection(
         batch = check_borders("cu_seqlens", cu_seqlens, q, layout)
     for name, x in (("lengths", lengths), ("sets", sets)):
         if x is not None:
-            check_index(name, x, q)
-            if tuple(x.shape) != (batch,):
-                raise ValueError(
-                    f"{name}: expected shape ({batch},), one for each sequence, "
-                    f"got {tuple(x.shape)}"
-                )
+            check_per_sequence(name, x, batch, q)
     if sets is not None and sets.dtype != torch.int32:
         raise TypeError(f"sets: expected int32, got {sets.dtype}")
     if tables.max_length.shape[0] == 1:
@@ -270,3 +266,29 @@ def check_selection(
             f"{tables.max_length.shape[0]} factor sets, got neither"
         )
     return (None if sets is not None else lengths), sets, cu_seqlens
+
+
+def check_per_sequence(name: str, x: torch.Tensor, count: int, q: torch.Tensor) -> None:
+    check_index(name, x, q)
+    if tuple(x.shape) != (count,):
+        raise ValueError(
+            f"{name}: expected shape ({count},), one for each sequence, got {tuple(x.shape)}"
+        )
+
+
+def check_scores(
+    softmax_scale: float | None, window: int | None, softcap: float | None, dim: int
+) -> float:
+    """The softmax scale, once all three are what they should be."""
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
+        raise TypeError(f"window: expected a whole number of tokens or None, got {window!r}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1 token, got {window}")
+    for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}: expected a number or None, got {value!r}")
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    return dim**-0.5 if softmax_scale is None else float(softmax_scale)

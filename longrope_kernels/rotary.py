@@ -86,19 +86,15 @@ def apply_rotary(
     selection = arguments.check_selection(tables, q, batch, layout, lengths, sets, cu_seqlens)
     name = backends.choose_rotary(backend, q.device.type, q.dtype == torch.float64)
     if inplace:
-        _check_writable(q, k)
-
-    recorded = torch.is_grad_enabled() and (q.requires_grad or k4.requires_grad)
-    if inplace and name != "reference" and not (recorded and torch.compiler.is_compiling()):
-        rest = (positions, *tables[1:], *selection, interleaved, False, name)
-        ops.rotary_inplace(q4, k4, *rest)
+        check_writable("q", q)
+        if k is not None:
+            check_writable("k", k)
+            # A graph being traced has no addresses yet.
+            if not torch.compiler.is_compiling() and overlap(q, k):
+                raise ValueError("inplace: q and k overlap in memory; expected separate elements")
+        rotate_(q4, k4, positions, tables, *selection, interleaved, name)
         return q, k
-
     q_out, k_out = rotated(q4, k4, positions, tables, *selection, interleaved, name)
-    if inplace:
-        q4.copy_(q_out)
-        k4.copy_(k_out)
-        return q, k
     return (
         arguments.from_bshd(q_out, layout),
         None if k is None else arguments.from_bshd(k_out, layout),
@@ -128,21 +124,38 @@ def rotated(
     return reference.rotary(q, k, positions, tables, *selection, interleaved)
 
 
-def _check_writable(q: torch.Tensor, k: torch.Tensor | None) -> None:
+def rotate_(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    tables: RopeTables,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    interleaved: bool,
+    backend: str,
+) -> None:
+    """Rotate checked q (B, S, Hq, D) and k (B, S, Hk, D) in place, by a chosen backend."""
+    selection = (lengths, sets, cu_seqlens)
+    recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if backend != "reference" and not (recorded and torch.compiler.is_compiling()):
+        rest = (positions, *tables[1:], *selection, interleaved, False, backend)
+        ops.rotary_inplace(q, k, *rest)
+        return
+    q_out, k_out = rotated(q, k, positions, tables, *selection, interleaved, backend)
+    q.copy_(q_out)
+    k.copy_(k_out)
+
+
+def check_writable(name: str, x: torch.Tensor) -> None:
     """In-place rotation would be wrong on a leaf that requires grad or on shared memory."""
-    for name, x in (("q", q), ("k", k)):
-        if x is None:
-            continue
-        if torch.is_grad_enabled() and x.requires_grad and x.is_leaf:
-            raise ValueError(
-                f"inplace: {name} is a leaf that requires grad; expected inplace=False, or a "
-                "tensor computed from it"
-            )
-        if overlaps_itself(x):
-            raise ValueError(
-                f"inplace: elements of {name} share memory (shape {tuple(x.shape)}, strides "
-                f"{x.stride()}); pass {name}.contiguous()"
-            )
-    # A graph being traced has no addresses yet.
-    if k is not None and not torch.compiler.is_compiling() and overlap(q, k):
-        raise ValueError("inplace: q and k overlap in memory; expected separate elements")
+    if torch.is_grad_enabled() and x.requires_grad and x.is_leaf:
+        raise ValueError(
+            f"inplace: {name} is a leaf that requires grad; expected inplace=False, or a "
+            "tensor computed from it"
+        )
+    if overlaps_itself(x):
+        raise ValueError(
+            f"inplace: elements of {name} share memory (shape {tuple(x.shape)}, strides "
+            f"{x.stride()}); pass {name}.contiguous()"
+        )

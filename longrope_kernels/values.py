@@ -24,14 +24,72 @@ def check_values(
     if not readable(positions):
         return
     check_positions("positions", positions)
-    if lengths is not None and lengths.numel() and int(lengths.min()) < 0:
-        raise ValueError(f"lengths: expected token counts from 0, got {int(lengths.min())}")
-    if sets is not None and sets.numel():
-        low, high = (int(bound) for bound in sets.aminmax())
-        if low < 0 or high >= count:
-            raise ValueError(f"sets: expected indices from 0 to {count - 1}, got {low} to {high}")
+    check_selection(count, lengths, sets)
     if cu_seqlens is not None:
         check_borders("cu_seqlens", cu_seqlens, positions.shape[1])
+
+
+def check_cache(
+    k_cache: torch.Tensor,
+    cache_lens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    count: int,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+) -> None:
+    """Check what `decode` reads from index tensors, where reading is free.
+
+    Args:
+        k_cache, cache_lens, block_table, key_positions, lengths, sets, kv_start: as in `decode`.
+        count: the number of factor sets.
+    """
+    if not readable(cache_lens):
+        return
+    slots = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
+    if key_positions is not None:
+        held = torch.arange(key_positions.shape[1], device=key_positions.device)
+        unused = held >= cache_lens[:, None]
+        check_positions("key_positions", key_positions.masked_fill(unused, 0))
+        slots = min(slots, key_positions.shape[1])
+    for i, length in enumerate(cache_lens.tolist()):
+        if not 0 <= length <= slots:
+            raise ValueError(
+                f"cache_lens: expected from 0 to {slots} (the slots there are), got {length} for "
+                f"sequence {i}"
+            )
+    check_selection(count, lengths, sets)
+    if kv_start is not None:
+        check_kv_start(kv_start)
+    if block_table is not None:
+        blocks, block_size = k_cache.shape[:2]
+        first = torch.arange(block_table.shape[1], device=block_table.device) * block_size
+        used = first < cache_lens[:, None]
+        bad = (used & ((block_table < 0) | (block_table >= blocks))).nonzero()
+        if len(bad):
+            i, j = bad[0].tolist()
+            raise ValueError(
+                f"block_table: expected block ids from 0 to {blocks - 1}, got "
+                f"{int(block_table[i, j])} for block {j} of sequence {i}"
+            )
+
+
+def check_selection(count: int, lengths: torch.Tensor | None, sets: torch.Tensor | None) -> None:
+    """Check what chooses factor sets, ``count`` of them."""
+    if lengths is not None and lengths.numel() and int(lengths.min()) < 0:
+        raise ValueError(f"lengths: expected token counts from 0, got {int(lengths.min())}")
+    if sets is not None:
+        check_sets("sets", count, sets)
+
+
+def check_sets(name: str, count: int, sets: torch.Tensor) -> None:
+    """Check indices of factor sets, where reading is free."""
+    if not sets.numel() or not readable(sets):
+        return
+    low, high = (int(bound) for bound in sets.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name}: expected indices from 0 to {count - 1}, got {low} to {high}")
 
 
 def check_positions(name: str, positions: torch.Tensor) -> None:
