@@ -2,7 +2,24 @@
 
 from ._version import __version__
 from .attention import attention
+from .cache import KVCache
+from .cache_rows import CacheFullError, PrefillAgain
+from .decode import decode
+from .paged_cache import PagedKVCache
+from .rerotate import rerotate_
 from .rope import FactorSet, Rope
 from .rotary import apply_rotary
 
-__all__ = ["FactorSet", "Rope", "__version__", "apply_rotary", "attention"]
+__all__ = [
+    "CacheFullError",
+    "FactorSet",
+    "KVCache",
+    "PagedKVCache",
+    "PrefillAgain",
+    "Rope",
+    "__version__",
+    "apply_rotary",
+    "attention",
+    "decode",
+    "rerotate_",
+]

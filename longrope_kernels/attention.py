@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -76,8 +75,10 @@ def attention(
             (in the loop over keys, for few queries), or None for its own rule.
         return_lse: also return the log-sum-exp of the scores, base e.
         backend: "reference", "composed" (our rotation, then torch's scaled_dot_product_attention),
-            "triton" (CUDA; the rotation fused; bfloat16 and float16), or None for the first that
-            can serve in `longrope info`'s table. A named backend runs or raises.
+            "triton" (CUDA; the rotation fused; bfloat16 and float16), "flash-attn-2",
+            "flash-attn-3" or "flash-attn-4" (our rotation, then that library where installed), or
+            None for the first that can serve in `longrope info`'s table. A named backend runs or
+            raises.
 
     Returns:
         The attention output, of the shape and dtype of q; with ``return_lse`` also the log-sum-exp,
@@ -104,7 +105,7 @@ def attention(
     (batch, queries, heads, dim), (keys, kv_heads) = q4.shape, k4.shape[1:3]
     if heads % max(kv_heads, 1) or (heads and not kv_heads):
         raise ValueError(f"k: expected heads that divide the {heads} of q, got {kv_heads}")
-    softmax_scale = _check_scores(softmax_scale, window, softcap, dim)
+    softmax_scale = arguments.check_scores(softmax_scale, window, softcap, dim)
 
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
@@ -141,6 +142,14 @@ def attention(
         q4, k4 = _rotate(q4, k4, positions, key_positions, tables, lengths, sets, interleaved, mask)
         with torch.autocast(q.device.type, enabled=False):
             out, lse = composed.attend(q4, k4, v4, mask, softmax_scale), None
+    elif name in backends.FLASH_BACKENDS:
+        from .backends import flash_attention
+
+        q4, k4 = _rotate(q4, k4, positions, key_positions, tables, lengths, sets, interleaved, mask)
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = flash_attention.attend(
+                name, q4, k4, v4, mask, softmax_scale, softcap, return_lse
+            )
     else:
         out, lse = attention_ops.attention(
             q4,
@@ -204,24 +213,6 @@ def _rotate(
     return q, k
 
 
-def _check_scores(
-    softmax_scale: float | None, window: int | None, softcap: float | None, dim: int
-) -> float:
-    """The softmax scale, once all three are what they should be."""
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
-        raise TypeError(f"window: expected a whole number of tokens or None, got {window!r}")
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected at least 1 token, got {window}")
-    for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}: expected a number or None, got {value!r}")
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
-    return dim**-0.5 if softmax_scale is None else float(softmax_scale)
-
-
 def _check_mask(
     causal: bool,
     window: int | None,
@@ -246,11 +237,6 @@ def _check_mask(
     elif cu_seqlens_k is not None:
         raise ValueError("cu_seqlens: expected beside cu_seqlens_k, got None")
     if kv_start is not None:
-        arguments.check_index("kv_start", kv_start, q)
-        if tuple(kv_start.shape) != (sequences,):
-            raise ValueError(
-                f"kv_start: expected shape ({sequences},), one for each sequence, "
-                f"got {tuple(kv_start.shape)}"
-            )
+        arguments.check_per_sequence("kv_start", kv_start, sequences, q)
         values.check_kv_start(kv_start)
     return Mask(causal, window, kv_start, cu_seqlens, cu_seqlens_k)

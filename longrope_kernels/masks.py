@@ -17,7 +17,8 @@ class Mask:
     """What hides keys from queries, of a dense batch or of packed sequences (a batch of one).
 
     ``cu_seqlens`` and ``cu_seqlens_k`` (sequences + 1,) say where packed sequences of queries and
-    keys begin, both or neither; ``kv_start`` is (sequences,) or None.
+    keys begin, both or neither; ``kv_start`` is (sequences,) or None. ``cache_lens`` (batch,): only
+    so many of the keys are there, and the last query stands at the last of them.
     """
 
     causal: bool
@@ -25,12 +26,15 @@ class Mask:
     kv_start: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
+    cache_lens: torch.Tensor | None = None
 
     def visible(self, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
         """Which keys each query sees: (batch, queries, keys) bool."""
         slot, of_query = _slots(batch, queries, self.cu_seqlens, device)
         key, of_key = _slots(batch, keys, self.cu_seqlens_k, device)
-        if self.cu_seqlens is None or self.cu_seqlens_k is None:
+        if self.cache_lens is not None:
+            slot = slot + self.cache_lens[:, None] - queries
+        elif self.cu_seqlens is None or self.cu_seqlens_k is None:
             slot = slot + keys - queries
         else:
             counts = self.cu_seqlens_k.diff() - self.cu_seqlens.diff()
@@ -41,6 +45,8 @@ class Mask:
             seen = seen & (distance >= 0)
         if self.window is not None:
             seen = seen & ((distance if self.causal else distance.abs()) < self.window)
+        if self.cache_lens is not None:
+            seen = seen & (key < self.cache_lens[:, None])[:, None, :]
         if self.kv_start is not None:
             seen = seen & (key >= self.kv_start[of_key])[:, None, :]
         return seen

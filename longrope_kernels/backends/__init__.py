@@ -12,7 +12,9 @@ import torch
 from .. import values
 
 BACKENDS = ("reference", "native", "triton")
-ATTENTION_BACKENDS = ("reference", "composed", "triton")
+# Our rotation before a library that has to be there; served where named, not measured faster yet.
+FLASH_BACKENDS = ("flash-attn-2", "flash-attn-3", "flash-attn-4")
+ATTENTION_BACKENDS = ("reference", "composed", "triton", *FLASH_BACKENDS)
 
 # Fastest first, by device type; the reference serves every device and is the only one in float64.
 ROTARY_CHOICE: dict[str, tuple[str, ...]] = {
@@ -32,17 +34,32 @@ ATTENTION_CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "cpu": {"plain": ("composed",), "masked": ("composed",), "scored": ("reference",)},
 }
+# Over a cache of unrotated keys; the reference serves the rest.
+DECODE_CHOICE: dict[str, tuple[str, ...]] = ROTARY_CHOICE
+DECODE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "native": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.bfloat16, torch.float16),
+}
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 FUSED_HEAD_DIMS = range(16, 257)
 
 # Device types each compiled backend serves.
-_DEVICES = {"native": ("cpu",), "triton": ("cuda",)}
+_DEVICES = {
+    "native": ("cpu",),
+    "triton": ("cuda",),
+    **dict.fromkeys(FLASH_BACKENDS, ("cuda",)),
+}
 
 
 @cache
 def missing(name: str) -> str | None:
     """Why the backend cannot run in this process and how to get it, or None where it can."""
-    return None if name == "reference" else _module(name).missing()
+    if name in ("reference", "composed"):
+        return None
+    if name in FLASH_BACKENDS:
+        reason: str | None = _module("flash_attention").missing(name)
+        return reason
+    return _module(name).missing()  # type: ignore[no-any-return]
 
 
 def choose_rotary(backend: str | None, device: str, is_float64: bool) -> str:
@@ -120,25 +137,82 @@ def choose_attention(
             "backend: 'composed' serves neither softcap nor return_lse; expected 'reference' or "
             "'triton'"
         )
-    if backend != "triton":
+    if backend in ("reference", "composed"):
         return backend
     _named(backend, device)
     if dtype not in FUSED_DTYPES:
         raise ValueError(
-            f"backend: 'triton' serves bfloat16 and float16, got {dtype}; expected 'composed' or "
-            "'reference'"
+            f"backend: {backend!r} serves bfloat16 and float16, got {dtype}; expected 'composed' "
+            "or 'reference'"
         )
-    if head_dim not in FUSED_HEAD_DIMS:
+    head_dims = FUSED_HEAD_DIMS
+    if backend in FLASH_BACKENDS:
+        head_dims = _module("flash_attention").LIBRARIES[backend].head_dims
+    if head_dim not in head_dims:
+        steps = f" in steps of {head_dims.step}" if head_dims.step > 1 else ""
         raise ValueError(
-            f"backend: 'triton' serves a head_dim from 16 to 256, got {head_dim}; expected "
-            "'composed' or 'reference'"
+            f"backend: {backend!r} serves a head_dim from {head_dims[0]} to {head_dims[-1]}{steps},"
+            f" got {head_dim}; expected 'composed' or 'reference'"
         )
     return backend
+
+
+def choose_decode(
+    backend: str | None,
+    device: str,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    head_dim: int,
+) -> str:
+    """The backend for `decode`: the named one, or the first of `DECODE_CHOICE` that can serve.
+
+    Args:
+        backend: a name, or None to choose.
+        device: the type of the device the tensors are on.
+        dtype: of q.
+        cache_dtype: of the caches: that of q, or float8_e4m3fn.
+        head_dim: of q and the caches.
+
+    Raises:
+        ValueError: an unknown name, or one that does not serve this call.
+        RuntimeError: the named backend is not there; the message says how to get it.
+    """
+    if backend is None:
+        for name in DECODE_CHOICE.get(device, ()):
+            if missing(name) is None and not _unserved(name, dtype, cache_dtype, head_dim):
+                return name
+        return "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if backend == "reference":
+        return backend
+    _named(backend, device)
+    unserved = _unserved(backend, dtype, cache_dtype, head_dim)
+    if unserved:
+        raise ValueError(f"backend: {backend!r} serves {unserved}; expected 'reference'")
+    return backend
+
+
+def _unserved(
+    backend: str, dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int
+) -> str | None:
+    """What the backend decodes and what came, where it does not serve the call."""
+    if backend == "reference":
+        return None
+    if dtype not in DECODE_DTYPES[backend]:
+        served = ", ".join(str(d).removeprefix("torch.") for d in DECODE_DTYPES[backend])
+        return f"{served}, got {dtype}"
+    if backend == "native" and cache_dtype != dtype:
+        return f"caches of the dtype of q, got {cache_dtype}"
+    if backend == "triton" and head_dim not in FUSED_HEAD_DIMS:
+        return f"a head_dim from 16 to 256, got {head_dim}"
+    return None
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo (a second).
 choose_rotary._dynamo_marked_constant = True  # type: ignore[attr-defined]
 choose_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
+choose_decode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run_rotary(
@@ -189,6 +263,59 @@ def run_attention_backward(*arguments: Any) -> None:
     _module(f"{arguments[-1]}_attention").backward(*arguments[:-1])
 
 
+def run_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cache_lens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    steps: torch.Tensor,
+    n_hat: torch.Tensor,
+    attention_factor: torch.Tensor,
+    max_length: torch.Tensor,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    interleaved: bool,
+    softmax_scale: float,
+    window: int,
+    softcap: float,
+    backend: str,
+) -> None:
+    """Attend to the cache, into out (like q) and lse (B, Hq, q_len) float32; values checked."""
+    values.check_cache(
+        k_cache, cache_lens, block_table, key_positions, n_hat.shape[0], lengths, sets, kv_start
+    )
+    _module(f"{backend}_decode").decode(
+        q,
+        k_cache,
+        v_cache,
+        out,
+        lse,
+        cache_lens,
+        block_table,
+        key_positions,
+        k_scale,
+        v_scale,
+        steps,
+        n_hat,
+        attention_factor,
+        max_length,
+        lengths,
+        sets,
+        kv_start,
+        interleaved,
+        softmax_scale,
+        window,
+        softcap,
+    )
+
+
 def _check_attention_values(
     positions: torch.Tensor,
     key_positions: torch.Tensor,
@@ -216,6 +343,13 @@ def _module(name: str) -> ModuleType:
 
 def table() -> list[dict[str, Any]]:
     """One row a backend: name, devices, and why it is missing (None where it is not)."""
-    return [
-        {"name": n, "devices": _DEVICES.get(n, ("any",)), "missing": missing(n)} for n in BACKENDS
-    ]
+    return [_row(name) for name in BACKENDS]
+
+
+def attention_table() -> list[dict[str, Any]]:
+    """The rows of `table` for the backends that `attention` has besides."""
+    return [_row(name) for name in ATTENTION_BACKENDS if name not in BACKENDS]
+
+
+def _row(name: str) -> dict[str, Any]:
+    return {"name": name, "devices": _DEVICES.get(name, ("any",)), "missing": missing(name)}

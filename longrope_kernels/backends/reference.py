@@ -153,3 +153,72 @@ def attention(
     out = (weights / total) @ values
     lse = torch.where(some, total.log() + top, -torch.inf).squeeze(-1)
     return out.transpose(1, 2).to(q.dtype), lse
+
+
+def decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    tables: RopeTables,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    interleaved: bool,
+    softmax_scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q and all keys of a cache, then exact softmax attention to those that are there.
+
+    Args:
+        q: (B, q_len, Hq, D).
+        k_cache, v_cache: (B, capacity, Hk, D), or (blocks, block_size, Hk, D) with ``block_table``
+            (B, max_blocks); unrotated, of the dtype of q or float8.
+        cache_lens: (B,), how many keys each sequence has.
+        key_positions: (B, slots) or None: slot j stands at position j - kv_start.
+        k_scale, v_scale: (Hk,) float32 or None, multiply the cached numbers.
+        tables, lengths, sets, interleaved: as in `rotary`.
+        kv_start: (B,) or None; keys at slots below it are hidden.
+        softmax_scale, window, softcap: as in `longrope_kernels.decode`.
+
+    Returns:
+        As `attention`.
+    """
+    batch, queries = q.shape[:2]
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if block_table is not None and not k_cache.shape[0]:
+        block_table = block_table[:, :0]  # no blocks, and none that an entry could mean
+    caches = []
+    for cache, scale in ((k_cache, k_scale), (v_cache, v_scale)):
+        x = cache
+        if block_table is not None:
+            blocks = cache[block_table.long().clamp(0, max(cache.shape[0] - 1, 0))]
+            x = blocks.flatten(1, 2)
+        x = x.to(compute)
+        if scale is not None:
+            x = x * scale.to(compute)[:, None]
+        # Slots that hold no key may hold anything, and 0 times NaN is NaN.
+        exists = torch.arange(x.shape[1], device=x.device) < cache_lens[:, None]
+        caches.append(torch.where(exists[:, :, None, None], x, 0.0))
+    k, v = caches
+
+    slot = cache_lens[:, None].long() - queries + torch.arange(queries, device=q.device)
+    if key_positions is None:
+        start = 0 if kv_start is None else kv_start[:, None]
+        positions = slot - start
+        key_positions = torch.arange(k.shape[1], device=q.device).expand(batch, -1) - start
+    else:
+        # A query before the first slot sees nothing; any position serves it, also where none is.
+        key_positions = torch.nn.functional.pad(key_positions, (0, 1))
+        positions = key_positions.gather(1, slot.clamp(min=0))
+        missing = k.shape[1] - key_positions.shape[1]
+        key_positions = torch.nn.functional.pad(key_positions, (0, missing))
+    mask = masks.Mask(True, window, kv_start, cache_lens=cache_lens)
+    rest = (tables, lengths, sets, interleaved, mask, softmax_scale, softcap)
+    out, lse = attention(q.to(compute), k, v, positions, key_positions, *rest)
+    return out.to(q.dtype), lse

@@ -1,0 +1,259 @@
+"""`decode`: check, choose a backend, and attend to a cache of unrotated keys."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+
+from . import arguments, backends, decode_ops, values
+from .rope import Rope
+
+MAX_QUERIES = 16
+
+
+def decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lens: torch.Tensor,
+    factors: torch.Tensor | Sequence[float] | Rope,
+    n_hat: int | None = None,
+    *,
+    block_table: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    sets: torch.Tensor | None = None,
+    kv_start: torch.Tensor | None = None,
+    key_positions: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    attention_factor: float = 1.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a few new queries to a cache whose keys lie unrotated.
+
+    Keys are rotated as they are read, so the factor set of a sequence may change from one step to
+    the next, and each sequence of a batch has its own. The keys of this call are in the cache
+    already: query t of q_len has slot ``s = cache_lens - q_len + t`` and sees the keys at slots
+    ``j <= s``. Key j stands at position ``j - kv_start``, or ``key_positions[j]``; a query stands
+    where the key of its slot does.
+
+    Args:
+        q: (batch, q_len, heads, dim), q_len from 1 to 16; float32, bfloat16 or float16, and
+            float64 in the reference backend. A unit last stride, any others.
+        k_cache: (batch, capacity, kv_heads, dim); with ``block_table`` (blocks, block_size,
+            kv_heads, dim). Of the dtype of q, or float8_e4m3fn. heads is a multiple of kv_heads.
+        v_cache: like k_cache.
+        cache_lens: (batch,) int32 or int64, how many keys each sequence has, those of this call
+            included. A query at a negative slot sees nothing.
+        factors: as in `apply_rotary`, or a `Rope`.
+        n_hat: as in `apply_rotary`.
+        block_table: (batch, max_blocks) int32: slot j of a sequence lies in row
+            ``j % block_size`` of block ``block_table[sequence, j // block_size]``. Entries past
+            the length of a sequence are not read.
+        lengths: (batch,) int32 or int64, what chooses the factor set of each sequence; by default
+            ``cache_lens - kv_start``, its number of tokens.
+        sets: (batch,) int32, the factor set of each sequence; wins over ``lengths``.
+        kv_start: (batch,) int32 or int64; keys at slots below it are hidden (left padding).
+        key_positions: (batch, slots) int32 or int64, the position of the key at each slot, to
+            renumber cached tokens (attention sinks, rolled windows); at least ``cache_lens`` slots.
+        softmax_scale: multiplies the scores; dim**-0.5 by default.
+        window: a query sees keys with ``s - j < window``.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        k_scale: (kv_heads,) float32, multiplies the keys of a float8 cache; 1 by default.
+        v_scale: like k_scale, of the values.
+        base: as in `apply_rotary`.
+        interleaved: as in `apply_rotary`.
+        attention_factor: as in `apply_rotary`.
+        return_lse: also return the log-sum-exp of the scores, base e.
+        backend: "reference", "native" (CPU; float32, bfloat16 and float16), "triton" (CUDA;
+            bfloat16, float16 and float8 caches), or None for the first that can serve in
+            `longrope info`'s table. A named backend runs or raises.
+
+    Returns:
+        The attention output, of the shape and dtype of q; with ``return_lse`` also the log-sum-exp,
+        (batch, heads, q_len) float32 (float64 for float64). A query that sees no key gets 0 and
+        -inf.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is expected. Values of
+            tensors on a device (block ids among them) are checked only under ``LONGROPE_CHECK=1``.
+        RuntimeError: the named backend is not available.
+    """
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: expected a bool, got {return_lse!r}")
+    arguments.check_tensor("q", q)
+    tables, interleaved = arguments.resolve_rope(
+        factors, n_hat, base, interleaved, attention_factor, q
+    )
+    _check_q(q, 2 * tables.steps.shape[-1])
+    batch, _, heads, _ = q.shape
+    dim = operator.index(q.shape[3])  # a constant, also where a graph is traced with dynamic sizes
+    _check_caches(q, k_cache, v_cache, block_table)
+    kv_heads = k_cache.shape[2]
+    if heads % max(kv_heads, 1) or (heads and not kv_heads):
+        raise ValueError(f"k_cache: expected heads that divide the {heads} of q, got {kv_heads}")
+    softmax_scale = arguments.check_scores(softmax_scale, window, softcap, dim)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        _check_scale(name, scale, k_cache, q)
+    arguments.check_per_sequence("cache_lens", cache_lens, batch, q)
+    if kv_start is not None:
+        arguments.check_per_sequence("kv_start", kv_start, batch, q)
+    if key_positions is not None:
+        _check_key_positions(key_positions, batch, q)
+    if tables.max_length.shape[0] > 1 and lengths is None and sets is None:
+        lengths = cache_lens if kv_start is None else (cache_lens - kv_start).clamp(min=0)
+    lengths, sets, _ = arguments.check_selection(tables, q, batch, "bshd", lengths, sets, None)
+
+    name = backends.choose_decode(backend, q.device.type, q.dtype, k_cache.dtype, dim)
+    if name == "reference":
+        from .backends import reference
+
+        count = tables.n_hat.shape[0]
+        values.check_cache(
+            k_cache, cache_lens, block_table, key_positions, count, lengths, sets, kv_start
+        )
+        with torch.autocast(q.device.type, enabled=False):  # q and the caches keep their dtype
+            out, lse = reference.decode(
+                q,
+                k_cache,
+                v_cache,
+                cache_lens,
+                block_table,
+                key_positions,
+                k_scale,
+                v_scale,
+                tables,
+                lengths,
+                sets,
+                kv_start,
+                interleaved,
+                softmax_scale,
+                window,
+                softcap,
+            )
+    else:
+        out, lse = decode_ops.decode(
+            q,
+            k_cache,
+            v_cache,
+            cache_lens,
+            block_table,
+            key_positions,
+            k_scale,
+            v_scale,
+            *tables[1:],
+            lengths,
+            sets,
+            kv_start,
+            interleaved,
+            softmax_scale,
+            window or 0,
+            softcap or 0.0,
+            name,
+        )
+    return (out, lse) if return_lse else out
+
+
+def _check_q(q: torch.Tensor, rotary_dim: int) -> None:
+    arguments.check_heads("q", q, "bshd", rotary_dim)
+    if not 1 <= q.shape[1] <= MAX_QUERIES:
+        raise ValueError(
+            f"q: expected from 1 to {MAX_QUERIES} tokens a sequence, got {q.shape[1]}; "
+            "longrope_kernels.attention serves longer chunks"
+        )
+    _check_no_gradient("q", q)
+
+
+def _check_no_gradient(name: str, x: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            f"{name}: decode has no gradient, got a tensor that requires grad; expected "
+            "torch.no_grad(), or longrope_kernels.attention"
+        )
+
+
+def _check_caches(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+) -> None:
+    """The caches go with q and with one another."""
+    axes = ("batch", "capacity") if block_table is None else ("blocks", "block_size")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        arguments.check_tensor(name, x)
+        if x.dim() != 4 or x.shape[3] != q.shape[3]:
+            raise ValueError(
+                f"{name}: expected shape ({', '.join(axes)}, kv_heads, {q.shape[3]}), "
+                f"got {tuple(x.shape)}"
+            )
+        if x.dtype not in (q.dtype, torch.float8_e4m3fn):
+            raise TypeError(
+                f"{name}: expected the dtype of q, {q.dtype}, or float8_e4m3fn, got {x.dtype}"
+            )
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise ValueError(
+                f"{name}: expected a unit stride in the last dimension, got strides {x.stride()}"
+            )
+        _check_no_gradient(name, x)
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"v_cache: expected the shape of k_cache, {tuple(k_cache.shape)}, "
+            f"got {tuple(v_cache.shape)}"
+        )
+    if v_cache.dtype != k_cache.dtype:
+        raise TypeError(
+            f"v_cache: expected the dtype of k_cache, {k_cache.dtype}, got {v_cache.dtype}"
+        )
+    if block_table is None:
+        if k_cache.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"k_cache: expected batch {q.shape[0]} as in q, or a block_table, "
+                f"got shape {tuple(k_cache.shape)}"
+            )
+        return
+    arguments.check_index("block_table", block_table, q)
+    if block_table.dtype != torch.int32:
+        raise TypeError(f"block_table: expected int32, got {block_table.dtype}")
+    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"block_table: expected shape ({q.shape[0]}, max_blocks), "
+            f"got {tuple(block_table.shape)}"
+        )
+
+
+def _check_scale(
+    name: str, scale: torch.Tensor | None, k_cache: torch.Tensor, q: torch.Tensor
+) -> None:
+    if scale is None:
+        return
+    arguments.check_tensor(name, scale)
+    if k_cache.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"{name}: expected with float8_e4m3fn caches only, got {k_cache.dtype}")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{name}: expected float32, got {scale.dtype}")
+    if scale.device != q.device:
+        raise ValueError(f"{name}: expected the device of q, {q.device}, got {scale.device}")
+    if tuple(scale.shape) != (k_cache.shape[2],):
+        raise ValueError(
+            f"{name}: expected shape ({k_cache.shape[2]},), one for each KV head, "
+            f"got {tuple(scale.shape)}"
+        )
+
+
+def _check_key_positions(key_positions: torch.Tensor, batch: int, q: torch.Tensor) -> None:
+    arguments.check_index("key_positions", key_positions, q)
+    if key_positions.dim() != 2 or key_positions.shape[0] != batch:
+        raise ValueError(
+            f"key_positions: expected shape ({batch}, slots), got {tuple(key_positions.shape)}"
+        )
