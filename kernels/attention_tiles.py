@@ -81,13 +81,19 @@ def vector_args(x: torch.Tensor | None) -> tuple[Any, ...]:
     return (None, 0) if x is None else (x, x.stride(0))
 
 
-def nearest(configs: dict[int, Any], arch: int, dim: int) -> Any:
-    """The entry of the newest architecture not above ``arch``, for the least head_dim that fits.
+def table_of(configs: dict[int, Any], arch: int) -> Any:
+    """The entries of the newest architecture not above ``arch``.
 
     Those of 8.0 need no more than the 99 KB of shared memory of 8.6, 8.9 and 12.x.
     """
-    known = 80 if arch >= 120 else max((a for a in configs if a <= arch), default=min(configs))
-    return configs[known][min(d for d in configs[known] if d >= dim)]
+    older = (known for known in configs if known <= arch and not 80 < known < 120 <= arch)
+    return configs[max(older, default=min(configs))]
+
+
+def nearest(configs: dict[int, Any], arch: int, dim: int) -> Any:
+    """The entry of `table_of` for the least head_dim that fits."""
+    table = table_of(configs, arch)
+    return table[min(d for d in table if d >= dim)]
 
 
 def score_args(softmax_scale: float, softcap: float) -> tuple[float, float]:
@@ -116,13 +122,15 @@ def grid_of(
 
 @triton.jit
 def tile_of_program(tiles, section, heads_of_all):
-    """The tile and the head (of all batch rows) of a program: sections, tiles from the last, heads.
+    """The tile and the head (of all batch rows) of a program. Grid: (tiles * heads_of_all,)."""
+    return tile_at(tl.program_id(0), tiles, section, heads_of_all)
 
-    Grid: (tiles * heads_of_all,).
-    """
-    i_program = tl.program_id(0)
-    i_section = i_program // (tiles * section)
-    in_section = i_program % (tiles * section)
+
+@triton.jit
+def tile_at(place, tiles, section, heads_of_all):
+    """The tile and the head at a place in the order: sections, tiles from the last, heads."""
+    i_section = place // (tiles * section)
+    in_section = place % (tiles * section)
     width = tl.minimum(section, heads_of_all - i_section * section)
     return tiles - 1 - in_section // width, i_section * section + in_section % width
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import os
 from typing import Any
 
 import torch
+
+SM90_FORMS = ("tiles", "persistent", "specialized")
 
 # Rotated copies larger than this are made for one KV head at a time.
 _SCRATCH_BYTES = 256 * 2**20
@@ -99,19 +103,51 @@ def forward(
                 interleaved,
                 False,
             )
-            launch = kernels.plan(
+            launch = _plan_rotated(
                 q[:, :, heads],
                 scratch,
                 v[:, :, kv],
                 out[:, :, heads],
                 lse[:, heads],
                 positions,
-                None,
-                *tables,
-                *of_sequences,
-                *scores,
+                tables,
+                of_sequences,
+                scores,
             )
-            _launch(launch)
+            _launch_with_scratch(launch, q.device)
+
+
+def _plan_rotated(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    positions: torch.Tensor,
+    tables: tuple[Any, ...],
+    of_sequences: tuple[Any, ...],
+    scores: tuple[Any, ...],
+) -> Any:
+    """The launch for rotated k: of the persistent kernel where asked for and served."""
+    from ..kernels import attention, attention_hopper
+
+    lengths, sets, cu_seqlens, _, kv_start = of_sequences
+    interleaved, causal, softmax_scale, window, softcap, arch = scores
+    pairs = tables[0].shape[2]
+    of_call = (cu_seqlens, kv_start, interleaved, softmax_scale, softcap, arch)
+    form = sm90_form()
+    if form != "tiles" and attention_hopper.serves(q, k, v, pairs, *of_call):
+        of_scores = (interleaved, causal, softmax_scale, window, arch)
+        return attention_hopper.plan(
+            *(q, k, v, out, lse, positions),
+            *tables,
+            lengths,
+            sets,
+            *of_scores,
+            _multiprocessors(q),
+            form == "specialized",
+        )
+    return attention.plan(*(q, k, v, out, lse, positions, None), *tables, *of_sequences, *scores)
 
 
 def backward(
@@ -231,6 +267,29 @@ def _arch(x: torch.Tensor) -> int:
     return 10 * major + minor
 
 
+def sm90_form() -> str:
+    """The form of the forward kernel on compute capability 9.0, of ``LONGROPE_SM90_ATTENTION``.
+
+    "tiles" (the default): a program for each tile, as elsewhere. "persistent": a program for each
+    multiprocessor, tiles by TMA. "specialized": the same with specialised warps. The last two rest
+    on compiler passes whose results nobody has run yet, so they are not taken unasked.
+
+    Raises:
+        ValueError: another value.
+    """
+    form = os.environ.get("LONGROPE_SM90_ATTENTION", "tiles")
+    if form not in SM90_FORMS:
+        raise ValueError(
+            f"LONGROPE_SM90_ATTENTION: expected one of {', '.join(SM90_FORMS)}, got {form!r}"
+        )
+    return form
+
+
+def _multiprocessors(x: torch.Tensor) -> int:
+    """Those of the device of x; a few in the interpreter, so that programs take several tiles."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+
+
 def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of x."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
@@ -270,3 +329,22 @@ def _launch(launch: Any) -> None:
     launch.kernel[launch.grid](
         *launch.args, **launch.constants, num_warps=launch.warps, num_stages=launch.stages
     )
+
+
+def _launch_with_scratch(launch: Any, device: torch.device) -> None:
+    """Launch what may ask Triton for memory (descriptors made on the device).
+
+    Triton keeps its allocator in a context variable: set in a copy of the context, it does not
+    replace the caller's. The memory belongs to the current stream, as that of every tensor does,
+    also while a CUDA graph is captured.
+    """
+    import triton
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    def run() -> None:
+        triton.set_allocator(allocate)
+        _launch(launch)
+
+    contextvars.copy_context().run(run)
