@@ -1,0 +1,122 @@
+"""What only a device can show of caches: nothing waits for it, and one graph serves all lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import factors
+
+from longrope_kernels import FactorSet, KVCache, PagedKVCache, Rope
+
+pytestmark = pytest.mark.gpu
+
+KV_HEADS, DIM, BATCH, CAPACITY = 2, 64, 3, 96
+ROPE = Rope(
+    (
+        FactorSet(factors(DIM // 2), 0, 1.0, 20),
+        FactorSet(factors(DIM // 2, 2.0), 5, 1.1, 33),
+        FactorSet(factors(DIM // 2, 4.0), 3, 1.2),
+    )
+)
+Cache = KVCache | PagedKVCache
+every_kind = pytest.mark.parametrize("kind", ["dense", "paged"])
+every_policy = pytest.mark.parametrize("policy", ["switch", "pin"])
+
+
+def make(kind: str, **kwargs: Any) -> Cache:
+    rest = {"dtype": torch.bfloat16, "device": "cuda", **kwargs}
+    if kind == "dense":
+        return KVCache(ROPE, BATCH, CAPACITY, KV_HEADS, DIM, **rest)
+    return PagedKVCache(ROPE, BATCH, BATCH * CAPACITY // 16, 16, KV_HEADS, DIM, **rest)
+
+
+def new(count: int, heads: int = KV_HEADS) -> torch.Tensor:
+    return torch.randn(BATCH, count, heads, DIM, device="cuda", dtype=torch.bfloat16)
+
+
+@every_policy
+@every_kind
+def test_no_sync(kind: str, policy: str) -> None:
+    cache = make(kind, policy=policy)
+    q, k, packed = new(1, 4), new(1), new(7).flatten(0, 1)
+    cache.append(k, k)
+    cache.decode(q)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cache.append(packed, packed, (19, 0, 2))
+        cache.decode(q)
+        cache.truncate(0, 5)
+        cache.free(1)
+        cache.fork(0, 1)
+        cache.append(k, k)
+        cache.append(k[:1], k[:1], rows=[2])
+        cache.decode(q)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.lens.tolist() == list(cache.lengths) == [6, 6, 5]
+
+
+@every_policy
+@every_kind
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_one_graph_for_all_lengths(kind: str, policy: str, q_len: int) -> None:
+    """Captured at the first token, replayed past two boundaries; rows pause, end, fork, return."""
+    cache = make(kind, policy=policy)
+    q, k, v = new(q_len, 4), new(q_len), new(q_len)
+    rows: list[list[torch.Tensor]] = [[] for _ in range(BATCH)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        cache.extend(q_len)
+        cache.write(k, v)
+        cache.decode(q)
+    torch.cuda.current_stream().wait_stream(stream)
+    cache.reset()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.write(k, v)
+        out = cache.decode(q)
+
+    for step in range(CAPACITY // q_len - 1):
+        if step == 12:
+            cache.free(1)
+            cache.fork(0, 1)
+            rows[1] = list(rows[0])
+        if step == 25 // q_len:
+            cache.truncate(2, 1)
+            rows[2] = rows[2][:1]
+        counts = [q_len, step % (q_len + 1), q_len - step % 2]
+        cache.extend(counts)
+        for x in (q, k, v):
+            x.normal_()
+        graph.replay()
+        for row, count in enumerate(counts):
+            rows[row] += list(k[row, q_len - count :].clone())
+            wanted = torch.stack(rows[row]) if rows[row] else k[0, :0]
+            assert torch.equal(cache.gather(row)[0], wanted)
+        assert torch.equal(out, cache.decode(q))
+        assert not out.isnan().any()
+
+
+def test_upkeep_stays_out_of_graphs() -> None:
+    cache = make("paged", policy="pin")
+    k = new(1)
+    cache.append(k, k)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.write(k, k)
+        for call in (
+            lambda: cache.extend(1),
+            lambda: cache.free(0),
+            lambda: cache.fork(0, 1),
+            lambda: cache.pin(0, length=3),
+            lambda: cache.reset(),
+        ):
+            with pytest.raises(RuntimeError, match="outside of the CUDA graph"):
+                call()
+        with pytest.raises(ValueError, match=r"k: expected shape .* in a CUDA graph"):
+            cache.write(k[:2], k[:2])
+    assert cache.lengths == (1, 1, 1)
