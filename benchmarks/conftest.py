@@ -1,14 +1,49 @@
-"""pytest-benchmark's facts about the device, and the short table at the end."""
+"""pytest-benchmark's facts about the device, and the short tables at the end."""
 
 from __future__ import annotations
 
+import math
+import time
+from typing import Any
+
 import pytest
+import test_attention
+import test_decode
+import test_rotary
 import torch
-from implementations import DEVICE, missing
+from ropes import DEVICE
 from table import lines
-from test_rotary import NAMES, ROWS
 
 import longrope_kernels
+
+BENCHMARKS = (test_rotary, test_attention, test_decode)
+BEGIN = time.monotonic()
+DROPPED: dict[str, str] = {}  # rows that the budget left out
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="seconds after which no further row begins; the least important rows come last",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The ceilings first, what is marked as less important last."""
+
+    def place(item: pytest.Item) -> int:
+        less = item.get_closest_marker("less_important")
+        return 0 if "test_ceilings" in item.nodeid else 2 if less else 1
+
+    items.sort(key=place)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() - BEGIN > item.config.getoption("budget"):
+        DROPPED[item.name] = "the budget was spent"
+        pytest.skip("the budget was spent")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -36,20 +71,27 @@ def pytest_benchmark_update_machine_info(
         }
 
 
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    output_json["not_measured"] = {**_not_timed(), **DROPPED}
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not ROWS:
-        return
-    terminalreporter.section("rotation of q (1, S, 32, 128) and k (1, S, 8, 128), medians")
-    for line in lines(ROWS):
-        terminalreporter.write_line(line)
-    terminalreporter.write_line(
-        "\nof copy: median ratio to a clone (in place: copy_) timed before each round"
-    )
-    for line in _missing_lines():
+    timed = [benchmark for benchmark in BENCHMARKS if benchmark.ROWS]
+    for benchmark in timed:
+        terminalreporter.section(benchmark.TABLE.title)
+        for line in lines(benchmark.TABLE, benchmark.ROWS):
+            terminalreporter.write_line(line)
+    for line in _missing_lines() if timed else ():
         terminalreporter.write_line(line)
 
 
 def _missing_lines() -> list[str]:
-    reasons = {name: missing(name) for name in NAMES}
-    return [f"not timed: {name}: {reason}" for name, reason in reasons.items() if reason]
+    return [f"not timed: {name}: {reason}" for name, reason in _not_timed().items()]
+
+
+def _not_timed() -> dict[str, str]:
+    """Why each implementation that is missing here is missing."""
+    return {n: why for benchmark in BENCHMARKS for n, why in benchmark.NOT_TIMED.items()}

@@ -1,50 +1,60 @@
-"""The short table, printed last: one line a row of the benchmark."""
+"""The short tables, printed last: one line a row of a benchmark."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 
-class Row(NamedTuple):
-    """What one benchmark found; times are medians, in seconds."""
+class Table(NamedTuple):
+    """What the rows of one benchmark have in common.
 
-    size: str
-    direction: str
+    ``unit`` of the speed and how many of an amount make one; ``ceiling``, ``baseline``: heads of
+    the columns that compare.
+    """
+
+    title: str
+    unit: str
+    scale: float
+    ceiling: str
+    baseline: str
+    note: str
+
+
+class Row(NamedTuple):
+    """What one benchmark found; the time is a median, in seconds."""
+
+    group: str
     name: str
     median: float
-    traffic: int  # bytes
-    copy_fraction: float  # of the speed of the copy timed in turns with this row
+    amount: int  # bytes or FLOP
+    fraction: float  # of the speed of the ceiling timed in turns with this row
+    baseline: float | None  # the median of what it is told against
 
     @property
-    def gb_per_s(self) -> float:
-        return 1e-9 * self.traffic / self.median
+    def speedup(self) -> float | None:
+        return None if self.baseline is None else self.baseline / self.median
 
 
-def speedup(row: Row, rows: list[Row]) -> float | None:
-    """Over transformers eager at the same size; its forward where it has no in-place form."""
-    direction = "forward" if row.direction == "in place" else row.direction
-    for other in rows:
-        if (other.size, other.direction, other.name) == (row.size, direction, "transformers eager"):
-            return other.median / row.median
-    return None
+def median_of(rows: list[Row], group: str, name: str) -> float | None:
+    """The median of a row timed before, or None."""
+    return next((row.median for row in rows if (row.group, row.name) == (group, name)), None)
 
 
-def lines(rows: list[Row]) -> list[str]:
+def lines(table: Table, rows: list[Row]) -> list[str]:
     """The table as text."""
     width = max(len(row.name) for row in rows)
+    heads = f"{table.unit:>8}  {table.ceiling:>9}  {table.baseline:>8}"
     result = []
     group = None
     for row in rows:
-        if group != (row.size, row.direction):
-            group = (row.size, row.direction)
-            result += [
-                "",
-                f"{row.direction}, {row.size}",
-                f"  {'':<{width}}  {'us':>9}  {'GB/s':>7}  {'of copy':>7}  {'x eager':>7}",
-            ]
-        faster = speedup(row, rows)
+        if group != row.group:
+            group = row.group
+            result += ["", group, f"  {'':<{width}}  {'us':>10}  {heads}"]
+        faster = "-" if row.speedup is None else f"{row.speedup:.1f}"
+        speed = row.amount / table.scale / row.median
+        shown = f"{speed:.1f}" if speed >= 10 else f"{speed:.3f}"
         result.append(
-            f"  {row.name:<{width}}  {1e6 * row.median:9.1f}  {row.gb_per_s:7.1f}"
-            f"  {row.copy_fraction:7.2f}  {'-' if faster is None else f'{faster:.1f}':>7}"
+            f"  {row.name:<{width}}  {1e6 * row.median:10.1f}  {shown:>8}"
+            f"  {row.fraction:9.2f}  {faster:>8}"
         )
-    return result
+    return [*result, "", table.note]

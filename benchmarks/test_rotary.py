@@ -6,23 +6,18 @@ small, and it is a check that everything runs.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from clock import CLOCK, seconds
-from implementations import (
-    DEVICE,
-    Inputs,
-    copy,
-    make_inputs,
-    missing,
-    rotation,
-    tolerance,
-)
-from table import Row, speedup
+from clock import CLOCK
+from measure import measure
+from ropes import DEVICE, allowed_error, assert_right
+from rotations import Inputs, copy, make_inputs, missing, rotation
+from table import Row, Table, median_of
+
+from longrope_kernels import backends
 
 SIZES = [(4096, torch.float32), (4096, torch.bfloat16)]
 if DEVICE.type == "cuda":
@@ -53,10 +48,18 @@ VARIANTS = {
     ),
 }
 NAMES = list(dict.fromkeys(name for names in VARIANTS.values() for name in names))
+NOT_TIMED = {name: reason for name in NAMES if (reason := missing(name))}
+TABLE = Table(
+    "rotation of q (1, S, 32, 128) and k (1, S, 8, 128), medians",
+    "GB/s",
+    1e9,
+    "of copy",
+    "x eager",
+    "of copy: median ratio to a clone (in place: copy_) timed before each round",
+)
 ROWS: list[Row] = []  # for the table at the end
 
-SECONDS_PER_ROW = 1.0
-FEWEST, MOST = 5, 60
+SECONDS_A_ROW = 1.0
 
 
 @pytest.mark.benchmark(timer=CLOCK.now, disable_gc=True)
@@ -88,38 +91,37 @@ def test_rotary(
     copy_name = "copy_" if direction == "in place" else "clone"
     ceiling = copy(copy_name, inputs)
     if name == copy_name:
-        run, arguments = ceiling, tuple
+        run, arguments = ceiling.run, tuple
     else:
         run, arguments = _prepared(direction, name, inputs)
-    ceiling_times = []
-
-    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # A copy before each round, since the speed of a shared machine changes by the second.
-        ceiling_times.append(seconds(ceiling))
-        ready = arguments()
-        CLOCK.prepare()
-        return ready, {}
-
-    setup()
-    estimate = seconds(lambda: run(*arguments()))
-    rounds = min(MOST, max(FEWEST, round(SECONDS_PER_ROW / estimate))) if full_size else 3
-    benchmark.pedantic(run, setup=setup, rounds=rounds, warmup_rounds=1)
-    if benchmark.disabled:
+    found = measure(
+        benchmark, run, arguments, ceiling, inputs.traffic, bool(full_size), SECONDS_A_ROW
+    )
+    if found is None:
         return
-
-    data = benchmark.stats.stats.data
-    copies = ceiling_times[-len(data) :]
-    copy_fraction = statistics.median(c / t for c, t in zip(copies, data, strict=True))
-    median = benchmark.stats.stats.median
-    row = Row(size, direction, name, median, inputs.traffic, copy_fraction)
+    # Eager has no form in place: its forward stands for it.
+    eager = benchmark.group.replace("in place", "forward")
+    row = Row(
+        benchmark.group,
+        name,
+        found.median,
+        inputs.traffic,
+        found.fraction,
+        found.median
+        if name == "transformers eager"
+        else median_of(ROWS, eager, "transformers eager"),
+    )
     ROWS.append(row)
     benchmark.extra_info.update(
-        bytes=row.traffic,
-        gb_per_s=row.gb_per_s,
+        work="rotary",
+        kind=direction,
+        tokens=tokens,
+        bytes=row.amount,
+        gb_per_s=1e-9 * row.amount / row.median,
         copy=copy_name,
-        copy_seconds=statistics.median(copies),
-        copy_fraction=row.copy_fraction,
-        speedup_over_transformers_eager=speedup(row, ROWS),
+        copy_seconds=found.ceiling_seconds,
+        copy_fraction=row.fraction,
+        speedup_over_transformers_eager=row.speedup,
     )
 
 
@@ -150,9 +152,6 @@ def _prepared(
 def _check(
     results: tuple[torch.Tensor, ...], truth: list[torch.Tensor], name: str, inputs: Inputs
 ) -> None:
-    """A wrong result fails here instead of being timed."""
-    allowed = tolerance(name, inputs)
+    allowed = allowed_error(inputs.dtype, inputs.tokens, name in backends.BACKENDS)
     for what, result, right in zip("qk", results, truth, strict=True):
-        assert result.shape == right.shape
-        error = float((result.double() - right).abs().max() / right.abs().max())
-        assert error <= allowed, f"{name}, {what}: error {error:.1e}, allowed {allowed:.1e}"
+        assert_right(name, what, result, right, allowed)

@@ -1,4 +1,4 @@
-"""What is timed: the backends of this package, its peers and plain copies, and their inputs."""
+"""What rotates: the backends of this package, its peers and plain copies, and their inputs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from measure import Ceiling
+from ropes import DEVICE, K_HEADS, Q_HEADS, not_importable, rope, transformers_rotary
 
-from longrope_kernels import Rope, apply_rotary, backends
+from longrope_kernels import apply_rotary, backends
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-Q_HEADS, K_HEADS, HEAD_DIM = 32, 8, 128
+HEAD_DIM = 128
+ROPE = rope(HEAD_DIM)
 PACKAGES = {  # of the peers that need a GPU: the module that rotates
     "liger": "liger_kernel.ops.rope",
     "flash-attn": "flash_attn.layers.rotary",
@@ -66,7 +68,7 @@ class Inputs:
     @cached_property
     def table(self) -> tuple[torch.Tensor, torch.Tensor]:
         """transformers' (cos, sin), each (1, tokens, 128). Peers get it for free."""
-        return _transformers_rotary().table(self.positions[None], self.dtype)
+        return transformers_rotary(HEAD_DIM).table(self.positions[None], self.dtype)
 
 
 def missing(name: str) -> str | None:
@@ -78,13 +80,9 @@ def missing(name: str) -> str | None:
         return row["missing"]
     if name in PACKAGES and DEVICE.type != "cuda":
         return "needs a GPU"
-    try:
-        importlib.import_module(
-            PACKAGES.get(name, "transformers" if name.startswith("transformers") else "torch")
-        )
-    except ImportError as error:
-        return str(error)
-    return None
+    return not_importable(
+        PACKAGES.get(name, "transformers" if name.startswith("transformers") else "torch")
+    )
 
 
 def rotation(name: str, inputs: Inputs, inplace: bool) -> Rotation:
@@ -108,7 +106,7 @@ def rotation(name: str, inputs: Inputs, inplace: bool) -> Rotation:
     if name == "liger":  # always in place
         rotate = importlib.import_module(PACKAGES[name]).LigerRopeFunction.apply
     elif name == "transformers eager":
-        rotate = _transformers_rotary().apply
+        rotate = transformers_rotary(HEAD_DIM).apply
     else:
         rotate = _compiled_transformers()
 
@@ -119,50 +117,15 @@ def rotation(name: str, inputs: Inputs, inplace: bool) -> Rotation:
     return heads_first
 
 
-def copy(name: str, inputs: Inputs) -> Callable[[], Any]:
+def copy(name: str, inputs: Inputs) -> Ceiling:
     """The copy that bounds a rotation: "clone" out of place, "copy_" in place."""
     q, k = inputs.q, inputs.k
     if name == "clone":
-        return lambda: (q.clone(), k.clone())
+        return Ceiling(name, lambda: (q.clone(), k.clone()), inputs.traffic)
     into = torch.empty_like(q), torch.empty_like(k)
-    return lambda: (into[0].copy_(q), into[1].copy_(k))
-
-
-def tolerance(name: str, inputs: Inputs) -> float:
-    """The largest error allowed, relative to the largest value.
-
-    Two roundings of the output's type for the result, two for the products of those that
-    multiply in it; and for float32 angles what their rounding makes of the largest one.
-    """
-    rounding = 4 * torch.finfo(inputs.dtype).eps
-    exact = name in backends.BACKENDS
-    return rounding if exact else rounding + inputs.tokens * torch.finfo(torch.float32).eps
-
-
-# A short and a long set, as a model has them; 1 as attention factor, so that rotating in place
-# again and again keeps the norms.
-_PAIRS = HEAD_DIM // 2
-_SETS = {
-    "short_factor": [1.0 + i / _PAIRS for i in range(_PAIRS)],
-    "long_factor": [1.0 + i / 2 for i in range(_PAIRS)],
-}
-ROPE = Rope.longrope(**_SETS, original_max_position_embeddings=4096, attention_factor=1.0)
-
-
-@lru_cache(maxsize=1)
-def _transformers_rotary() -> Any:
-    from longrope_kernels.demo.peers import TransformersRotary, phi3_config
-
-    config = phi3_config(
-        "phi-3-mini-128k",
-        hidden_size=Q_HEADS * HEAD_DIM,
-        num_attention_heads=Q_HEADS,
-        num_key_value_heads=K_HEADS,
-        rope_scaling={"rope_type": "longrope", "attention_factor": 1.0, "factor": 32.0, **_SETS},
-    )
-    return TransformersRotary(config, DEVICE)
+    return Ceiling(name, lambda: (into[0].copy_(q), into[1].copy_(k)), inputs.traffic)
 
 
 @lru_cache(maxsize=1)
 def _compiled_transformers() -> Any:
-    return torch.compile(_transformers_rotary().apply, dynamic=False)
+    return torch.compile(transformers_rotary(HEAD_DIM).apply, dynamic=False)

@@ -1,0 +1,212 @@
+"""What decodes: this package over each kind of cache, its kernel without rotation, and torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from measure import Ceiling
+from ropes import DEVICE, K_HEADS, Q_HEADS, not_importable, rope
+
+from longrope_kernels import apply_rotary, backends, decode
+
+DIM, BLOCK = 128, 64
+# Ours: (backend, kind of cache). The mixed batches of `Shape` take a set each in all of them.
+OURS = {
+    "native": ("native", "dense"),
+    "native, paged": ("native", "paged"),
+    "triton": ("triton", "dense"),
+    "triton, paged": ("triton", "paged"),
+    "triton, paged float8": ("triton", "float8"),
+}
+NO_ROTATION = "triton, rotated keys"
+SDPA = "SDPA, rotated keys"
+FLASHINFER = "FlashInfer, ROPE_LLAMA"
+NAMES = (SDPA, *OURS, NO_ROTATION, FLASHINFER)
+
+
+class Shape(NamedTuple):
+    """One step: a query of 32 heads for each sequence against its keys of 8 heads of 128."""
+
+    lengths: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        count, longest = len(self.lengths), max(self.lengths)
+        batch = f"{count} x {longest}" if len(set(self.lengths)) == 1 else f"{count} to {longest}"
+        return f"{batch} keys, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def keys(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def flops(self) -> int:
+        return 4 * Q_HEADS * DIM * self.keys
+
+    def traffic(self, itemsize: int) -> int:
+        """Bytes: keys and values read once, q and the output."""
+        queries = 2 * len(self.lengths) * Q_HEADS * DIM * self.dtype.itemsize
+        return 2 * K_HEADS * DIM * self.keys * itemsize + queries
+
+
+@cache
+def missing(name: str) -> str | None:
+    """Why it cannot run here, or None."""
+    if name in OURS:
+        return backends.missing(OURS[name][0])
+    if name == NO_ROTATION:
+        return backends.missing("triton")
+    if name == FLASHINFER:
+        return not_importable("flashinfer")
+    return None
+
+
+@lru_cache(maxsize=1)
+def make_inputs(shape: Shape) -> Inputs:
+    """The inputs of all rows of one shape, which follow one another."""
+    return Inputs(shape)
+
+
+class Inputs:
+    """Normal q, k and v; caches of each kind with the same keys, and what must come out."""
+
+    def __init__(self, shape: Shape) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.shape = shape
+        batch, capacity = len(shape.lengths), -(-max(shape.lengths) // BLOCK) * BLOCK
+
+        def normal(*sizes: int) -> torch.Tensor:
+            return torch.randn(sizes, generator=generator).to(DEVICE, shape.dtype)
+
+        self.q = normal(batch, 1, Q_HEADS, DIM)
+        self.k, self.v = (normal(batch, capacity, K_HEADS, DIM) for _ in range(2))
+        self.lens = torch.tensor(shape.lengths, dtype=torch.int32, device=DEVICE)
+        self.rope = rope(DIM).to(DEVICE)
+        blocks = batch * capacity // BLOCK
+        order = torch.randperm(blocks, generator=generator).to(DEVICE)
+        self.table = order.view(batch, -1).to(torch.int32)
+        # The first and the last KV head, and the query heads that read them, in float64.
+        groups = Q_HEADS // K_HEADS
+        self.kv_heads = [0, K_HEADS - 1]
+        self.q_heads = [h * groups + g for h in self.kv_heads for g in range(groups)]
+        q = self.q[:, :, self.q_heads].double()
+        k, v = (x[:, :, self.kv_heads].double() for x in (self.k, self.v))
+        self.truth: Any = decode(q, k, v, self.lens, self.rope, backend="reference")
+
+    def paged(self, x: torch.Tensor) -> torch.Tensor:
+        """x (batch, capacity, ...) in blocks, where the table says."""
+        pages = torch.empty_like(x).view(-1, BLOCK, K_HEADS, DIM)
+        pages[self.table.flatten().long()] = x.view_as(pages)
+        return pages
+
+    def rotated(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k rotated, for those who do not rotate: q (batch, 1, ...), k (batch, capacity)."""
+        positions = torch.arange(self.k.shape[1], device=DEVICE)
+        of_q = (self.lens - 1).long()[:, None]
+        q, _ = apply_rotary(self.q, None, of_q, self.rope, lengths=self.lens)
+        k, _ = apply_rotary(self.k, None, positions, self.rope, lengths=self.lens)
+        return q, k
+
+
+def implementation(name: str, inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """A function of no arguments: the output (batch, 1, 32, 128)."""
+    if name == SDPA:
+        return _sdpa(inputs)
+    if name == NO_ROTATION:
+        return _without_rotation(inputs)
+    if name == FLASHINFER:
+        return _flashinfer(inputs)
+    backend, kind = OURS[name]
+    q, k, v, more = inputs.q, inputs.k, inputs.v, {}
+    if kind != "dense":
+        k, v, more = inputs.paged(k), inputs.paged(v), {"block_table": inputs.table}
+    if kind == "float8":
+        k, v = (x.to(torch.float8_e4m3fn) for x in (k, v))
+
+    def run() -> Any:
+        return decode(q, k, v, inputs.lens, inputs.rope, backend=backend, **more)
+
+    return run
+
+
+def _sdpa(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    q, k = (x.transpose(1, 2) for x in inputs.rotated())
+    v = inputs.v.transpose(1, 2)
+    mask = None
+    if len(set(inputs.shape.lengths)) == 1:
+        k, v = (x[:, :, : inputs.shape.lengths[0]] for x in (k, v))
+    else:
+        slots = torch.arange(k.shape[2], device=DEVICE)
+        mask = (slots < inputs.lens[:, None])[:, None, None]
+
+    def run() -> torch.Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _without_rotation(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """The same kernel, planned with no pairs, on rotated keys."""
+    from longrope_kernels.backends import triton_decode
+
+    q, k = inputs.rotated()
+    none = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    tables = (none.new_empty((1, 2, 0)), none, none.double(), none)
+    lse = q.new_empty((q.shape[0], Q_HEADS, 1), dtype=torch.float32)
+
+    def run() -> torch.Tensor:
+        out = torch.empty_like(q)
+        triton_decode.decode(
+            *(q, k, inputs.v, out, lse, inputs.lens, None, None, None, None),
+            *tables,
+            *(None, None, None, False, DIM**-0.5, 0, 0.0),
+        )
+        return out
+
+    return run
+
+
+def _flashinfer(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """Its decode with the rotation fused: plain RoPE, so its result is not ours (`rotates`)."""
+    import flashinfer
+
+    q, k, v = inputs.q[0, 0], inputs.k[0], inputs.v[0]
+    count = inputs.shape.lengths[0]
+
+    def run() -> torch.Tensor:
+        out = flashinfer.single_decode_with_kv_cache(
+            q, k[:count], v[:count], kv_layout="NHD", pos_encoding_mode="ROPE_LLAMA"
+        )
+        return out[None, None]
+
+    return run
+
+
+def allowed(name: str, inputs: Inputs) -> float:
+    """The largest error, relative to the largest value of the truth.
+
+    Two roundings of the result and two of what is rounded on the way, to the dtype of the cache;
+    and what float32 sums over so many keys make.
+    """
+    eps = torch.finfo(inputs.shape.dtype).eps
+    if name in OURS and OURS[name][1] == "float8":
+        eps = torch.finfo(torch.float8_e4m3fn).eps
+    return 4 * eps + max(inputs.shape.lengths) ** 0.5 * torch.finfo(torch.float32).eps
+
+
+def reading(inputs: Inputs) -> Ceiling:
+    """The cache read and nothing else; on a GPU, copied."""
+    kv = (inputs.k, inputs.v)
+    amount = sum(x.numel() * x.element_size() for x in kv)
+    if DEVICE.type == "cuda":
+        into = [torch.empty_like(x) for x in kv]
+        return Ceiling(
+            "copy", lambda: [a.copy_(b) for a, b in zip(into, kv, strict=True)], 2 * amount
+        )
+    words = [x.view(torch.int32).flatten() for x in kv]
+    return Ceiling("read", lambda: [x.max() for x in words], amount)

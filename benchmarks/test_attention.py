@@ -1,0 +1,156 @@
+"""Attention of a whole prompt, rotation included, against its peers: forward and backward.
+
+``pytest benchmarks/ --benchmark-only`` is the measurement; without the option the prompts are
+short, and it is a check that everything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attentions import (
+    DTYPE,
+    EAGER,
+    LONGEST_REFERENCE,
+    NAMES,
+    Inputs,
+    Shape,
+    Truth,
+    exact_angles,
+    implementation,
+    make_inputs,
+    missing,
+    rotates,
+)
+from clock import CLOCK
+from measure import matmul, measure
+from ropes import DEVICE, allowed_error, assert_right
+from table import Row, Table, median_of
+
+# The first is for the reference.
+SHAPES = [Shape(LONGEST_REFERENCE, 96, True)]
+if DEVICE.type == "cuda":
+    SHAPES += [
+        *(Shape(tokens, 128, causal) for tokens in (2048, 8192, 32768) for causal in (True, False)),
+        Shape(131072, 128, True),
+        *(Shape(8192, dim, causal) for dim in (64, 96) for causal in (True, False)),
+        *(Shape(32768, dim, True) for dim in (64, 96)),
+    ]
+else:
+    SHAPES += [Shape(512, 128, True), Shape(256, 128, False)]
+LESS_IMPORTANT = []
+if DEVICE.type == "cuda":
+    LESS_IMPORTANT += [
+        Shape(tokens, dim, causal)
+        for tokens in (2048, 8192, 32768, 131072)
+        for dim in (64, 96, 128)
+        for causal in (True, False)
+        if Shape(tokens, dim, causal) not in SHAPES
+    ]
+SMALL = 64
+
+NOT_TIMED = {name: reason for name in NAMES if (reason := missing(name))}
+TABLE = Table(
+    "attention of q (1, S, 32, d), k and v (1, S, 8, d), bfloat16, medians",
+    "TFLOP/s",
+    1e12,
+    "of matmul",
+    "x eager",
+    "of matmul: median ratio to a large matrix product timed before each round",
+)
+ROWS: list[Row] = []  # for the table at the end
+
+SECONDS_A_ROW = 0.3
+
+
+@pytest.mark.benchmark(timer=CLOCK.now, disable_gc=True)
+@pytest.mark.parametrize(
+    ("shape", "direction", "name"),
+    [
+        pytest.param(
+            *(shape, direction, name),
+            id=f"{direction}-{shape}-{name}",
+            marks=[pytest.mark.less_important] if shape in LESS_IMPORTANT else [],
+        )
+        for shape in (*SHAPES, *LESS_IMPORTANT)
+        for direction in ("forward", "backward")
+        for name in NAMES
+        if name not in NOT_TIMED and not (name == "reference" and shape.tokens > LONGEST_REFERENCE)
+    ],
+)
+def test_attention(
+    benchmark: Any, request: pytest.FixtureRequest, shape: Shape, direction: str, name: str
+) -> None:
+    full_size = bool(request.config.getoption("benchmark_only"))
+    shape = shape if full_size else shape._replace(tokens=SMALL)
+    benchmark.group = f"attention {direction}, {shape}"
+    run, arguments = _prepared(direction, name, make_inputs(shape))
+    flops, traffic = shape.flops(direction), shape.traffic(direction)
+    found = measure(benchmark, run, arguments, matmul(), flops, full_size, SECONDS_A_ROW)
+    if found is None:
+        return
+    eager = found.median if name == EAGER else median_of(ROWS, benchmark.group, EAGER)
+    row = Row(benchmark.group, name, found.median, flops, found.fraction, eager)
+    ROWS.append(row)
+    benchmark.extra_info.update(
+        work="attention",
+        kind=f"{direction}, {str(shape).partition(', ')[2]}",
+        tokens=shape.tokens,
+        bytes=traffic,
+        gb_per_s=1e-9 * traffic / row.median,
+        flops=flops,
+        tflop_per_s=1e-12 * flops / row.median,
+        matmul_seconds=found.ceiling_seconds,
+        matmul_fraction=row.fraction,
+        speedup_over_transformers_eager=row.speedup,
+    )
+
+
+def _prepared(
+    direction: str, name: str, inputs: Inputs
+) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]:
+    """What to time and the function that makes its arguments, after its result was checked."""
+    attend = implementation(name, inputs)
+    truth = inputs.turned if rotates(name) else inputs.unturned
+    given = inputs.q, inputs.k, inputs.v
+    if direction == "forward":
+        _check_rows(name, "out", attend(*given), truth.out, inputs)
+        return attend, lambda: given
+
+    leaves = [x.clone().requires_grad_() for x in given]
+
+    def run(out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(out, leaves, inputs.d_out)
+
+    grads = torch.autograd.grad(attend(*leaves), leaves, inputs.d_out_of_chunks)
+    _check_gradients(name, grads, truth, inputs)
+    return run, lambda: (attend(*leaves),)
+
+
+def _check_gradients(
+    name: str, grads: tuple[torch.Tensor, ...], truth: Truth, inputs: Inputs
+) -> None:
+    dq, dk, dv = grads
+    _check_rows(name, "dq", dq, truth.dq, inputs)
+    for what, grad, right in (("dk", dk, truth.dk), ("dv", dv, truth.dv)):
+        assert_right(name, what, grad[:, :, inputs.kv_heads], right, _allowed(name, inputs))
+
+
+def _check_rows(
+    name: str,
+    what: str,
+    result: torch.Tensor,
+    right: dict[tuple[int, int], torch.Tensor],
+    inputs: Inputs,
+) -> None:
+    assert result.shape == inputs.q.shape
+    for (a, b), rows in right.items():
+        got = result[:, a:b, inputs.q_heads]
+        assert_right(name, f"{what} of rows {a} to {b}", got, rows, _allowed(name, inputs))
+
+
+def _allowed(name: str, inputs: Inputs) -> float:
+    return allowed_error(DTYPE, inputs.shape.tokens, exact_angles(name))

@@ -1,0 +1,32 @@
+"""What this machine can do in the same run: copy memory and multiply matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from clock import CLOCK
+from measure import Ceiling, matmul, measure
+from ropes import DEVICE
+
+
+def copy() -> Ceiling:
+    """A copy far larger than the caches; read once and written once."""
+    size = 2**30 if DEVICE.type == "cuda" else 2**27
+    x = torch.empty(size, dtype=torch.int8, device=DEVICE).zero_()
+    into = torch.empty_like(x)
+    return Ceiling("copy", lambda: into.copy_(x), 2 * size)
+
+
+@pytest.mark.benchmark(timer=CLOCK.now, disable_gc=True, group="ceilings")
+@pytest.mark.parametrize("name", ["copy", "matmul"])
+def test_ceiling(benchmark: Any, request: pytest.FixtureRequest, name: str) -> None:
+    ceiling = copy() if name == "copy" else matmul()
+    full_size = bool(request.config.getoption("benchmark_only"))
+    found = measure(benchmark, ceiling.run, tuple, ceiling, ceiling.amount, full_size, 0.5)
+    if found is None:
+        return
+    rate = ceiling.amount / found.median
+    speed = {"gb_per_s": 1e-9 * rate} if name == "copy" else {"tflop_per_s": 1e-12 * rate}
+    benchmark.extra_info.update(work="ceiling", **speed)
