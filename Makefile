@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt longrope_kernels/_version.py \
 	$(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-newest-triton benchmark lint format docs clean
+.PHONY: demo test test-newest-triton benchmark report lint format docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
@@ -26,6 +26,10 @@ test-newest-triton: $(VENV)/test.stamp $(VENV)/newest-triton.stamp
 
 benchmark: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Tests, benchmarks and a page about this machine, under reports/.
+report: $(VENV)/test.stamp
+	$(BIN)/longrope report
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

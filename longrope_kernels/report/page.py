@@ -1,0 +1,105 @@
+"""report.md: the page people read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .results import CEILINGS, Row, groups
+from .text import table
+
+
+def render(report: dict[str, Any], rows: list[Row], plots: list[str]) -> str:
+    """The page as Markdown; ``plots`` are file names beside it."""
+    machine = report["machine"]
+    where = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
+    lines = [f"# longrope_kernels on {where}", "", f"{report['date']}. All numbers are of one run."]
+    lines += ["", "## Machine", "", *_machine(machine)]
+    by_group = groups(rows)
+    ceilings = by_group.pop(CEILINGS, [])
+    if ceilings:
+        lines += ["", "## Ceilings", "", "What this machine reached in the same run:", ""]
+        lines += [f"- {row.name}: {_speed(row)}" for row in ceilings]
+    if by_group:
+        lines += [
+            "",
+            "## Measurements",
+            "",
+            "Medians in microseconds, with the times at 20 and 80 % of the rounds. GB/s and TFLOP/s"
+            ' count what the work needs, not what an implementation moves. "of limit": of the'
+            " copy or the matrix product above, whichever bounds the work.",
+        ]
+    for group, members in by_group.items():
+        lines += ["", f"### {group}", "", *_group(members)]
+    lines += [f"\n![{name.removesuffix('.png')}]({name})" for name in plots]
+    if report["not_measured"]:
+        lines += ["", "## Not measured", ""]
+        lines += [f"- {name}: {reason}" for name, reason in report["not_measured"].items()]
+    lines += ["", "## Tests", "", *_tests(report["tests"])]
+    return "\n".join(lines) + "\n"
+
+
+def _machine(machine: dict[str, Any]) -> list[str]:
+    facts = {name: value for name, value in machine.items() if name != "gpu"}
+    for name, value in machine.get("gpu", {}).items():
+        facts[f"gpu {name}".replace("_", " ")] = value
+    facts.update(machine.get("clocks after", {}))
+    return table(
+        ("fact", "value"),
+        [(name, str(value)) for name, value in facts.items() if not isinstance(value, dict)],
+    )
+
+
+def _group(rows: list[Row]) -> list[str]:
+    columns = ["name", "us", "p20", "p80", "GB/s", "TFLOP/s", "of limit", f"x {rows[0].name}"]
+    cells = []
+    for row in rows:
+        info = row.info
+        cells.append(
+            (
+                row.name,
+                *(f"{1e6 * time:.1f}" for time in (row.median, row.p20, row.p80)),
+                _number(info.get("gb_per_s"), ".1f"),
+                _number(info.get("tflop_per_s"), ".1f"),
+                _number(limit_fraction(row), ".2f"),
+                f"{rows[0].median / row.median:.2f}",
+            )
+        )
+    # Columns that say nothing in this group are left out.
+    kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in cells)]
+    return table([columns[i] for i in kept], [[row[i] for i in kept] for row in cells])
+
+
+def limit_fraction(row: Row) -> float | None:
+    """The row's speed over that of the copy, or of the matrix product where that bounds it."""
+    fraction = row.info.get("matmul_fraction", row.info.get("copy_fraction"))
+    return None if fraction is None else float(fraction)
+
+
+def _speed(row: Row) -> str:
+    speeds = [("tflop_per_s", "TFLOP/s"), ("gb_per_s", "GB/s")]
+    return ", ".join(f"{row.info[key]:.0f} {unit}" for key, unit in speeds if row.info.get(key))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _tests(tests: dict[str, Any] | None) -> list[str]:
+    if tests is None:
+        return ["Not run."]
+    counts = ", ".join(f"{len(tests[kind])} {kind}" for kind in ("passed", "failed", "skipped"))
+    lines = [f"{counts}{'' if tests['complete'] else '; cut short by the budget'}."]
+    for kind in ("failed", "skipped"):
+        lines += [f"- {kind}: `{name}`: {tests['reasons'].get(name, '')}" for name in tests[kind]]
+    listed = "\n".join(tests["passed"])
+    return [
+        *lines,
+        "",
+        "<details><summary>Tests that passed</summary>",
+        "",
+        "```text",
+        listed,
+        "```",
+        "",
+        "</details>",
+    ]

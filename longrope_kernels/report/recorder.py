@@ -1,0 +1,42 @@
+"""A pytest plugin: one JSON line a finished test, so that a run cut short has told what it knew.
+
+``python -m pytest -p longrope_kernels.report.recorder`` with ``LONGROPE_RECORD`` naming the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+
+def pytest_configure(config: Any) -> None:
+    path = os.environ.get("LONGROPE_RECORD")
+    if path and not hasattr(config, "workerinput"):  # of pytest-xdist, the controller alone
+        config.pluginmanager.register(_Recorder(path), "longrope-recorder")
+
+
+class _Recorder:
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """A failed set-up or tear-down counts as a failure; one that passed says nothing."""
+        if report.when != "call" and report.outcome == "passed":
+            return
+        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+        if report.outcome != "passed":
+            line["reason"] = _reason(report.longrepr)
+        self._file.write(json.dumps(line) + "\n")
+
+    def pytest_unconfigure(self) -> None:
+        self._file.close()
+
+
+def _reason(longrepr: Any) -> str:
+    """One line: the message of the exception or of the skip."""
+    if isinstance(longrepr, tuple):  # (file, line, reason) of a skip
+        return str(longrepr[2])
+    crash = getattr(longrepr, "reprcrash", None)
+    lines = str(longrepr if crash is None else crash.message).strip().splitlines()
+    return lines[0] if lines else ""

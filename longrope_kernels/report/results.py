@@ -1,0 +1,103 @@
+"""The rows of a report: read from pytest-benchmark's JSON, kept in results.json."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+CEILINGS = "ceilings"  # the group whose rows are the limits of this machine
+
+
+@dataclass(frozen=True)
+class Row:
+    """One timed function. Times in seconds."""
+
+    group: str
+    name: str
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.group, self.name
+
+    @property
+    def noise(self) -> float:
+        """Half of the spread from p20 to p80, relative to the median."""
+        return (self.p80 - self.p20) / (2 * self.median)
+
+
+def read_benchmarks(data: dict[str, Any]) -> tuple[list[Row], dict[str, str]]:
+    """The rows of pytest-benchmark's JSON, and what was not measured with the reasons."""
+    rows = [_row(benchmark) for benchmark in data["benchmarks"]]
+    return rows, data.get("not_measured", {})
+
+
+def _row(benchmark: dict[str, Any]) -> Row:
+    stats, info = benchmark["stats"], dict(benchmark["extra_info"])
+    name = info.pop("name", None) or (benchmark.get("params") or {}).get("name")
+    times = sorted(stats.get("data") or [])
+    low, high = stats["q1"], stats["q3"]
+    if len(times) > 1:
+        cuts = statistics.quantiles(times, n=10, method="inclusive")
+        low, high = cuts[1], cuts[7]
+    rounds = stats["rounds"]
+    return Row(
+        benchmark["group"], name or benchmark["name"], stats["median"], low, high, rounds, info
+    )
+
+
+def tests_of(lines: Iterable[str]) -> dict[str, Any]:
+    """Sum up the recorder's lines: counts, what passed, and what did not with its reason."""
+    results: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        entry = json.loads(line)
+        if results.get(entry["test"], {}).get("outcome") != "failed":
+            results[entry["test"]] = entry
+    by_outcome: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+    for test, entry in results.items():
+        by_outcome[entry["outcome"]].append(test)
+    reasons = {t: e["reason"] for t, e in results.items() if e.get("reason")}
+    return {**by_outcome, "reasons": reasons}
+
+
+def save(path: Path, report: dict[str, Any], rows: list[Row]) -> None:
+    """Write results.json."""
+    content = {"format": FORMAT, **report, "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """The report and its rows, from a results.json or the folder it is in.
+
+    Raises:
+        ValueError: there is no such file, or it is none of this format.
+    """
+    file = path / "results.json" if path.is_dir() else path
+    if not file.exists():
+        raise ValueError(f"{path}: expected a report's folder or its results.json, found none")
+    try:
+        report = json.loads(file.read_text("utf-8"))
+        if report["format"] != FORMAT:
+            raise ValueError(f"{file}: expected format {FORMAT}, got {report['format']!r}")
+        return report, [Row(**row) for row in report.pop("rows")]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: expected a results.json of this package, got {error!r}"
+        ) from None
+
+
+def groups(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows by group, in order."""
+    result: dict[str, list[Row]] = {}
+    for row in rows:
+        result.setdefault(row.group, []).append(row)
+    return result

@@ -1,0 +1,216 @@
+"""`longrope report`: rows from pytest-benchmark, the page, the comparison, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from longrope_kernels import report
+from longrope_kernels.cli import app
+from longrope_kernels.report import page, plots, results, runs
+from longrope_kernels.report.compare import compare
+from longrope_kernels.report.results import Row
+
+MACHINE = {"cpu": "a processor", "threads": 2, "commit": "0123456789ab", "torch": "2.13.0"}
+TESTS = {"passed": ["t.py::a"], "failed": [], "skipped": [], "reasons": {}, "complete": True}
+
+
+def row(name: str, median: float, group: str = "forward", **info: Any) -> Row:
+    return Row(group, name, median, 0.9 * median, 1.1 * median, 10, info)
+
+
+def rows() -> list[Row]:
+    """Two implementations at two lengths, and the ceilings."""
+    result = [
+        row("copy", 1.0, results.CEILINGS, gb_per_s=200.0),
+        row("matmul", 1.0, results.CEILINGS, tflop_per_s=100.0),
+    ]
+    for tokens in (1024, 8192):
+        for name, seconds in (("theirs", 2e-9), ("ours", 1e-9)):
+            info = {"work": "prefill", "kind": "causal", "tokens": tokens, "flops": 10**6}
+            speed = 1e-12 * 10**6 / (seconds * tokens)
+            info |= {"bytes": 10**4, "tflop_per_s": speed, "matmul_fraction": speed / 100}
+            result.append(row(name, seconds * tokens, f"prefill, {tokens} tokens", **info))
+    return result
+
+
+def save(path: Path, *members: Row) -> Path:
+    path.mkdir()
+    content = {"machine": MACHINE, "date": "2026-01-02", "tests": TESTS, "not_measured": {}}
+    results.save(path / "results.json", content, list(members))
+    return path
+
+
+def benchmark(test: str, data: list[float], **info: Any) -> dict[str, Any]:
+    median = sorted(data)[len(data) // 2]
+    stats = {"median": median, "q1": -1.0, "q3": -2.0, "rounds": len(data), "data": data}
+    return {"group": "g", "name": f"test[{test}]", "stats": stats, "extra_info": info}
+
+
+def test_rows_of_pytest_benchmark() -> None:
+    data = [float(i) for i in range(11)]
+    of = {"benchmarks": [benchmark("a", data, name="ours", bytes=8)], "not_measured": {"x": "no"}}
+    read, missing = results.read_benchmarks(of)
+    assert read == [Row("g", "ours", 5.0, 2.0, 8.0, 11, {"bytes": 8})]
+    assert missing == {"x": "no"}
+
+
+def test_a_test_that_fails_in_teardown_has_failed() -> None:
+    lines = [
+        {"test": "a", "outcome": "passed"},
+        {"test": "b", "outcome": "passed"},
+        {"test": "b", "outcome": "failed", "reason": "E: teardown"},
+        {"test": "c", "outcome": "skipped", "reason": "no such thing"},
+    ]
+    found = results.tests_of(map(json.dumps, lines))
+    assert (found["passed"], found["failed"], found["skipped"]) == (["a"], ["b"], ["c"])
+    assert found["reasons"] == {"b": "E: teardown", "c": "no such thing"}
+
+
+def test_the_recorder_tells_of_each_test(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_not(): pytest.skip('for a reason')\n"
+        "@pytest.fixture\n"
+        "def broken(): raise OSError('no disk')\n"
+        "def test_broken(broken): pass\n"
+    )
+    found = runs.run_tests(tmp_path, 60, ("-p", "no:cacheprovider", str(tmp_path)))
+    assert found["complete"]
+    assert found["passed"] == ["test_it.py::test_good"]
+    assert found["failed"] == ["test_it.py::test_bad", "test_it.py::test_broken"]
+    assert found["reasons"] == {
+        "test_it.py::test_bad": "assert 1 == 2",
+        "test_it.py::test_broken": "OSError: no disk",
+        "test_it.py::test_not": "Skipped: for a reason",
+    }
+    assert found["skipped"] == ["test_it.py::test_not"]
+
+
+def test_tests_cut_short_keep_what_they_showed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(600)\n"
+    )
+
+    class Impatient(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, env: dict[str, str], **kwargs: Any) -> None:
+            self.record = Path(env["LONGROPE_RECORD"])
+            super().__init__(*args, env=env, **kwargs)
+
+        def wait(self, timeout: float | None = None) -> int:
+            while timeout == 17 and not self.record.read_text():
+                time.sleep(0.1)
+            return super().wait(0 if timeout == 17 else timeout)
+
+    monkeypatch.setattr(runs.subprocess, "Popen", Impatient)
+    found = runs.run_tests(tmp_path, 17, ("-p", "no:cacheprovider", str(tmp_path)))
+    assert not found["complete"]
+    assert found["passed"] == ["test_it.py::test_quick"]
+    text = page.render(_report(tests=found), rows(), [])
+    assert "1 passed, 0 failed, 0 skipped; cut short by the budget" in text
+
+
+def _report(**changes: Any) -> dict[str, Any]:
+    default = {"machine": MACHINE, "date": "2026-01-02", "tests": TESTS, "not_measured": {}}
+    return {**default, **changes}
+
+
+def test_the_page() -> None:
+    text = page.render(_report(not_measured={"liger": "not installed"}), rows(), ["roofline.png"])
+    lines = text.splitlines()
+    assert lines[0] == "# longrope_kernels on a processor"
+    assert "- copy: 200 GB/s" in lines
+    assert "- matmul: 100 TFLOP/s" in lines
+    ours = next(line for line in lines if line.startswith("| ours"))
+    # 1.024 us, 10^6 operations in that time, of 100 TFLOP/s, twice the first row.
+    assert [cell.strip() for cell in ours.split("|")[2:]] == [
+        *("1.0", "0.9", "1.1", "1.0", "0.01", "2.00", "")
+    ]
+    assert "- liger: not installed" in lines
+    assert "![roofline](roofline.png)" in lines
+    assert "1 passed, 0 failed, 0 skipped." in lines
+    assert "t.py::a" in lines
+
+
+def test_pictures(tmp_path: Path) -> None:
+    names = plots.draw(rows(), tmp_path)
+    assert names == ["roofline.png", "prefill.png"]
+    for name in names:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert plots.draw([row("a", 1.0)], tmp_path) == []
+
+
+def test_compare_says_what_is_more_than_noise(tmp_path: Path) -> None:
+    before = [row("faster", 1.0), row("slower", 1.0), row("same", 1.0), row("gone", 1.0)]
+    after = [row("faster", 0.5), row("slower", 2.0), row("same", 1.1), row("new", 1.0)]
+    text = compare(save(tmp_path / "a", *before), save(tmp_path / "b", *after) / "results.json")
+    verdicts = {
+        line.split("|")[2].strip(): line.split("|")[5:8]
+        for line in text.splitlines()
+        if "|" in line
+    }
+    assert [cell.strip() for cell in verdicts["faster"]] == ["-50.0 %", "20.0 %", "faster"]
+    assert [cell.strip() for cell in verdicts["slower"]] == ["+100.0 %", "20.0 %", "slower"]
+    assert [cell.strip() for cell in verdicts["same"]] == ["+10.0 %", "20.0 %", ""]
+    assert text.endswith("only before:\n  forward / gone\n\nonly after:\n  forward / new")
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    loaded, members = results.load(save(tmp_path / "a", *rows()))
+    assert members == rows()
+    assert loaded["machine"] == MACHINE
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "found none"),
+        ("{", "expected a results.json"),
+        ('{"format": 99}', "expected format 1, got 99"),
+        ('{"format": 1}', "expected a results.json .*rows"),
+    ],
+)
+def test_what_is_no_report(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        results.load(tmp_path)
+    outcome = CliRunner().invoke(app, ["report", "--compare", str(tmp_path), str(tmp_path)])
+    assert outcome.exit_code == 1
+    assert "results.json" in outcome.output
+
+
+def test_an_installed_package_has_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="run it from a checkout"):
+        report.make(tmp_path / "out", 1, tests=None, benchmarks=(), root=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_a_checkout_to_a_page(tmp_path: Path) -> None:
+    out = report.make(tmp_path / "out", 60, tests=None, benchmarks=("benchmarks/test_ceilings.py",))
+    assert {file.name for file in out.iterdir()} >= {"report.md", "results.json"}
+    content, members = results.load(out)
+    assert [member.name for member in members] == ["copy", "matmul"]
+    assert all(member.median > 0 and member.rounds >= 5 for member in members)
+    assert {"torch", "commit", "threads"} <= set(content["machine"])
+    text = (out / "report.md").read_text("utf-8")
+    assert "## Ceilings" in text
+    assert "Not run." in text
+
+
+def test_a_row_that_the_budget_drops_is_skipped() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_ceilings.py", "-q", "--budget=0"]
+    done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=True)
+    assert "[2] benchmarks" in done.stdout
+    assert "the budget was spent" in done.stdout
