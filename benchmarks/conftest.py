@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import test_attention
 import test_decode
+import test_models
 import test_rotary
 import torch
 from ropes import DEVICE
@@ -16,7 +17,7 @@ from table import lines
 
 import longrope_kernels
 
-BENCHMARKS = (test_rotary, test_attention, test_decode)
+BENCHMARKS = (test_rotary, test_attention, test_decode, test_models)
 BEGIN = time.monotonic()
 DROPPED: dict[str, str] = {}  # rows that the budget left out
 
