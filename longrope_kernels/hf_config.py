@@ -1,33 +1,149 @@
-"""Read LongRoPE parameters from a Hugging Face config; knows the field names and nothing else."""
+"""Read and write RoPE parameters in Hugging Face configs; knows the field names and their rules.
+
+What a field means, and which one goes first, is as in transformers 5 (``modeling_rope_utils``).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_LONGROPE_TYPES = ("longrope", "su")  # "su" is the name of the April 2024 release of Phi-3
+from . import scaling_formulas as formulas
+
+if TYPE_CHECKING:
+    from .rope import Rope
+
+LONGROPE_TYPES = ("longrope", "su")  # "su" is the name of the April 2024 release of Phi-3
+_TYPES = ("default", "linear", "dynamic", "yarn", *LONGROPE_TYPES, "llama3", "proportional")
+# On the top level, beside the fields of transformers, which has none for it: there any config
+# class keeps a key it does not know, where validation of rope_parameters complains.
+N_HAT_KEY = "longrope_n_hat"
 
 
 def rope_type(config: Any) -> str:
-    """The type named by ``rope_parameters`` or ``rope_scaling``; "default" where there is none."""
-    parameters = _rope_parameters(config)
-    return str(parameters.get("rope_type") or parameters.get("type") or "default")
-
-
-def read_plain_config(config: Any) -> dict[str, Any]:
-    """The arguments of `Rope.plain` for a config without scaling.
+    """The type named by ``rope_parameters`` or ``rope_scaling``; "default" where there is none.
 
     Raises:
-        ValueError: the config has no ``head_dim`` and nothing to derive it from.
+        ValueError: a type this package does not know.
     """
-    rotary_dim = _rotary_dim(config)
+    parameters = _rope_parameters(config)
+    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+    if kind not in _TYPES:
+        raise ValueError(
+            "config: expected rope_parameters or rope_scaling of type "
+            f"{', '.join(_TYPES)}, got {kind!r}"
+        )
+    return kind
+
+
+def read_n_hat(config: Any) -> int | tuple[int, int]:
+    """``longrope_n_hat``: a threshold for all sets or [short, long]; 0 where there is none.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    n_hat = _get(config, N_HAT_KEY)
+    if isinstance(n_hat, list | tuple) and len(n_hat) == 2:
+        return n_hat[0], n_hat[1]
+    if n_hat is not None and not isinstance(n_hat, int):
+        raise ValueError(f"config: expected {N_HAT_KEY} to be one or two numbers, got {n_hat!r}")
+    return n_hat or 0
+
+
+def read_base(config: Any) -> float:
+    """``rope_theta``, from ``rope_parameters`` or the top level; 10000 where there is none."""
+    base = _rope_parameters(config).get("rope_theta")
+    if base is None:
+        base = _get(config, "rope_theta")
+    return 10000.0 if base is None else float(base)
+
+
+def read_set(config: Any, length: int | None = None) -> dict[str, Any]:
+    """The arguments of the one `FactorSet` of a config of any type but longrope.
+
+    Args:
+        config: as in `Rope.from_config`.
+        length: for type dynamic, whose factors hold for one length.
+
+    Raises:
+        ValueError, TypeError: naming the field or argument that is missing or out of range.
+    """
+    if length is not None:
+        formulas.check_positive("length", length)
+    kind, parameters, base = rope_type(config), _rope_parameters(config), read_base(config)
+    rotary_dim = _rotary_dim(config, partial=kind != "proportional")
     if rotary_dim is None:
         raise ValueError("config: expected head_dim, or hidden_size and num_attention_heads")
-    return {"rotary_dim": rotary_dim, "base": _base(config)}
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(f"config: expected an even number of rotary dimensions, got {rotary_dim}")
+    pairs = rotary_dim // 2
+    try:
+        return _read_set(config, kind, parameters, base, pairs, length)
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("config: ") else f"config: {text}") from None
+
+
+def _read_set(
+    config: Any,
+    kind: str,
+    parameters: Mapping[str, Any],
+    base: float,
+    pairs: int,
+    length: int | None,
+) -> dict[str, Any]:
+    if kind == "default":
+        return {"factors": formulas.linear_factors(pairs, 1.0)}
+    if kind == "proportional":
+        factor = parameters.get("factor", 1.0)
+        return {"factors": formulas.proportional_factors(pairs, _share(config), factor)}
+    if kind == "yarn":
+        return _read_yarn(config, parameters, base, pairs)
+
+    factor = _required(parameters, "factor", "rope_parameters")
+    if kind == "linear":
+        return {"factors": formulas.linear_factors(pairs, factor)}
+    if kind == "dynamic":
+        limit = _required_of(config, "max_position_embeddings")
+        formulas.check_positive("max_position_embeddings", limit)
+        length = limit if length is None else max(length, limit)
+        factors = formulas.dynamic_ntk_factors(pairs, factor, limit, length)
+        return {"factors": factors, "max_length": length}
+    low, high = (
+        _required(parameters, name, "rope_parameters")
+        for name in ("low_freq_factor", "high_freq_factor")
+    )
+    original = _original_length(config)
+    return {"factors": formulas.llama3_factors(pairs, base, factor, low, high, original)}
+
+
+def _read_yarn(
+    config: Any, parameters: Mapping[str, Any], base: float, pairs: int
+) -> dict[str, Any]:
+    original, factor = _original_length(config), parameters.get("factor")
+    formulas.check_positive("original_max_position_embeddings", original)
+    if factor is None:
+        factor = _required_of(config, "max_position_embeddings") / original
+    factors = formulas.yarn_factors(
+        pairs,
+        base,
+        factor,
+        original,
+        parameters.get("beta_fast") or 32,
+        parameters.get("beta_slow") or 1,
+        bool(parameters.get("truncate", True)),
+    )
+    attention_factor = parameters.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = formulas.yarn_attention_factor(
+            factor, parameters.get("mscale"), parameters.get("mscale_all_dim")
+        )
+    return {"factors": factors, "attention_factor": attention_factor}
 
 
 def read_longrope_config(config: Any) -> dict[str, Any]:
-    """The arguments of `Rope.longrope` for a config of type longrope.
+    """The arguments of `Rope.longrope` for a config of type longrope, but for ``n_hat``.
 
     The attention factor is, in this order: ``short_mscale`` and ``long_mscale`` (Phi-3.5-MoE),
     ``attention_factor``, the formula with ``factor`` or with ``max_position_embeddings``
@@ -36,14 +152,8 @@ def read_longrope_config(config: Any) -> dict[str, Any]:
     Raises:
         ValueError: naming the field that is missing, of another type or of the wrong length.
     """
-    kind = rope_type(config)
-    if kind not in _LONGROPE_TYPES:
-        raise ValueError(
-            "config: expected rope_parameters or rope_scaling of type "
-            f"{', '.join(_LONGROPE_TYPES)} or default, got {kind!r}"
-        )
     parameters = _rope_parameters(config)
-    arguments: dict[str, Any] = {"base": _base(config)}
+    arguments: dict[str, Any] = {"base": read_base(config)}
     rotary_dim = _rotary_dim(config)
     for name in ("short_factor", "long_factor"):
         factors = _required(parameters, name, "rope_parameters")
@@ -68,10 +178,137 @@ def read_longrope_config(config: Any) -> dict[str, Any]:
     elif parameters.get("factor") is not None:
         arguments["max_position_embeddings"] = parameters["factor"] * original
     else:
-        arguments["max_position_embeddings"] = _get(config, "max_position_embeddings") or _required(
-            parameters, "max_position_embeddings", "config"
-        )
+        arguments["max_position_embeddings"] = _required_of(config, "max_position_embeddings")
     return arguments
+
+
+def extension_ratio(config: Any) -> float | None:
+    """``s`` of a config of type longrope: ``factor``, or the ratio of the two lengths, or None."""
+    factor = _rope_parameters(config).get("factor")
+    if factor is None:
+        longest = _get(config, "max_position_embeddings")
+        factor = None if longest is None else longest / _original_length(config)
+    return None if factor is None else float(factor)
+
+
+def write_config(
+    rope: Rope,
+    *,
+    version: int,
+    head_dim: int | None,
+    original_max_position_embeddings: int | None,
+    max_position_embeddings: int | None,
+) -> dict[str, Any]:
+    """The fields `Rope.to_config` describes.
+
+    Raises:
+        ValueError: no type of transformers says exactly what ``rope`` is, and why; an argument
+            that contradicts it.
+    """
+    if version not in (4, 5):
+        raise ValueError(f"version: expected 4 or 5, of transformers, got {version!r}")
+    _check_writable(rope)
+    original = original_max_position_embeddings
+    short, long = rope.sets[0], rope.sets[-1]
+    if len(rope.sets) == 2:
+        if original not in (None, short.max_length):
+            raise ValueError(
+                f"original_max_position_embeddings: expected None or {short.max_length}, the "
+                f"bound of the short set, got {original!r}"
+            )
+        original = short.max_length
+
+    fields: dict[str, Any] = {}
+    uniform = len(set(long.factors)) == 1 and long.attention_factor == 1
+    if len(rope.sets) == 1 and uniform and long.factors[0] == 1:
+        parameters: dict[str, Any] = {"rope_type": "default"}
+    elif len(rope.sets) == 1 and uniform:
+        parameters = {"rope_type": "linear", "factor": long.factors[0]}
+    else:
+        if original is None:
+            raise ValueError(
+                "original_max_position_embeddings: expected the number of tokens, which type "
+                "longrope needs and a rope of one set does not hold, got None"
+            )
+        parameters = {
+            "rope_type": "longrope",
+            "short_factor": list(short.factors),
+            "long_factor": list(long.factors),
+            **_attention_fields(rope, original, max_position_embeddings),
+        }
+        fields["original_max_position_embeddings"] = original
+    if max_position_embeddings is not None:
+        fields["max_position_embeddings"] = max_position_embeddings
+    thresholds = [factor_set.n_hat for factor_set in rope.sets]
+    if any(thresholds):
+        fields[N_HAT_KEY] = thresholds[0] if len(set(thresholds)) == 1 else thresholds
+    return _placed(rope, parameters, fields, version, head_dim)
+
+
+def _placed(
+    rope: Rope,
+    parameters: dict[str, Any],
+    fields: dict[str, Any],
+    version: int,
+    head_dim: int | None,
+) -> dict[str, Any]:
+    """Each field where that version of transformers looks for it."""
+    shared: dict[str, Any] = {"rope_theta": rope.base}
+    if head_dim is not None:
+        fields["head_dim"] = head_dim
+        shared["partial_rotary_factor"] = _partial_rotary_factor(rope.rotary_dim, head_dim)
+    if version == 5:
+        if "original_max_position_embeddings" in fields:
+            original = fields["original_max_position_embeddings"]
+            parameters["original_max_position_embeddings"] = original
+        return {**fields, "rope_parameters": {**shared, **parameters}}
+    # Phi-3's own check in transformers 4 takes exactly "type" and the two lists.
+    kind = parameters.pop("rope_type")
+    scaling = None if kind == "default" else {"type": kind, **parameters}
+    return {**fields, **shared, "rope_scaling": scaling}
+
+
+def _check_writable(rope: Rope) -> None:
+    instead = "Rope.save keeps everything"
+    if rope.interleaved:
+        raise ValueError(
+            "interleaved: a config has no field for the pairing, which is the model code's; write "
+            f"dataclasses.replace(rope, interleaved=False), and {instead}"
+        )
+    if len(rope.sets) > 2:
+        raise ValueError(
+            f"sets: no rope type has more than two, a short and a long one; got "
+            f"{len(rope.sets)}; {instead}"
+        )
+    if rope.sets[-1].max_length is not None:
+        raise ValueError(
+            "sets: a config has no field for the bound of the last set, got max_length = "
+            f"{rope.sets[-1].max_length}; {instead}"
+        )
+
+
+def _attention_fields(
+    rope: Rope, original: int, max_position_embeddings: int | None
+) -> dict[str, float]:
+    """Nothing where the formula gives it from ``max_position_embeddings``, else as it stands."""
+    short, long = (float(rope.sets[i].attention_factor) for i in (0, -1))
+    if short != long:
+        return {"short_mscale": short, "long_mscale": long}
+    if max_position_embeddings is not None and long == formulas.extension_attention_factor(
+        max_position_embeddings, original
+    ):
+        return {}
+    return {"attention_factor": long}
+
+
+def _partial_rotary_factor(rotary_dim: int, head_dim: int) -> float:
+    if not isinstance(head_dim, int) or head_dim < rotary_dim:
+        raise ValueError(
+            f"head_dim: expected at least the {rotary_dim} rotary dimensions, got {head_dim!r}"
+        )
+    share = rotary_dim / head_dim
+    # Readers truncate the product, which may have been rounded down below the whole number.
+    return share if int(head_dim * share) == rotary_dim else math.nextafter(share, 2.0)
 
 
 def _get(config: Any, name: str) -> Any:
@@ -97,21 +334,35 @@ def _required(parameters: Mapping[str, Any], name: str, where: str) -> Any:
     return value
 
 
-def _base(config: Any) -> float:
-    base = _rope_parameters(config).get("rope_theta")
-    if base is None:
-        base = _get(config, "rope_theta")
-    return 10000.0 if base is None else float(base)
+def _required_of(config: Any, name: str) -> Any:
+    value = _get(config, name)
+    if value is None:
+        raise ValueError(f"config: expected {name} in config, got none")
+    return value
 
 
-def _rotary_dim(config: Any) -> int | None:
+def _original_length(config: Any) -> Any:
+    """``original_max_position_embeddings``, the top level's first; else the present maximum."""
+    name = "original_max_position_embeddings"
+    length = _get(config, name) or _rope_parameters(config).get(name)
+    return _required_of(config, "max_position_embeddings") if length is None else length
+
+
+def _rotary_dim(config: Any, partial: bool = True) -> int | None:
     head_dim = _get(config, "head_dim")
     if head_dim is None:
         hidden, heads = _get(config, "hidden_size"), _get(config, "num_attention_heads")
         if hidden is None or heads is None:
             return None
         head_dim = hidden // heads
-    partial = _rope_parameters(config).get("partial_rotary_factor")
-    if partial is None:
-        partial = _get(config, "partial_rotary_factor")
-    return int(head_dim * (1.0 if partial is None else partial))
+    return int(head_dim * (_share(config) if partial else 1.0))
+
+
+def _share(config: Any) -> float:
+    """``partial_rotary_factor``, from ``rope_parameters`` or the top level; 1 without one."""
+    share = _rope_parameters(config).get("partial_rotary_factor")
+    if share is None:
+        share = _get(config, "partial_rotary_factor")
+    if share is not None and not isinstance(share, int | float):
+        raise ValueError(f"config: expected partial_rotary_factor to be a number, got {share!r}")
+    return 1.0 if share is None else share

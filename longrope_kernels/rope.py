@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import phase
-from .hf_config import read_longrope_config, read_plain_config, rope_type
+from . import hf_config, phase, rope_io
+from .scaling_checks import warn_about
+from .scaling_formulas import extension_attention_factor
 
 # The bound of a set that has none. Lengths are at most 2**31, so no sequence passes it.
 UNBOUNDED = 2**62
@@ -169,20 +170,149 @@ class Rope:
         return cls(sets, base, interleaved)
 
     @classmethod
-    def from_config(cls, config: Any, *, n_hat: int | tuple[int, int] = 0) -> Rope:
-        """The `Rope` of a Hugging Face config of type longrope (or its old name "su") or default.
+    def from_config(
+        cls,
+        config: Any,
+        *,
+        length: int | None = None,
+        n_hat: int | tuple[int, int] | None = None,
+        interleaved: bool = False,
+    ) -> Rope:
+        """The `Rope` of a Hugging Face config, of any type of transformers but axial.
+
+        Types: default, linear, dynamic, yarn, llama3, proportional (one set each), longrope and
+        its old name "su" (two sets).
 
         Args:
             config: a config object or dict with ``rope_parameters`` (transformers 5) or
                 ``rope_scaling`` (4).
-            n_hat: as in `Rope.longrope`; the published configs have no field for it.
+            length: read for type dynamic alone: the sequence length in tokens, cached and new,
+                its factors are made for; None for ``max_position_embeddings``, up to which
+                nothing is scaled. The set's ``max_length`` says for which length they are.
+            n_hat: as in `Rope.longrope`; None reads ``longrope_n_hat``, a key of this package on
+                the config's top level (one number, or [short, long]), 0 where there is none.
+            interleaved: as in `Rope`; a config has no field for it.
 
         Raises:
-            ValueError: naming the field that is missing or of another type.
+            ValueError, TypeError: naming the field or argument that is missing, out of range or
+                of another type.
+
+        Warns:
+            FactorWarning: the lists of a longrope config are odd, as in `scaling.check`.
         """
-        if rope_type(config) == "default":
-            return cls.plain(**read_plain_config(config))
-        return cls.longrope(**read_longrope_config(config), n_hat=n_hat)
+        if n_hat is None:
+            n_hat = hf_config.read_n_hat(config)
+        if hf_config.rope_type(config) in hf_config.LONGROPE_TYPES:
+            arguments = hf_config.read_longrope_config(config)
+            rope = cls.longrope(**arguments, n_hat=n_hat, interleaved=interleaved)
+            warn_about([s.factors for s in rope.sets], hf_config.extension_ratio(config))
+            return rope
+        if isinstance(n_hat, tuple | list):
+            raise ValueError(f"n_hat: expected one value for a rope of one set, got {n_hat!r}")
+        factor_set = FactorSet(**hf_config.read_set(config, length), n_hat=n_hat)
+        return cls((factor_set,), hf_config.read_base(config), interleaved)
+
+    @classmethod
+    def load(cls, path: rope_io.FilePath) -> Rope:
+        """The `Rope` that `save` wrote, number for number.
+
+        Args:
+            path: the file, or a folder with a ``longrope.json``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: naming the file and what in it is not as `save` writes it.
+
+        Warns:
+            FactorWarning: the factors are odd, as in `scaling.check`.
+        """
+        content = rope_io.read_sidecar(path)
+        try:
+            sets = tuple(FactorSet(**arguments) for arguments in content["sets"])
+            rope = cls(sets, content["base"], content["interleaved"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        warn_about([s.factors for s in rope.sets], where=str(path))
+        return rope
+
+    def save(self, path: rope_io.FilePath) -> None:
+        """Write all of this rope as JSON: all sets, thresholds, base and pairing, exactly.
+
+        Args:
+            path: the file, or a folder, which gets a ``longrope.json``.
+        """
+        rope_io.write_sidecar(path, self)
+
+    def to_config(
+        self,
+        *,
+        version: int = 5,
+        head_dim: int | None = None,
+        original_max_position_embeddings: int | None = None,
+        max_position_embeddings: int | None = None,
+    ) -> dict[str, Any]:
+        """The fields of a Hugging Face config that say what this rope is, to merge into one.
+
+        One set without scaling is written as type default, one of equal factors as linear, all
+        else as longrope; one set then stands in both lists. `from_config` reads the same rope
+        from it (two equal sets in that last case). A threshold goes to ``longrope_n_hat``, which
+        transformers keeps and only this package reads.
+
+        Args:
+            version: of transformers: 5 writes ``rope_parameters``, 4 ``rope_scaling``.
+            head_dim: D; with it ``head_dim`` and ``partial_rotary_factor`` are written.
+            original_max_position_embeddings: in tokens; needed for one set that goes to type
+                longrope. Two sets know it: the bound of the short one.
+            max_position_embeddings: in tokens; written where given. Where it gives the attention
+                factor by the formula of `longrope`, none is written (Phi-3 of transformers 4
+                allows no field for it).
+
+        Raises:
+            ValueError: no type says exactly what this rope is, and why; `save` can keep it.
+        """
+        return hf_config.write_config(
+            self,
+            version=version,
+            head_dim=head_dim,
+            original_max_position_embeddings=original_max_position_embeddings,
+            max_position_embeddings=max_position_embeddings,
+        )
+
+    def compose(self, later: Rope) -> Rope:
+        """This rope extended by a later stage, whose factors are relative to it: their product.
+
+        Set by set; where one of the two has a single set, it goes with each set of the other.
+        ``n_hat`` and ``attention_factor`` are those of the later stage, which was made for the
+        final length; so is ``max_length``, unless the later stage has a single set. Below
+        ``n_hat`` stands the original embedding, not that of the earlier stage.
+
+        Args:
+            later: as many pairs, the same base and pairing.
+
+        Raises:
+            ValueError: they do not fit each other.
+            TypeError: ``later`` is not a `Rope`.
+        """
+        if not isinstance(later, Rope):
+            raise TypeError(f"later: expected a Rope, got {type(later).__name__}")
+        for name in ("pairs", "base", "interleaved"):
+            wanted, got = getattr(self, name), getattr(later, name)
+            if wanted != got:
+                raise ValueError(f"later: expected {name} = {wanted} as here, got {got}")
+        bounds, later_bounds = ([s.max_length for s in r.sets] for r in (self, later))
+        if min(len(bounds), len(later_bounds)) > 1 and bounds != later_bounds:
+            raise ValueError(
+                f"later: expected one set, or sets with max_length {bounds}, got {later_bounds}"
+            )
+        if len(later_bounds) >= len(bounds):
+            bounds = later_bounds
+        first = self.sets if len(self.sets) > 1 else self.sets * len(bounds)
+        second = later.sets if len(later.sets) > 1 else later.sets * len(bounds)
+        sets = []
+        for one, two, bound in zip(first, second, bounds, strict=True):
+            factors = tuple(a * b for a, b in zip(one.factors, two.factors, strict=True))
+            sets.append(FactorSet(factors, two.n_hat, two.attention_factor, bound))
+        return Rope(tuple(sets), self.base, self.interleaved)
 
     @property
     def pairs(self) -> int:
@@ -247,15 +377,6 @@ class Rope:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Rope, (self.sets, self.base, self.interleaved)
-
-
-def extension_attention_factor(max_length: float, original_length: float) -> float:
-    """``sqrt(1 + ln s / ln original_length)`` with ``s = max_length / original_length``.
-
-    LongRoPE's (and YaRN-like) temperature; 1 where nothing is extended.
-    """
-    ratio = max_length / original_length
-    return 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original_length))
 
 
 def check_base(base: float) -> None:
