@@ -63,7 +63,7 @@ CONFIGS = {
         256: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 16, 8, 2)),
     },
     80: {
-        64: (Config(128, 64, 4, 3), Config(128, 64, 4, 3), Config(64, 64, 4, 2)),
+        64: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
         96: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
         128: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
         256: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
@@ -71,10 +71,26 @@ CONFIGS = {
 }
 
 
-def choose_config(arch: int, dim: int, causal: bool, in_registers: bool) -> Config:
-    """The tiles for a device of compute capability ``arch`` (90 for 9.0)."""
+def choose_config(
+    arch: int,
+    dim: int,
+    causal: bool,
+    in_registers: bool,
+    interleaved: bool = False,
+    packed_window: bool = False,
+) -> Config:
+    """The tiles for a device of compute capability ``arch`` (90 for 9.0).
+
+    packed_window: packed sequences with a window.
+    """
     of_dim: tuple[Config, ...] = nearest(CONFIGS, arch, dim)
-    return of_dim[2 if in_registers else int(causal)]
+    config = of_dim[2 if in_registers else int(causal)]
+    # Smaller tiles of k where the compiler would spill some registers.
+    if packed_window if in_registers else interleaved and 64 < dim <= 96:
+        if config.block_n > 16:
+            return config._replace(block_n=config.block_n // 2)
+        return config._replace(block_m=config.block_m // 2)
+    return config
 
 
 def choose_rotation(queries: int, sequences: int, groups: int) -> str:
@@ -106,15 +122,20 @@ def plan(
     window: int,
     softcap: float,
     arch: int,
+    config: Config | None = None,
 ) -> Launch:
     """The launch of the forward pass, for tensors that are not empty.
 
     The arguments are those of `backends.triton_attention.forward`. key_positions None: k is already
-    rotated. arch: the compute capability, 90 for 9.0. Nothing is allocated, no tensor is read.
+    rotated. arch: the compute capability, 90 for 9.0. config: instead of that of the table.
+    Nothing is allocated, no tensor is read.
     """
     sizes = sizes_of(q, k, cu_seqlens)
     dim, pairs = q.shape[3], steps.shape[2]
-    config = choose_config(arch, dim, causal, key_positions is not None)
+    if config is None:
+        packed_window = sizes.packed and window > 0
+        in_registers = key_positions is not None
+        config = choose_config(arch, dim, causal, in_registers, interleaved, packed_window)
     of_kv_head = 2 * sizes.keys * dim * k.element_size()
     programs, tiles, section = grid_of(
         sizes.queries, sizes.heads, sizes, config.block_m, of_kv_head, sizes.groups

@@ -56,14 +56,27 @@ CONFIGS = {
 _DELTA_TOKENS = 32
 
 
-def choose_configs(arch: int, dim: int, softcap: float) -> Configs:
+def choose_configs(
+    arch: int,
+    dim: int,
+    softcap: float = 0.0,
+    window: int = 0,
+    packed: bool = False,
+    interleaved: bool = False,
+) -> Configs:
     """The tiles for a device of compute capability ``arch`` (90 for 9.0)."""
     configs: Configs = nearest(CONFIGS, arch, dim)
+    dk, dv, dq = configs
+    # Smaller tiles where the compiler would spill some registers. The slope of the cap needs the
+    # scores again beside the weights.
     if softcap > 0:
-        # The slope of the cap needs the scores again beside the weights.
-        few = configs.dk._replace(block_m=min(configs.dk.block_m, 32))
-        configs = configs._replace(dk=few)
-    return configs
+        few = 64 < dim <= 96 or (dim > 64 and not 90 <= arch < 120)
+        dk = dk._replace(block_m=min(dk.block_m, 16 if few else 32))
+    if (packed and dim > 128) or (interleaved and dim <= 64 and dv is None):
+        dk = dk._replace(block_m=max(16, dk.block_m // 2))
+    if dim > 128 and (softcap > 0 or window > 0):
+        dq = dq._replace(block_n=dq.block_n // 2)
+    return Configs(dk, dv, dq)
 
 
 def plan_delta(
@@ -117,16 +130,19 @@ def plan(
     window: int,
     softcap: float,
     arch: int,
+    configs: Configs | None = None,
 ) -> list[Launch]:
     """The launches for dk and dv, one or two, and for dq, for tensors that are not empty.
 
     q and k are rotated, delta (with the strides of lse) comes from `plan_delta`; the others are
-    those of `backends.triton_attention.backward`. arch: the compute capability, 90 for 9.0. Nothing
-    is allocated, no tensor is read.
+    those of `backends.triton_attention.backward`. arch: the compute capability, 90 for 9.0.
+    configs: instead of those of the table. Nothing is allocated, no tensor is read.
     """
     sizes = sizes_of(q, k, cu_seqlens)
     dim = q.shape[3]
-    of_keys, of_values, of_queries = choose_configs(arch, dim, softcap)
+    if configs is None:
+        configs = choose_configs(arch, dim, softcap, window, sizes.packed, interleaved)
+    of_keys, of_values, of_queries = configs
     inputs = (
         tensor_args(d_out),
         tensor_args(q),

@@ -212,8 +212,8 @@ class Call:
     def _scores(self, q: torch.Tensor, k: torch.Tensor, order: int) -> torch.Tensor:
         """In one of two tilings: the scale after the product, or before it."""
         if order % 2:
-            return self._capped(_product(self.scale * q, k, order))
-        return self._capped(self.scale * _product(q, k, order))
+            return self._capped(product(self.scale * q, k, order))
+        return self._capped(self.scale * product(q, k, order))
 
     def _low(
         self, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, order: int
@@ -243,7 +243,7 @@ class Call:
             total = p.sum(-1, keepdim=True)
             stored = top + torch.log(total)
             lse[row, :, at] = stored[..., 0]
-            o = rounded(_product(rounded(p), z.mT, order) / total.masked_fill(dead, 1.0))
+            o = rounded(product(rounded(p), z.mT, order) / total.masked_fill(dead, 1.0))
             out[row, at] = o.transpose(0, 1)
             if grad_out is None:
                 continue
@@ -252,15 +252,15 @@ class Call:
             scores = self._scores(x, y, order + 1)
             hidden = scores.masked_fill(~mask, -torch.inf)
             p = torch.exp(hidden - stored.masked_fill(dead, 0.0))
-            delta = _product(d_o[..., None, :], o[..., None, :], order + 1)[..., 0]
+            delta = product(d_o[..., None, :], o[..., None, :], order + 1)[..., 0]
             delta = delta - d_lse[row, :, at, None].to(self.sums)
-            ds = p * (_product(d_o, z, order) - delta)
+            ds = p * (product(d_o, z, order) - delta)
             if self.softcap is not None:
                 ds = ds * (1 - (scores / self.softcap) ** 2)
             ds = rounded(ds)
-            dq[row, at] = self.scale * _product(ds, y.mT, order).transpose(0, 1)
-            dk[row, of_k] = self.scale * self._grouped(_product(ds.mT, x.mT, order))
-            dv[row, of_k] = self._grouped(_product(rounded(p).mT, d_o.mT, order))
+            dq[row, at] = self.scale * product(ds, y.mT, order).transpose(0, 1)
+            dk[row, of_k] = self.scale * self._grouped(product(ds.mT, x.mT, order))
+            dv[row, of_k] = self._grouped(product(rounded(p).mT, d_o.mT, order))
         if grad_out is None:
             return self._layout(out.to(self.dtype), lse)
         dq, dk, dv = (x.to(self.dtype) for x in (dq, dk, dv))
@@ -277,17 +277,17 @@ class Call:
     def expected(self) -> Attended:
         """What `attention` must return."""
         lows = [self._low(None, None, order) for order in ORDERS]
-        return Attended(*map(_worst, self.truth(), *lows))
+        return Attended(*map(worst, self.truth(), *lows))
 
     def expected_grads(
         self, grad_out: torch.Tensor, grad_lse: torch.Tensor | None = None
     ) -> list[truth.Expected]:
         """What the backward of `attention` must make of these gradients: dq, dk, dv."""
         lows = [self._low(grad_out, grad_lse, order) for order in ORDERS]
-        return list(map(_worst, self.truth_grads(grad_out, grad_lse), *lows))
+        return list(map(worst, self.truth_grads(grad_out, grad_lse), *lows))
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, order: int) -> torch.Tensor:
+def product(a: torch.Tensor, b: torch.Tensor, order: int) -> torch.Tensor:
     """``a @ b.mT``, summed in one of many orders; 0 is the order in memory."""
     if order == 0:
         return a @ b.mT
@@ -295,7 +295,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, order: int) -> torch.Tensor:
     return a[..., shuffled] @ b[..., shuffled].mT
 
 
-def _worst(ref64: torch.Tensor, *lows: torch.Tensor) -> truth.Expected:
+def worst(ref64: torch.Tensor, *lows: torch.Tensor) -> truth.Expected:
     """A kernel may sum in any order: element by element, that of all which errs most."""
     errors = torch.stack([(low.double() - ref64).abs().nan_to_num(0.0) for low in lows])
     most = errors.argmax(0, keepdim=True)

@@ -1,7 +1,7 @@
 """Compile the attention kernels for GPUs that are not there, and read what came out.
 
     python tests/codegen_attention.py              one JSON object a kernel, as a list
-    python tests/codegen_attention.py --markdown   a table
+    python tests/codegen_attention.py --markdown   a table, and one of what rotation costs
 
 As codegen.py does it: the launches come from the functions that the backend uses.
 """
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +29,31 @@ import triton
 from codegen import CUOBJDUMP, INSTRUCTION, source
 from triton.backends.compiler import GPUTarget
 
-from longrope_kernels.kernels import attention, attention_backward
+from longrope_kernels.kernels import attention, attention_backward, attention_hopper
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel of a call: 32 heads of q, 8 of k, a sequence of 8192 tokens."""
+    """One kernel of a call: 32 heads of q, 8 of k, a sequence of 8192 tokens.
+
+    pairs: those that are rotated; None: all there are, 0: the same kernel without rotation.
+    """
 
     dim: int
     arch: int = 90
     kernel: str = "prepass"
     causal: bool = True
-    pairs: int = 0
+    pairs: int | None = None
     interleaved: bool = False
     window: int = 0
     softcap: float = 0.0
     packed: bool = False
+    padded: bool = False
     dtype: str = "bfloat16"
 
     def launch(self) -> Any:
         """The launch of this kernel, for tensors without memory."""
-        seq, pairs = 8192, self.pairs or self.dim // 2
+        seq, pairs = 8192, self.dim // 2 if self.pairs is None else self.pairs
 
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -70,7 +74,7 @@ class Case:
             None,
             cu,
             cu,
-            None,
+            empty(1) if self.padded else None,
             self.interleaved,
             self.causal,
             self.dim**-0.5,
@@ -81,6 +85,16 @@ class Case:
         lse = empty(1, 32, seq, dtype=torch.float32)
         if self.kernel == "prepass":
             return attention.plan(q, rotated(8), v, out, lse, positions, None, *rest)
+        if self.kernel == "persistent":
+            tensors = (q, rotated(8), v)
+            of_call = (self.interleaved, self.dim**-0.5, self.softcap, self.arch)
+            assert attention_hopper.serves(*tensors, pairs, cu, None, *of_call)
+            return attention_hopper.plan(
+                *(*tensors, out, lse, positions),
+                *tables,
+                *(rest[4], None, self.interleaved, self.causal, self.dim**-0.5, self.window),
+                *(self.arch, 132),
+            )
         if self.kernel == "registers":
             return attention.plan(q, k, v, out, lse, positions, positions, *rest)
         delta = torch.empty_like(lse)
@@ -112,6 +126,7 @@ VARIANTS = {
         {"window": 1024},
         {"softcap": 50.0},
         {"packed": True},
+        {"padded": True},
         {"dtype": "float16", "causal": False},
     ),
     "registers": ({"interleaved": True}, {"window": 1024}, {"packed": True}),
@@ -121,18 +136,66 @@ VARIANTS = {
 }
 
 
+# For the other head_dims: what takes most registers.
+DEMANDING = {
+    "prepass": ({"interleaved": True}, {"window": 1024, "softcap": 50.0, "packed": True}),
+    "registers": ({"interleaved": True}, {"window": 1024, "packed": True}),
+    "dk_dv": ({"interleaved": True}, {"softcap": 50.0, "packed": True}),
+    "dk": ({"interleaved": True}, {"softcap": 50.0, "packed": True}),
+    "dv": ({"softcap": 50.0, "packed": True},),
+    "dq": ({"interleaved": True}, {"window": 1024, "softcap": 50.0, "packed": True}),
+}
+# Those that have smaller tiles than the plain call, or had to get them.
+DEMANDING_80 = (
+    Case(64, 80, "prepass", interleaved=True),
+    Case(96, 80, "registers", window=1024, packed=True),
+    Case(96, 80, "dk", softcap=50.0, packed=True),
+    Case(256, 80, "dq", softcap=50.0),
+)
+# What attention_hopper.py serves; 40 pairs of a head of 80 in the half pairing it does not.
+PERSISTENT = (
+    *({"dim": dim, "causal": causal} for dim in (32, 64, 96, 128) for causal in (True, False)),
+    {"dim": 80, "pairs": 16},
+    {"dim": 80, "interleaved": True},
+    {"dim": 64, "interleaved": True},
+    {"dim": 96, "interleaved": True},
+    {"dim": 128, "interleaved": True},
+    {"dim": 128, "interleaved": True, "causal": False},
+    {"dim": 128, "pairs": 48},
+    {"dim": 128, "pairs": 0},
+    {"dim": 128, "window": 1024},
+    {"dim": 128, "window": 1024, "causal": False},
+    {"dim": 128, "window": 1024, "interleaved": True},
+    {"dim": 128, "dtype": "float16"},
+)
+
+
 def cases() -> Iterator[Case]:
-    """Every head_dim for each architecture; the other variants for head_dim 128."""
+    """Every head_dim for each architecture, with rotation and without; variants; one for sm_100."""
     for arch, dim in itertools.product((80, 90), DIMS):
         configs = attention_backward.choose_configs(arch, dim, 0.0)
         kernels = ["prepass", "registers", "dq", *(("dk", "dv") if configs.dv else ("dk_dv",))]
         for kernel in kernels:
             yield Case(dim, arch, kernel)
+            if kernel != "dv":  # which rotates nothing
+                yield Case(dim, arch, kernel, pairs=0)
             if dim == 128:
                 yield from (Case(dim, arch, kernel, **variant) for variant in VARIANTS[kernel])
-            elif kernel == "prepass":
+            elif arch == 90:
+                yield from (Case(dim, arch, kernel, **variant) for variant in DEMANDING[kernel])
+            if dim != 128 and kernel == "prepass":
                 yield Case(dim, arch, kernel, causal=False)
         yield Case(dim, arch, "delta")
+    yield from DEMANDING_80
+    for kernel in ("prepass", "registers", "dk", "dv", "dq"):
+        yield Case(128, 100, kernel)
+    yield from (Case(arch=90, kernel="persistent", **of_call) for of_call in PERSISTENT)
+
+
+def torn_copies(ttgir: str) -> int:
+    """Copies by TMA that bring another tile than the one they are waited for."""
+    copy = r"async_tma_copy_global_to_local .*tensordesc<tensor<([\dx]+)x\D.*memdesc<([\dx]+)x\D"
+    return sum(box.removeprefix("1x1x") != tile for box, tile in re.findall(copy, ttgir))
 
 
 def tile_loop(dump: str) -> list[str]:
@@ -172,7 +235,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
     return {
         **asdict(case),
         "tile": [launch.constants["BLOCK_M"], launch.constants.get("BLOCK_N", 0)],
-        "warps": launch.warps,
+        "warps": compiled.metadata.num_warps,
         "stages": launch.stages,
         "registers": int(re.search(r"REG:(\d+)", dump)[1]),
         "stack": int(re.search(r"STACK:(\d+)", dump)[1]),
@@ -181,6 +244,11 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
         "instructions": counts.total(),
         "hgmma": number("HGMMA"),
         "hmma": number("HMMA"),
+        "mufu": number("MUFU"),
+        "copies": number("UTMALDG"),
+        "torn_copies": torn_copies(compiled.asm["ttgir"]),
+        "consumers": len(re.findall(r"^ *partition\d+\(", compiled.asm["ttgir"], re.MULTILINE)),
+        "register_moves": number("USETMAXREG"),
         "tile_instructions": len(tile),
         "tile_matrix": sum("MMA" in name for name in tile),
         "tile_mufu": sum(name.startswith("MUFU") for name in tile),
@@ -194,8 +262,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [" | ".join(head).replace("_", " "), " | ".join("---" for _ in head)]
     for row in rows:
         variant = [] if row["causal"] else ["not causal"]
-        variant += [name for name in ("interleaved", "window", "softcap", "packed") if row[name]]
+        flags = ("interleaved", "window", "softcap", "packed", "padded")
+        variant += [name for name in flags if row[name]]
         variant += [f"{2 * row['pairs']} rotated"] if row["pairs"] else []
+        variant += ["without rotation"] if row["pairs"] == 0 else []
         variant += ["float16"] if row["dtype"] == "float16" else []
         cells = (
             *(row["arch"], row["kernel"], row["dim"], ", ".join(variant)),
@@ -206,11 +276,34 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def cost_of_rotation(rows: list[dict[str, Any]]) -> str:
+    """A table of each kernel beside the same one without rotation."""
+    of_case = {Case(**{x.name: row[x.name] for x in fields(Case)}): row for row in rows}
+    names = ("tile_instructions", "tile_mufu", "instructions", "registers", "shared", "local")
+    columns = [f"{name}{part}" for name in names[:2] for part in ("", ", without", ", more")]
+    columns += [f"{name}{part}" for name in names[2:] for part in ("", ", without")]
+    head = ("sm", "kernel", "head_dim", "tile", *columns)
+    lines = [" | ".join(head).replace("_", " "), " | ".join("---" for _ in head)]
+    for case, without in of_case.items():
+        if case.pairs != 0:
+            continue
+        row = of_case[replace(case, pairs=None)]
+        cells = [case.arch, case.kernel, case.dim, " x ".join(map(str, row["tile"]))]
+        for name in names:
+            cells += [row[name], without[name]]
+            cells += [row[name] - without[name]] if name in names[:2] else []
+        lines.append(" | ".join(map(str, cells)))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         rows = [compile_case(case, Path(folder)) for case in cases()]
-    print(markdown(rows) if "--markdown" in sys.argv[1:] else json.dumps(rows))
+    if "--markdown" in sys.argv[1:]:
+        print(f"{markdown(rows)}\n\n## The cost of rotation\n\n{cost_of_rotation(rows)}")
+    else:
+        print(json.dumps(rows))
 
 
 if __name__ == "__main__":
