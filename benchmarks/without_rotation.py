@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from longrope_kernels.backends import triton_attention
+from longrope_kernels.backends import triton_attention, triton_launch
 
 
 class _WithoutRotation(torch.autograd.Function):
@@ -19,7 +19,7 @@ class _WithoutRotation(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
         launch = triton_attention._plan_rotated(q, k, v, out, lse, *_rest(q, causal))
-        triton_attention._launch_with_scratch(launch, q.device)
+        triton_launch.run_launch_with_scratch(launch, q.device)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.causal = causal
         return out
@@ -37,7 +37,7 @@ class _WithoutRotation(torch.autograd.Function):
             *(positions, positions, *tables, *of_sequences, *scores),
         )
         for launch in (attention_backward.plan_delta(d_out, None, out, lse, delta), *launches):
-            triton_attention._launch(launch)
+            triton_launch.run_launch(launch)
         return (*gradients, None)
 
 
@@ -53,5 +53,5 @@ def _rest(q: torch.Tensor, causal: bool) -> tuple[Any, ...]:
     positions = torch.zeros(1, 1, dtype=torch.int64, device=q.device).expand(q.shape[:2])
     none = torch.zeros(1, dtype=torch.int64, device=q.device)
     tables = (none.new_empty((1, 2, 0)), none, none.double(), none)
-    scores = (False, causal, q.shape[3] ** -0.5, 0, 0.0, triton_attention._arch(q))
+    scores = (False, causal, q.shape[3] ** -0.5, 0, 0.0, triton_launch.arch_of(q))
     return positions, tables, (None,) * 5, scores

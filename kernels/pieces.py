@@ -15,7 +15,19 @@ Tuples of tensors carry them; ``PAIRS``, ``DIM`` and ``INTERLEAVED`` say which t
 import triton
 import triton.language as tl
 
-from .rotation import _INTERPRETED, below_threshold, cos_sin, narrow, phase, rotate
+from .rotation import (
+    _INTERPRETED,
+    below_threshold,
+    cos_sin,
+    cos_sin_approx,
+    narrow,
+    phase,
+    rotate,
+)
+
+# ``PAIRS`` of plain pieces 32 wide at least: where a product has 16 rows, warps share its columns,
+# and of 16 columns each of them would do all.
+WIDE = tl.constexpr(-1)
 
 
 @triton.constexpr_function
@@ -43,6 +55,8 @@ def _list_pieces(pairs, dim, interleaved):
     Columns start, start + 1, ...; those from ``limit`` on do not exist. ``split``: the second half
     of the columns is the first one shifted by ``pairs``.
     """
+    least = 32 if pairs == WIDE.value else 16
+    pairs = max(pairs, 0)
     pieces, start = [], 0
     for width in _chunks(pairs, interleaved):
         if interleaved:
@@ -54,7 +68,7 @@ def _list_pieces(pairs, dim, interleaved):
             pieces.append((pairs + start, width, 2 * pairs, False))
         start += width
     start = 2 * pairs
-    for width in _powers(dim - 2 * pairs, 16):
+    for width in _powers(dim - 2 * pairs, least):
         pieces.append((start, width, dim, False))
         start += width
     return pieces
@@ -345,8 +359,45 @@ def rotate_pieces(
 
 
 @triton.jit
+def _load_chunk_of_steps(p_steps, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, C: tl.constexpr):
+    o_p = _chunk_start(PAIRS, INTERLEAVED, C) + tl.arange(0, _chunk_width(PAIRS, INTERLEAVED, C))
+    return tl.load(p_steps + o_p, mask=o_p < PAIRS, other=0)
+
+
+@triton.jit
+def load_steps(p_steps, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The steps of each chunk of pairs: a tuple of (width,) int64. p_steps: (PAIRS,) int64."""
+    steps = ()
+    for c in tl.static_range(_count_chunks(PAIRS, INTERLEAVED)):
+        steps += (_load_chunk_of_steps(p_steps, PAIRS, INTERLEAVED, c),)
+    return steps
+
+
+@triton.jit
+def turn_pieces(pieces, n, steps, original, below, a, INTERLEAVED: tl.constexpr):
+    """As `rotate_pieces`, with steps that are in registers and `cos_sin_approx`.
+
+    n: (BLOCK,) int64. steps, below: of `load_steps`. original (BLOCK,): tokens that take ``below``
+    instead; a (BLOCK,): the factor of each token; both None: no token does, and no factor.
+    """
+    turned = ()
+    for c in tl.static_range(len(steps)):
+        step = steps[c][None, :]
+        if original is not None:
+            step = tl.where(original[:, None], below[c][None, :], step)
+        cos, sin = cos_sin_approx(phase(n[:, None], step))
+        if a is not None:
+            cos = cos * a[:, None]
+            sin = sin * a[:, None]
+        turned += _rotate_chunk(pieces, cos, sin, INTERLEAVED, c)
+    for i in tl.static_range(len(turned), len(pieces)):
+        turned += (pieces[i],)
+    return turned
+
+
+@triton.jit
 def narrow_pieces(pieces, dtype: tl.constexpr):
-    """float32 pieces to ``dtype``, to nearest even; pieces of that dtype stay."""
+    """Pieces to ``dtype``, to nearest even; pieces of that dtype stay."""
     narrowed = ()
     for i in tl.static_range(len(pieces)):
         narrowed += (_narrow_piece(pieces[i], dtype),)
@@ -355,6 +406,6 @@ def narrow_pieces(pieces, dtype: tl.constexpr):
 
 @triton.jit
 def _narrow_piece(x, dtype: tl.constexpr):
-    if x.dtype == tl.float32:
-        x = narrow(x, dtype)
+    if x.dtype != dtype:
+        x = narrow(x.to(tl.float32), dtype)
     return x

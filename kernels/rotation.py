@@ -16,6 +16,9 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Radians per unit of a phase that was shifted left by two: 2 pi / 2**34.
 _RADIANS = tl.constexpr(3.6572951981048216e-10)
 
+# Radians per unit of a phase: 2 pi / 2**32.
+_RADIANS_OF_PHASE = tl.constexpr(1.4629180792671596e-09)
+
 # Minimax fits on [-pi/4, pi/4] in z = x * x (Remez): sin x = x + x z (S0 + z (S1 + z S2)) to 2e-9
 # and cos x = 1 - z/2 + z z (C0 + z (C1 + z C2)) to 1e-10, before the rounding of float32.
 _S0 = tl.constexpr(-0.166666506645)
@@ -96,6 +99,27 @@ def cos_sin(u):
         tl.float32, bitcast=True
     )
     sin = (sin.to(tl.int32, bitcast=True) ^ ((quadrant & 2) << 30)).to(tl.float32, bitcast=True)
+    return cos, sin
+
+
+@triton.jit
+def cos_sin_approx(u):
+    """Cosine and sine of a phase by the hardware's approximation: within 2**-20 in [-pi, pi).
+
+    6 instructions where `cos_sin` takes 20: for keys that one program rotates for itself, where
+    nothing shares a pair and the result is rounded to 16 bits. The interpreter takes `cos_sin`.
+    """
+    if _INTERPRETED:
+        cos, sin = cos_sin(u)
+    else:
+        cos, sin = tl.inline_asm_elementwise(
+            "cos.approx.f32 $0, $2; sin.approx.f32 $1, $2;",
+            "=f,=f,f",
+            [u.to(tl.float32) * _RADIANS_OF_PHASE],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
     return cos, sin
 
 

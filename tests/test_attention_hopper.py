@@ -15,7 +15,7 @@ from attention_truth import PREPASS, Case, bf16, check, fp16
 from cases import CUDA
 from triton.runtime import _allocation
 
-from longrope_kernels.backends import triton_attention
+from longrope_kernels.backends import triton_launch
 from longrope_kernels.kernels import attention_hopper
 from longrope_kernels.kernels.attention_hopper import (
     PersistentConfig,
@@ -27,7 +27,7 @@ from longrope_kernels.kernels.attention_tiles import tile_at
 from longrope_kernels.kernels.descriptors import row_of_head
 
 DEVICE = "cuda" if CUDA else "cpu"
-ARCH = triton_attention._arch(torch.empty(0, device=DEVICE))
+ARCH = triton_launch.arch_of(torch.empty(0, device=DEVICE))
 # In the interpreter the forms differ in loops and masks, not in who runs them. Others than 9.0 have
 # no specialised form.
 FORMS = ("plain", "specialised") if ARCH in (0, 90) else ("plain",)
@@ -201,7 +201,7 @@ def test_it_is_taken_only_where_asked_for(
     check(PREPASS, CASES[0])
     assert not grids
     monkeypatch.setenv("LONGROPE_SM90_ATTENTION", "fast")
-    with pytest.raises(ValueError, match="LONGROPE_SM90_ATTENTION: .*'fast'"):
+    with pytest.raises(ValueError, match=r"LONGROPE_SM90_ATTENTION: .*'fast'"):
         check(PREPASS, CASES[0])
 
 
@@ -248,7 +248,7 @@ def test_the_allocator_of_the_caller_stays() -> None:
 
     def run() -> Any:
         triton.set_allocator(theirs)
-        triton_attention._launch_with_scratch(launch, torch.device(DEVICE))
+        triton_launch.run_launch_with_scratch(launch, torch.device(DEVICE))
         return _allocation._allocator.get()
 
     assert contextvars.copy_context().run(run) is theirs

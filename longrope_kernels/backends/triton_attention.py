@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import os
 from typing import Any
 
 import torch
+
+from .triton_launch import (
+    arch_of,
+    multiprocessors_of,
+    on_device,
+    run_launch,
+    run_launch_with_scratch,
+)
 
 SM90_FORMS = ("tiles", "persistent", "specialized")
 
@@ -76,16 +82,16 @@ def forward(
         k_rotation = kernels.choose_rotation(q.shape[0] * q.shape[1], sequences, groups)
     tables = (steps, n_hat, attention_factor, max_length)
     of_sequences = (lengths, sets, cu_seqlens, cu_seqlens_k, kv_start)
-    scores = (interleaved, causal, softmax_scale, window, softcap, _arch(q))
+    scores = (interleaved, causal, softmax_scale, window, softcap, arch_of(q))
     v = _short_strides(v)
 
-    with _on_device(q):
+    with on_device(q):
         if k_rotation == "registers":
             k = _short_strides(k)
             launch = kernels.plan(
                 q, k, v, out, lse, positions, key_positions, *tables, *of_sequences, *scores
             )
-            _launch(launch)
+            run_launch(launch)
             return
         step = _kv_heads_at_once(k.numel() // k.shape[2] * k.element_size(), k.shape[2])
         scratch = None
@@ -114,7 +120,7 @@ def forward(
                 of_sequences,
                 scores,
             )
-            _launch_with_scratch(launch, q.device)
+            run_launch_with_scratch(launch, q.device)
 
 
 def _plan_rotated(
@@ -144,7 +150,7 @@ def _plan_rotated(
             lengths,
             sets,
             *of_scores,
-            _multiprocessors(q),
+            multiprocessors_of(q, interpreted=3),
             form == "specialized",
         )
     return attention.plan(*(q, k, v, out, lse, positions, None), *tables, *of_sequences, *scores)
@@ -201,14 +207,14 @@ def backward(
     groups = q.shape[2] // k.shape[2]
     tables = (steps, n_hat, attention_factor, max_length)
     of_sequences = (lengths, sets, cu_seqlens, cu_seqlens_k, kv_start)
-    scores = (interleaved, causal, softmax_scale, window, softcap, _arch(q))
+    scores = (interleaved, causal, softmax_scale, window, softcap, arch_of(q))
     if d_out.stride(3) != 1:
         d_out = d_out.contiguous()
     d_out, v = _short_strides(d_out), _short_strides(v)
     delta = torch.empty_like(lse)
 
-    with _on_device(q):
-        _launch(kernels.plan_delta(d_out, d_lse, out, lse, delta))
+    with on_device(q):
+        run_launch(kernels.plan_delta(d_out, d_lse, out, lse, delta))
         bytes_of_head = (k.numel() + q.numel()) // k.shape[2] * k.element_size()
         step = _kv_heads_at_once(bytes_of_head, k.shape[2])
         k_scratch = q_scratch = None
@@ -236,7 +242,7 @@ def backward(
                 *scores,
             )
             for launch in launches:
-                _launch(launch)
+                run_launch(launch)
 
 
 def _check(q: torch.Tensor, softmax_scale: float, k_rotation: str | None) -> None:
@@ -259,14 +265,6 @@ def _check(q: torch.Tensor, softmax_scale: float, k_rotation: str | None) -> Non
         raise ValueError(f"k_rotation: expected 'prepass', 'registers' or None, got {k_rotation!r}")
 
 
-def _arch(x: torch.Tensor) -> int:
-    """The compute capability of the device of x, 90 for 9.0; 0 for the interpreter."""
-    if not x.is_cuda:
-        return 0
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
-
-
 def sm90_form() -> str:
     """The form of the forward kernel on compute capability 9.0, of ``LONGROPE_SM90_ATTENTION``.
 
@@ -283,18 +281,6 @@ def sm90_form() -> str:
             f"LONGROPE_SM90_ATTENTION: expected one of {', '.join(SM90_FORMS)}, got {form!r}"
         )
     return form
-
-
-def _multiprocessors(x: torch.Tensor) -> int:
-    """Those of the device of x; a few in the interpreter, so that programs take several tiles."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-
-
-def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of x."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
 
 
 def _short_strides(x: torch.Tensor) -> torch.Tensor:
@@ -323,28 +309,3 @@ def _rotated(
     if launch is not None:
         rotary.rotary_kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.warps)
     return y
-
-
-def _launch(launch: Any) -> None:
-    launch.kernel[launch.grid](
-        *launch.args, **launch.constants, num_warps=launch.warps, num_stages=launch.stages
-    )
-
-
-def _launch_with_scratch(launch: Any, device: torch.device) -> None:
-    """Launch what may ask Triton for memory (descriptors made on the device).
-
-    Triton keeps its allocator in a context variable: set in a copy of the context, it does not
-    replace the caller's. The memory belongs to the current stream, as that of every tensor does,
-    also while a CUDA graph is captured.
-    """
-    import triton
-
-    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int8, device=device)
-
-    def run() -> None:
-        triton.set_allocator(allocate)
-        _launch(launch)
-
-    contextvars.copy_context().run(run)

@@ -1,0 +1,467 @@
+"""Decoding: a few queries of each sequence against a cache of unrotated keys, split-KV.
+
+A program takes the queries of all heads that share a KV head, so that each key is loaded and
+rotated once for them, and a part of the keys (decode_splits.py). Memory bounds it: on an H200 a
+multiprocessor has about 25 cycles for the 512 bytes of a key and a value of 128 dimensions in 16
+bits, in which each of its four schedulers issues up to 25 instructions; reports/codegen/decode.md
+counts what a tile takes. Keys are rotated in the layout in which they are loaded, where both
+dimensions of a pair are in one thread, and go to the matrix unit through shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_tiles import (
+    LN2,
+    Launch,
+    cap_scores,
+    nearest,
+    score_args,
+    set_of_sequence,
+    tensor_args,
+    vector_args,
+    wide,
+)
+from .decode_cache import block_ids, slot_rows
+from .decode_float8 import CONVERT, SHIFT, half_pieces
+from .decode_splits import (
+    Splits,
+    choose_splits,
+    combine_kernel,
+    keys_of_sequence,
+    split_keys,
+    tiles_of_split,
+)
+from .pieces import (
+    WIDE,
+    add_dots,
+    dot_rows,
+    load_pieces,
+    load_steps,
+    narrow_pieces,
+    rotate_pieces,
+    scale_pieces,
+    store_pieces,
+    token_rows,
+    turn_pieces,
+    zero_pieces,
+)
+from .rotation import narrow
+
+# ----------------------------------------------------------------------------------------- launch
+
+
+class Config(NamedTuple):
+    """Rows of a tile at most and keys, warps, stages, and programs of a multiprocessor at once."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# By architecture and head_dim, for up to 16 rows and for more: tiles that compile without spills
+# (tests/test_codegen_decode.py). Not timed on a GPU yet. 0 is the interpreter: small tiles, so that
+# small tests see several.
+CONFIGS = {
+    0: {256: (Config(16, 16, 4, 1, 1), Config(16, 16, 4, 1, 1))},
+    90: {
+        64: (Config(16, 64, 4, 3, 2), Config(64, 64, 8, 3, 1)),
+        128: (Config(16, 64, 4, 3, 2), Config(64, 64, 8, 3, 1)),
+        256: (Config(16, 64, 8, 3, 1), Config(32, 32, 8, 3, 1)),
+    },
+    80: {
+        64: (Config(16, 64, 4, 3, 2), Config(64, 64, 8, 3, 1)),
+        96: (Config(16, 32, 4, 3, 2), Config(16, 32, 4, 3, 2)),
+        128: (Config(16, 32, 4, 3, 2), Config(32, 64, 8, 3, 1)),
+        256: (Config(16, 32, 8, 3, 1), Config(32, 32, 8, 3, 1)),
+    },
+}
+
+
+def choose_config(arch: int, dim: int, rows: int) -> Config:
+    """The tiles for a device of compute capability ``arch`` (90 for 9.0).
+
+    rows: queries of the heads that share a KV head, of one sequence.
+    """
+    of_dim: tuple[Config, Config] = nearest(CONFIGS, arch, dim)
+    return of_dim[int(rows > 16)]
+
+
+def splits_of(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    arch: int,
+    multiprocessors: int,
+    config: Config | None = None,
+) -> Splits:
+    """How to split the keys of a call; ``most`` sizes the scratch of `plan`."""
+    if config is None:
+        config = choose_config(arch, q.shape[3], _rows_of_kv_head(q, k_cache))
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    units = q.shape[0] * k_cache.shape[2] * _row_blocks(q, k_cache, config)[1]
+    places = multiprocessors * config.programs
+    # In the interpreter a tile is worth a program.
+    least = {"least_keys": config.block_n} if arch == 0 else {}
+    return choose_splits(units, q.shape[0], capacity, config.block_n, places, **least)
+
+
+def _rows_of_kv_head(q: torch.Tensor, k_cache: torch.Tensor) -> int:
+    return q.shape[1] * (q.shape[2] // k_cache.shape[2])
+
+
+def _row_blocks(q: torch.Tensor, k_cache: torch.Tensor, config: Config) -> tuple[int, int]:
+    """Rows of a tile, and how many such tiles the queries of a KV head and sequence make."""
+    rows = _rows_of_kv_head(q, k_cache)
+    block_m = min(max(16, 1 << (rows - 1).bit_length()), config.block_m)
+    return block_m, -(-rows // block_m)
+
+
+def plan(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scratch: tuple[torch.Tensor, torch.Tensor] | None,
+    cache_lens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    steps: torch.Tensor,
+    n_hat: torch.Tensor,
+    attention_factor: torch.Tensor,
+    max_length: torch.Tensor,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    interleaved: bool,
+    softmax_scale: float,
+    window: int,
+    softcap: float,
+    arch: int,
+    splits: Splits,
+    config: Config | None = None,
+) -> list[Launch]:
+    """The launches of a call, one or two, for tensors that are not empty.
+
+    The arguments are those of `backends.triton_decode.decode`. scratch: float32 (splits.most,
+    batch, heads, q_len, dim) and (splits.most, batch, heads, q_len), None where ``most`` is 1.
+    No pairs in ``steps``: q and k are rotated already. arch: the compute capability, 90 for 9.0.
+    splits: of `splits_of`. config: instead of that of the table. Nothing is allocated, no tensor is
+    read.
+    """
+    batch, queries, heads, dim = q.shape
+    kv_heads = k_cache.shape[2]
+    if config is None:
+        config = choose_config(arch, dim, _rows_of_kv_head(q, k_cache))
+    block_m, row_blocks = _row_blocks(q, k_cache, config)
+    float8 = 0
+    if k_cache.dtype == torch.float8_e4m3fn:
+        float8 = CONVERT.value if arch >= 89 else SHIFT.value
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    of_sequences = (vector_args(cache_lens), vector_args(kv_start))
+    partial_out, partial_lse = scratch or (None, None)
+    window = min(window, 2**30)
+    constants = {
+        "DIM": dim,
+        "PAIRS": steps.shape[2],
+        "SETS": steps.shape[0],
+        "INTERLEAVED": interleaved,
+        "WINDOW": window > 0,
+        "SOFTCAP": softcap > 0,
+        "ONE_QUERY": queries == 1,
+        "BLOCK_SIZE": 0 if block_table is None else k_cache.shape[1],
+        "FLOAT8": float8,
+        "BLOCK_M": block_m,
+        "BLOCK_N": config.block_n,
+    }
+    args = (
+        tensor_args(q),
+        tensor_args(k_cache),
+        tensor_args(v_cache),
+        tensor_args(out),
+        lse,
+        partial_out,
+        partial_lse,
+        *of_sequences,
+        _rows_args(block_table),
+        _rows_args(key_positions),
+        vector_args(k_scale),
+        vector_args(v_scale),
+        (steps, n_hat, attention_factor, max_length),
+        vector_args(lengths),
+        vector_args(sets),
+        *score_args(softmax_scale, softcap),
+        window,
+        *(queries, kv_heads, heads // kv_heads, batch, row_blocks),
+        *splits,
+    )
+    grid = (splits.most * batch * kv_heads * row_blocks,)
+    launches = [Launch(decode_kernel, grid, args, constants, config.warps, config.stages)]
+    if scratch is not None:
+        block_d = 1 << (dim - 1).bit_length()
+        constants = {
+            "DIM": dim,
+            "WINDOW": window > 0,
+            "BLOCK_S": 2048 // block_d,
+            "BLOCK_D": block_d,
+            "BLOCK_N": config.block_n,
+        }
+        args = (
+            tensor_args(out),
+            *(lse, partial_out, partial_lse),
+            *of_sequences,
+            *(window, queries, heads, batch),
+            *splits,
+        )
+        launches.append(Launch(combine_kernel, (lse.numel(),), args, constants, 4, 1))
+    return launches
+
+
+def _rows_args(x: torch.Tensor | None) -> tuple[Any, ...]:
+    """(pointer, row stride, stride) of a matrix that may be absent."""
+    return (None, 0, 0) if x is None else (x, *x.stride())
+
+
+# ----------------------------------------------------------------------------------------- kernel
+
+
+@triton.jit
+def _rotate_keys(
+    pieces,
+    j0,
+    exist,
+    positions,
+    start,
+    i_set,
+    rope,
+    steps,
+    below,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Keys from slot j0 on, turned to their positions; positions: (pointer or None, stride)."""
+    j = j0 + tl.arange(0, BLOCK_N)
+    if PAIRS > 0:
+        if positions[0] is None:
+            n = (j - start).to(tl.int64)
+            pieces = turn_pieces(pieces, n, steps, None, None, None, INTERLEAVED)
+        else:
+            n = j.to(tl.int64)
+            n = tl.load(positions[0] + n * positions[1], mask=exist, other=0).to(tl.int64)
+            original, a = token_rows(n, i_set, rope[1], rope[2])
+            pieces = turn_pieces(pieces, n, steps, original, below, a, INTERLEAVED)
+    return pieces
+
+
+# Sizes that change from call to call must not compile a kernel each.
+@triton.jit(
+    do_not_specialize=[
+        "scale",
+        "cap",
+        "window",
+        "queries",
+        "kv_heads",
+        "groups",
+        "batch",
+        "row_blocks",
+        "even",
+        "most",
+        "least",
+    ]
+)
+def decode_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    partial_out,
+    partial_lse,
+    cache_lens,
+    kv_start,
+    table,
+    key_positions,
+    k_scale,
+    v_scale,
+    rope,
+    lengths,
+    sets,
+    scale,
+    cap,
+    window,
+    queries,
+    kv_heads,
+    groups,
+    batch,
+    row_blocks,
+    even,
+    most,
+    least,
+    DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SETS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ONE_QUERY: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attention of BLOCK_M rows, queries of the heads of one KV head, to a split of the keys.
+
+    Row r is query r // groups of head r % groups. Grid: (most * batch * kv_heads * row_blocks,),
+    splits slowest, so that those that are not live come last.
+
+    q, out: (pointer, batch stride, token stride, head stride) of (batch, queries, heads, DIM). k,
+    v: those of the caches, (batch, slots, kv_heads, DIM), with BLOCK_SIZE > 0 (blocks, BLOCK_SIZE,
+    kv_heads, DIM); with FLOAT8 bytes. lse: (batch, heads, queries) float32. partial_out,
+    partial_lse: as in `combine_kernel`, None: one split each. cache_lens, kv_start, lengths, sets:
+    (pointer or None, stride) of (batch,); k_scale, v_scale of (kv_heads,). table, key_positions:
+    (pointer or None, row stride, stride). rope: steps (SETS, 2, PAIRS), n_hat, attention_factor,
+    max_length. scale, cap: see `cap_scores`. even, most, least: `Splits`.
+    """
+    units = batch * kv_heads * row_blocks
+    i_split = tl.program_id(0) // units
+    i_unit = tl.program_id(0) % units
+    i_b = (i_unit // (kv_heads * row_blocks)).to(tl.int64)
+    i_hk = (i_unit // row_blocks % kv_heads).to(tl.int64)
+    m0 = i_unit % row_blocks * BLOCK_M
+
+    low, high, start = keys_of_sequence(i_b, cache_lens, kv_start, queries, window, WINDOW)
+    splits = 1
+    begin = low // BLOCK_N * BLOCK_N
+    end = high
+    if partial_out is not None:
+        share = tiles_of_split(cache_lens, batch, even, least, queries, window, WINDOW, BLOCK_N)
+        splits, first, keys = split_keys(low, high, share, most, BLOCK_N)
+        begin = first + i_split * keys
+        end = tl.minimum(begin + keys, high)
+        if i_split >= splits:
+            return
+
+    i_set = set_of_sequence(i_b, lengths, sets, rope[3], SETS)
+    dtype: tl.constexpr = q[0].dtype.element_ty
+    o_m = m0 + tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    in_q = o_m < queries * groups
+    i_t = o_m // groups
+    i_h = i_hk * groups + o_m % groups
+    slot = high - queries + i_t
+    n_k = (None, 0)
+    if key_positions[0] is None:
+        n_q = wide(slot) - start
+    else:
+        n_k = (key_positions[0] + i_b * key_positions[1], key_positions[2])
+        p_n = n_k[0] + wide(slot) * n_k[1]
+        n_q = tl.load(p_n, mask=in_q & (slot >= 0), other=0).to(tl.int64)
+
+    if k_scale[0] is not None:
+        scale *= tl.load(k_scale[0] + i_hk * k_scale[1])
+    of_k = (k[0] + i_hk * k[3], k[1], k[2])
+    of_v = (v[0] + i_hk * v[3], v[1], v[2])
+    if BLOCK_SIZE == 0:
+        of_k = (of_k[0] + i_b * k[1], 0, k[2])
+        of_v = (of_v[0] + i_b * v[1], 0, v[2])
+
+    # Keys below n_hat, the first ones, take other steps and factor 1: they come first, alone. Keys
+    # in any order take theirs one by one.
+    border = 0
+    if key_positions[0] is None and PAIRS > 0:
+        border = start + tl.minimum(tl.load(rope[1] + i_set), high).to(tl.int32)
+    acc = zero_pieces(BLOCK_M, WIDE, DIM, False)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for part in range(tl.where(border > begin, 0, 1), 2):
+        part_low = low
+        part_high = tl.minimum(border, end)
+        if part == 1:
+            part_low = tl.maximum(border, low)
+            part_high = end
+        part_keys = tl.maximum(part_high - part_low, 0).to(tl.uint32)
+        j_begin = tl.maximum(part_low // BLOCK_N * BLOCK_N, begin)
+
+        p_steps = rope[0] + i_set * 2 * PAIRS
+        steps = load_steps(p_steps + part * PAIRS, PAIRS, INTERLEAVED)
+        below = load_steps(p_steps, PAIRS, INTERLEAVED)
+        original, a = token_rows(n_q, i_set, rope[1], rope[2])
+        if key_positions[0] is None and part == 1:
+            # The factor of the keys, with the dimensions of q that are rotated.
+            a *= tl.load(rope[2] + i_set).to(tl.float32)
+        rows = q[0] + i_b * q[1] + (i_t * q[2] + i_h * q[3])[:, None]
+        b_q = load_pieces(rows, in_q[:, None], PAIRS, DIM, INTERLEAVED)
+        b_q = rotate_pieces(b_q, n_q, original, a, p_steps, PAIRS, INTERLEAVED, False)
+        b_q = narrow_pieces(b_q, dtype)
+
+        ids = block_ids(table, i_b, j_begin, low, high, BLOCK_SIZE, BLOCK_N)
+        for j0 in range(j_begin, part_high, BLOCK_N):
+            j = j0 + o_n
+            # One comparison: what lies before the first key wraps around.
+            exist = (j - part_low).to(tl.uint32, bitcast=True) < part_keys
+            rows_k = slot_rows(of_k, ids, j0, BLOCK_SIZE, BLOCK_N)
+            rows_v = slot_rows(of_v, ids, j0, BLOCK_SIZE, BLOCK_N)
+            # Those of the next tile, so that its keys need not wait for them.
+            ids = block_ids(table, i_b, j0 + BLOCK_N, low, high, BLOCK_SIZE, BLOCK_N)
+            b_k = load_pieces(rows_k, exist[:, None], PAIRS, DIM, INTERLEAVED)
+            b_v = load_pieces(rows_v, exist[:, None], WIDE, DIM, False)
+            if FLOAT8:
+                b_k = half_pieces(b_k, exist.to(tl.int8)[:, None], FLOAT8)
+                b_v = half_pieces(b_v, exist.to(tl.int8)[:, None], FLOAT8)
+            b_k = _rotate_keys(
+                b_k,
+                j0,
+                exist,
+                n_k,
+                start,
+                i_set,
+                rope,
+                steps,
+                below,
+                PAIRS,
+                INTERLEAVED,
+                BLOCK_N,
+            )
+            s = dot_rows(b_q, narrow_pieces(b_k, dtype), None)
+            seen = exist[None, :]
+            if not ONE_QUERY:
+                seen = seen & (j[None, :] <= slot[:, None])
+                if WINDOW:
+                    seen = seen & (slot[:, None] - j[None, :] < window)
+            s = tl.where(seen, cap_scores(s, scale, cap, SOFTCAP), float("-inf"))
+            new_top = tl.maximum(top, tl.max(s, 1))
+            # A row that has seen nothing yet must not subtract infinities.
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.exp2(s - base[:, None])
+            alpha = tl.exp2(top - base)
+            total = total * alpha + tl.sum(p, 1)
+            acc = add_dots(scale_pieces(acc, alpha[:, None]), narrow(p, b_v[0].dtype), b_v)
+            top = new_top
+
+    total_or_1 = tl.where(total == 0.0, 1.0, total)
+    factor = 1.0 / total_or_1
+    if v_scale[0] is not None:
+        factor *= tl.load(v_scale[0] + i_hk * v_scale[1])
+    acc = scale_pieces(acc, factor[:, None])
+    top += tl.log2(total_or_1)
+    heads = kv_heads * groups
+    place = (i_b * heads + i_h) * queries + i_t
+    if splits == 1:
+        rows = out[0] + i_b * out[1] + (i_t * out[2] + i_h * out[3])[:, None]
+        store_pieces(rows, in_q[:, None], acc, WIDE, DIM, False)
+        tl.store(lse + place, top * LN2, mask=in_q)
+    if partial_out is not None and splits > 1:
+        place += wide(i_split) * batch * heads * queries
+        store_pieces(partial_out + (place * DIM)[:, None], in_q[:, None], acc, WIDE, DIM, False)
+        tl.store(partial_lse + place, top, mask=in_q)

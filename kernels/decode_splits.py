@@ -1,0 +1,167 @@
+"""How the keys of a sequence are split between programs, and how their results become one.
+
+The host knows shapes only: how many splits a sequence of mean length should have, so that the
+programs of the batch fill the multiprocessors (`Splits.even`), and how many it may have at most
+(`Splits.most`, which sizes grid and scratch). Programs read the lengths of the batch and derive
+from them the keys of a split, the same for all sequences, and from their own length which splits
+are live. So a captured graph serves all lengths.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .attention_tiles import LN2
+from .rotation import narrow
+
+# A sequence longer than the mean of its batch may have so many times the splits of the mean.
+_SPREAD = 4
+# What a further split costs, its start and its part in the combination, as a part of the time that
+# one split alone would take.
+_SPLIT_COST = 1 / 512
+# Keys that are worth a program.
+_LEAST_KEYS = 128
+# Lengths that a program reads at once.
+_LENGTHS = tl.constexpr(128)
+
+
+# ------------------------------------------------------------------------------------------- host
+
+
+class Splits(NamedTuple):
+    """Splits of a sequence of mean length, of any sequence at most, and tiles of one at least."""
+
+    even: int
+    most: int
+    least_tiles: int
+
+
+def choose_splits(
+    units: int, batch: int, capacity: int, block_n: int, places: int, least_keys: int = _LEAST_KEYS
+) -> Splits:
+    """Splits for ``units`` programs if nothing were split, of ``places`` that run at once.
+
+    capacity: keys that a sequence may have. The time of n splits is that of their waves, and a
+    cost for each: with fewer units than places, one wave; else enough that the last wave, which is
+    rarely full, is short.
+    """
+    least_tiles = max(1, least_keys // block_n)
+    bound = max(1, -(-capacity // (least_tiles * block_n)))
+    candidates = range(1, min(bound, max(8, places // units)) + 1)
+    even = min(candidates, key=lambda n: -(-units * n // places) / n + n * _SPLIT_COST / places)
+    most = even if batch == 1 else min(bound, _SPREAD * even)
+    return Splits(even, most, least_tiles)
+
+
+# ----------------------------------------------------------------------------------------- device
+
+
+@triton.jit
+def keys_of_sequence(i_b, cache_lens, kv_start, queries, window, WINDOW: tl.constexpr):
+    """The keys that the queries of a sequence see, from low to high, and kv_start: three int32.
+
+    cache_lens, kv_start: (pointer, stride) of (batch,); kv_start (None, 0): 0.
+    """
+    high = tl.load(cache_lens[0] + i_b * cache_lens[1]).to(tl.int32)
+    start = 0
+    if kv_start[0] is not None:
+        start = tl.load(kv_start[0] + i_b * kv_start[1]).to(tl.int32)
+    low = tl.maximum(start, 0)
+    if WINDOW:
+        low = tl.maximum(low, high - queries - window + 1)
+    return tl.minimum(low, high), high, start
+
+
+@triton.jit
+def tiles_of_split(
+    cache_lens, batch, even, least, queries, window, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Tiles of a split, were tiles divisible: those of the batch, by ``batch * even``."""
+    o_b = tl.arange(0, _LENGTHS)
+    tiles = 0
+    for b0 in range(0, batch, _LENGTHS):
+        i_b = b0 + o_b
+        n = tl.load(cache_lens[0] + i_b * cache_lens[1], mask=i_b < batch, other=0)
+        if WINDOW:
+            n = tl.minimum(n, window + queries - 1)
+        tiles += tl.sum(tl.cdiv(n, BLOCK_N).to(tl.int32))
+    return tl.maximum(tl.cdiv(tiles, batch * even), least)
+
+
+@triton.jit
+def split_keys(low, high, share, most, BLOCK_N: tl.constexpr):
+    """How many splits the keys from low to high have, one at least, and the keys of each.
+
+    Returns splits, the first key, a multiple of BLOCK_N, and keys of a split, another one.
+    share: of `tiles_of_split`.
+    """
+    first = low // BLOCK_N
+    tiles = tl.cdiv(high, BLOCK_N) - first
+    splits = tl.minimum(tl.maximum((tiles + share // 2) // share, 1), most)
+    each = tl.maximum(tl.cdiv(tiles, splits), 1)
+    return tl.maximum(tl.cdiv(tiles, each), 1), first * BLOCK_N, each * BLOCK_N
+
+
+@triton.jit(do_not_specialize=["window", "queries", "heads", "batch", "even", "most", "least"])
+def combine_kernel(
+    out,
+    lse,
+    partial_out,
+    partial_lse,
+    cache_lens,
+    kv_start,
+    window,
+    queries,
+    heads,
+    batch,
+    even,
+    most,
+    least,
+    DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One row of the result, of a query and head, from those of the live splits.
+
+    Grid: (queries * heads * batch,). out, lse: as in `decode_kernel`. partial_out, partial_lse:
+    pointers to (most, batch, heads, queries, DIM) and (most, batch, heads, queries) float32, the
+    lse in units of log 2. A sequence of one split has its result already.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    i_b = row // (heads * queries)
+    i_h = row // queries % heads
+    i_t = row % queries
+    share = tiles_of_split(cache_lens, batch, even, least, queries, window, WINDOW, BLOCK_N)
+    low, high, _start = keys_of_sequence(i_b, cache_lens, kv_start, queries, window, WINDOW)
+    splits, _first, _keys = split_keys(low, high, share, most, BLOCK_N)
+    if splits > 1:
+        o_s = tl.arange(0, BLOCK_S)
+        o_d = tl.arange(0, BLOCK_D)
+        rows = tl.num_programs(0).to(tl.int64)
+        acc = tl.zeros((BLOCK_D,), tl.float32)
+        top = tl.full((1,), float("-inf"), tl.float32)
+        total = tl.zeros((1,), tl.float32)
+        for s0 in range(0, splits, BLOCK_S):
+            live = s0 + o_s < splits
+            place = (s0 + o_s) * rows + row
+            x = tl.load(partial_lse + place, mask=live, other=float("-inf"))
+            p_y = partial_out + place[:, None] * DIM + o_d[None, :]
+            y = tl.load(p_y, mask=live[:, None] & (o_d < DIM)[None, :], other=0.0)
+            new_top = tl.maximum(top, tl.max(x, 0))
+            # Splits that see nothing must not subtract infinities.
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weight = tl.exp2(x - base)
+            alpha = tl.exp2(top - base)
+            total = total * alpha + tl.sum(weight, 0)
+            acc = acc * alpha + tl.sum(weight[:, None] * y, 0)
+            top = new_top
+        total_or_1 = tl.where(total == 0.0, 1.0, total)
+        p_out = out[0] + i_b * out[1] + i_t * out[2] + i_h * out[3] + o_d
+        tl.store(p_out, narrow(acc / total_or_1, out[0].dtype.element_ty), mask=o_d < DIM)
+        o_1 = tl.arange(0, 1)
+        tl.store(lse + row + o_1, (top + tl.log2(total_or_1)) * LN2)

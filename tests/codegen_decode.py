@@ -1,0 +1,211 @@
+"""Compile the decode kernels for GPUs that are not there, and read what came out.
+
+    python tests/codegen_decode.py              one JSON object a kernel, as a list
+    python tests/codegen_decode.py --markdown   a table
+
+As codegen.py does it: the launches come from the functions that the backend uses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import triton
+from codegen import CUOBJDUMP, INSTRUCTION, source
+from codegen_attention import tile_loop
+from triton.backends.compiler import GPUTarget
+
+from longrope_kernels.kernels import decode
+
+CAPACITY = 131072
+MULTIPROCESSORS = {80: 108, 90: 132}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: 32 heads of q, 8 of k, one sequence in a cache of 131072 slots.
+
+    rotate: False is the same kernel on rotated keys. block_size: 0 is a dense cache. pairs: those
+    that are rotated; None: all there are.
+    """
+
+    dim: int
+    arch: int = 90
+    rotate: bool = True
+    block_size: int = 0
+    float8: bool = False
+    queries: int = 1
+    pairs: int | None = None
+    interleaved: bool = False
+    positions: bool = False
+    window: int = 0
+    softcap: float = 0.0
+    dtype: str = "bfloat16"
+    kernel: str = "decode"
+
+    def launch(self) -> Any:
+        """The launch of this kernel, for tensors without memory."""
+        batch, heads, kv_heads = 1, 32, 8
+        pairs = self.dim // 2 if self.pairs is None else self.pairs
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        dtype = getattr(torch, self.dtype)
+        blocks = CAPACITY // self.block_size if self.block_size else batch
+        shape = (blocks, self.block_size or CAPACITY, kv_heads, self.dim)
+        k, v = (empty(*shape, dtype=torch.float8_e4m3fn if self.float8 else dtype) for _ in "kv")
+        table = empty(batch, blocks, dtype=torch.int32) if self.block_size else None
+        scale = empty(kv_heads, dtype=torch.float32) if self.float8 else None
+        q = empty(batch, self.queries, heads, self.dim, dtype=dtype)
+        lse = empty(batch, heads, self.queries, dtype=torch.float32)
+        splits = decode.splits_of(q, k, table, self.arch, MULTIPROCESSORS[self.arch])
+        of_splits = empty(splits.most, *lse.shape, self.dim, dtype=torch.float32)
+        launches = decode.plan(
+            q,
+            k,
+            v,
+            torch.empty_like(q),
+            lse,
+            (of_splits, of_splits[..., 0].contiguous()),
+            empty(batch, dtype=torch.int32),
+            table,
+            empty(batch, CAPACITY) if self.positions else None,
+            scale,
+            scale,
+            empty(2, 2, pairs if self.rotate else 0),
+            empty(2),
+            empty(2, dtype=torch.float64),
+            empty(2),
+            empty(batch, dtype=torch.int32),
+            None,
+            None,
+            self.interleaved,
+            self.dim**-0.5,
+            self.window,
+            self.softcap,
+            self.arch,
+            splits,
+        )
+        return launches[("decode", "combine").index(self.kernel)]
+
+
+DIMS = (64, 80, 96, 128, 256)
+# Beside the usual calls, for head_dim 128: of each architecture, and of 9.0.
+VARIANTS = (
+    {"block_size": 16},
+    {"block_size": 16, "positions": True},
+    {"queries": 16},
+)
+MORE_VARIANTS = (
+    {"block_size": 64},
+    {"rotate": False, "float8": True},
+    {"pairs": 32, "float8": True},
+    {"interleaved": True},
+    {"window": 1024, "softcap": 50.0, "queries": 4},
+    {"queries": 8, "dtype": "float16"},
+    {"kernel": "combine"},
+)
+
+
+def cases() -> Iterator[Case]:
+    """Every head_dim for each architecture, next to rotated keys; the variants for 128."""
+    for arch, dim in itertools.product((80, 90), DIMS):
+        yield Case(dim, arch)
+        yield Case(dim, arch, rotate=False)
+        yield Case(dim, arch, block_size=16, float8=True)
+        if dim == 128:
+            variants = VARIANTS + (MORE_VARIANTS if arch == 90 else ())
+            yield from (Case(dim, arch, **variant) for variant in variants)
+        elif dim in (96, 256):
+            yield Case(dim, arch, queries=16)
+
+
+def compile_case(case: Case, folder: Path) -> dict[str, Any]:
+    """Compile and count."""
+    launch = case.launch()
+    target = GPUTarget("cuda", case.arch, 32)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    text = source(launch.kernel, launch.args, launch.constants, target)
+    compiled = triton.compile(text, target=target, options=options)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [CUOBJDUMP, "-sass", "-res-usage", cubin]
+    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counts = Counter(INSTRUCTION.findall(dump))
+    del counts["NOP"]
+    tile = tile_loop(dump)
+    config = decode.choose_config(case.arch, case.dim, 4 * case.queries)
+
+    def of_tile(part: str) -> int:
+        return sum(part in name.split(".")[0] for name in tile)
+
+    return {
+        **asdict(case),
+        "tile": [launch.constants.get("BLOCK_M", 0), launch.constants["BLOCK_N"]],
+        "warps": launch.warps,
+        "stages": launch.stages,
+        "programs": config.programs,
+        "registers": int(re.search(r"REG:(\d+)", dump)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", dump)[1]),
+        "shared": compiled.metadata.shared,
+        "local": sum(counts[name] for name in counts if name.split(".")[0] in ("LDL", "STL")),
+        "instructions": counts.total(),
+        "tile_instructions": len(tile),
+        # Of each of the four schedulers of a multiprocessor.
+        "key_issue": round(len(tile) * launch.warps / 4 / launch.constants["BLOCK_N"], 2),
+        "tile_matrix": of_tile("MMA"),
+        "tile_mufu": of_tile("MUFU"),
+        "tile_copies": sum("LDGSTS" in name and name.endswith(".128") for name in tile),
+        "tile_narrow_copies": sum("LDGSTS" in name and ".128" not in name for name in tile),
+        "tile_loads": sum(name.startswith("LDG.") for name in tile),
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    names = ("registers", "shared", "instructions", "local")
+    of_tile = ("tile_instructions", "tile_matrix", "tile_mufu", "tile_copies", "tile_loads")
+    head = ("sm", "head_dim", "variant", "tile", "warps", "stages", *names, *of_tile, "key_issue")
+    lines = [" | ".join(head).replace("_", " "), " | ".join("---" for _ in head)]
+    for row in rows:
+        variant = [] if row["rotate"] else ["rotated keys"]
+        variant += ["combine"] if row["kernel"] == "combine" else []
+        variant += [f"blocks of {row['block_size']}"] if row["block_size"] else []
+        variant += ["float8"] if row["float8"] else []
+        variant += [name for name in ("interleaved", "positions", "window", "softcap") if row[name]]
+        variant += [f"{2 * row['pairs']} rotated"] if row["pairs"] else []
+        variant += [f"{row['queries']} queries"] if row["queries"] > 1 else []
+        variant += ["float16"] if row["dtype"] == "float16" else []
+        cells = (
+            *(row["arch"], row["dim"], ", ".join(variant)),
+            *(" x ".join(map(str, row["tile"])), row["warps"], row["stages"]),
+            *(row[name] for name in (*names, *of_tile, "key_issue")),
+        )
+        lines.append(" | ".join(map(str, cells)))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        rows = [compile_case(case, Path(folder)) for case in cases()]
+    print(markdown(rows) if "--markdown" in sys.argv[1:] else json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""What is particular to decoding by the Triton kernels; that it is right, test_decode_*.py say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import CUDA
+from decode_truth import TRITON, Case, bf16, check, fp8, fp16, same
+from test_triton import phases
+
+from longrope_kernels.backends import triton_decode
+from longrope_kernels.kernels import decode as kernels
+from longrope_kernels.kernels.decode_float8 import CONVERT, SHIFT, half_of_e4m3
+from longrope_kernels.kernels.decode_splits import choose_splits, split_keys
+from longrope_kernels.kernels.rotation import cos_sin_approx
+
+DEVICE = "cuda" if CUDA else "cpu"
+
+# ------------------------------------------------------------------------------- building blocks
+
+
+@triton.jit
+def _half_kernel(p_codes, p_out, FLOAT8: tl.constexpr):
+    rows = tl.arange(0, 16)[:, None]
+    i = rows * 16 + tl.arange(0, 16)[None, :]
+    tl.store(p_out + i, half_of_e4m3(tl.load(p_codes + i), rows.to(tl.int8), FLOAT8))
+
+
+@triton.jit
+def _cos_sin_kernel(p_phase, p_cos, p_sin, N: tl.constexpr):
+    i = tl.arange(0, N)
+    cos, sin = cos_sin_approx(tl.load(p_phase + i))
+    tl.store(p_cos + i, cos)
+    tl.store(p_sin + i, sin)
+
+
+@triton.jit
+def _split_kernel(p_low, p_high, p_share, p_most, p_out, BLOCK_N: tl.constexpr):
+    i = tl.program_id(0)
+    splits, first, keys = split_keys(
+        tl.load(p_low + i),
+        tl.load(p_high + i),
+        tl.load(p_share + i),
+        tl.load(p_most + i),
+        BLOCK_N,
+    )
+    tl.store(p_out + 3 * i, splits)
+    tl.store(p_out + 3 * i + 1, first)
+    tl.store(p_out + 3 * i + 2, keys)
+
+
+@pytest.mark.parametrize("way", [CONVERT.value, SHIFT.value])
+def test_all_float8_codes_become_float16(way: int) -> None:
+    if CUDA and way == CONVERT.value and torch.cuda.get_device_capability() < (8, 9):
+        way = SHIFT.value
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    out = torch.empty(256, dtype=fp16, device=DEVICE)
+    _half_kernel[(1,)](codes.to(DEVICE), out, FLOAT8=way)
+    expected = codes.view(fp8).to(fp16)
+    assert int(expected.isnan().sum()) == 2
+    assert torch.equal(out.cpu().isnan(), expected.isnan())
+    numbers = ~expected.isnan()
+    assert torch.equal(out.cpu()[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+
+
+def test_cos_and_sin_of_the_keys_are_within_1e_6() -> None:
+    u = phases().to(DEVICE)
+    cos, sin = (torch.empty(u.shape, device=DEVICE) for _ in range(2))
+    _cos_sin_kernel[(1,)](u, cos, sin, N=u.numel())
+    angle = u.cpu().double() * (2 * math.pi / 2**32)
+    assert (cos.cpu().double() - angle.cos()).abs().max() < 1e-6
+    assert (sin.cpu().double() - angle.sin()).abs().max() < 1e-6
+
+
+# ----------------------------------------------------------------------------------------- splits
+
+
+def test_one_sequence_fills_the_places_with_one_wave() -> None:
+    splits = choose_splits(units=8, batch=1, capacity=131072, block_n=64, places=264)
+    assert (splits.even, splits.most) == (33, 33)
+
+
+@pytest.mark.parametrize("units", [1, 8, 100, 256, 264, 300, 1000, 5000])
+def test_the_last_wave_is_short(units: int) -> None:
+    """The time of the splits chosen is near that of work without any grain."""
+    splits = choose_splits(units, 2, 131072, 64, 264)
+    waves = math.ceil(units * splits.even / 264)
+    one_full_wave = waves == 1 and units * (splits.even + 1) > 264
+    assert one_full_wave or waves / splits.even <= 1.15 * units / 264
+    assert splits.even <= splits.most
+
+
+def test_a_small_cache_is_not_split() -> None:
+    assert choose_splits(8, 4, 128, 64, 264)[:2] == (1, 1)
+    assert choose_splits(8, 4, 129, 64, 264).most == 2
+
+
+def test_splits_cover_the_keys_once() -> None:
+    block_n, count = 16, 100
+    low = torch.randint(0, 500, (count,))
+    high = low + torch.randint(0, 900, (count,))
+    high[:10] = low[:10]
+    share, most = torch.randint(1, 20, (count,)), torch.randint(1, 12, (count,))
+    out = torch.empty(count, 3, dtype=torch.int32, device=DEVICE)
+    arguments = (x.int().to(DEVICE) for x in (low, high, share, most))
+    _split_kernel[(count,)](*arguments, out, BLOCK_N=block_n)
+    for (splits, first, keys), begin, end, at_most in zip(
+        out.tolist(), low.tolist(), high.tolist(), most.tolist(), strict=True
+    ):
+        assert 1 <= splits <= at_most
+        assert first == begin // block_n * block_n
+        assert keys % block_n == 0
+        assert first + splits * keys >= end, "keys are left over"
+        assert end == begin or first + (splits - 1) * keys < end, "a split without keys"
+
+
+def splits_of(case: Case) -> Any:
+    call = case.call().arguments
+    table = call.get("block_table")
+    return kernels.splits_of(call["q"], call["k_cache"], table, 0, 16)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((200,), heads=2, kv_heads=1, n_hat=40, dtype=bf16),
+        Case((150, 1, 0, 33), heads=2, kv_heads=1, dim=80, block=16, dtype=fp16),
+        Case((100, 90), 3, heads=2, kv_heads=1, kv_start=(70, 0), block=32, dtype=bf16),
+        Case((150, 100), 2, heads=2, kv_heads=1, window=20, softcap=5.0, dtype=bf16),
+        Case((120,), heads=2, kv_heads=1, positions="any", float8=True, dtype=bf16),
+    ],
+    ids=str,
+)
+def test_several_splits_are_one_result(case: Case) -> None:
+    """Those of a short sequence that are not live, and those that see nothing, included."""
+    assert splits_of(case).most > 1
+    check(TRITON, case.call())
+
+
+def test_every_number_of_splits_has_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case((70,), heads=2, kv_heads=1, dim=16, dtype=bf16)
+    call = case.call()
+    for multiprocessors in (1, 2, 5):
+        monkeypatch.setattr(triton_decode, "multiprocessors_of", lambda *_, n=multiprocessors: n)
+        check(TRITON, call)
+
+
+def test_one_launch_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph needs: nothing of a launch follows from values, the set included."""
+    case = Case((100, 100), heads=1, kv_heads=1, dim=16, dtype=bf16, block=32, boundary=40)
+    arguments = {name: TRITON.move(x) for name, x in case.call().arguments.items()}
+    launched: list[Any] = []
+    monkeypatch.setattr(triton_decode, "run_launch", launched.append)
+    out, lse = TRITON.decode(**arguments, return_lse=True)
+    monkeypatch.undo()
+    assert len(launched) == 2
+    for lens in ((40, 41), (0, 17), (100, 1)):
+        arguments["cache_lens"].copy_(torch.tensor(lens))
+        for launch in launched:
+            triton_decode.run_launch(launch)
+        expected = TRITON.decode(**arguments, return_lse=True)
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
+
+
+# ---------------------------------------------------------------------------------- tiles and rows
+
+
+def paged(case: Case, block_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of a dense call, and of the same in blocks, which lie in reverse order."""
+    dense = case.call().arguments
+    batch, slots = dense["k_cache"].shape[:2]
+    blocks = -(-slots // block_size)
+    made = dict(dense)
+    for name in ("k_cache", "v_cache"):
+        x = same(dense[name])
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, blocks * block_size - slots))
+        x = x.reshape(batch * blocks, block_size, *x.shape[2:]).flip(0)
+        made[name] = x.view(dense[name].dtype)
+    ids = torch.arange(batch * blocks, dtype=torch.int32).flip(0).reshape(batch, blocks)
+    first = torch.arange(blocks) * block_size
+    unused = first >= dense["cache_lens"][:, None]
+    made["block_table"] = torch.where(unused, 2**31 - 1, ids).int()
+    return dense, made
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 8, 12, 16, 24, 32, 48])
+@pytest.mark.parametrize("float8", [False, True], ids=["bf16", "fp8"])
+def test_blocks_narrower_and_wider_than_a_tile_give_the_same_bits(
+    block_size: int, float8: bool
+) -> None:
+    case = Case((37, 16), heads=2, kv_heads=1, dim=16, dtype=bf16, float8=float8)
+    results = [
+        TRITON.decode(**{name: TRITON.move(x) for name, x in arguments.items()}, return_lse=True)
+        for arguments in paged(case, block_size)
+    ]
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(1, 1), (8, 2), (24, 1), (5, 16)])
+def test_rows_fill_one_tile_or_several(heads: int, queries: int) -> None:
+    check(TRITON, Case((19,), queries, heads, 1, 16, dtype=fp16).call())
+
+
+def test_keys_outside_the_window_are_not_read() -> None:
+    """NaN there would reach the output through a weight of 0."""
+    arguments = Case((90, 33), heads=2, kv_heads=1, dim=16, dtype=bf16, window=10).call().arguments
+    clean = TRITON.decode(**{name: TRITON.move(x) for name, x in arguments.items()})
+    for name in ("k_cache", "v_cache"):
+        for b, length in enumerate((90, 33)):
+            arguments[name][b, : length - 10] = torch.nan
+    assert torch.equal(TRITON.decode(**{n: TRITON.move(x) for n, x in arguments.items()}), clean)
+
+
+def test_an_empty_cache_is_seen_by_nobody() -> None:
+    empty = torch.empty(2, 0, 1, 16, dtype=bf16, device=DEVICE)
+    q = torch.randn(2, 1, 2, 16).to(DEVICE, bf16)
+    lens = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    out, lse = TRITON.decode(q, empty, empty, lens, [1.0] * 8, 0, return_lse=True)
+    assert not out.any()
+    assert bool((lse == -torch.inf).all())
+
+
+# ----------------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize("arch", [0, 80, 86, 89, 90, 100, 120])
+def test_every_head_dim_has_a_config(arch: int) -> None:
+    for dim, rows in itertools.product(range(16, 257), (1, 16, 17, 512)):
+        config = kernels.choose_config(arch, dim, rows)
+        for size in (config.block_m, config.block_n):
+            assert size in (16, 32, 64, 128)
+
+
+def test_newer_devices_take_the_newest_config_below_them() -> None:
+    for dim, (arch, known) in itertools.product((64, 128, 256), ((86, 80), (100, 90), (120, 80))):
+        assert kernels.choose_config(arch, dim, 1) is kernels.CONFIGS[known][dim][0]
