@@ -1,0 +1,56 @@
+"""Each example runs as its docstring says, and prints what it is there to show."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+pytestmark = pytest.mark.slow
+
+
+def printed(name: str) -> str:
+    """What the example prints."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    names = re.findall(r'printed\("(\w+\.py)"\)', Path(__file__).read_text("utf-8"))
+    assert sorted(names) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def test_phi3_from_config() -> None:
+    out = printed("phi3_from_config.py")
+    same = re.findall(r"^(.+?) +the first (\d+) of 12 tokens are those", out, re.MULTILINE)
+    first = {name: int(count) for name, count in same}
+    assert list(first) == ["untouched", *(f"enabled, {p}" for p in ("switch", "pin", "recompute"))]
+    assert first["enabled, recompute"] == 12
+    # The sixth token comes of 4096 tokens, the last that are short: policies differ from there on.
+    assert first["enabled, switch"] >= 6
+    assert 6 <= first["enabled, pin"] < 12
+
+
+def test_own_model() -> None:
+    out = printed("own_model.py")
+    assert out.count("alone the same tokens: True") == 3
+    for crossing in ("long set, at the end long", "short set, at the end short"):
+        assert crossing in out
+    assert "short set, at the end long" in out
+
+
+def test_fine_tuning() -> None:
+    out = printed("fine_tuning.py")
+    rows = re.findall(r"^(.{40}) +(\d\.\d+) +(\d\.\d+)$", out, re.MULTILINE)
+    trained, enabled, tuned, loaded = ((float(short), float(long)) for _, short, long in rows)
+    assert enabled[0] == trained[0]  # short texts keep their factors
+    assert tuned[1] < min(trained[1], enabled[1])
+    assert loaded == tuned
