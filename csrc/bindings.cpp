@@ -8,17 +8,20 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "cpu/rotary.h"
+#include "cpu/instruction_sets.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 namespace py = pybind11;
+using longrope_cpu::DecodeArguments;
 using longrope_cpu::ElementType;
 using longrope_cpu::Heads;
+using longrope_cpu::InstructionSet;
 using longrope_cpu::RotaryArguments;
 
 namespace {
@@ -44,11 +47,11 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-longrope_cpu::RotaryFunction rotary_function(const std::string& name) {
+const InstructionSet& instruction_set_named(const std::string& name) {
   int count = 0;
   const auto* sets = longrope_cpu::instruction_sets(&count);
   for (int i = 0; i < count; ++i) {
-    if (name.empty() || name == sets[i].name) return sets[i].rotary;
+    if (name.empty() || name == sets[i].name) return sets[i];
   }
   throw std::invalid_argument("instruction_set: this processor or build has no " + name);
 }
@@ -81,7 +84,60 @@ void rotary(const HeadsTuple& q, const HeadsTuple& k, int type, std::array<int64
   a.interleaved = interleaved;
   a.conjugate = conjugate;
   a.threads = threads;
-  const auto function = rotary_function(instruction_set);
+  const auto function = instruction_set_named(instruction_set).rotary;
+  py::gil_scoped_release release;
+  function(a);
+}
+
+using StridedTuple = std::tuple<int64_t, std::array<int64_t, 3>>;
+using TableTuple = std::tuple<int64_t, std::array<int64_t, 2>>;
+
+// Addresses may be 0 for what is not there.
+void decode(int type, std::array<int64_t, 6> sizes, const StridedTuple& q, const StridedTuple& out,
+            int64_t lse, const StridedTuple& keys, const StridedTuple& values,
+            const TableTuple& block_table, int64_t block_size, int64_t cache_lens,
+            int64_t kv_start, const TableTuple& key_positions, bool key_positions_are_int64,
+            int64_t sets, std::array<int64_t, 4> tables, std::array<int64_t, 2> selection,
+            bool interleaved, double softmax_scale, int64_t window, double softcap, int threads,
+            const std::string& instruction_set) {
+  DecodeArguments a;
+  a.type = static_cast<ElementType>(type);
+  a.batch = sizes[0];
+  a.queries = sizes[1];
+  a.heads = sizes[2];
+  a.kv_heads = sizes[3];
+  a.dim = sizes[4];
+  a.pairs = sizes[5];
+  a.q = pointer<void>(std::get<0>(q));
+  a.q_strides = std::get<1>(q);
+  a.out = reinterpret_cast<void*>(std::get<0>(out));
+  a.out_strides = std::get<1>(out);
+  a.lse = reinterpret_cast<float*>(lse);
+  a.keys = pointer<void>(std::get<0>(keys));
+  a.key_strides = std::get<1>(keys);
+  a.values = pointer<void>(std::get<0>(values));
+  a.value_strides = std::get<1>(values);
+  a.block_table = pointer<int32_t>(std::get<0>(block_table));
+  a.block_table_strides = std::get<1>(block_table);
+  a.block_size = block_size;
+  a.cache_lens = pointer<int64_t>(cache_lens);
+  a.kv_start = pointer<int64_t>(kv_start);
+  a.key_positions = pointer<void>(std::get<0>(key_positions));
+  a.key_positions_are_int64 = key_positions_are_int64;
+  a.key_position_strides = std::get<1>(key_positions);
+  a.sets = sets;
+  a.steps = pointer<uint64_t>(tables[0]);
+  a.n_hat = pointer<int64_t>(tables[1]);
+  a.attention_factor = pointer<double>(tables[2]);
+  a.max_length = pointer<int64_t>(tables[3]);
+  a.lengths = pointer<int64_t>(selection[0]);
+  a.chosen_sets = pointer<int64_t>(selection[1]);
+  a.interleaved = interleaved;
+  a.softmax_scale = softmax_scale;
+  a.window = window;
+  a.softcap = softcap;
+  a.threads = threads;
+  const auto function = instruction_set_named(instruction_set).decode;
   py::gil_scoped_release release;
   function(a);
 }
@@ -105,5 +161,6 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of longrope_kernels; call them through the package.";
   m.def("instruction_sets", &instruction_sets, "What this processor runs, best first.");
   m.def("rotary", &rotary, "Rotate q and k; see csrc/cpu/rotary.h for the arguments.");
+  m.def("decode", &decode, "Attend to a cache; see csrc/cpu/decode.h for the arguments.");
   m.def("advise_huge_pages", &advise_huge_pages);
 }

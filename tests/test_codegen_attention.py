@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from longrope_kernels.kernels.attention_tiles import Config
-from longrope_kernels.tuning_calls import PRODUCTS
-from longrope_kernels.tuning_entries import least_shared
+from longrope_kernels.tuning.calls import PRODUCTS
+from longrope_kernels.tuning.entries import least_shared
 
 pytestmark = pytest.mark.slow
 

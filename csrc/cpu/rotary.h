@@ -4,9 +4,9 @@
 #include <array>
 #include <cstdint>
 
-namespace longrope_cpu {
+#include "element_type.h"
 
-enum class ElementType { kFloat32, kBFloat16, kFloat16 };
+namespace longrope_cpu {
 
 // q or k: (batch, seq, heads, dim) with a unit last stride. out may be in; strides in elements.
 struct Heads {
@@ -50,12 +50,5 @@ using RotaryFunction = void (*)(const RotaryArguments&);
 void rotary_baseline(const RotaryArguments& arguments);
 void rotary_avx2(const RotaryArguments& arguments);
 void rotary_avx512(const RotaryArguments& arguments);
-
-// The instruction sets this build holds and this processor runs, best first, and their entries.
-struct InstructionSet {
-  const char* name;
-  RotaryFunction rotary;
-};
-const InstructionSet* instruction_sets(int* count);
 
 }  // namespace longrope_cpu

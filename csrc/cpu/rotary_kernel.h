@@ -10,7 +10,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../rotation.h"
+#include "factor_set.h"
 #include "rotary.h"
 
 namespace {
@@ -21,8 +21,6 @@ using longrope_cpu::Heads;
 using longrope_cpu::RotaryArguments;
 
 constexpr int64_t kBlock = 16;  // tokens; 16 * 64 pairs * 2 floats = 8 KiB of cosines and sines
-
-inline int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 
 // Finds the factor set of a token.
 class SetOfToken {
@@ -37,30 +35,12 @@ class SetOfToken {
       sequence = std::upper_bound(ends, ends + a_.sequences, token) - ends;
       sequence = std::min(sequence, a_.sequences - 1);
     }
-    if (a_.chosen_sets != nullptr) {
-      return std::min(std::max<int64_t>(a_.chosen_sets[sequence], 0), a_.sets - 1);
-    }
-    return set_of_length(a_.lengths[sequence], a_.max_length, a_.sets);
+    return set_of_sequence(a_, sequence);
   }
 
  private:
   const RotaryArguments& a_;
 };
-
-// a * cos and a * sin of one token, for all pairs.
-inline void cos_sin_row(const RotaryArguments& a, int64_t n, int64_t set, float* cos, float* sin) {
-  const int64_t n_hat = a.n_hat[set];
-  const bool original = n_hat > 0 && n < n_hat;
-  const uint64_t* steps = a.steps + (2 * set + (original ? 0 : 1)) * a.pairs;
-  const float scale = original ? 1.0f : static_cast<float>(a.attention_factor[set]);
-  const float sine_scale = a.conjugate ? -scale : scale;
-#pragma omp simd
-  for (int64_t i = 0; i < a.pairs; ++i) {
-    const CosSin turn = cos_sin(phase(n, steps[i]));
-    cos[i] = scale * turn.cos;
-    sin[i] = sine_scale * turn.sin;
-  }
-}
 
 template <bool kInterleaved, typename T>
 inline void rotate_vector(const T* in_i, const T* in_j, T* out_i, T* out_j, const float* cos,
@@ -155,7 +135,8 @@ void rotary_of(const RotaryArguments& a) {
       const int64_t end = std::min(begin + kBlock, a.seq);
       for (int64_t token = begin; token < end; ++token) {
         const int64_t t = (token - begin) * row;
-        cos_sin_row(a, position_at(a, batch, token), set_of_token(batch, token), cos + t, sin + t);
+        cos_sin_row(a, position_at(a, batch, token), set_of_token(batch, token), a.conjugate,
+                    cos + t, sin + t);
       }
       rotate_block<kInterleaved, T>(a, a.q, batch, begin, end, cos, sin, row);
       rotate_block<kInterleaved, T>(a, a.k, batch, begin, end, cos, sin, row);

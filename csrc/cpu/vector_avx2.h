@@ -24,6 +24,10 @@ inline __m256i round_to_bf16(Vec v) {  // in the upper halves of the lanes
   return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), unordered);
 }
 
+constexpr int kRowBlock = 2;  // queries that share a loaded key or value; fills the 16 registers
+
+inline Vec splat(float value) { return _mm256_set1_ps(value); }
+
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec load(const Float16* p) { return _mm256_cvtph_ps(load_bits(p)); }
 inline Vec load(const BFloat16* p) {
@@ -64,6 +68,13 @@ inline void store_pairs(BFloat16* p, Vec even, Vec odd) {
   const __m256i low = _mm256_srli_epi32(round_to_bf16(even), 16);
   const __m256i high = _mm256_and_si256(round_to_bf16(odd), _mm256_set1_epi32(0xffff0000));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, high));
+}
+
+// p[i] = the sum of the lanes of v[i].
+inline void store_sums(float* p, const Vec (&v)[4]) {
+  const Vec a = _mm256_hadd_ps(v[0], v[1]), b = _mm256_hadd_ps(v[2], v[3]);
+  const Vec sums = _mm256_hadd_ps(a, b);
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 
 inline Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }

@@ -24,6 +24,10 @@ inline __m512i round_to_bf16(Vec v) {  // in the upper halves of the lanes
   return _mm512_mask_mov_epi32(rounded, unordered, _mm512_set1_epi32(0x7fc00000));
 }
 
+constexpr int kRowBlock = 4;  // queries that share a loaded key or value; fills the 32 registers
+
+inline Vec splat(float value) { return _mm512_set1_ps(value); }
+
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const Float16* p) { return _mm512_cvtph_ps(load_bits(p)); }
 inline Vec load(const BFloat16* p) {
@@ -67,6 +71,19 @@ inline void store_pairs(BFloat16* p, Vec even, Vec odd) {
   const __m512i low = _mm512_srli_epi32(round_to_bf16(even), 16);
   const __m512i high = _mm512_and_si512(round_to_bf16(odd), _mm512_set1_epi32(0xffff0000));
   _mm512_storeu_si512(p, _mm512_or_si512(low, high));
+}
+
+inline __m128 sum_of_quarters(Vec v) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// p[i] = the sum of the lanes of v[i].
+inline void store_sums(float* p, const Vec (&v)[4]) {
+  const Vec a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const Vec b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const Vec sums = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  _mm_storeu_ps(p, sum_of_quarters(sums));
 }
 
 inline Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }

@@ -12,6 +12,14 @@ struct Vec {
   float lane[kWidth];
 };
 
+constexpr int kRowBlock = 1;  // queries that share a loaded key or value
+
+inline Vec splat(float value) {
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v.lane[i] = value;
+  return v;
+}
+
 template <typename T>
 inline Vec load(const T* p) {
   Vec v;
@@ -38,6 +46,14 @@ inline void store_pairs(T* p, Vec even, Vec odd) {
   for (int i = 0; i < kWidth; ++i) {
     narrow(even.lane[i], p + 2 * i);
     narrow(odd.lane[i], p + 2 * i + 1);
+  }
+}
+
+// p[i] = the sum of the lanes of v[i].
+inline void store_sums(float* p, const Vec (&v)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    p[i] = 0.0f;
+    for (int lane = 0; lane < kWidth; ++lane) p[i] += v[i].lane[lane];
   }
 }
 

@@ -1,5 +1,5 @@
 // Picks the instruction set at run time.
-#include "rotary.h"
+#include "instruction_sets.h"
 
 namespace longrope_cpu {
 
@@ -9,21 +9,21 @@ struct Available {
   InstructionSet sets[3];
   int count = 0;
 
-  void add(const char* name, RotaryFunction rotary) { sets[count++] = {name, rotary}; }
+  void add(const InstructionSet& set) { sets[count++] = set; }
 
   Available() {
 #if defined(LONGROPE_HAS_X86_KERNELS)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      add("avx512", rotary_avx512);
+      add({"avx512", rotary_avx512, decode_avx512});
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c")) {
-      add("avx2", rotary_avx2);
+      add({"avx2", rotary_avx2, decode_avx2});
     }
 #endif
-    add("baseline", rotary_baseline);
+    add({"baseline", rotary_baseline, decode_baseline});
   }
 };
 

@@ -1,0 +1,418 @@
+// Attention to a cache of unrotated keys; compiled once for each instruction set, over the vector
+// type included before it.
+//
+// A sequence is cut into splits of keys, which threads take one by one; a split goes through its
+// keys in tiles. The cosines and sines of a key are computed once and serve all KV heads, and each
+// rotated key serves all queries of its group, so that the work stays near the time that memory
+// takes to deliver keys and values. All arithmetic is in float32. Splits depend on the lengths
+// alone and are combined in order: the number of threads changes no bit of the result.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "decode.h"
+#include "decode_tile.h"
+#include "factor_set.h"
+
+namespace {
+namespace longrope {
+
+using longrope_cpu::DecodeArguments;
+using longrope_cpu::ElementType;
+
+constexpr int64_t kValueGroup = 16;  // keys whose values are summed up in registers
+constexpr int64_t kSplit = 256;      // keys, at least
+constexpr int64_t kMaxSplits = 64;   // of a sequence; bounds the memory for what is to be combined
+
+// Calls the function with std::integral_constant<int, min(n, kMost)>, n from 1.
+template <int kMost, typename Function>
+inline void with_constant(int64_t n, const Function& function) {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return with_constant<kMost - 1>(n, function);
+  }
+  function(std::integral_constant<int, kMost>());
+}
+
+// What a sequence asks for, in slots; queries and keys stand at slot - start.
+struct Sequence {
+  int64_t first_slot;  // of its first query
+  int64_t begin;       // the keys that any of its queries sees
+  int64_t end;
+  int64_t start;
+  int64_t set;
+  int64_t first_item;  // of its splits
+  int64_t items;
+};
+
+struct Item {
+  int64_t sequence;
+  int64_t begin;
+  int64_t end;
+};
+
+inline int64_t position_at(const DecodeArguments& a, int64_t sequence, int64_t slot,
+                           int64_t start) {
+  if (a.key_positions == nullptr) return slot - start;
+  if (slot < 0) return 0;  // of a query that sees nothing
+  const int64_t at =
+      sequence * a.key_position_strides[0] + slot * a.key_position_strides[1];
+  return a.key_positions_are_int64 ? static_cast<const int64_t*>(a.key_positions)[at]
+                                   : static_cast<const int32_t*>(a.key_positions)[at];
+}
+
+inline Sequence sequence_of(const DecodeArguments& a, int64_t index) {
+  Sequence s;
+  s.start = a.kv_start == nullptr ? 0 : a.kv_start[index];
+  s.end = a.cache_lens[index];
+  s.first_slot = s.end - a.queries;
+  s.begin = a.window > 0 ? std::max(s.start, s.first_slot - a.window + 1) : s.start;
+  s.begin = std::max<int64_t>(s.begin, 0);
+  s.set = set_of_sequence(a, index);
+  return s;
+}
+
+// Appends the splits of a sequence: about equal, of whole tiles, at most kMaxSplits.
+inline void add_items(Sequence& s, int64_t index, std::vector<Item>& items) {
+  s.first_item = static_cast<int64_t>(items.size());
+  const int64_t keys = std::max<int64_t>(s.end - s.begin, 0);
+  const int64_t least = (keys + kMaxSplits - 1) / kMaxSplits;
+  const int64_t split = std::max(kSplit, (least + kTile - 1) / kTile * kTile);
+  for (int64_t begin = s.begin; begin < s.end; begin += split) {
+    items.push_back({index, begin, std::min(begin + split, s.end)});
+  }
+  s.items = static_cast<int64_t>(items.size()) - s.first_item;
+}
+
+// One thread's scratch memory, and the work that it does in it. Row h * queries + t is query t of
+// head h: the rows of a KV head are consecutive.
+template <bool kInterleaved, typename T>
+class Worker {
+ public:
+  Worker(const DecodeArguments& a, const Layout& layout)
+      : a_(a),
+        layout_(layout),
+        rows_(a.heads * a.queries),
+        group_rows_(a.kv_heads > 0 ? rows_ / a.kv_heads : 0),
+        widens_values_(a.dim % kWidth != 0 ||
+                       (group_rows_ > 2 * kRowBlock && !std::is_same<T, float>::value)),
+        // Never 0, which would make NaN of the top of a row that sees nothing.
+        scale_(std::max(
+            static_cast<float>(kLog2E * (a.softcap > 0.0 ? a.softcap : a.softmax_scale)),
+            std::numeric_limits<float>::min())),
+        cos_(kGroup * layout.row),
+        sin_(kGroup * layout.row),
+        offset_cos_(kGroup * layout.row),
+        offset_sin_(kGroup * layout.row),
+        turned_(kGroup * layout.padded),
+        scores_(rows_ * kTile),
+        sum_(layout.values),
+        widened_(widens_values_ ? kValueGroup * layout.values : 0) {
+    // The padding of these meets that of keys, and 0 times NaN is NaN.
+    for (Floats* x : {&cos_, &sin_, &offset_cos_, &offset_sin_, &turned_}) x->fill(0.0f);
+    for (int64_t j = 0; j < kValueGroup; ++j) widened_rows_[j] = widened_.at(j * layout.values);
+  }
+
+  // Rotates query t of a sequence, all heads of it, into its rows of q.
+  void turn_query(const Sequence& s, int64_t index, int64_t t, float* q) {
+    const int64_t position = position_at(a_, index, s.first_slot + t, s.start);
+    cos_sin_row(a_, position, s.set, false, cos_.at(0), sin_.at(0));
+    const T* const in = static_cast<const T*>(a_.q) + index * a_.q_strides[0] + t * a_.q_strides[1];
+    for (int64_t h = 0; h < a_.heads; ++h) {
+      float* const row = q + (h * a_.queries + t) * layout_.padded;
+      turn_row<kInterleaved>(in + h * a_.q_strides[2], row, cos_.at(0), sin_.at(0), layout_);
+    }
+  }
+
+  // Attends to the keys of one split; sums (rows, values) and states (rows) are the result.
+  void attend(const Sequence& s, const Item& item, const float* q, float* sums, Softmax* states) {
+    std::fill(sums, sums + rows_ * layout_.values, 0.0f);
+    std::fill(states, states + rows_, Softmax{-kInfinity, 0.0f});
+    for (int64_t begin = item.begin; begin < item.end; begin += kTile) {
+      const int64_t keys = std::min(kTile, item.end - begin);
+      known_ = std::min(kTile + kGroup, item.end - begin);
+      for (int64_t j = 0; j < known_; ++j) find_slot(item.sequence, begin + j, j);
+      for (int64_t g = 0; g < keys; g += kGroup) {
+        score_group(s, item.sequence, begin, g, std::min(kGroup, keys - g), q);
+      }
+      for (int64_t row = 0; row < rows_; ++row) {
+        weigh_row(s, begin, keys, row, sums + row * layout_.values, states[row]);
+      }
+      for (int64_t g = 0; g < keys; g += kValueGroup) {
+        for (int64_t h = 0; h < a_.kv_heads; ++h) {
+          add_values(h, g, std::min(kValueGroup, keys - g), sums);
+        }
+      }
+    }
+  }
+
+  // Combines the splits of a sequence for one row, and writes the result.
+  void combine(const Sequence& s, int64_t index, int64_t row, const float* sums,
+               const Softmax* states) {
+    float top = -kInfinity;
+    for (int64_t i = 0; i < s.items; ++i) top = std::max(top, states[i * rows_ + row].top);
+    const float shift = finite(top) * scale_;
+    const int64_t width = layout_.values;
+    float* const sum = sum_.at(0);
+    std::fill(sum, sum + width, 0.0f);
+    float total = 0.0f;
+    for (int64_t i = 0; i < s.items; ++i) {
+      const Softmax& state = states[i * rows_ + row];
+      const float weight = exp2_of(state.top * scale_ - shift);
+      const float* const part = sums + (i * rows_ + row) * width;
+      total += weight * state.total;
+      for (int64_t c = 0; c < width; ++c) sum[c] += weight * part[c];
+    }
+    const bool none = total == 0.0f;
+    for (int64_t c = 0; c < width; ++c) sum[c] = none ? 0.0f : sum[c] / total;
+    const int64_t h = row / a_.queries, t = row % a_.queries;
+    T* const out = static_cast<T*>(a_.out) + index * a_.out_strides[0] + t * a_.out_strides[1] +
+                   h * a_.out_strides[2];
+    int64_t c = 0;
+    for (; c + 2 * kWidth <= a_.dim; c += 2 * kWidth) {
+      store_two(out + c, load(sum + c), load(sum + c + kWidth));
+    }
+    for (; c < a_.dim; c += kWidth) {
+      T vector[kWidth];
+      store(vector, load(sum + c));
+      std::memcpy(out + c, vector, std::min<size_t>(kWidth, a_.dim - c) * sizeof(T));
+    }
+    a_.lse[index * rows_ + row] =
+        none ? -kInfinity : static_cast<float>((shift + std::log2(double{total})) / kLog2E);
+  }
+
+ private:
+  void find_slot(int64_t sequence, int64_t slot, int64_t j) {
+    int64_t outer = sequence, inner = slot;
+    if (a_.block_table != nullptr) {
+      outer = a_.block_table[sequence * a_.block_table_strides[0] +
+                             slot / a_.block_size * a_.block_table_strides[1]];
+      inner = slot % a_.block_size;
+    }
+    keys_[j] = static_cast<const T*>(a_.keys) + outer * a_.key_strides[0] +
+               inner * a_.key_strides[1];
+    values_[j] = static_cast<const T*>(a_.values) + outer * a_.value_strides[0] +
+                 inner * a_.value_strides[1];
+  }
+
+  // The cosines and sines of the keys [slot, slot + count).
+  void find_angles(const Sequence& s, int64_t index, int64_t slot, int64_t count) {
+    int64_t positions[kGroup];
+    // Going on from a neighbour costs the last bit, which float32 would show.
+    bool consecutive = !std::is_same<T, float>::value;
+    for (int64_t j = 0; j < count; ++j) {
+      positions[j] = position_at(a_, index, slot + j, s.start);
+      consecutive = consecutive && positions[j] == positions[0] + j;
+    }
+    const int64_t row = layout_.row, n_hat = a_.n_hat[s.set];
+    const bool straddles =
+        n_hat > 0 && positions[0] < n_hat && positions[count - 1] >= n_hat;
+    if (!consecutive || straddles) {
+      for (int64_t j = 0; j < count; ++j) {
+        cos_sin_row(a_, positions[j], s.set, false, cos_.at(j * row), sin_.at(j * row));
+      }
+      return;
+    }
+    const bool original = n_hat > 0 && positions[0] < n_hat;
+    make_offsets(a_.steps + (2 * s.set + (original ? 0 : 1)) * layout_.pairs);
+    float* const cos = cos_.at(0);
+    float* const sin = sin_.at(0);
+    cos_sin_row(a_, positions[0], s.set, false, cos, sin);
+    for (int64_t i = 0; i < row; i += kWidth) {
+      const Vec c = load(cos + i), s = load(sin + i);
+      for (int64_t j = 1; j < count; ++j) {
+        const Vec c_j = load(offset_cos_.at(j * row + i));
+        const Vec s_j = load(offset_sin_.at(j * row + i));
+        store(cos + j * row + i, multiply_subtract(c, c_j, multiply(s, s_j)));
+        store(sin + j * row + i, multiply_add(c, s_j, multiply(s, c_j)));
+      }
+    }
+  }
+
+  // The cosines and sines of the first kGroup positions, by which a group goes on from its first.
+  void make_offsets(const uint64_t* steps) {
+    if (steps == offset_steps_) return;
+    offset_steps_ = steps;
+    for (int64_t j = 0; j < kGroup; ++j) {
+      float* const cos = offset_cos_.at(j * layout_.row);
+      float* const sin = offset_sin_.at(j * layout_.row);
+#pragma omp simd
+      for (int64_t i = 0; i < layout_.pairs; ++i) {
+        const CosSin turn = cos_sin(phase(j, steps[i]));
+        cos[i] = turn.cos;
+        sin[i] = turn.sin;
+      }
+    }
+  }
+
+  // The scores of the keys [g, g + count) of the tile that begins at slot `begin`.
+  void score_group(const Sequence& s, int64_t index, int64_t begin, int64_t g, int64_t count,
+                   const float* q) {
+    find_angles(s, index, begin + g, count);
+    const int64_t padded = layout_.padded;
+    for (int64_t h = 0; h < a_.kv_heads; ++h) {
+      for (int64_t j = 0; j < count; ++j) {
+        // Heads are read one at a time, a pattern that hardware does not foresee.
+        const int64_t next = std::min(g + j + kGroup, known_ - 1);
+        prefetch_row<3>(keys_[next] + h * a_.key_strides[2], a_.dim);
+        prefetch_row<2>(values_[g + j] + h * a_.value_strides[2], a_.dim);
+        turn_row<kInterleaved>(keys_[g + j] + h * a_.key_strides[2], turned_.at(j * padded),
+                               cos_.at(j * layout_.row), sin_.at(j * layout_.row),
+                               layout_);
+      }
+      const int64_t end = (h + 1) * group_rows_;
+      for (int64_t row = h * group_rows_; row < end; row += kRowBlock) {
+        with_constant<kRowBlock>(end - row, [&](auto rows) {
+          score_block<rows()>(q + row * padded, turned_.at(0), padded,
+                              scores_.at(row * kTile + g));
+        });
+      }
+    }
+  }
+
+  // Hides what a row does not see, and turns its scores into weights.
+  void weigh_row(const Sequence& s, int64_t begin, int64_t keys, int64_t row, float* sums,
+                 Softmax& state) {
+    float* const scores = scores_.at(row * kTile);
+    if (a_.softcap > 0.0) cap_scores(scores, static_cast<float>(a_.softmax_scale / a_.softcap));
+    const int64_t slot = s.first_slot + row % a_.queries;
+    const int64_t last = std::min(keys, slot + 1 - begin);
+    const int64_t first = a_.window > 0 ? slot - a_.window + 1 - begin : 0;
+    for (int64_t j = 0; j < std::min(first, kTile); ++j) scores[j] = -kInfinity;
+    for (int64_t j = std::max<int64_t>(last, 0); j < kTile; ++j) scores[j] = -kInfinity;
+    const float rescale = update_softmax(scores, scale_, state);
+    if (rescale != 1.0f) {
+      for (int64_t c = 0; c < layout_.values; ++c) sums[c] *= rescale;
+    }
+  }
+
+  // Adds the weighted values of the keys [g, g + count) of the tile.
+  void add_values(int64_t h, int64_t g, int64_t count, float* sums) {
+    const int64_t offset = h * a_.value_strides[2];
+    const float* const weights = scores_.at(h * group_rows_ * kTile + g);
+    float* const group_sums = sums + h * group_rows_ * layout_.values;
+    if (widens_values_) {
+      for (int64_t j = 0; j < count; ++j) {
+        widen_row(values_[g + j] + offset, a_.dim, widened_.at(j * layout_.values));
+      }
+      add_rows(widened_rows_, 0, count, weights, group_sums);
+    } else {
+      add_rows(values_ + g, offset, count, weights, group_sums);
+    }
+  }
+
+  template <typename Element>
+  void add_rows(const Element* const* values, int64_t offset, int64_t keys, const float* weights,
+                float* sums) {
+    const int64_t width = layout_.values;
+    for (int64_t c = 0; c < width; c += kVecBlock * kWidth) {
+      with_constant<kVecBlock>((width - c) / kWidth, [&](auto vecs) {
+        for (int64_t row = 0; row < group_rows_; row += kRowBlock) {
+          with_constant<kRowBlock>(group_rows_ - row, [&](auto rows) {
+            add_block<rows(), vecs()>(values, offset + c, keys, weights + row * kTile,
+                                      sums + row * width + c, width);
+          });
+        }
+      });
+    }
+  }
+
+  const DecodeArguments& a_;
+  const Layout layout_;
+  const int64_t rows_;
+  const int64_t group_rows_;  // of a KV head
+  const bool widens_values_;
+  const float scale_;  // of scores, to base 2
+  Floats cos_;         // (kGroup, row)
+  Floats sin_;         // (kGroup, row)
+  Floats offset_cos_;  // (kGroup, row)
+  Floats offset_sin_;  // (kGroup, row)
+  const uint64_t* offset_steps_ = nullptr;
+  Floats turned_;      // (kGroup, padded)
+  Floats scores_;      // (rows, kTile), then weights
+  Floats sum_;         // (values,)
+  Floats widened_;     // (kValueGroup, values), or nothing
+  const float* widened_rows_[kValueGroup];
+  int64_t known_;  // slots of the tile, and of the next group, that the two below hold
+  const T* keys_[kTile + kGroup];
+  const T* values_[kTile + kGroup];
+};
+
+// The steps in the order in which turn_row reads pairs.
+template <bool kInterleaved, typename T>
+std::vector<uint64_t> steps_in_order(const DecodeArguments& a) {
+  std::vector<uint64_t> steps(a.steps, a.steps + 2 * a.sets * a.pairs);
+  if (kInterleaved || !kEvenOdd<T>) return steps;
+  for (int64_t row = 0; row < 2 * a.sets; ++row) {
+    for (int64_t i = 0; i + 2 * kWidth <= a.pairs; i += 2 * kWidth) {
+      const int64_t at = row * a.pairs + i;
+      for (int64_t lane = 0; lane < 2 * kWidth; ++lane) {
+        steps[at + lane] = a.steps[at + 2 * (lane % kWidth) + lane / kWidth];
+      }
+    }
+  }
+  return steps;
+}
+
+template <bool kInterleaved, typename T>
+void decode_of(const DecodeArguments& given) {
+  DecodeArguments a = given;
+  const std::vector<uint64_t> steps = steps_in_order<kInterleaved, T>(given);
+  a.steps = steps.data();
+  const Layout layout(a.dim, a.pairs);
+  const int64_t rows = a.heads * a.queries;
+  std::vector<Sequence> sequences;
+  std::vector<Item> items;
+  for (int64_t index = 0; index < a.batch; ++index) {
+    sequences.push_back(sequence_of(a, index));
+    add_items(sequences.back(), index, items);
+  }
+  const int64_t count = static_cast<int64_t>(items.size());
+  Floats q(a.batch * rows * layout.padded);
+  Floats sums(count * rows * layout.values);
+  const std::unique_ptr<Softmax[]> states(new Softmax[count * rows]);
+
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+    Worker<kInterleaved, T> worker(a, layout);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < a.batch * a.queries; ++i) {
+      const int64_t index = i / a.queries;
+      worker.turn_query(sequences[index], index, i % a.queries,
+                        q.at(index * rows * layout.padded));
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < count; ++i) {
+      const Item& item = items[i];
+      worker.attend(sequences[item.sequence], item, q.at(item.sequence * rows * layout.padded),
+                    sums.at(i * rows * layout.values), states.get() + i * rows);
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < a.batch * rows; ++i) {
+      const Sequence& s = sequences[i / rows];
+      worker.combine(s, i / rows, i % rows, sums.at(s.first_item * rows * layout.values),
+                     states.get() + s.first_item * rows);
+    }
+  }
+}
+
+template <typename T>
+void decode_of(const DecodeArguments& a) {
+  a.interleaved ? decode_of<true, T>(a) : decode_of<false, T>(a);
+}
+
+inline void decode_of_type(const DecodeArguments& a) {
+  switch (a.type) {
+    case ElementType::kFloat32:
+      return decode_of<float>(a);
+    case ElementType::kBFloat16:
+      return decode_of<BFloat16>(a);
+    case ElementType::kFloat16:
+      return decode_of<Float16>(a);
+  }
+}
+
+}  // namespace longrope
+}  // namespace

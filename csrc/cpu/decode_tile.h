@@ -1,0 +1,226 @@
+// What a tile of keys and values meets: rotation into scratch memory, products with queries, and
+// weighted sums, all of it in float32 over the vector type included before.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "decode_softmax.h"
+#include "factor_set.h"
+
+// GCC keeps arrays of vectors in memory unless the loops over them are unrolled early.
+#if defined(__GNUC__) && !defined(__clang__)
+#define LONGROPE_UNROLL _Pragma("GCC unroll 4")
+#else
+#define LONGROPE_UNROLL
+#endif
+
+namespace {
+namespace longrope {
+
+constexpr int64_t kGroup = 4;  // keys rotated before they meet the queries
+constexpr int kVecBlock = 4;   // vectors of a value held in registers
+
+// How one head lies in scratch memory: the first halves of its pairs, the second halves, and what
+// is not rotated, each padded with zeros to whole vectors.
+struct Layout {
+  int64_t pairs;
+  int64_t rest;
+  int64_t row;     // padded pairs
+  int64_t padded;  // all three parts
+  int64_t values;  // padded dim: values and the output have no parts
+
+  Layout(int64_t dim, int64_t rotated_pairs)
+      : pairs(rotated_pairs),
+        rest(dim - 2 * rotated_pairs),
+        row(round_up(pairs)),
+        padded(2 * row + round_up(rest)),
+        values(round_up(dim)) {}
+};
+
+// Scratch memory whose rows of whole vectors never straddle two cache lines; not initialised.
+class Floats {
+ public:
+  explicit Floats(int64_t count)
+      : data_(static_cast<float*>(
+            ::operator new(static_cast<size_t>(count) * sizeof(float), kAlignment))),
+        count_(count) {}
+  ~Floats() { ::operator delete(data_, kAlignment); }
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+
+  float* at(int64_t i) { return data_ + i; }
+  void fill(float value) { std::fill(data_, data_ + count_, value); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  float* const data_;
+  const int64_t count_;
+};
+
+// The next 2 * kWidth elements in the order that costs least; store_two undoes it. bfloat16 comes
+// apart into even and odd elements by a shift and a mask, the others stay in order.
+template <typename T>
+constexpr bool kEvenOdd = std::is_same<T, BFloat16>::value;
+
+template <typename T>
+inline void load_two(const T* p, Vec& first, Vec& second) {
+  if constexpr (kEvenOdd<T>) {
+    load_pairs(p, first, second);
+  } else {
+    first = load(p);
+    second = load(p + kWidth);
+  }
+}
+
+template <typename T>
+inline void store_two(T* p, Vec first, Vec second) {
+  if constexpr (kEvenOdd<T>) {
+    store_pairs(p, first, second);
+  } else {
+    store(p, first);
+    store(p + kWidth, second);
+  }
+}
+
+// Widens count elements, and pads them with zeros to a whole vector.
+template <typename T>
+inline void widen_row(const T* in, int64_t count, float* out) {
+  const int64_t whole = count / kWidth * kWidth;
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
+    Vec first, second;
+    load_two(in + i, first, second);
+    store(out + i, first);
+    store(out + i + kWidth, second);
+  }
+  for (; i < whole; i += kWidth) store(out + i, load(in + i));
+  if (whole < count) {
+    T tail[kWidth] = {};
+    std::memcpy(tail, in + whole, static_cast<size_t>(count - whole) * sizeof(T));
+    store(out + whole, load(tail));
+  }
+}
+
+inline void store_turned(Vec x_i, Vec x_j, const float* cos, const float* sin, float* out_i,
+                         float* out_j) {
+  const Vec c = load(cos), s = load(sin);
+  store(out_i, multiply_subtract(x_i, c, multiply(x_j, s)));
+  store(out_j, multiply_add(x_i, s, multiply(x_j, c)));
+}
+
+// Rotates one head of one token into scratch memory.
+template <bool kInterleaved, typename T>
+inline void turn_row(const T* in, float* out, const float* cos, const float* sin,
+                     const Layout& layout) {
+  const int64_t pairs = layout.pairs, whole = pairs / kWidth * kWidth;
+  float* const out_j = out + layout.row;
+  Vec x_i, x_j;
+  int64_t i = 0;
+  if constexpr (!kInterleaved) {
+    for (; i + 2 * kWidth <= pairs; i += 2 * kWidth) {
+      Vec next_i, next_j;
+      load_two(in + i, x_i, next_i);
+      load_two(in + pairs + i, x_j, next_j);
+      store_turned(x_i, x_j, cos + i, sin + i, out + i, out_j + i);
+      const int64_t n = i + kWidth;
+      store_turned(next_i, next_j, cos + n, sin + n, out + n, out_j + n);
+    }
+  }
+  for (; i < whole; i += kWidth) {
+    if constexpr (kInterleaved) {
+      load_pairs(in + 2 * i, x_i, x_j);
+    } else {
+      x_i = load(in + i);
+      x_j = load(in + pairs + i);
+    }
+    store_turned(x_i, x_j, cos + i, sin + i, out + i, out_j + i);
+  }
+  if (whole < pairs) {
+    T tail[2 * kWidth] = {};
+    const int64_t left = pairs - whole, at = kInterleaved ? 2 * whole : whole;
+    const size_t bytes = static_cast<size_t>(kInterleaved ? 2 * left : left) * sizeof(T);
+    std::memcpy(tail, in + at, bytes);
+    if constexpr (kInterleaved) {
+      load_pairs(tail, x_i, x_j);
+    } else {
+      std::memcpy(tail + kWidth, in + pairs + at, bytes);
+      x_i = load(tail);
+      x_j = load(tail + kWidth);
+    }
+    store_turned(x_i, x_j, cos + whole, sin + whole, out + whole, out_j + whole);
+  }
+  if (layout.rest > 0) widen_row(in + 2 * pairs, layout.rest, out + 2 * layout.row);
+}
+
+// Asks for a row of elements in the cache of this level (3: L1, 2: L2).
+template <int kLocality, typename T>
+inline void prefetch_row(const T* row, int64_t count) {
+#if defined(__GNUC__)
+  const char* const bytes = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) {
+    __builtin_prefetch(bytes + i, 0, kLocality);
+  }
+#endif
+}
+
+// The products of kRows queries with kGroup keys, all of them `padded` apart.
+template <int kRows>
+inline void score_block(const float* q, const float* keys, int64_t padded, float* scores) {
+  Vec sums[kRows][kGroup];
+LONGROPE_UNROLL
+  for (int r = 0; r < kRows; ++r)
+LONGROPE_UNROLL
+    for (int j = 0; j < kGroup; ++j) sums[r][j] = splat(0.0f);
+  for (int64_t i = 0; i < padded; i += kWidth) {
+    Vec x[kGroup];
+LONGROPE_UNROLL
+    for (int j = 0; j < kGroup; ++j) x[j] = load(keys + j * padded + i);
+LONGROPE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec y = load(q + r * padded + i);
+LONGROPE_UNROLL
+      for (int j = 0; j < kGroup; ++j) sums[r][j] = multiply_add(x[j], y, sums[r][j]);
+    }
+  }
+LONGROPE_UNROLL
+  for (int r = 0; r < kRows; ++r) store_sums(scores + r * kTile, sums[r]);
+}
+
+template <int kVecs, typename T>
+inline void load_vectors(const T* p, Vec (&x)[kVecs]) {
+LONGROPE_UNROLL
+  for (int c = 0; c + 1 < kVecs; c += 2) load_two(p + c * kWidth, x[c], x[c + 1]);
+  if constexpr (kVecs % 2 == 1) x[kVecs - 1] = load(p + (kVecs - 1) * kWidth);
+}
+
+// The weighted sum of values over the keys of a tile, for kRows queries and kVecs vectors.
+template <int kRows, int kVecs, typename T>
+inline void add_block(const T* const* values, int64_t offset, int64_t keys, const float* weights,
+                      float* sums, int64_t stride) {
+  Vec sum[kRows][kVecs];
+LONGROPE_UNROLL
+  for (int r = 0; r < kRows; ++r)
+LONGROPE_UNROLL
+    for (int c = 0; c < kVecs; ++c) sum[r][c] = load(sums + r * stride + c * kWidth);
+  for (int64_t j = 0; j < keys; ++j) {
+    Vec x[kVecs];
+    load_vectors(values[j] + offset, x);
+LONGROPE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec w = splat(weights[r * kTile + j]);
+LONGROPE_UNROLL
+      for (int c = 0; c < kVecs; ++c) sum[r][c] = multiply_add(x[c], w, sum[r][c]);
+    }
+  }
+LONGROPE_UNROLL
+  for (int r = 0; r < kRows; ++r)
+LONGROPE_UNROLL
+    for (int c = 0; c < kVecs; ++c) store(sums + r * stride + c * kWidth, sum[r][c]);
+}
+
+}  // namespace longrope
+}  // namespace
