@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/quickstart.md", "docs/attention.md"]
+PAGES = [
+    "README.md",
+    "docs/quickstart.md",
+    "docs/attention.md",
+    "docs/scaling.md",
+    "docs/decode.md",
+    "docs/models.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

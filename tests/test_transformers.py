@@ -1,15 +1,16 @@
 """enable() on small Phi-3 models against the untouched ones."""
 
 import copy
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
+from model_cases import generated, gradients, logits, max_diff, tokens
+from model_cases import published_config as small_config
+from model_cases import published_model as small_model
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     Phi3ForCausalLM,
     Phi3ForSequenceClassification,
     Phi3ForTokenClassification,
@@ -22,111 +23,71 @@ from longrope_kernels.integrations.transformers import ExactRotaryEmbedding, dis
 from longrope_kernels.published import published_configs
 
 MODELS = tuple(published_configs())
-BACKENDS = ("reference", "native")
-
-
-def small_config(name: str = "phi-3-mini-128k", original: int = 4096, **overrides) -> Phi3Config:
-    """Two layers of four heads (two of keys) of the published head geometry and factors."""
-    published = published_configs()[name]
-    fields = {
-        "hidden_size": 4 * published["head_dim"],
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "vocab_size": 128,
-        "max_position_embeddings": 32 * original,
-        "original_max_position_embeddings": original,
-        "rope_theta": published["rope_theta"],
-        "rope_scaling": {**published["rope_scaling"], "factor": 32.0},
-        "partial_rotary_factor": published["partial_rotary_factor"],
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-        # Larger than the default, so that attention is far from uniform and rotation matters.
-        "initializer_range": 0.06,
-    }
-    return Phi3Config(**{**fields, **overrides})
-
-
-@cache
-def small_weights(name: str) -> dict[str, torch.Tensor]:
-    torch.manual_seed(7)
-    return Phi3ForCausalLM(small_config(name)).state_dict()
-
-
-def small_model(
-    name: str = "phi-3-mini-128k", dtype: torch.dtype = torch.float32, **config
-) -> Phi3ForCausalLM:
-    # As from_pretrained(dtype=...) does; .to(dtype) would round transformers' frequencies as well.
-    model = Phi3ForCausalLM._from_config(small_config(name, **config), dtype=dtype)
-    model.load_state_dict(small_weights(name))
-    return model.eval()
-
-
-def tokens(batch: int = 2, seq: int = 24) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(3, 128, (batch, seq), generator=generator)
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module, start: int = 0, ids: torch.Tensor | None = None) -> torch.Tensor:
-    ids = tokens() if ids is None else ids
-    positions = torch.arange(start, start + ids.shape[1])[None]
-    return model(ids, position_ids=positions, use_cache=False).logits
-
-
-def max_diff(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).abs().max())
+MODES = {
+    "rotated-reference": {"cache": "rotated", "backend": "reference"},
+    "rotated-native": {"cache": "rotated", "backend": "native"},
+    "unrotated-reference": {"backend": "reference"},
+    "unrotated-native": {"backend": "native"},
+}
+every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+both_caches = pytest.mark.parametrize("cache", ["rotated", "unrotated"])
 
 
 # ---------------------------------------------------------------------------------------- results
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_mode
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_half_precision_logits_are_within_twice_the_models_own_error(name, dtype, backend):
+def test_half_precision_logits_are_within_twice_the_models_own_error(name, dtype, mode):
     truth = logits(small_model(name, torch.float64))
     own_error = max_diff(logits(small_model(name, dtype)), truth)
-    error = max_diff(logits(enable(small_model(name, dtype), backend=backend)), truth)
+    error = max_diff(logits(enable(small_model(name, dtype), **mode)), truth)
     assert error <= 2 * own_error
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_mode
 @pytest.mark.parametrize("name", MODELS)
-def test_fp32_logits_agree_at_short_positions(name, backend):
+def test_fp32_logits_agree_at_short_positions(name, mode):
     expected = logits(small_model(name))
-    assert max_diff(logits(enable(small_model(name), backend=backend)), expected) < 2e-5
+    assert max_diff(logits(enable(small_model(name), **mode)), expected) < 2e-5
     without_rotation = logits(small_model(name), ids=tokens().flip(1)).flip(1)
     assert max_diff(without_rotation, expected) > 0.1  # order matters here: the test can fail
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_mode
 @pytest.mark.parametrize("last", [4094, 4095, 4096, 4097])
-def test_the_set_changes_where_transformers_changes_it(last, backend):
+def test_the_set_changes_where_transformers_changes_it(last, mode):
     """A last position of 4095 makes 4096 tokens, which are short; one more is long."""
     start = last - tokens().shape[1] + 1
     expected = logits(small_model(), start)
-    assert max_diff(logits(enable(small_model(), backend=backend), start), expected) < 2e-3
+    assert max_diff(logits(enable(small_model(), **mode), start), expected) < 2e-3
     short = enable(small_model(), rope=Rope(Rope.from_config(small_config()).sets[:1]))
     differs = max_diff(logits(short, start), expected) > 0.05
     assert differs == (last > 4095)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_logits_at_two_million_are_nearer_the_truth_than_the_untouched_models(backend):
+@every_mode
+def test_logits_at_two_million_are_nearer_the_truth_than_the_untouched_models(mode):
     start = 2**21
     truth = logits(enable(small_model(dtype=torch.float64)), start)
-    error = max_diff(logits(enable(small_model(), backend=backend), start), truth)
+    error = max_diff(logits(enable(small_model(), **mode), start), truth)
     assert error < 1e-4 < max_diff(logits(small_model(), start), truth)
 
 
 def test_one_long_sequence_takes_the_batch_with_it_as_in_transformers():
     positions = torch.stack((torch.arange(24), torch.arange(4090, 4090 + 24)))
     expected = small_model()(tokens(), position_ids=positions).logits
+    actual = enable(small_model(), cache="rotated")(tokens(), position_ids=positions).logits
+    assert max_diff(actual, expected) < 2e-3
+
+
+def test_each_sequence_takes_its_own_set():
+    positions = torch.stack((torch.arange(24), torch.arange(4090, 4090 + 24)))
     actual = enable(small_model())(tokens(), position_ids=positions).logits
-    assert max_diff(actual.detach(), expected.detach()) < 2e-3
+    for row, start in enumerate((0, 4090)):
+        alone = logits(small_model(), start, tokens()[row : row + 1])
+        assert max_diff(actual[row : row + 1], alone) < 2e-3
 
 
 def test_n_hat_keeps_the_first_tokens_unscaled():
@@ -158,32 +119,28 @@ def test_every_head(make):
 # --------------------------------------------------------------------------------------- training
 
 
-def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
-    model.train()
-    model(tokens(), labels=tokens()).loss.backward()
-    return [p.grad for p in model.parameters()]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_mode
 @pytest.mark.parametrize("name", ["phi-3-mini-128k", "phi-4-mini"])
-def test_training_gradients(name, backend):
+def test_training_gradients(name, mode):
     expected = gradients(small_model(name))
-    actual = gradients(enable(small_model(name), backend=backend))
+    actual = gradients(enable(small_model(name), **mode))
     for a, e in zip(actual, expected, strict=True):
         assert max_diff(a, e) <= 1e-5 * float(e.abs().max())
 
 
+@both_caches
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant):
-    expected = gradients(enable(small_model()))
-    model = enable(small_model())
+def test_gradient_checkpointing(use_reentrant, cache):
+    expected = gradients(enable(small_model(), cache=cache))
+    model = enable(small_model(), cache=cache)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     for a, e in zip(gradients(model), expected, strict=True):
         assert torch.equal(a, e)
 
 
-def test_training_under_autocast():
-    model = enable(small_model())
+@both_caches
+def test_training_under_autocast(cache):
+    model = enable(small_model(), cache=cache)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(tokens(), labels=tokens()).loss
     loss.backward()
@@ -202,31 +159,31 @@ GENERATE = {
 }
 
 
-def generated(model: torch.nn.Module, ids: torch.Tensor, **arguments) -> torch.Tensor:
-    torch.manual_seed(11)
-    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **arguments}
-    return model.generate(ids, **arguments)
-
-
+@both_caches
 @pytest.mark.parametrize("arguments", GENERATE.values(), ids=GENERATE.keys())
-def test_generate_gives_the_same_tokens(arguments):
+def test_generate_gives_the_same_tokens(arguments, cache):
     expected = generated(small_model(), tokens(), **arguments)
     assert expected.shape == (2, 32)
-    assert torch.equal(generated(enable(small_model()), tokens(), **arguments), expected)
+    model = enable(small_model(), cache=cache)
+    assert torch.equal(generated(model, tokens(), **arguments), expected)
 
 
-def test_generate_with_left_padding():
+@both_caches
+def test_generate_with_left_padding(cache):
     ids = tokens()
     mask = torch.ones_like(ids)
     ids[0, :9], mask[0, :9] = 0, 0
     expected = generated(small_model(), ids, attention_mask=mask)
-    assert torch.equal(generated(enable(small_model()), ids, attention_mask=mask), expected)
+    model = enable(small_model(), cache=cache)
+    assert torch.equal(generated(model, ids, attention_mask=mask), expected)
 
 
-def test_generate_across_the_switch_to_the_long_set():
+@pytest.mark.parametrize("arguments", [{"cache": "rotated"}, {"policy": "recompute"}], ids=str)
+def test_generate_across_the_switch_to_the_long_set(arguments):
     """transformers drops its cache there and prefills again, under the long set."""
     expected = generated(small_model(original=26), tokens())
-    assert torch.equal(generated(enable(small_model(original=26)), tokens()), expected)
+    model = enable(small_model(original=26), **arguments)
+    assert torch.equal(generated(model, tokens()), expected)
     assert not torch.equal(generated(small_model(), tokens()), expected)
 
 
@@ -250,10 +207,11 @@ def test_enable_again_takes_the_new_arguments():
     assert torch.equal(logits(model), logits(enable(small_model(), rope=Rope.plain(96))))
 
 
-def test_disable_restores_the_model_bit_for_bit():
+@both_caches
+def test_disable_restores_the_model_bit_for_bit(cache):
     model = small_model()
     rotary, expected = model.model.rotary_emb, logits(model)
-    enable(model)
+    enable(model, cache=cache)
     assert not torch.equal(logits(model, 10**5), logits(small_model(), 10**5))
     assert disable(model) is model
     assert model.model.rotary_emb is rotary
@@ -298,7 +256,7 @@ def test_an_enabled_model_moves_and_keeps_exact_angles():
 
 def test_moving_layer_arguments_between_devices_keeps_the_rotation():
     """accelerate and DDP rebuild the tuples they find in a layer's arguments."""
-    model = enable(small_model())
+    model = enable(small_model(), cache="rotated")
     positions, rotation = model.model.rotary_emb(torch.empty(0), torch.arange(24)[None])
     rebuilt = type(rotation)(*(x.to("cpu") if hasattr(x, "to") else x for x in rotation))
     q = torch.randn(1, 4, 24, 96)
@@ -307,10 +265,10 @@ def test_moving_layer_arguments_between_devices_keeps_the_rotation():
     assert torch.equal(actual[0], expected[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compile_fullgraph(backend):
+@every_mode
+def test_compile_fullgraph(mode):
     torch.compiler.reset()
-    model = enable(small_model(), backend=backend)
+    model = enable(small_model(), **mode)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for start in (0, 4090):  # one graph for both sets
         with torch.compiler.set_stance("fail_on_recompile" if start else "default"):
@@ -322,13 +280,13 @@ def test_compile_fullgraph(backend):
 
 
 def test_unsupported_models_are_named():
-    config = LlamaConfig(
+    config = GPTNeoXConfig(
         hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=8,
         intermediate_size=32,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"expected the Phi-3 family.*got LlamaForCausalLM"):
-        enable(LlamaForCausalLM(config))
-    with pytest.raises(ValueError, match=r"expected the Phi-3 family.*got SimpleNamespace"):
+    with pytest.raises(ValueError, match=r"family phi3, .*qwen3, got GPTNeoXForCausalLM"):
+        enable(GPTNeoXForCausalLM(config))
+    with pytest.raises(ValueError, match=r"family phi3, .*qwen3, got SimpleNamespace"):
         enable(SimpleNamespace())
 
 
@@ -344,5 +302,6 @@ def test_a_rope_wider_than_a_head_is_refused_and_nothing_changed():
 def test_a_backend_that_cannot_serve_is_refused():
     with pytest.raises(ValueError, match="backend: expected one of"):
         enable(small_model(), backend="fast")
-    with pytest.raises(ValueError, match="does not serve float64"):
-        enable(small_model(dtype=torch.float64), backend="native")
+    for arguments in ({"cache": "rotated", "backend": "native"}, {"backend": "composed"}):
+        with pytest.raises(ValueError, match="does not serve float64"):
+            enable(small_model(dtype=torch.float64), **arguments)

@@ -1,0 +1,16 @@
+"""LongRoPE in Hugging Face models: `enable` and `disable`."""
+
+from __future__ import annotations
+
+import importlib.util
+
+if importlib.util.find_spec("transformers") is None:
+    raise ImportError(
+        "longrope_kernels.integrations.transformers needs transformers >= 5; "
+        "pip install 'longrope-kernels[transformers]'"
+    )
+
+from .models import disable, enable
+from .rotary import ExactRotaryEmbedding
+
+__all__ = ["ExactRotaryEmbedding", "disable", "enable"]

@@ -1,0 +1,38 @@
+"""What `enable` was told, as every part of an enabled model reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...rope import Rope
+
+Cache = Literal["unrotated", "rotated"]
+Policy = Literal["switch", "pin", "recompute"]
+CACHES = ("unrotated", "rotated")
+POLICIES = ("switch", "pin", "recompute")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `enable`; ``policy`` is None with a rotated cache, which has none."""
+
+    rope: Rope
+    cache: Cache
+    policy: Policy | None
+    backend: str | None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether sequences may differ in their factor set."""
+        return len(self.rope.sets) > 1
+
+    @property
+    def attention_backend(self) -> str | None:
+        """For `attention`, where "native" is the rotation of "composed"."""
+        return "composed" if self.backend == "native" else self.backend
+
+    @property
+    def decode_backend(self) -> str | None:
+        """For `decode`, which takes its own choice beside backends of `attention` alone."""
+        return self.backend if self.backend in ("reference", "native", "triton") else None

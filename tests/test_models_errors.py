@@ -1,0 +1,253 @@
+"""What enabled models refuse, naming it, and how they are copied, saved and loaded."""
+
+import copy
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from model_cases import (
+    FAMILIES,
+    SWITCH,
+    family_config,
+    family_model,
+    generated,
+    logits,
+    max_diff,
+    tokens,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    pipeline,
+)
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+
+from longrope_kernels import Rope
+from longrope_kernels.integrations.transformers import disable, enable
+
+CLOSE = 2e-5
+
+
+def run(model: Any, **arguments: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**{"input_ids": tokens(), **arguments}).logits
+
+
+# ------------------------------------------------------------------------------------- of enable
+
+REFUSED = {
+    "policy": ({"policy": "keep"}, "policy: expected one of 'switch', 'pin', 'recompute'"),
+    "cache": ({"cache": "paged"}, "cache: expected one of 'unrotated', 'rotated', got 'paged'"),
+    "both": ({"cache": "rotated", "policy": "pin"}, "policy: expected None with cache='rotated'"),
+    "backend": ({"backend": "fast"}, "backend: expected one of .*got 'fast'"),
+    "triton on a CPU": ({"backend": "triton"}, "triton"),
+    "rope": ({"rope": [1.0]}, "rope: expected a Rope or None, got list"),
+    "wide rope": ({"rope": Rope.plain(64)}, "rope: expected at most 32 rotary dimensions.*got 64"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_wrong_argument_changes_nothing(arguments, message):
+    model = family_model("phi3")
+    before = {key: dict(vars(module)) for key, module in model.named_modules()}
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        enable(model, **arguments)
+    assert {key: dict(vars(module)) for key, module in model.named_modules()} == before
+
+    enable(model, policy="pin")
+    expected = repr(model)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        enable(model, **arguments)
+    assert repr(model) == expected
+    assert max_diff(logits(model), logits(family_model("phi3"))) < CLOSE
+
+
+def test_other_architectures_are_named():
+    config = GPTNeoXConfig(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=8,
+        intermediate_size=32,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"model: expected .*llama.*, got GPTNeoXForCausalLM"):
+        enable(GPTNeoXForCausalLM(config))
+
+
+def test_a_subclass_with_its_own_rotation_is_not_taken_for_its_base():
+    model = family_model("llama")
+    model.model.rotary_emb.__class__ = type("OwnRotary", (type(model.model.rotary_emb),), {})
+    with pytest.raises(ValueError, match="model: expected"):
+        enable(model)
+
+
+def test_dynamic_scaling_is_refused():
+    parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = family_model("llama", rope_parameters=parameters)
+    rotary = model.model.rotary_emb
+    with pytest.raises(ValueError, match=r"rope type .dynamic. .*length"):
+        enable(model)
+    assert model.model.rotary_emb is rotary
+    at_512 = Rope.from_config(model.config, length=512)
+    assert enable(model, rope=at_512).model.rotary_emb.rope is at_512
+
+
+def test_an_unknown_rope_type_is_named():
+    model = family_model("llama")
+    model.config.rope_parameters["rope_type"] = "spiral"
+    with pytest.raises(ValueError, match="spiral"):
+        enable(model)
+
+
+def test_bidirectional_attention_is_refused():
+    model = family_model("llama")
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match="model: expected causal attention"):
+        enable(model)
+
+
+# ---------------------------------------------------------------------------------- of a forward
+
+
+def test_attention_bias_is_refused():
+    model = enable(family_model("phi3"))
+    for dtype in (torch.float32, torch.bool, torch.int64):
+        with pytest.raises(ValueError, match=r"attention_mask: .*got an attention bias of shape"):
+            run(model, attention_mask=torch.ones(2, 1, 24, 24, dtype=dtype))
+
+
+def test_a_mask_with_holes_is_refused():
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[1, 7] = 0
+    with pytest.raises(ValueError, match=r"attention_mask: .*padding between its tokens"):
+        run(enable(family_model("phi3")), attention_mask=mask)
+
+
+def test_packed_positions_are_refused():
+    positions = torch.cat((torch.arange(10), torch.arange(14)))[None]
+    with pytest.raises(ValueError, match=r"attention_mask: .*packed sequences"):
+        run(enable(family_model("phi3")), position_ids=positions, use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_dropout_in_training_is_refused(name):
+    model = enable(family_model(name, attention_dropout=0.1))
+    assert max_diff(logits(model), logits(family_model(name))) < CLOSE  # none in eval mode
+    with pytest.raises(ValueError, match=r"attention_dropout: expected 0 in training, got 0\.1"):
+        model.train()(tokens())
+    enable(model, cache="rotated")(tokens())
+
+
+class RoundingLayer(DynamicLayer):
+    """As caches that quantise do."""
+
+
+def test_other_caches_are_named():
+    model = enable(family_model("mistral sliding"))
+    static = StaticCache(config=model.config, max_cache_len=40)
+    with pytest.raises(ValueError, match=r"past_key_values: .*got StaticSlidingWindowLayer"):
+        run(model, past_key_values=static)
+    with pytest.raises(ValueError, match=r"past_key_values: .*got RoundingLayer"):
+        run(model, past_key_values=Cache(layers=[RoundingLayer(), RoundingLayer()]))
+    both = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with pytest.raises(ValueError, match=r"past_key_values: .*got EncoderDecoderCache"):
+        run(model, past_key_values=both)
+    with pytest.raises(ValueError, match=r"past_key_values: .*got StaticSlidingWindowLayer"):
+        generated(model, tokens(), cache_implementation="static")
+    untouched = generated(family_model("mistral sliding"), tokens(), cache_implementation="static")
+    enable(model, cache="rotated")
+    assert torch.equal(generated(model, tokens(), cache_implementation="static"), untouched)
+
+
+def test_another_attention_implementation_is_refused():
+    """Nobody would rotate: the cache holds unrotated keys, and so are the queries."""
+    model = enable(family_model("phi3"))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"attn_implementation: expected 'longrope'.*got 'sdpa'"):
+        run(model)
+    disable(model)
+    assert torch.equal(logits(model), logits(family_model("phi3")))
+
+
+def test_a_model_that_was_not_enabled_is_told_to():
+    model = family_model("llama")
+    enable(family_model("llama"))
+    model.set_attn_implementation("longrope")
+    with pytest.raises(ValueError, match=r"module: expected a model that .*enable was called on"):
+        run(model)
+
+
+def test_attention_weights_cannot_be_had():
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        run(enable(family_model("phi3")), output_attentions=True)
+
+
+def test_pinned_sets_belong_to_their_sequences():
+    model = enable(family_model("phi3"), policy="pin")
+    with torch.no_grad():
+        cache = model(tokens(2, SWITCH - 4)).past_key_values
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(ValueError, match=r"past_key_values: expected 2 sequences.*got 4"):
+            model(tokens(4, 1), past_key_values=cache)
+
+
+# ---------------------------------------------------------------------------- copying and saving
+
+
+@pytest.mark.parametrize("policy", ["switch", "pin", "recompute"])
+def test_copies_are_enabled_and_live_apart(policy):
+    model = enable(family_model("phi3"), policy=policy)
+    ids = tokens(1, SWITCH - 3)
+    expected = generated(model, ids)
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(generated(made, ids), expected)
+        assert made.config is made.model.config
+        assert made.config is not model.config
+        disable(made)
+        assert torch.equal(logits(made), logits(family_model("phi3")))
+    assert torch.equal(generated(model, ids), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_saved_is_the_untouched_model(name, tmp_path):
+    model = family_model(name)
+    model.save_pretrained(tmp_path / "untouched")
+    enable(model).save_pretrained(tmp_path / "enabled")
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "enabled" / file).read_text()) == json.loads(
+            (tmp_path / "untouched" / file).read_text()
+        )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "enabled").eval()
+    assert loaded.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(loaded), logits(family_model(name)))
+    assert torch.equal(logits(enable(loaded)), logits(model))
+
+
+def test_a_pipeline_generates():
+    words = {"<pad>": 0, **{f"w{i}": i for i in range(1, 128)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left"
+    )
+    prompts = ["w3 w4 w5", " ".join(f"w{i}" for i in range(10, 30))]
+    answers = []
+    for model in (family_model("phi3"), enable(family_model("phi3"))):
+        generate = pipeline("text-generation", model=model, tokenizer=fast, device="cpu")
+        out = generate(prompts, batch_size=2, max_new_tokens=6, do_sample=False)
+        answers.append([row[0]["generated_text"] for row in out])
+    assert answers[1] == answers[0]
+    assert all(
+        answer.startswith(prompt) for answer, prompt in zip(answers[0], prompts, strict=True)
+    )
+
+
+def test_repr_says_what_holds():
+    shown = repr(enable(family_model("phi3"), policy="pin"))
+    assert f"sets(max_length, n_hat)=[({SWITCH}, 0), (None, 0)]" in shown
+    assert "cache='unrotated', policy='pin'" in shown
+    assert family_config("phi3").rope_parameters["original_max_position_embeddings"] == SWITCH

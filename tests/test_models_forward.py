@@ -1,0 +1,235 @@
+"""Logits of enabled models of every family against untouched ones and against the truth."""
+
+import pytest
+import torch
+import truth
+from model_cases import (
+    FAMILIES,
+    ONE_OF_EACH,
+    SWITCH,
+    family_config,
+    family_model,
+    logits,
+    max_diff,
+    padded,
+    tokens,
+)
+from transformers import DynamicCache, StaticCache
+
+from longrope_kernels import FactorSet, Rope
+from longrope_kernels.integrations.transformers import enable
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+CLOSE = 2e-5  # float32, logits up to 3
+
+
+class TrueRotary(torch.nn.Module):
+    """cos and sin of a rope in float64, the set of each sequence that of its largest position."""
+
+    def __init__(self, rope: Rope) -> None:
+        super().__init__()
+        self.rope = rope
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sets = truth.token_sets(self.rope, *position_ids.shape, position_ids.amax(1) + 1)
+        turns = truth.cos_sin(self.rope, position_ids, sets)
+        return tuple(torch.cat((t, t), -1).to(x.dtype).reshape(*sets.shape, -1) for t in turns)
+
+
+def true_model(name: str, rope: Rope | None = None) -> torch.nn.Module:
+    """The untouched model in float64 with exact angles."""
+    model = family_model(name, torch.float64)
+    model.model.rotary_emb = TrueRotary(Rope.from_config(model.config) if rope is None else rope)
+    return model
+
+
+@every_family
+def test_float64_is_the_truth(name):
+    for start in (0, 100, 10**6):
+        expected = logits(true_model(name), start)
+        assert max_diff(logits(enable(family_model(name, torch.float64)), start), expected) < 1e-5
+
+
+@every_family
+def test_logits_are_the_untouched_models(name):
+    expected = logits(family_model(name))
+    model = enable(family_model(name))
+    assert max_diff(logits(model), expected) < CLOSE
+    without_order = logits(model, ids=tokens().flip(1)).flip(1)
+    assert max_diff(without_order, expected) > 0.1  # rotation matters here: the test can fail
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("phimoe")])
+def test_logits_above_the_switch_are_the_untouched_models(name):
+    start = 2 * SWITCH
+    expected = logits(family_model(name), start)
+    assert max_diff(logits(enable(family_model(name)), start), expected) < CLOSE
+
+
+def test_phimoe_above_the_switch_takes_its_long_factors():
+    """transformers rotates it by the short ones at any length."""
+    start = 2 * SWITCH
+    config = family_config("phimoe")
+    parameters = config.rope_parameters
+    long = FactorSet(parameters["long_factor"], attention_factor=parameters["long_mscale"])
+    expected = logits(true_model("phimoe", Rope((long,))), start)
+    assert max_diff(logits(enable(family_model("phimoe")), start), expected) < CLOSE
+    assert max_diff(logits(family_model("phimoe"), start), expected) > 0.1
+
+
+def without_routing(model: torch.nn.Module) -> torch.nn.Module:
+    """All tokens to the same experts: choosing one is a step, which no rounding bounds."""
+    for name, weight in model.named_parameters():
+        if ".router." in name:
+            weight.data.zero_()
+    return model
+
+
+@pytest.mark.parametrize("start", [0, 2 * SWITCH])
+@every_family
+def test_bfloat16_logits_are_within_twice_the_models_own_error(name, start):
+    expected = logits(without_routing(true_model(name)), start)
+    low = without_routing(family_model(name, torch.bfloat16))
+    low.model.rotary_emb = TrueRotary(Rope.from_config(low.config))
+    model = enable(without_routing(family_model(name, torch.bfloat16)))
+    error = max_diff(logits(model, start), expected)
+    assert error <= 2 * max_diff(logits(low, start), expected)
+
+
+@pytest.mark.parametrize("count", [4096, 4097])
+def test_a_whole_forward_at_the_real_switch(count):
+    """4096 tokens are short, one more makes all of them long."""
+    config = {
+        "rope_parameters": family_config("phi3").rope_parameters
+        | {"original_max_position_embeddings": 4096},
+        "original_max_position_embeddings": 4096,
+        "max_position_embeddings": 2**17,
+    }
+    ids = tokens(1, count)
+    expected = logits(family_model("phi3", **config), ids=ids)
+    actual = logits(enable(family_model("phi3", **config)), ids=ids)
+    # The angles of the untouched model are float32 products, wrong by up to 2e-4 rad there.
+    assert max_diff(actual, expected) < 2e-3
+    rope = Rope.from_config(family_config("phi3", **config))
+    other = Rope((rope.sets[count <= 4096],), base=rope.base)
+    assert max_diff(logits(enable(family_model("phi3"), rope=other), ids=ids), expected) > 0.1
+
+
+# ------------------------------------------------------------------------------ padding and caches
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, "mistral sliding", "qwen2 sliding"])
+def test_padded_rows_equal_running_alone(name, side):
+    """Rows on both sides of the switch, and a row without padding."""
+    rows = [tokens(1, n, seed=n)[0] for n in (10, SWITCH, SWITCH + 1, 45)]
+    ids, mask = padded(rows, side)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    model = enable(family_model(name))
+    with torch.no_grad():
+        actual = model(ids, attention_mask=mask, position_ids=positions).logits
+    for row, of_row, real in zip(rows, actual, mask.bool(), strict=True):
+        expected = logits(true_model(name), ids=row[None])[0]
+        assert max_diff(of_row[real], expected) < CLOSE
+
+
+# What callers put at the positions of padding: nothing, one number, or numbers that go on.
+RIGHT_POSITIONS = {
+    "none": lambda mask: None,
+    "ones": lambda mask: (mask.cumsum(1) - 1).masked_fill(mask == 0, 1),
+    "ascending": lambda mask: torch.arange(mask.shape[1])[None],
+}
+
+
+@pytest.mark.parametrize("positions", RIGHT_POSITIONS.values(), ids=RIGHT_POSITIONS.keys())
+@pytest.mark.parametrize("policy", ["switch", "pin"])
+def test_right_padding_counts_real_tokens(positions, policy):
+    rows = [tokens(1, n, seed=n)[0] for n in (20, SWITCH + 8)]
+    ids, mask = padded(rows, "right")
+    model = enable(family_model("phi3"), policy=policy)
+    with torch.no_grad():
+        actual = model(ids, attention_mask=mask, position_ids=positions(mask)).logits
+    for row, of_row in zip(rows, actual, strict=True):
+        assert max_diff(of_row[: len(row)], logits(family_model("phi3"), ids=row[None])[0]) < CLOSE
+
+
+@pytest.mark.parametrize("positions", RIGHT_POSITIONS.values(), ids=RIGHT_POSITIONS.keys())
+@pytest.mark.parametrize("policy", ["switch", "pin"])
+@pytest.mark.parametrize("static", [False, True])
+def test_right_padded_rows_in_chunks(positions, policy, static):
+    """In the second chunk one row is all padding, in the third two are; the keys stay in place."""
+    rows = [tokens(1, n, seed=n)[0] for n in (6, 22, 30)]
+    ids, mask = padded(rows, "right")
+    model, parts, seen = enable(family_model("phi3"), policy=policy), [], 0
+    kind = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache()
+    given = positions(mask)
+    for size in (10, 18, 2):
+        at = slice(seen, seen + size)
+        seen += size
+        with torch.no_grad():
+            out = model(
+                ids[:, at],
+                attention_mask=mask[:, :seen],
+                position_ids=None if given is None else given[:, at],
+                past_key_values=kind,
+            )
+        parts.append(out.logits)
+    for row, of_row in zip(rows, torch.cat(parts, 1), strict=True):
+        assert max_diff(of_row[: len(row)], logits(family_model("phi3"), ids=row[None])[0]) < CLOSE
+
+
+CHUNKS = (5, 1, 20, 4)  # by decode and, more than 16 at once, by attention
+
+
+@every_family
+def test_chunks_into_a_cache_equal_one_forward(name):
+    ids = tokens(2, sum(CHUNKS))
+    expected = logits(family_model(name), ids=ids)
+    model, cache, parts = enable(family_model(name)), None, []
+    for part in ids.split(CHUNKS, dim=1):
+        with torch.no_grad():
+            out = model(part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits)
+    assert max_diff(torch.cat(parts, 1), expected) < CLOSE
+
+
+@pytest.mark.parametrize("name", ["phi3", "mistral sliding", "qwen2 sliding"])
+def test_chunks_of_left_padded_rows(name):
+    rows = [tokens(1, n, seed=n)[0] for n in (12, 30)]
+    ids, mask = padded(rows)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    model, cache, parts, seen = enable(family_model(name)), None, [], 0
+    for size in (20, 1, 9):
+        at = slice(seen, seen + size)
+        seen += size
+        with torch.no_grad():
+            out = model(
+                ids[:, at],
+                attention_mask=mask[:, :seen],
+                position_ids=positions[:, at],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache = out.past_key_values
+        parts.append(out.logits)
+    for row, of_row in zip(rows, torch.cat(parts, 1), strict=True):
+        expected = logits(family_model(name), ids=row[None])[0]
+        assert max_diff(of_row[-len(row) :], expected) < CLOSE
+
+
+def test_inference_mode():
+    expected = logits(family_model("phi3"))
+    with torch.inference_mode():
+        assert max_diff(enable(family_model("phi3"))(tokens()).logits, expected) < CLOSE
+
+
+def test_positions_written_in_place_between_forwards_are_read_anew():
+    """As a captured CUDA graph is fed, and what the layers share must not outlive its forward."""
+    model, positions = enable(family_model("phi3")), torch.arange(24)[None].clone()
+    with torch.no_grad():
+        first = model(tokens(), position_ids=positions, use_cache=False).logits
+        positions += 2 * SWITCH
+        second = model(tokens(), position_ids=positions, use_cache=False).logits
+    assert max_diff(first, logits(family_model("phi3"))) < CLOSE
+    assert max_diff(second, logits(family_model("phi3"), 2 * SWITCH)) < CLOSE

@@ -1,0 +1,276 @@
+"""generate() of enabled models: every way of decoding, padding, caches, and the three policies."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from model_cases import (
+    ONE_OF_EACH,
+    SWITCH,
+    family_config,
+    family_model,
+    generated,
+    logits,
+    max_diff,
+    padded,
+    tokens,
+)
+from transformers import DynamicCache, StaticCache
+
+from longrope_kernels import Rope
+from longrope_kernels.integrations.transformers import enable
+from longrope_kernels.integrations.transformers.settings import POLICIES
+
+CLOSE = 2e-5
+SLIDING = ("phi3 sliding", "phimoe sliding", "mistral sliding", "qwen2 sliding", "qwen3 sliding")
+every_policy = pytest.mark.parametrize("policy", POLICIES)
+
+
+def left_padded(*lengths: int) -> dict[str, torch.Tensor]:
+    ids, mask = padded([tokens(1, n, seed=n)[0] for n in lengths])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def scored(model: Any, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The new tokens of greedy decoding (batch, new), and their logits (batch, new, vocabulary)."""
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **arguments}
+    out = model.generate(**arguments, output_logits=True, return_dict_in_generate=True)
+    return out.sequences[:, arguments["input_ids"].shape[1] :], torch.stack(out.logits, 1)
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """How many tokens each forward of the base model takes."""
+    counts: list[int] = []
+
+    def count(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        counts.append(kwargs["input_ids"].shape[1])
+
+    handle = model.model.register_forward_pre_hook(count, with_kwargs=True)
+    yield counts
+    handle.remove()
+
+
+def forced(model: Any, ids: torch.Tensor, first: int) -> torch.Tensor:
+    """Logits of tokens one by one through a cache, after a prefill of ``first`` tokens."""
+    cache, parts = None, []
+    for part in ids.split([first] + [1] * (ids.shape[1] - first), dim=1):
+        with torch.no_grad():
+            out = model(part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits)
+    return torch.cat(parts, 1)
+
+
+# -------------------------------------------------------------------------------- below the switch
+
+WAYS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 20},
+    "beam": {"num_beams": 3, "num_return_sequences": 2},
+    "sampled twice": {"do_sample": True, "num_return_sequences": 2},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("arguments", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("name", ["phi3", "mistral sliding", "qwen2 sliding"])
+def test_the_same_tokens_as_the_untouched_model(name, arguments):
+    ids = tokens(1, 20)
+    expected = generated(family_model(name), ids, **arguments)
+    assert torch.equal(generated(enable(family_model(name)), ids, **arguments), expected)
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, *SLIDING])
+def test_left_padded_batch(name):
+    batch = left_padded(6, 20, 24)
+    expected = scored(family_model(name), **batch)
+    actual = scored(enable(family_model(name)), **batch)
+    assert torch.equal(actual[0], expected[0])
+    assert max_diff(actual[1], expected[1]) < CLOSE
+
+
+@every_policy
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_static_cache(name, policy):
+    batch = left_padded(6, 20)
+    expected = scored(family_model(name), **batch)
+    model = enable(family_model(name), policy=policy)
+    actual = scored(model, **batch, cache_implementation="static")
+    assert torch.equal(actual[0], expected[0])
+    assert max_diff(actual[1], expected[1]) < CLOSE
+
+
+@every_policy
+def test_assisted(policy):
+    """Candidates are checked several at a time, the refused ones cut off the cache."""
+    ids = tokens(1, SWITCH - 8)
+    model = enable(family_model("phi3"), policy=policy)
+    expected = generated(model, ids, max_new_tokens=6)
+    for helper in (family_model("phi3", num_hidden_layers=1), family_model("phi3 sliding")):
+        with counted(model) as counts:
+            actual = generated(
+                model, ids, max_new_tokens=6, assistant_model=enable(helper, policy=policy)
+            )
+        assert torch.equal(actual, expected)
+        assert max(counts[1:]) > 1
+
+
+# ----------------------------------------------------------------------------- across the switch
+
+
+def test_recompute_is_what_transformers_does():
+    """For one sequence; with several, it makes all of them long at once."""
+    ids = tokens(1, SWITCH - 3)
+    expected = scored(family_model("phi3"), input_ids=ids)
+    model = enable(family_model("phi3"), policy="recompute")
+    for arguments in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+        actual = scored(model, input_ids=ids, **arguments)
+        assert torch.equal(actual[0], expected[0])
+        assert max_diff(actual[1], expected[1]) < CLOSE
+
+
+def test_switch_is_a_new_prefill_where_one_layer_has_all_the_keys():
+    """Keys of the first layer are made of embeddings, which no set has touched."""
+    ids = tokens(1, SWITCH - 3)
+    one = {"num_hidden_layers": 1}
+    expected = scored(family_model("phi3", **one), input_ids=ids)
+    model = enable(family_model("phi3", **one), policy="switch")
+    actual = scored(model, input_ids=ids)
+    assert torch.equal(actual[0], expected[0])
+    assert max_diff(actual[1], expected[1]) < CLOSE
+
+
+def test_pin_stays_on_the_set_of_the_prompt():
+    ids = tokens(2, SWITCH + 10)
+    rope = Rope.from_config(family_config("phi3"))
+    short = enable(family_model("phi3"), rope=Rope(rope.sets[:1], base=rope.base))
+    model = enable(family_model("phi3"), policy="pin")
+    expected = logits(short, ids=ids)
+    assert max_diff(forced(model, ids, SWITCH - 2), expected) < CLOSE
+    assert max_diff(forced(enable(model, policy="switch"), ids, SWITCH - 2), expected) > 0.1
+
+
+@every_policy
+@pytest.mark.parametrize("arguments", [{}, {"cache_implementation": "static"}], ids=str)
+def test_only_recompute_prefills_again(policy, arguments):
+    prompt = SWITCH - 3
+    model = enable(family_model("phi3"), policy=policy)
+    with counted(model) as counts:
+        generated(model, tokens(1, prompt), **arguments)
+    expected = [prompt] + [1] * 7
+    if policy == "recompute":
+        expected[4] = SWITCH + 1
+    assert counts == expected
+
+
+@every_policy
+@pytest.mark.parametrize("arguments", [{}, {"cache_implementation": "static"}], ids=str)
+def test_rows_that_cross_at_different_steps_equal_running_alone(policy, arguments):
+    """Always short, crossing at the second and at the sixth new token, long from the start."""
+    lengths = (SWITCH - 20, SWITCH - 1, SWITCH - 5, SWITCH + 4)
+    model = enable(family_model("phi3"), policy=policy)
+    ids, values = scored(model, **left_padded(*lengths), **arguments)
+    for length, its_ids, its_values in zip(lengths, ids, values, strict=True):
+        alone = scored(model, input_ids=tokens(1, length, seed=length), **arguments)
+        assert torch.equal(its_ids[None], alone[0])
+        assert max_diff(its_values[None], alone[1]) < CLOSE
+
+
+@every_policy
+@pytest.mark.parametrize("name", ["phi3", "phimoe", "phi3 partial", "phi3 sliding"])
+def test_beams_cross_together(name, policy):
+    """Reordering permutes the beams of a prompt, which have the same set."""
+    model = enable(family_model(name), policy=policy)
+    ids = tokens(2, SWITCH - 3)
+    beams = generated(model, ids, num_beams=3)
+    assert beams.shape == (2, SWITCH + 5)
+    for row in range(2):
+        alone = generated(model, ids[row : row + 1], num_beams=3)
+        assert torch.equal(beams[row : row + 1], alone)
+
+
+# ------------------------------------------------------------------------------ caches of the user
+
+
+@every_policy
+def test_turns_of_a_chat_share_a_cache(policy):
+    """The second turn goes on where the first left off, on the other side of the switch."""
+    model = enable(family_model("phi3"), policy=policy)
+    first, second = tokens(1, 20), tokens(1, 18, seed=5)
+    cache = DynamicCache(config=model.config)
+    with counted(model) as counts:
+        answer = generated(model, first, past_key_values=cache, max_new_tokens=4)
+        whole = torch.cat((answer, second), 1)
+        actual = generated(model, whole, past_key_values=cache, max_new_tokens=4)
+    again = policy == "recompute"
+    assert counts == [20, 1, 1, 1, 42 if again else 19, 1, 1, 1]
+    if again:
+        assert torch.equal(actual, generated(family_model("phi3"), whole, max_new_tokens=4))
+    if policy == "pin":
+        rope = Rope.from_config(model.config)
+        short = enable(family_model("phi3"), rope=Rope(rope.sets[:1], base=rope.base))
+        assert torch.equal(actual, generated(short, whole, max_new_tokens=4))
+
+
+@every_policy
+def test_a_cropped_cache_goes_on(policy):
+    model, ids = enable(family_model("phi3"), policy=policy), tokens(1, 24)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        cache.crop(-4)
+        actual = model(ids[:, 20:], past_key_values=cache).logits
+    assert max_diff(actual, logits(family_model("phi3"))[:1, 20:]) < CLOSE
+
+
+def test_a_static_cache_that_was_reset_takes_new_pinned_sets():
+    model = enable(family_model("phi3"), policy="pin")
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    for count in (SWITCH - 8, SWITCH + 8):
+        ids = tokens(1, count, seed=count)
+        with torch.no_grad():
+            actual = model(ids, past_key_values=cache).logits
+        assert max_diff(actual, logits(family_model("phi3"), ids=ids)) < CLOSE
+        cache.reset()
+
+
+# -------------------------------------------------------------------------------------- compiled
+
+
+@pytest.mark.parametrize("policy", ["switch", "pin"])
+@pytest.mark.parametrize("name", ["phi3", "qwen2"])
+def test_compiled_decode_steps_cross_without_recompilation(name, policy):
+    torch.compiler.reset()
+    ids, prompt = tokens(2, SWITCH + 6), SWITCH - 4
+    model = enable(family_model(name), policy=policy)
+    expected = forced(model, ids, prompt)
+    cache = StaticCache(config=model.config, max_cache_len=SWITCH + 8)
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        model(ids[:, :prompt], past_key_values=cache)
+        for at in range(prompt, ids.shape[1]):
+            positions = torch.full((1, 1), at)
+            stance = "default" if at == prompt else "fail_on_recompile"
+            with torch.compiler.set_stance(stance):
+                out = step(ids[:, at : at + 1], past_key_values=cache, position_ids=positions)
+            assert max_diff(out.logits[:, 0], expected[:, at]) < CLOSE
+
+
+def test_compiled_prefill_of_a_static_cache():
+    torch.compiler.reset()
+    batch = left_padded(20, 30)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    model = enable(family_model("phi3"))
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    cache.early_initialization(2, 2, 32, torch.float32, torch.device("cpu"))
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        actual = compiled(
+            ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+        ).logits
+    for row, count in enumerate((20, 30)):
+        expected = logits(family_model("phi3"), ids=tokens(1, count, seed=count))[0]
+        assert max_diff(actual[row, -count:], expected) < CLOSE

@@ -1,0 +1,180 @@
+"""Training enabled models, and what `disable` puts back."""
+
+import copy
+
+import pytest
+import torch
+from model_cases import FAMILIES, ONE_OF_EACH, family_model, gradients, logits, max_diff, tokens
+from transformers import Trainer, TrainingArguments
+
+from longrope_kernels.integrations.transformers import disable, enable
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_the_untouched_models(name):
+    expected = gradients(family_model(name))
+    actual = gradients(enable(family_model(name)))
+    scale = max(float(e.abs().max()) for e in expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert max_diff(a, e) <= 1e-5 * scale
+
+
+@pytest.mark.parametrize("name", ["phi3", "mistral sliding"])
+def test_gradients_of_right_padded_rows(name):
+    """Padding has label -100; its own outputs are nobody's business."""
+    ids, mask = tokens(), torch.ones(2, 24, dtype=torch.int64)
+    mask[0, 15:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    found = []
+    for model in (family_model(name), enable(family_model(name))):
+        model.train()
+        model(ids, attention_mask=mask, labels=labels).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    scale = max(float(e.abs().max()) for e in found[0])
+    for e, a in zip(*found, strict=True):
+        assert max_diff(a, e) <= 1e-5 * scale
+
+
+@pytest.mark.parametrize("count", [8, 20])
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("name", ["phi3", "mistral sliding"])
+def test_gradients_through_a_cache(name, padding, count):
+    """A chunk after a cached one, as in training over segments; decode has no gradient."""
+    ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.int64)
+    mask[0, :padding] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    first, found = 30 - count, []
+    for model in (family_model(name), enable(family_model(name))):
+        cache = None
+        for at in (slice(0, first), slice(first, 30)):
+            out = model(
+                ids[:, at],
+                attention_mask=mask[:, : at.stop],
+                position_ids=positions[:, at],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = out.past_key_values
+        out.logits.square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    scale = max(float(e.abs().max()) for e in found[0])
+    for e, a in zip(*found, strict=True):
+        assert max_diff(a, e) <= 1e-5 * scale
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_activation_checkpointing(name, use_reentrant):
+    expected = gradients(enable(family_model(name)))
+    model = enable(family_model(name))
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    for a, e in zip(gradients(model), expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_two_forwards_before_one_backward_under_checkpointing():
+    """What layers share in a forward is not that of the last one when it is run again."""
+    found = []
+    for checkpointed in (False, True):
+        model = enable(family_model("phi3")).train()
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        loss = torch.zeros(())
+        for start in (0, 100):
+            positions = torch.arange(start, start + 24)[None]
+            loss = loss + model(tokens(), position_ids=positions, labels=tokens()).loss
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    for a, e in zip(*found, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("name", ["phi3", "qwen3"])
+def test_autocast_is_no_further_off_than_the_untouched_model(name):
+    truth = gradients(family_model(name))
+    found = []
+    for model in (family_model(name), enable(family_model(name))):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients(model))
+    for t, own, actual in zip(truth, *found, strict=True):
+        assert actual.dtype == torch.float32
+        assert max_diff(actual, t) <= 2 * max_diff(own, t) + 1e-6
+
+
+def test_trainer_follows_the_untouched_model(tmp_path):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        gradient_checkpointing=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8, 40)]
+    losses = []
+    for model in (family_model("phi3"), enable(family_model("phi3"))):
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------- disable
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_disable_puts_everything_back(name, attention):
+    model = family_model(name)
+    model.set_attn_implementation(attention)
+    expected, config, rotary = logits(model), model.config, model.model.rotary_emb
+    before = {key: list(vars(module)) for key, module in model.named_modules()}
+    fields = copy.deepcopy(config.to_dict())
+    for policy in ("switch", "pin"):
+        enable(model, policy=policy)
+        assert model.config._attn_implementation == "longrope"
+    assert disable(model) is model
+    assert model.config is config
+    assert model.model.config is config
+    assert config._attn_implementation == attention
+    assert config.to_dict() == fields
+    assert model.model.rotary_emb is rotary
+    assert rotary.config is config
+    assert {key: list(vars(module)) for key, module in model.named_modules()} == before
+    assert not model.model._forward_pre_hooks
+    assert not model.model._forward_pre_hooks_with_kwargs
+    assert torch.equal(logits(model), expected)
+
+
+def test_what_the_caller_changed_in_the_config_stays():
+    model = enable(family_model("phi3"))
+    model.config.use_cache = False
+    assert disable(model).config.use_cache is False
+
+
+def test_models_of_one_config_object_stay_apart():
+    first = family_model("phi3")
+    second = type(first)(first.config).eval()
+    expected = logits(second)
+    enable(first)
+    assert torch.equal(logits(second), expected)
+    both = torch.nn.ModuleList([disable(first), second])
+    enable(both)
+    assert max_diff(logits(second), expected) < 2e-5
+    disable(both)
+    assert first.config is second.config
+    assert first.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(second), expected)
+
+
+def test_hooks_of_others_stay():
+    model, seen = family_model("phi3"), []
+    model.model.register_forward_pre_hook(lambda module, args: seen.append(1))
+    logits(enable(model))
+    logits(disable(model))
+    assert len(seen) == 2
