@@ -39,6 +39,7 @@ def measure(
     amount: int,
     full_size: bool,
     seconds_a_row: float,
+    fewest: int = FEWEST,
 ) -> Measured | None:
     """Time ``run(*arguments())`` by pytest-benchmark; ``arguments`` and the ceiling are not timed.
 
@@ -48,6 +49,7 @@ def measure(
         run: called before, at least once, where its first call does more than later ones.
         full_size: without it three rounds, for a check that everything runs.
         seconds_a_row: what the rounds should take together, with what is not timed in them.
+        fewest: rounds, however long they take.
 
     Returns:
         What was found, or None where pytest-benchmark is told not to measure.
@@ -68,7 +70,7 @@ def measure(
         seconds(lambda: run(*ready))
         return time.perf_counter() - begin
 
-    rounds = min(MOST, max(FEWEST, round(seconds_a_row / uncounted()))) if full_size else 3
+    rounds = min(MOST, max(fewest, round(seconds_a_row / uncounted()))) if full_size else 3
     benchmark.pedantic(run, setup=setup, rounds=rounds)
     if benchmark.disabled:
         return None

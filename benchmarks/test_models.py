@@ -6,6 +6,7 @@ are small, and it is a check that everything runs.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -45,7 +46,8 @@ SECONDS_A_ROW = 1.0
         pytest.param(at, name, id=f"{at}-{name}")
         for at in STEPS
         for name in NAMES
-        if name not in NOT_TIMED
+        # The policies differ at the switch alone.
+        if name not in NOT_TIMED and (at.kind == KINDS[2] or name != "enabled, recompute")
     ],
 )
 def test_model(benchmark: Any, request: pytest.FixtureRequest, at: Step, name: str) -> None:
@@ -55,7 +57,7 @@ def test_model(benchmark: Any, request: pytest.FixtureRequest, at: Step, name: s
     run = step(name, at, full_size)
     if name != "enabled, switch" or at.kind != KINDS[2]:
         # At the switch the cached hidden states are those of the short factors: other logits.
-        right = step(NAMES[0], at, full_size)().double()
+        right = _truth(at, full_size)
         # What the layers' roundings make, and transformers' float32 angles.
         allowed = 64 * torch.finfo(DTYPE).eps + at.tokens * torch.finfo(torch.float32).eps
         assert_right(name, "logits", run(), right, allowed)
@@ -63,7 +65,7 @@ def test_model(benchmark: Any, request: pytest.FixtureRequest, at: Step, name: s
     again = at.kind == KINDS[2] and name != "enabled, switch"
     tokens = at.tokens if at.kind == "forward" or again else 1
     flops = 2 * weights * tokens
-    found = measure(benchmark, run, tuple, matmul(), flops, full_size, SECONDS_A_ROW)
+    found = measure(benchmark, run, tuple, matmul(), flops, full_size, SECONDS_A_ROW, fewest=3)
     if found is None:
         return
     theirs = found.median if name == NAMES[0] else median_of(ROWS, benchmark.group, NAMES[0])
@@ -77,3 +79,9 @@ def test_model(benchmark: Any, request: pytest.FixtureRequest, at: Step, name: s
         tflop_per_s=1e-12 * flops / found.median,
         speedup_over_transformers=ROWS[-1].speedup,
     )
+
+
+@lru_cache(maxsize=1)
+def _truth(at: Step, full_size: bool) -> torch.Tensor:
+    """What the untouched model says."""
+    return step(NAMES[0], at, full_size)().double()
