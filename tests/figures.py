@@ -120,6 +120,37 @@ def rotary_inplace() -> str:
     )
 
 
+# -------------------------------------------------------------------------------------- decoding
+
+DECODE = "reports/cpu-2-cores/2026-11-23/decode.json"
+
+
+def decode_cpu() -> str:
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for benchmark in read(DECODE)["benchmarks"]:
+        if benchmark["group"].startswith("decode, "):
+            group = rows.setdefault(benchmark["group"].removeprefix("decode, "), {})
+            group[benchmark["params"]["name"]] = benchmark
+    lines = []
+    for group, of in rows.items():
+        times = (of[name]["stats"]["median"] for name in ("SDPA, rotated keys", *DECODED))
+        infos = [of[name]["extra_info"] for name in DECODED]
+        lines.append(
+            [
+                group,
+                *(f"{1e3 * time:.2f}" for time in times),
+                f"{infos[0]['speedup_over_sdpa']:.1f}x",
+                f"{infos[0]['gb_per_s']:.1f}",
+                *(f"{info['copy_fraction']:.2f}" for info in infos),
+            ]
+        )
+    head = ["sequences x keys", "SDPA, ms", "`native`, ms", "paged, ms", "of SDPA", "GB/s"]
+    return markdown([*head, "of reading", "of reading, paged"], lines)
+
+
+DECODED = ("native", "native, paged")
+
+
 # ---------------------------------------------------------------------------------------- codegen
 
 
@@ -148,6 +179,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rotary-short": rotary_short,
     "rotary-forward": rotary_forward,
     "rotary-inplace": rotary_inplace,
+    "decode-cpu": decode_cpu,
     "rotation-cost": rotation_cost,
 }
 
