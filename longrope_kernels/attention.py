@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -186,7 +187,8 @@ def _choose(
         raise ValueError(f"k_rotation: expected backend='triton' beside it, got {backend!r}")
     masked = any(x is not None for x in (mask.window, mask.kv_start, mask.cu_seqlens))
     asks = "scored" if scored else "masked" if masked else "plain"
-    return backends.choose_attention(backend, q.device.type, q.dtype, q.shape[-1], asks)
+    dim = operator.index(q.shape[-1])  # a constant, also where a graph is traced with dynamic sizes
+    return backends.choose_attention(backend, q.device.type, q.dtype, dim, asks)
 
 
 def _rotate(

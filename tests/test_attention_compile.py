@@ -127,6 +127,21 @@ def test_sequence_lengths_do_not_recompile_each_time(backend: Backend) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("backend", ["composed", None])
+def test_every_size_dynamic(backend: str | None) -> None:
+    rope = two_sets(8)
+
+    def run(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> Any:
+        lengths = torch.full((q.shape[0],), 9)
+        return attention(q, k, k, positions, rope, lengths=lengths, backend=backend)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch, seq in ((2, 9), (3, 12)):
+        q, k = torch.randn(batch, seq, 4, 16), torch.randn(batch, seq, 2, 16)
+        positions = torch.arange(seq)
+        torch.testing.assert_close(compiled(q, k, positions), run(q, k, positions))
+
+
 def test_inductor() -> None:
     """The real code generator once, with projections of one tensor before it."""
     case = Case(2, 19, dtype=bf16)

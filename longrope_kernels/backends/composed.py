@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
@@ -77,5 +79,6 @@ def _sdpa(
         attn_mask=attn_mask,
         is_causal=is_causal,
         scale=softmax_scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        # Constants, also where a graph is traced with dynamic sizes: torch wants a plain bool.
+        enable_gqa=operator.index(q.shape[1]) != operator.index(k.shape[1]),
     )
