@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
         target=target,
         options={"num_warps": launch.warps},
     )
-    cubin = folder / "kernel.cubin"
+    cubin = folder / f"{os.getpid()}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     command = [CUOBJDUMP, "-sass", "-res-usage", cubin]
     dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -232,10 +233,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
+def compile_all(
+    compile_case: Callable[[Any, Path], dict[str, Any]], cases: Iterable[Any]
+) -> list[dict[str, Any]]:
+    """A row for each case, by as many processes as there are cores."""
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor() as pool:
         os.environ["TRITON_CACHE_DIR"] = folder
-        rows = [compile_case(case, Path(folder)) for case in cases()]
+        return list(pool.map(compile_case, *zip(*((c, Path(folder)) for c in cases), strict=True)))
+
+
+def main() -> None:
+    rows = compile_all(compile_case, cases())
     print(markdown(rows) if "--markdown" in sys.argv[1:] else json.dumps(rows))
 
 

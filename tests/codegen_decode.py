@@ -14,7 +14,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
-from codegen import CUOBJDUMP, INSTRUCTION, source
+from codegen import CUOBJDUMP, INSTRUCTION, compile_all, source
 from codegen_attention import tile_loop
 from triton.backends.compiler import GPUTarget
 
@@ -143,7 +142,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     text = source(launch.kernel, launch.args, launch.constants, target)
     compiled = triton.compile(text, target=target, options=options)
-    cubin = folder / "kernel.cubin"
+    cubin = folder / f"{os.getpid()}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     command = [CUOBJDUMP, "-sass", "-res-usage", cubin]
     dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -201,9 +200,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        rows = [compile_case(case, Path(folder)) for case in cases()]
+    rows = compile_all(compile_case, cases())
     print(markdown(rows) if "--markdown" in sys.argv[1:] else json.dumps(rows))
 
 

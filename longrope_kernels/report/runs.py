@@ -62,9 +62,11 @@ def _pytest(
 ) -> bool:
     """Whether pytest came to its end in time; its output goes through."""
     command = [sys.executable, "-m", "pytest", *arguments]
+    # Not those of a pytest around this one: under xdist it would time nothing.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        command, cwd=root, env={**os.environ, "PYTHONPATH": path, **environment}
+        command, cwd=root, env={**inherited, "PYTHONPATH": path, **environment}
     )
     try:
         process.wait(seconds)
