@@ -20,8 +20,8 @@ from model_cases import (
 from transformers import DynamicCache, StaticCache
 
 from longrope_kernels import Rope
+from longrope_kernels.cache_rows import POLICIES
 from longrope_kernels.integrations.transformers import enable
-from longrope_kernels.integrations.transformers.settings import POLICIES
 
 CLOSE = 2e-5
 SLIDING = ("phi3 sliding", "phimoe sliding", "mistral sliding", "qwen2 sliding", "qwen3 sliding")

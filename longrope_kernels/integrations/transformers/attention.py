@@ -8,9 +8,10 @@ import torch
 
 from ... import attention as attend
 from ... import decode, masks
+from ...decode import MAX_QUERIES
 from ...rotary import apply_rotary
 from ...values import readable
-from .masks import DECODE_QUERIES, is_slots
+from .masks import is_slots
 from .settings import Settings
 
 NAME = "longrope"  # among transformers' attention implementations
@@ -56,7 +57,7 @@ def call_of(
     count: int | None = None
     if slots is None:
         count = keys
-    elif queries > DECODE_QUERIES and not torch.compiler.is_compiling():
+    elif queries > MAX_QUERIES and not torch.compiler.is_compiling():
         count = int(filled[0])  # on a device this waits for it, once in a long chunk
     shift = last + 1 - end
     key_positions = None
@@ -199,7 +200,7 @@ def longrope_attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     out: Any
-    if call.cache_lens is not None and queries <= DECODE_QUERIES and not recorded:
+    if call.cache_lens is not None and queries <= MAX_QUERIES and not recorded:
         out = decode(
             q,
             k,

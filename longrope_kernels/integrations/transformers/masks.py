@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
+from ...decode import MAX_QUERIES
 from ...values import readable
-
-# Up to so many queries `decode` serves them, which reads ``kv_start`` at no cost.
-DECODE_QUERIES = 16
 
 
 def slots_of_mask(
@@ -90,6 +88,7 @@ def is_slots(mask: torch.Tensor) -> bool:
 
 
 def _may_wait(q_length: int) -> bool:
-    if torch.compiler.is_compiling() or q_length <= DECODE_QUERIES:
+    # `decode` serves up to so many queries, and reads ``kv_start`` at no cost.
+    if torch.compiler.is_compiling() or q_length <= MAX_QUERIES:
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation import GenerationMixin
 
 from ... import backends
+from ...cache_rows import POLICIES, Policy
 from ...hf_config import rope_type
 from ...rope import Rope
 from .architectures import SUPPORTED, Architecture, by_rotary_class, head_dim
@@ -18,7 +19,7 @@ from .attention import NAME, Enabled, Memory, longrope_attention
 from .generation import before_forward, install_preparation
 from .masks import slots_of_mask
 from .rotary import ExactRotaryEmbedding
-from .settings import CACHES, POLICIES, Cache, Policy, Settings
+from .settings import CACHES, Cache, Settings
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ...cache_rows import Policy
 from ...rope import Rope
 
 Cache = Literal["unrotated", "rotated"]
-Policy = Literal["switch", "pin", "recompute"]
 CACHES = ("unrotated", "rotated")
-POLICIES = ("switch", "pin", "recompute")
 
 
 @dataclass(frozen=True)
