@@ -257,7 +257,9 @@ class Worker {
         // Heads are read one at a time, a pattern that hardware does not foresee.
         const int64_t next = std::min(g + j + kGroup, known_ - 1);
         prefetch_row<3>(keys_[next] + h * a_.key_strides[2], a_.dim);
-        prefetch_row<2>(values_[g + j] + h * a_.value_strides[2], a_.dim);
+        if constexpr (sizeof(T) == 2) {  // rows of float32 are long enough for hardware
+          prefetch_row<2>(values_[g + j] + h * a_.value_strides[2], a_.dim);
+        }
         turn_row<kInterleaved>(keys_[g + j] + h * a_.key_strides[2], turned_.at(j * padded),
                                cos_.at(j * layout_.row), sin_.at(j * layout_.row),
                                layout_);
