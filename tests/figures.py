@@ -18,11 +18,18 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CPU = "reports/cpu-2-cores/2026-11-22"
+MODELLED = "reports/modelled/"
 
 
 @cache
 def read(path: str) -> Any:
-    """A JSON file under reports/."""
+    """A JSON file under reports/.
+
+    Raises:
+        ValueError: it tells of a model and not of a measurement.
+    """
+    if path.startswith(MODELLED):
+        raise ValueError(f"{path}: modelled, and figures are measured")
     return json.loads((ROOT / path).read_text("utf-8"))
 
 
@@ -151,6 +158,45 @@ def decode_cpu() -> str:
 DECODED = ("native", "native, paged")
 
 
+# -------------------------------------------------------------------------------------- the switch
+
+SWITCH = "reports/cpu-2-cores/2026-11-23/switch.json"
+ENABLED = {"transformers": "untouched", "enabled": "enabled"}
+
+
+def switch_crossing() -> str:
+    lines = []
+    for row in read(SWITCH)["crossing"]:
+        policy = row["name"] != "transformers"
+        name = f'enabled, `"{row["name"]}"`' if policy else "untouched"
+        times = (f"{row[key]:.0f}" for key in ("crossing_ms", "neighbour_ms"))
+        lines.append([name, *times, f"{row['ratio']:.2f}", str(row["same_tokens"])])
+    head = ["", "crossing token, ms", "its neighbours, ms", "ratio", "untouched tokens, of 64"]
+    return markdown(head, lines)
+
+
+def switch_batch() -> str:
+    rows = read(SWITCH)["batch"]
+    lines = [
+        [label, *(f"{row['relative_error']:.1e}" for row in rows if row["name"] == name)]
+        for name, label in ENABLED.items()
+    ]
+    counts = [row["tokens"] for row in rows if row["name"] == "enabled"]
+    return markdown(["", *(f"the row of {count} tokens" for count in counts)], lines)
+
+
+def switch_forward() -> str:
+    lines = [
+        [
+            str(row["tokens"]),
+            *(f"{row[key]:.0f}" for key in ("untouched_ms", "enabled_ms")),
+            f"{row['ratio']:.2f}",
+        ]
+        for row in read(SWITCH)["forward"]
+    ]
+    return markdown(["tokens", "untouched, ms", "enabled, ms", "ratio, median of turns"], lines)
+
+
 # ---------------------------------------------------------------------------------------- codegen
 
 
@@ -180,6 +226,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "rotary-forward": rotary_forward,
     "rotary-inplace": rotary_inplace,
     "decode-cpu": decode_cpu,
+    "switch-crossing": switch_crossing,
+    "switch-batch": switch_batch,
+    "switch-forward": switch_forward,
     "rotation-cost": rotation_cost,
 }
 
