@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from .search import cli as search_commands
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -182,6 +184,9 @@ def report(
         typer.echo(f"longrope report: {error}", err=True)
         raise typer.Exit(1) from None
     typer.echo(f"\nwritten: {folder}/report.md")
+
+
+search_commands.register(app)
 
 
 def _require(extra: str, *packages: str) -> None:

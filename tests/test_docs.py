@@ -15,6 +15,7 @@ PAGES = [
     "docs/scaling.md",
     "docs/decode.md",
     "docs/models.md",
+    "docs/search.md",
 ]
 
 

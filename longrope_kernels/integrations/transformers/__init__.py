@@ -1,4 +1,4 @@
-"""LongRoPE in Hugging Face models: `enable` and `disable`."""
+"""LongRoPE in Hugging Face models: `enable`, `disable` and `set_rope`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if importlib.util.find_spec("transformers") is None:
         "pip install 'longrope-kernels[transformers]'"
     )
 
-from .models import disable, enable
+from .models import disable, enable, set_rope
 from .rotary import ExactRotaryEmbedding
 
-__all__ = ["ExactRotaryEmbedding", "disable", "enable"]
+__all__ = ["ExactRotaryEmbedding", "disable", "enable", "set_rope"]

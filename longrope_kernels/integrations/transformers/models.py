@@ -1,8 +1,9 @@
-"""`enable` and `disable`."""
+"""`enable`, `disable` and `set_rope`."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any, TypeVar
 
 import torch
@@ -125,6 +126,43 @@ def disable(model: Model) -> Model:
                     _restore_config(parent.config, module.former_config)
                     _replace_config(model, parent.config, module.former_config)
             setattr(parent, name, module.original)
+    return model
+
+
+def set_rope(model: Model, rope: Rope) -> Model:
+    """Exchange the rope of an enabled model; nothing else is made anew, so that it costs nothing.
+
+    Cache, policy and backend stay. An unrotated cache may go on: its keys take the new rope from
+    the next token on; a rotated one, and one of policy "pin", must not. A graph of
+    ``torch.compile`` is compiled again.
+
+    Args:
+        model: one that was enabled, changed in place.
+        rope: of any number of sets.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model was not enabled; the rope rotates more dimensions than a head has.
+            Nothing is changed then.
+        TypeError: ``rope`` is not a `Rope`.
+    """
+    if not isinstance(rope, Rope):
+        raise TypeError(f"rope: expected a Rope, got {type(rope).__name__}")
+    slots = [slot for slot in _rotary_slots(model) if isinstance(slot[2], ExactRotaryEmbedding)]
+    if not slots:
+        raise ValueError(
+            f"model: expected one that enable(model) was called on, got {type(model).__name__}"
+        )
+    for parent, _, module, _ in slots:
+        _check(dataclasses.replace(module.settings, rope=rope), parent, module.original.config)
+    for parent, _, module, architecture in slots:
+        settings = dataclasses.replace(module.settings, rope=rope)
+        module.use(settings)
+        if settings.cache == "unrotated":
+            for part in (parent, *_attentions(parent, architecture)):
+                part.longrope = part.longrope._replace(settings=settings)
     return model
 
 

@@ -47,6 +47,11 @@ class ExactRotaryEmbedding(nn.Module):
         """What the model is rotated by."""
         return self.settings.rope
 
+    def use(self, settings: Settings) -> None:
+        """Take other settings; on the devices where the old ones had their tables."""
+        self.settings = settings
+        self._make_ready()
+
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor
     ) -> tuple[torch.Tensor, Rotated | Unrotated]:

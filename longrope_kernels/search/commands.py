@@ -1,0 +1,441 @@
+"""What the commands do: files in, a table on the terminal, and files out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from tqdm import tqdm
+
+from .. import scaling
+from ..rope import FactorSet, Rope
+from ..rope_io import SIDECAR
+from . import plots
+from .base import Iteration, Search
+from .distributed import start_ranks
+from .documents import Document, Encode, encoder, read_documents
+from .extend import DONE, ExtendPlan, Extension
+from .find import NEEDLES, RESULT, Found, Options, Progress, find
+from .fitness import Perplexity, pass_key, passkey_accuracy
+from .model import TransformersLosses
+from .ranks import is_main
+from .readjust import readjust as readjusted
+from .source import (
+    Source,
+    baselines,
+    fingerprint,
+    load_model,
+    open_source,
+    read_json,
+    write_config,
+    write_json,
+)
+from .space import critical_dimension
+
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What commands that measure a model are told about it and its texts."""
+
+    model: Path
+    documents: Sequence[Path]
+    samples: int
+    skip_short: bool
+    tokenizer: str | None
+    original: int | None
+    device: str
+    dtype: str
+
+    def source(self) -> Source:
+        return open_source(self.model, self.original)
+
+    def encode(self) -> Encode:
+        return encoder(self.tokenizer or str(self.model))
+
+    def texts(self, encode: Encode, length: int) -> list[Document]:
+        short = "skip" if self.skip_short else "error"
+        return read_documents(self.documents, encode, length, most=self.samples, short=short)  # type: ignore[arg-type]
+
+    def losses(self) -> TransformersLosses:
+        return TransformersLosses(load_model(self.model, self.device, self.dtype))
+
+
+# -------------------------------------------------------------------------------------- search
+
+
+def search(
+    given: Given,
+    length: int,
+    options: Options,
+    out: Path,
+    start: Path | None,
+    start_length: int | None,
+) -> None:
+    """``longrope search``."""
+    start_ranks()
+    source = given.source()
+    space = _space(source, length, options, start, start_length)
+    encode = given.encode()
+    documents = given.texts(encode, length)
+    losses = given.losses()
+    with _bar("search") as progress:
+        found = find(
+            losses,
+            documents,
+            space,
+            options,
+            out,
+            others=baselines(source, length),
+            encode=encode,
+            context={"weights": fingerprint(losses.model)},
+            progress=progress,
+        )
+    if not is_main():
+        return
+    note = write_config(source, found.rope, length, out)
+    _draw_found(out, found.rope, baselines(source, length), read_json(out / RESULT))
+    _tell_found(f"{length} tokens", found)
+    _tell_written(out, note)
+
+
+def _space(
+    source: Source, length: int, options: Options, start: Path | None, start_length: int | None
+) -> Any:
+    stage, reached = source.stage, source.trained
+    if start is not None:
+        if start_length is None:
+            raise ValueError("--start-length: expected the tokens that --start was for")
+        stage, reached = _stage_of(Rope.load(start), start_length), start_length
+    if length <= reached:
+        raise ValueError(
+            f"--length: expected more than the {reached} tokens that the model serves, got "
+            f"{length}; longrope readjust is for shorter ones"
+        )
+    critical = options.critical
+    if critical == 0:
+        dim, base = source.rope.rotary_dim, source.rope.base
+        critical = critical_dimension(dim, base, source.original) // 2
+    return options.space(
+        dim=source.rope.rotary_dim,
+        base=source.rope.base,
+        interleaved=source.rope.interleaved,
+        original_length=source.original,
+        target_length=length,
+        stage=stage,
+        ratio=None if stage is None else length / reached,
+        critical=critical,
+    )
+
+
+def _stage_of(rope: Rope, length: int) -> Rope:
+    one = rope.sets[rope.set_index(length)]
+    return Rope((FactorSet(one.factors),), rope.base, rope.interleaved)
+
+
+# ------------------------------------------------------------------------------------- readjust
+
+
+def readjust(
+    given: Given,
+    rope: Path | None,
+    lengths: Sequence[int],
+    upper: float | None,
+    options: Options,
+    out: Path,
+) -> None:
+    """``longrope readjust``."""
+    start_ranks()
+    source = given.source()
+    present = source.rope if rope is None else Rope.load(rope)
+    encode = given.encode()
+    documents = given.texts(encode, max(lengths))
+    losses = given.losses()
+    with _bar("readjust") as progress:
+        result = readjusted(
+            losses,
+            documents,
+            present,
+            lengths,
+            source.original,
+            options,
+            out,
+            upper=upper,
+            encode=encode,
+            context={"weights": fingerprint(losses.model)},
+            progress=progress,
+        )
+    if not is_main():
+        return
+    note = write_config(source, result.rope, source.trained, out)
+    plots.draw_factors(result.rope, {}, out / "factors.png", "factors by pair of dimensions")
+    rows = []
+    for length, found in result.found.items():
+        folder = out / f"{length}"
+        _draw_found(folder, found.rope, {}, read_json(folder / RESULT))
+        taken = "its own set" if length in result.taken else "as before"
+        numbers = (_number(x) for x in (result.before[length], found.best.fitness))
+        rows.append([str(length), *numbers, taken])
+    _table(["tokens", "before", "best found", "now"], rows)
+    _tell_written(out, note)
+
+
+# --------------------------------------------------------------------------------------- extend
+
+
+def extend(plan: ExtendPlan, out: Path, device: str, dtype: str) -> None:
+    """``longrope extend``."""
+    start_ranks()
+    extension = Extension(plan, out, device=device, dtype=dtype)
+    with _bars() as watch:
+        rope = extension.run(watch, lambda line: typer.echo(line, err=True))
+    if not is_main():
+        return
+    rows = []
+    for folder in sorted(out.glob("[0-9]*-*"), key=lambda path: int(path.name.split("-")[0])):
+        content = read_json(folder / DONE)
+        if "perplexity" in content:
+            rows.append([folder.name, _number(content["perplexity"])])
+        for length, after in content.get("after", {}).items():
+            was = _number(content["before"][length])
+            rows.append([f"{folder.name}, {length}", f"{_number(after)} (before {was})"])
+    _table(["step", "perplexity"], rows)
+    plot(out)
+    note = read_json(out / "model" / DONE)["config"]
+    _tell_written(out / "model", note)
+    sets = ", ".join(_bound(factor_set) for factor_set in rope.sets)
+    typer.echo(f"factor sets: {sets}")
+
+
+# ------------------------------------------------------------------------------------- evaluate
+
+
+def evaluate(
+    given: Given,
+    lengths: Sequence[int],
+    ropes: Sequence[Path],
+    compare: bool,
+    passkey: bool,
+    last: int | None,
+    stride: int | None,
+    out: Path,
+) -> None:
+    """``longrope evaluate``."""
+    source = given.source()
+    longest = lengths[-1]
+    methods = {"the model's own": source.rope}
+    if compare and longest > source.original:
+        methods |= baselines(source, longest)
+    for path in ropes:
+        name = path.name if path.is_dir() else path.stem
+        methods[str(path) if name in methods else name] = Rope.load(path)
+    encode = given.encode()
+    documents = given.texts(encode, longest)
+    needles = [pass_key(encode, number) for number in NEEDLES] if passkey else []
+    longest_needle = max((sum(map(len, needle)) for needle in needles), default=longest + 1)
+    if passkey and longest_needle > longest:
+        raise ValueError(f"--passkey: expected a length of {longest_needle} tokens, got {longest}")
+    losses = given.losses()
+    dynamic = compare and longest > source.original
+    names = [*methods, *(["dynamic NTK"] if dynamic else [])]
+    values: dict[str, dict[int, float]] = {name: {} for name in names}
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    with tqdm(total=len(names) * len(lengths), desc="evaluate", unit=" measured") as bar:
+        for length in lengths:
+            fitness = Perplexity(losses, documents, length, last=last, stride=stride)
+            for name in names:
+                rope = methods[name] if name in methods else _dynamic(source, length)
+                values[name][length] = fitness(rope)
+                if length >= longest_needle:
+                    found[name][length] = passkey_accuracy(losses, rope, documents, needles, length)
+                bar.update()
+    out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "model": str(given.model),
+        "documents": [document.name for document in documents],
+        "last": last,
+        "stride": stride,
+        "original": source.original,
+        "perplexity": _by_text(values),
+        "passkey": _by_text(found) if passkey else None,
+    }
+    write_json(out / EVALUATION, content)
+    _draw_evaluation(content, out)
+    header = ["perplexity", *map(str, lengths)]
+    _table(header, [[name, *map(_number, row.values())] for name, row in values.items()])
+    if passkey:
+        asked = [length for length in lengths if length >= longest_needle]
+        rows = [[name, *(f"{x:.0%}" for x in row.values())] for name, row in found.items()]
+        _table(["pass keys found", *map(str, asked)], rows)
+    typer.echo(f"written: {out}/{EVALUATION}, perplexity.png")
+
+
+def _dynamic(source: Source, length: int) -> Rope:
+    """The common use: no scaling up to the original length, then by the length alone."""
+    return scaling.dynamic_ntk(
+        source.rope.rotary_dim,
+        1.0,
+        source.original,
+        length,
+        base=source.rope.base,
+        interleaved=source.rope.interleaved,
+    )
+
+
+def _by_text(values: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
+    return {name: {str(n): value for n, value in row.items()} for name, row in values.items()}
+
+
+# ----------------------------------------------------------------------------------------- plot
+
+
+def plot(folder: Path) -> None:
+    """``longrope plot``."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder")
+    drawn = False
+    inner = sorted(
+        path.parent for name in (RESULT, EVALUATION, SIDECAR) for path in folder.rglob(name)
+    )
+    for part in dict.fromkeys(inner):
+        drawn = True
+        if (part / EVALUATION).exists():
+            _draw_evaluation(read_json(part / EVALUATION), part)
+        if (part / RESULT).exists():
+            _draw_result(part)
+        elif (part / SIDECAR).exists():
+            plots.draw_factors(Rope.load(part / SIDECAR), {}, part / "factors.png")
+    if not drawn:
+        raise ValueError(
+            f"{folder}: expected {RESULT}, {EVALUATION} or {SIDECAR}, or folders with them"
+        )
+
+
+def _draw_result(folder: Path) -> None:
+    content = read_json(folder / RESULT)
+    space = content["space"]
+    rope = Rope.load(folder / SIDECAR)
+    others = {}
+    if content["length"] > space["original_length"]:
+        others = _formulas(space, content["length"])
+    _draw_found(folder, rope, others, content)
+
+
+def _formulas(space: Mapping[str, Any], length: int) -> dict[str, Rope]:
+    plain = Rope.plain(space["dim"], base=space["base"], interleaved=space["interleaved"])
+    return baselines(
+        Source(Path(), {}, plain, space["original_length"], space["original_length"]), length
+    )
+
+
+def _draw_found(
+    folder: Path, rope: Rope, others: Mapping[str, Rope], content: Mapping[str, Any]
+) -> None:
+    title = f"{content['length']} tokens, {content['evaluations']} candidates"
+    history = [Iteration(float(best), float(median), 0, 0.0) for best, median in content["history"]]
+    plots.draw_factors(rope, others, folder / "factors.png", title)
+    values = {name: float(value) for name, value in content["others"].items()}
+    plots.draw_history(history, values, folder / "history.png", title)
+
+
+def _draw_evaluation(content: Mapping[str, Any], folder: Path) -> None:
+    rows = {
+        name: {int(n): float(value) for n, value in row.items()}
+        for name, row in content["perplexity"].items()
+    }
+    title = f"{len(content['documents'])} documents"
+    plots.draw_perplexity(rows, folder / "perplexity.png", title, content["original"])
+
+
+# --------------------------------------------------------------------------- on the terminal
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Progress]:
+    """Evaluations done of all, and the best so far; on stderr."""
+    with tqdm(desc=name, unit=" candidates", dynamic_ncols=True, disable=not is_main()) as bar:
+
+        def progress(now: Search) -> None:
+            if now.evaluated < bar.n:  # another search began
+                bar.reset()
+            bar.total = now.total
+            bar.update(now.evaluated - bar.n)
+            if now.best is not None:
+                bar.set_postfix_str(f"best perplexity {_number(now.best.fitness)}")
+
+        yield progress
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    """`extend.Watch`: a bar for each step."""
+    open_bars: list[tqdm[Any]] = []
+
+    def watch(kind: str, name: str, total: int) -> Any:
+        for bar in open_bars:
+            bar.close()
+        open_bars.clear()
+        unit = " candidates" if kind == "search" else " steps"
+        quiet = not is_main()
+        bar = tqdm(desc=name, total=total or None, unit=unit, dynamic_ncols=True, disable=quiet)
+        open_bars.append(bar)
+
+        def searched(now: Search) -> None:
+            if now.evaluated < bar.n:
+                bar.reset()
+            bar.total = now.total
+            bar.update(now.evaluated - bar.n)
+            if now.best is not None:
+                bar.set_postfix_str(f"best perplexity {_number(now.best.fitness)}")
+
+        def tuned(step: int, loss: float) -> None:
+            bar.update(step - bar.n)
+            bar.set_postfix_str(f"perplexity {_number(math.exp(min(loss, 700.0)))}")
+
+        return searched if kind == "search" else tuned
+
+    try:
+        yield watch
+    finally:
+        for bar in open_bars:
+            bar.close()
+
+
+def _tell_found(title: str, found: Found) -> None:
+    best = found.best.candidate
+    rows = [[name, _number(value), ""] for name, value in found.others.items()]
+    a = found.rope.sets[0].attention_factor
+    rows.append(["LongRoPE", _number(found.best.fitness), f"n_hat {best.n_hat}, attention {a:.4g}"])
+    _table([f"perplexity, {title}", "", ""], rows)
+
+
+def _tell_written(folder: Path, note: str | None) -> None:
+    if note is None:
+        typer.echo(f"written: {folder}: longrope.json, config.json, pictures")
+    else:
+        typer.echo(f"written: {folder}: longrope.json, pictures; no config.json: {note}")
+
+
+def _table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        first, *rest = (
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        typer.echo("  ".join([first, *rest]).rstrip())
+
+
+def _number(value: float | str) -> str:
+    return f"{float(value):.4g}"
+
+
+def _bound(factor_set: FactorSet) -> str:
+    bound = factor_set.max_length
+    return "all longer" if bound is None else f"to {bound}"

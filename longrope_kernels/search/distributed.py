@@ -1,0 +1,193 @@
+"""A search on several processes (torchrun): candidates are split over the ranks.
+
+Rank 0 owns the search and its journal; the others only evaluate. What is exchanged are Python
+objects, over gloo, also where a model runs on GPUs: a process group made by `start_ranks` has
+NCCL for whatever an evaluator does on its device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .base import Search
+from .candidate import Candidate, Evaluation
+from .run import Evaluate, Progress, evaluated
+
+_RESUME = "what was told is in the journal: start the same command again to go on"
+
+
+def start_ranks(timeout: float = 1800.0) -> tuple[int, int]:
+    """Join the process group torchrun describes, where it does and nobody has yet.
+
+    With GPUs each process takes the one of its local rank.
+
+    Args:
+        timeout: in seconds; longer than the slowest evaluation, since ranks wait for one another.
+
+    Returns:
+        The rank and the number of ranks; (0, 1) without torchrun.
+    """
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return 0, 1
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def run_distributed(
+    make_search: Callable[[], Search],
+    evaluate: Evaluate,
+    progress: Progress | None = None,
+    *,
+    batch: int = 1,
+    racing: bool = False,
+) -> Evaluation | None:
+    """`run_search` over all ranks of the process group; every one of them calls it.
+
+    In each round every rank evaluates up to ``batch`` candidates, and rank 0 tells the search.
+    The result is that of `run_search` where the evaluator does not depend on the rank.
+
+    Args:
+        make_search: called on rank 0 alone.
+        evaluate: as in `run_search`; on every rank.
+        progress: on rank 0 alone.
+        batch: candidates per rank and round.
+        racing: as in `run_search`.
+
+    Returns:
+        `Search.best`, on every rank.
+
+    Raises:
+        RuntimeError: on every rank, where a rank's evaluator failed (naming the rank and its
+            error), where rank 0 failed, and where a rank died or did not answer in time. What
+            rank 0 has got of that round is told before.
+    """
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1, got {batch}")
+    if dist.get_rank() == 0:
+        return _lead(make_search, evaluate, progress, batch, racing)
+    return _follow(evaluate)
+
+
+def _lead(
+    make_search: Callable[[], Search],
+    evaluate: Evaluate,
+    progress: Progress | None,
+    batch: int,
+    racing: bool,
+) -> Evaluation | None:
+    try:
+        search = make_search()
+        if progress is not None:
+            progress(search)
+        while candidates := search.ask():
+            width = batch * dist.get_world_size()
+            for start in range(0, len(candidates), width):
+                threshold = search.threshold if racing else None
+                _round(search, evaluate, candidates[start : start + width], threshold)
+                if progress is not None:
+                    progress(search)
+    except _RankError:
+        raise
+    except Exception as error:
+        # The others wait for a message: let them end now, and not at the timeout.
+        _tell_end(f"rank 0: {type(error).__name__}: {error}")
+        raise
+    _broadcast(("done", search.best))
+    return search.best
+
+
+class _RankError(RuntimeError):
+    """Every rank knows of it, or cannot be told."""
+
+
+def _tell_end(text: str) -> None:
+    try:
+        _broadcast(("failed", text))
+    except RuntimeError:
+        return  # they are gone; the error itself is what counts
+
+
+def _round(
+    search: Search, evaluate: Evaluate, candidates: list[Candidate], threshold: float | None
+) -> None:
+    """Rank 0's part: split, evaluate its own, gather, tell."""
+    size = dist.get_world_size()
+    shares = [candidates[rank::size] for rank in range(size)]
+    _broadcast(("evaluate", shares, threshold))
+    own = _attempt(evaluate, shares[0], threshold)
+    try:
+        answers = _gather(own)
+    except _RankError:
+        search.tell(own[0])
+        raise
+    search.tell([one for found, _ in answers for one in found])
+    failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text]
+    if failures:
+        text = "; ".join(failures)
+        _broadcast(("failed", text))
+        raise _RankError(f"{text}; {_RESUME}")
+
+
+def _follow(evaluate: Evaluate) -> Evaluation | None:
+    while True:
+        message = _broadcast(None)
+        if message[0] == "done":
+            best: Evaluation | None = message[1]
+            return best
+        if message[0] == "failed":
+            raise _RankError(f"{message[1]}; {_RESUME}")
+        _, shares, threshold = message
+        _gather(_attempt(evaluate, shares[dist.get_rank()], threshold))
+
+
+def _attempt(
+    evaluate: Evaluate, candidates: list[Candidate], threshold: float | None
+) -> tuple[list[Evaluation], str]:
+    """The evaluations, and an error's text instead of an error."""
+    if not candidates:
+        return [], ""
+    try:
+        return evaluated(evaluate, candidates, threshold), ""
+    except Exception as error:
+        return [], f"{type(error).__name__}: {error}"
+
+
+def _broadcast(message: Any) -> Any:
+    """Rank 0's message, on every rank."""
+    box = [message]
+    try:
+        dist.broadcast_object_list(box, src=0)
+    except (RuntimeError, dist.DistError) as error:
+        raise _lost(error) from error
+    return box[0]
+
+
+def _gather(answer: Any) -> list[Any]:
+    """The answers of all ranks, on rank 0; an empty list elsewhere."""
+    answers: list[Any] | None = None
+    if dist.get_rank() == 0:
+        answers = [None] * dist.get_world_size()
+    try:
+        dist.gather_object(answer, answers, dst=0)
+    except (RuntimeError, dist.DistError) as error:
+        raise _lost(error) from error
+    return answers or []
+
+
+def _lost(error: Exception) -> _RankError:
+    text = str(error).strip().splitlines()
+    return _RankError(
+        f"rank {dist.get_rank()}: another rank died or did not answer in time "
+        f"({text[-1] if text else type(error).__name__}); {_RESUME}"
+    )

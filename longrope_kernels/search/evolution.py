@@ -1,0 +1,156 @@
+"""LongRoPE's evolutionary search (arXiv 2402.13753), by ask and tell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from random import Random
+from typing import Any
+
+from .base import Search
+from .candidate import Candidate, Evaluation
+from .space import SearchSpace
+
+# How often a candidate that was seen before is drawn again. A space with no new ones ends there.
+_ATTEMPTS = 100
+
+
+@dataclass(frozen=True)
+class EvolutionSettings:
+    """The paper's numbers by default.
+
+    Attributes:
+        population: of the first iteration: PI, NTK, YaRN and mutants of them.
+        iterations: populations that are evaluated, the first one included.
+        mutants: of the parents, in every later iteration.
+        crossovers: of the parents, likewise.
+        probability: p, by which a gene is drawn again.
+        parents: the best so far, of which mutants and crossovers are made.
+        moves: "mixed" or "paper", as in `SearchSpace.mutate`.
+        seed: of all random choices.
+
+    Raises:
+        ValueError, TypeError: naming the attribute that is out of range.
+    """
+
+    population: int = 64
+    iterations: int = 40
+    mutants: int = 16
+    crossovers: int = 16
+    probability: float = 0.3
+    parents: int = 32
+    moves: str = "mixed"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"population": 1, "iterations": 1, "parents": 1, "mutants": 0, "crossovers": 0}
+        for name, smallest in {**least, "seed": 0}.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected a whole number, got {value!r}")
+            if value < smallest:
+                raise ValueError(f"{name}: expected at least {smallest}, got {value}")
+        if not 0 < self.probability <= 1:
+            raise ValueError(f"probability: expected above 0 and up to 1, got {self.probability}")
+        if self.moves not in ("mixed", "paper"):
+            raise ValueError(f'moves: expected "mixed" or "paper", got {self.moves!r}')
+        if self.mutants + self.crossovers == 0 and self.iterations > 1:
+            raise ValueError("mutants: expected at least 1 where there are no crossovers, got 0")
+
+
+class EvolutionarySearch(Search):
+    """LongRoPE's search: the best so far are the parents of mutants and crossovers.
+
+    Args:
+        space: what may be proposed.
+        settings: the paper's where not given.
+        folder: of the journal and the state, as in `Search`.
+        context: as in `Search`.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        settings: EvolutionSettings | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.settings = settings or EvolutionSettings()
+        self._rng = Random(self.settings.seed)
+        config = {"optimizer": "evolution", "settings": asdict(self.settings)}
+        super().__init__(space, config, self.settings.iterations, folder, context)
+
+    @property
+    def total(self) -> int:
+        one = self.settings
+        return one.population + (one.iterations - 1) * (one.mutants + one.crossovers)
+
+    @property
+    def parents(self) -> list[Evaluation]:
+        """The best of the finished iterations, best first; ties by the order asked.
+
+        A NaN or infinite one only where there is no other.
+        """
+        ranked = sorted(self._finished(), key=lambda evaluation: evaluation.rank)
+        finite = [one for one in ranked if one.rank[0] < 2]
+        return (finite or ranked)[: self.settings.parents]
+
+    def _finished(self) -> list[Evaluation]:
+        whole = [a for a in self._asked if all(candidate in self._results for candidate in a)]
+        return [self._results[candidate] for asked in whole for candidate in asked]
+
+    def _propose(self) -> list[Candidate]:
+        one, rng, space = self.settings, self._rng, self.space
+        if not self._asked:
+            first = space.starts()[: one.population]
+            starts = list(first)
+            return first + self._new(
+                one.population - len(first), lambda: self._mutant(rng.choice(starts)), first
+            )
+        parents = [evaluation.candidate for evaluation in self.parents]
+        mutants = self._new(one.mutants, lambda: self._mutant(rng.choice(parents)), [])
+        children = self._new(one.crossovers, lambda: self._child(parents), mutants)
+        return mutants + children
+
+    def _new(
+        self, count: int, draw: Callable[[], Candidate], taken: list[Candidate]
+    ) -> list[Candidate]:
+        """Up to ``count`` draws, none taken or asked before; fewer where they run out."""
+        found: list[Candidate] = []
+        known = set(taken)
+        for _ in range(count):
+            for attempt in range(_ATTEMPTS):
+                candidate = draw()
+                # Parents that have become alike have no new child: then mutants of one.
+                if attempt >= _ATTEMPTS // 4:
+                    candidate = self._mutant(candidate)
+                if candidate not in known and candidate not in self._results:
+                    known.add(candidate)
+                    found.append(candidate)
+                    break
+            else:
+                break
+        return found
+
+    def _mutant(self, candidate: Candidate) -> Candidate:
+        one = self.settings
+        return self.space.mutate(candidate, self._rng, one.probability, one.moves)
+
+    def _child(self, parents: list[Candidate]) -> Candidate:
+        a, b = self._rng.sample(parents, 2) if len(parents) > 1 else (parents[0], parents[0])
+        return self.space.crossover(a, b, self._rng, self.settings.moves)
+
+    def _memory(self) -> dict[str, Any]:
+        version, internal, gauss = self._rng.getstate()
+        return {"rng": [version, list(internal), gauss]}
+
+    def _recall(self, memory: Mapping[str, Any]) -> None:
+        version, internal, gauss = memory["rng"]
+        self._rng.setstate((version, tuple(internal), gauss))
+
+    def _new_threshold(self) -> float:
+        """The fitness of the last parent: what is above it cannot become one."""
+        parents = self.parents
+        full = len(parents) == self.settings.parents and parents[-1].rank[0] == 0
+        return parents[-1].fitness if full else float("inf")

@@ -1,0 +1,348 @@
+"""The progressive extension of a model: search, fine-tune, search further, readjust, as a plan.
+
+LongRoPE (arXiv 2402.13753) does not search at the far length at once: it extends by a factor that
+fine-tuning can follow, and searches from there, with factors that multiply those before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..rope import FactorSet, Rope
+from ..rope_io import SIDECAR
+from .documents import Document, Encode, encoder, read_documents
+from .find import Options, find
+from .model import TransformersLosses
+from .ranks import from_main, is_main
+from .readjust import readjust
+from .source import (
+    baselines,
+    fingerprint,
+    load_model,
+    open_source,
+    read_json,
+    save_rope,
+    write_config,
+    write_json,
+)
+from .state import differences
+from .tune import LOG, TuneSettings, remove_checkpoints, tune
+
+PLAN, DONE = "plan.json", "done.json"
+Say = Callable[[str], None]
+# What shows the progress of a step, by its kind and name: of a search, and of fine-tuning.
+Watch = Callable[[str, str, int], Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A length to extend to, in tokens, and how many steps to fine-tune there."""
+
+    length: int
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class ExtendPlan:
+    """What to do; the same plan and folder go on where they were stopped.
+
+    Attributes:
+        model: the folder of a local model.
+        documents: files and folders of texts to search on, as in `documents.texts`.
+        training: those to fine-tune on; not the same.
+        stages: ascending lengths. A stage searches from the factors of the one before, on the
+            model that was fine-tuned there, and then fine-tunes it where it has steps.
+        short: lengths to readjust for at the end, ascending; none for no readjustment.
+        samples: documents that a search takes, the first ones.
+        tokenizer: as in `documents.encoder`; None for the model's.
+        original: as in `open_source`.
+        upper: as in `readjust`.
+        options: of the searches.
+        tuning: of the fine-tuning.
+
+    Raises:
+        ValueError: naming the attribute that is out of range.
+    """
+
+    model: str
+    documents: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    training: tuple[str, ...] = ()
+    short: tuple[int, ...] = ()
+    samples: int = 5
+    tokenizer: str | None = None
+    original: int | None = None
+    upper: float | None = None
+    options: Options = field(default_factory=Options)
+    tuning: TuneSettings = field(default_factory=TuneSettings)
+
+    def __post_init__(self) -> None:
+        lengths = [stage.length for stage in self.stages]
+        if not lengths or sorted(set(lengths)) != lengths:
+            raise ValueError(f"stages: expected ascending lengths, got {lengths}")
+        for stage in self.stages:
+            if stage.steps < 0:
+                raise ValueError(f"stages: expected 0 or more steps, got {stage.steps}")
+        if any(stage.steps for stage in self.stages) and not self.training:
+            raise ValueError("training: expected texts for the stages that fine-tune, got none")
+        if list(self.short) != sorted(set(self.short)) or max(self.short, default=0) >= lengths[-1]:
+            raise ValueError(
+                f"short: expected ascending lengths below {lengths[-1]}, got {list(self.short)}"
+            )
+        if self.options.critical is not None and len(lengths) > 1:
+            raise ValueError("critical: expected one stage: its factors are of the whole extension")
+
+    def to_json(self) -> dict[str, Any]:
+        """The attributes as JSON values."""
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
+
+
+class Extension:
+    """A plan in its folder, which it carries out step by step.
+
+    Each step has a folder: ``1-search-1024``, ``2-tune-1024``, ..., ``5-readjust``, and ``model``
+    with the result. One with a ``done.json`` is finished and not repeated.
+    """
+
+    def __init__(
+        self, plan: ExtendPlan, folder: Path, *, device: str = "auto", dtype: str = "auto"
+    ) -> None:
+        """Write the plan, or find it there.
+
+        Args:
+            plan: what to do.
+            folder: made where it is missing.
+            device, dtype: as in `load_model`; fine-tuning always has float32 weights.
+
+        Raises:
+            ValueError: the folder has another plan, named by what differs; the plan does not go
+                with the model.
+        """
+        self.plan, self.folder, self._device, self._dtype = plan, folder, device, dtype
+        self.source = open_source(Path(plan.model), plan.original)
+        if plan.stages[0].length <= self.source.trained:
+            raise ValueError(
+                f"stages: expected more than {self.source.trained} tokens, which the model has, "
+                f"got {plan.stages[0].length}"
+            )
+        if max(plan.short, default=0) and plan.short[-1] > plan.stages[0].length:
+            raise ValueError(f"short: expected at most the first stage's length: {plan.short[-1]}")
+        self.encode: Encode = encoder(plan.tokenizer or plan.model)
+        from_main(self._write_plan)
+
+    def _write_plan(self) -> None:
+        path = self.folder / PLAN
+        if path.exists():
+            found = differences(read_json(path), self.plan.to_json())
+            if found:
+                raise ValueError(
+                    f"{self.folder}: it has another plan: {'; '.join(found)}. Name another folder, "
+                    "or the same plan to go on"
+                )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, self.plan.to_json())
+
+    def run(self, watch: Watch | None = None, say: Say = print) -> Rope:
+        """Do what is not done yet.
+
+        Args:
+            watch: ``watch("search" | "tune", name, total)`` gives the ``progress`` of a step.
+            say: told what begins, ends, or was done before.
+
+        Returns:
+            The rope of the extended model, in the folder ``model``.
+        """
+        plan, number = self.plan, 0
+        rope: Rope | None = None  # of the stages so far, one set
+        weights = self.source.folder
+        reached = self.source.trained
+        for stage in plan.stages:
+            number += 1
+            rope = self._search(number, stage, rope, reached, weights, watch, say)
+            if stage.steps:
+                number += 1
+                weights = self._tune(number, stage, rope, weights, watch, say)
+            reached = stage.length
+        assert rope is not None
+        if plan.short:
+            rope = self._readjust(number + 1, rope, weights, watch, say)
+        self._write(rope, weights, say)
+        return rope
+
+    def _search(
+        self,
+        number: int,
+        stage: Stage,
+        before: Rope | None,
+        reached: int,
+        weights: Path,
+        watch: Watch | None,
+        say: Say,
+    ) -> Rope:
+        step = self._step(f"{number}-search-{stage.length}", say)
+        if step.done:
+            return Rope.load(step.folder / SIDECAR)
+        start = self.source.stage if before is None else before
+        space = self.plan.options.space(
+            dim=self.source.rope.rotary_dim,
+            base=self.source.rope.base,
+            interleaved=self.source.rope.interleaved,
+            original_length=self.source.original,
+            target_length=stage.length,
+            stage=start,
+            ratio=None if start is None else stage.length / reached,
+        )
+        losses = self._losses(weights)
+        found = find(
+            losses,
+            self._documents(stage.length),
+            space,
+            self.plan.options,
+            step.folder,
+            others=baselines(self.source, stage.length),
+            encode=self.encode,
+            context={"weights": fingerprint(losses.model)},
+            progress=None if watch is None else watch("search", step.name, 0),
+        )
+        step.finish({"perplexity": found.best.fitness, "others": found.others})
+        return found.rope
+
+    def _tune(
+        self,
+        number: int,
+        stage: Stage,
+        rope: Rope,
+        weights: Path,
+        watch: Watch | None,
+        say: Say,
+    ) -> Path:
+        step = self._step(f"{number}-tune-{stage.length}", say)
+        if step.done:
+            return step.folder
+        settings, original = self.plan.tuning, self.source.original
+        if settings.short:
+            plain = FactorSet((1.0,) * rope.pairs, max_length=original)
+            rope = Rope((plain, *rope.sets), rope.base, rope.interleaved)
+        model = load_model(weights, self._device, "float32")
+        training = read_documents(
+            [Path(p) for p in self.plan.training], self.encode, stage.length, short="skip"
+        )
+        model = tune(
+            model,
+            rope,
+            training,
+            stage.length,
+            stage.steps,
+            settings,
+            step.folder,
+            short_length=original,
+            progress=None if watch is None else watch("tune", step.name, stage.steps),
+        )
+        from ..integrations.transformers import disable
+
+        def save() -> None:
+            config = self.source.config
+            dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+            disable(model).to(getattr(torch, dtype)).save_pretrained(step.folder)
+
+        from_main(save)
+        step.finish({"steps": stage.steps, "documents": len(training)})
+        from_main(partial(remove_checkpoints, step.folder))
+        return step.folder
+
+    def _readjust(
+        self, number: int, rope: Rope, weights: Path, watch: Watch | None, say: Say
+    ) -> Rope:
+        step = self._step(f"{number}-readjust", say)
+        if step.done:
+            return Rope.load(step.folder / SIDECAR)
+        losses = self._losses(weights)
+        result = readjust(
+            losses,
+            self._documents(self.plan.short[-1]),
+            rope,
+            self.plan.short,
+            self.source.original,
+            self.plan.options,
+            step.folder,
+            upper=self.plan.upper,
+            encode=self.encode,
+            context={"weights": fingerprint(losses.model)},
+            progress=None if watch is None else watch("search", step.name, 0),
+        )
+        from_main(lambda: save_rope(result.rope, step.folder))
+        after = {str(n): found.best.fitness for n, found in result.found.items()}
+        before = {str(n): value for n, value in result.before.items()}
+        step.finish({"before": before, "after": after, "taken": list(result.taken)})
+        return result.rope
+
+    def _write(self, rope: Rope, weights: Path, say: Say) -> None:
+        step = self._step("model", say)
+        if step.done:
+            return
+        note = from_main(lambda: self._copy(rope, weights, step.folder))
+        if note is not None:
+            say(f"model: only longrope.json has the new rope, config.json the old one: {note}")
+        step.finish({"weights": str(weights), "config": note})
+
+    def _copy(self, rope: Rope, weights: Path, folder: Path) -> str | None:
+        left_out = (PLAN, DONE, LOG, "config.json", SIDECAR)
+        for origin in (self.source.folder, weights):
+            for file in sorted(origin.iterdir()):
+                # Of the untouched model all files but its weights, where there are newer ones.
+                old = weights != self.source.folder and origin == self.source.folder
+                if file.is_file() and file.name not in left_out and not (old and _is_weights(file)):
+                    shutil.copy2(file, folder / file.name)
+        note = write_config(self.source, rope, self.plan.stages[-1].length, folder)
+        if note is not None:
+            shutil.copy2(self.source.folder / "config.json", folder / "config.json")
+        return note
+
+    def _losses(self, weights: Path) -> TransformersLosses:
+        return TransformersLosses(load_model(weights, self._device, self._dtype))
+
+    def _documents(self, length: int) -> list[Document]:
+        return read_documents(
+            [Path(p) for p in self.plan.documents], self.encode, length, most=self.plan.samples
+        )
+
+    def _step(self, name: str, say: Say) -> Step:
+        step = Step(name, self.folder / name)
+        done = step.done
+        if is_main():
+            say(f"{name}: {'done before' if done else 'begins, or goes on'}")
+        return step
+
+
+@dataclass
+class Step:
+    """A step of an extension, and its folder."""
+
+    name: str
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def done(self) -> bool:
+        """Whether it was when the step was made, on all ranks alike."""
+        return from_main((self.folder / DONE).exists)
+
+    def finish(self, content: dict[str, Any]) -> None:
+        """Mark it as done, after everything else was written."""
+        from_main(partial(write_json, self.folder / DONE, content))
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in (".safetensors", ".bin", ".pt", ".pth") or ".index.json" in file.name

@@ -1,0 +1,242 @@
+"""One search from beginning to end, in a folder: what `search`, `readjust` and `extend` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..rope import Rope
+from .base import Search
+from .candidate import Evaluation
+from .distributed import run_distributed
+from .documents import Document, Encode
+from .evaluator import Evaluator
+from .evolution import EvolutionarySearch, EvolutionSettings
+from .fitness import NeedlePerplexity, Perplexity, pass_key
+from .model import Losses
+from .ranks import from_main, is_shared
+from .run import run_search
+from .source import digest, read_json, save_rope, write_json
+from .space import SearchSpace
+
+OPTIMIZERS = ("evolution", "cmaes")
+FITNESSES = ("perplexity", "needle")
+RESULT = "result.json"
+Progress = Callable[[Search], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to search and what to minimise; the paper's numbers by default.
+
+    Attributes:
+        optimizer: "evolution", LongRoPE's, or "cmaes", to compare with.
+        population, iterations, mutants, crossovers, probability, parents, moves, seed: as in
+            `EvolutionSettings`; of "cmaes" the evaluations are as many.
+        monotone, n_hats, attention, critical: as in `SearchSpace`.
+        fitness: "perplexity", or "needle": of the answers about needles in the documents.
+        last, stride: as in `Perplexity`.
+        race: give up on candidates that have lost for certain; the result is the same.
+        margin: as in `Race`; the result may differ.
+        batch: candidates that are measured together; on a GPU with short documents it is faster.
+
+    Raises:
+        ValueError: naming the attribute that is out of range.
+    """
+
+    optimizer: str = "evolution"
+    population: int = 64
+    iterations: int = 40
+    mutants: int = 16
+    crossovers: int = 16
+    probability: float = 0.3
+    parents: int = 32
+    moves: str = "mixed"
+    seed: int = 0
+    monotone: bool = True
+    n_hats: tuple[int, ...] | None = None
+    attention: float | str | None = None
+    critical: int | None = None
+    fitness: str = "perplexity"
+    last: int | None = None
+    stride: int | None = None
+    race: bool = True
+    margin: float | None = None
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, served in (("optimizer", OPTIMIZERS), ("fitness", FITNESSES)):
+            if getattr(self, name) not in served:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(served)}, got {getattr(self, name)!r}"
+                )
+        if self.margin is not None and not self.margin >= 0:
+            raise ValueError(f"margin: expected 0 or more nats per token, got {self.margin}")
+        if self.batch < 1:
+            raise ValueError(f"batch: expected at least 1, got {self.batch}")
+        self.evolution  # noqa: B018  checks the rest
+
+    @property
+    def evolution(self) -> EvolutionSettings:
+        """Those of the evolutionary search."""
+        names = (field.name for field in fields(EvolutionSettings))
+        return EvolutionSettings(**{name: getattr(self, name) for name in names})
+
+    def space(self, **arguments: Any) -> SearchSpace:
+        """The `SearchSpace` of these options; ``arguments`` say the rest of it, or go first."""
+        names = ("monotone", "n_hats", "attention", "critical")
+        return SearchSpace(**({name: getattr(self, name) for name in names} | arguments))
+
+    def measure(
+        self, losses: Losses, documents: Sequence[Document], length: int, encode: Encode | None
+    ) -> Perplexity | NeedlePerplexity:
+        """The fitness at a length; ``encode`` is what "needle" makes its text with."""
+        if self.fitness == "perplexity":
+            return Perplexity(losses, documents, length, last=self.last, stride=self.stride)
+        if encode is None:
+            raise ValueError("encode: expected one for fitness 'needle', got None")
+        needles = [pass_key(encode, number) for number in NEEDLES]
+        return NeedlePerplexity(losses, documents, needles, length)
+
+
+# Numbers of five digits, none of which is in the others; hidden in turn.
+NEEDLES = (71432, 90518, 26847, 53961, 18254, 64093, 39786)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ended with.
+
+    Attributes:
+        rope: of the best candidate, one set.
+        best: its evaluation.
+        others: the fitness of the formulas beside it.
+    """
+
+    rope: Rope
+    best: Evaluation
+    others: dict[str, float]
+
+
+def find(
+    losses: Losses,
+    documents: Sequence[Document],
+    space: SearchSpace,
+    options: Options,
+    folder: Path,
+    *,
+    others: dict[str, Rope] | None = None,
+    encode: Encode | None = None,
+    context: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Found:
+    """Search, in a folder where the same call goes on if it is stopped.
+
+    Args:
+        losses: the model.
+        documents: each of at least the space's ``target_length`` tokens.
+        space: what may be proposed.
+        options: how to search, and the fitness.
+        folder: of the journal; ``longrope.json`` and ``result.json`` have the best after every
+            iteration.
+        others: ropes to measure beside the best, by name.
+        encode: see `Options.measure`.
+        context: what else decides the fitness, as JSON values: the model.
+        progress: as in `run_search`.
+
+    Raises:
+        ValueError: an argument is out of range, the folder is another run's, or no candidate has a
+            finite fitness.
+    """
+    fitness = options.measure(losses, documents, space.target_length, encode)
+    whole = {
+        **(context or {}),
+        "documents": digest(documents),
+        "fitness": {name: getattr(options, name) for name in ("fitness", "last", "stride")},
+        "margin": options.margin if options.race else None,  # else the result is the same
+    }
+    compared: dict[str, float] = {}
+    opened: list[Search] = []
+
+    def make() -> Search:
+        search = make_search(space, options, folder, whole)
+        opened.append(search)
+        compared.update(_compare(fitness, others or {}, folder / RESULT))
+        return search
+
+    content = {
+        "length": space.target_length,
+        "others": compared,
+        "space": space.describe(),
+        "options": asdict(options),
+        "documents": [document.name for document in documents],
+    }
+    note = _Note(folder, content, progress)
+    evaluate = Evaluator(space, fitness, options.margin)
+    arguments: dict[str, Any] = {"batch": options.batch, "racing": options.race}
+    try:
+        if is_shared():
+            best = run_distributed(make, evaluate, note, **arguments)
+        else:
+            best = run_search(make(), evaluate, note, **arguments)
+    finally:
+        for search in opened:
+            search.close()
+    if best is None:
+        raise ValueError(f"{folder}: no candidate has a finite loss; the journal has each of them")
+    return Found(space.rope(best.candidate), best, from_main(lambda: compared))
+
+
+class _Note:
+    """Hands on the progress, and writes the best so far after every iteration."""
+
+    def __init__(self, folder: Path, content: dict[str, Any], progress: Progress | None) -> None:
+        self._folder, self._content, self._progress = folder, content, progress
+        self._written = -1
+
+    def __call__(self, search: Search) -> None:
+        if self._progress is not None:
+            self._progress(search)
+        if len(search.history) != self._written and search.best is not None:
+            self._written = len(search.history)
+            _write(self._folder, search, self._content)
+
+
+def _compare(
+    fitness: Perplexity | NeedlePerplexity, ropes: dict[str, Rope], result: Path
+) -> dict[str, float]:
+    """The fitness of each, read again where it was written."""
+    known = read_json(result)["others"] if result.exists() else {}
+    if known.keys() == ropes.keys():
+        return {name: float(value) for name, value in known.items()}
+    return {name: fitness(rope) for name, rope in ropes.items()}
+
+
+def _write(folder: Path, search: Search, content: dict[str, Any]) -> None:
+    """The best so far, and how it came."""
+    best = search.best
+    assert best is not None
+    save_rope(search.space.rope(best.candidate), folder)
+    write_json(
+        folder / RESULT,
+        {
+            **content,
+            "best": best.to_json(),
+            "evaluations": search.evaluated,
+            "seconds": sum(one.seconds for one in search.history),
+            "history": [[one.best, one.median] for one in search.history],
+        },
+    )
+
+
+def make_search(
+    space: SearchSpace, options: Options, folder: Path, context: dict[str, Any]
+) -> Search:
+    """The search of ``options.optimizer``."""
+    if options.optimizer == "evolution":
+        return EvolutionarySearch(space, options.evolution, folder, context)
+    from .cmaes import CmaEsSearch
+
+    return CmaEsSearch(space, options.evolution, folder, context)

@@ -1,0 +1,335 @@
+"""What a search minimises: perplexity over long documents, or of the answers about needles in them.
+
+A fitness is called with a rope and gives a number, lower is better; `measure` takes several ropes,
+which share batches. Documents are measured one after another, so a `Race` can give hopeless ropes
+up after a few of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..rope import Rope
+from .documents import Document, Encode
+from .model import Losses
+
+
+class Measured(NamedTuple):
+    """The result for one rope, by document: sums of losses in nats, and how many tokens count.
+
+    There are fewer sums than counts where a race gave the rope up.
+    """
+
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether documents are left that were not measured."""
+        return len(self.sums) < len(self.counts)
+
+    @property
+    def loss(self) -> float:
+        """Nats per token, NaN or infinite where the model's were; a lower bound where stopped."""
+        return math.fsum(self.sums) / sum(self.counts)
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``; infinite where float64 has no such number."""
+        return float(torch.tensor(self.loss, dtype=torch.float64).exp())
+
+
+@dataclass(frozen=True)
+class Race:
+    """Gives a rope up before the last document.
+
+    Certain: no token's loss is negative, so what is summed up already is a lower bound. A rope
+    whose bound is above ``stop_above`` has lost whatever the other documents say.
+
+    Guessed, with ``margin``: a rope is also given up where it is further behind ``against``, over
+    the same documents (which differ by more than ropes), than ``stop_above`` and the margin allow.
+
+    Attributes:
+        stop_above: the perplexity above which a rope is of no interest.
+        margin: in nats per token, 0 or more; None for no guesses.
+        against: a complete measurement of the same documents, that of the best rope so far.
+    """
+
+    stop_above: float
+    margin: float | None = None
+    against: Measured | None = None
+
+    def gives_up(self, sums: Sequence[float], counts: Sequence[int]) -> bool:
+        """Whether to stop.
+
+        Args:
+            sums: of the documents measured.
+            counts: of all documents.
+        """
+        if not self.stop_above > 0:
+            raise ValueError(f"stop_above: expected a perplexity above 0, got {self.stop_above}")
+        limit, total = math.log(self.stop_above), math.fsum(sums)
+        # `not <=` is also true for NaN, which no further document can mend.
+        if not total / sum(counts) <= limit:
+            return True
+        if self.margin is None or self.against is None:
+            return False
+        behind = (total - math.fsum(self.against.sums[: len(sums)])) / sum(counts[: len(sums)])
+        return behind > limit - self.against.loss + self.margin
+
+
+class Window(NamedTuple):
+    """A piece of a document, of which the last tokens are scored."""
+
+    tokens: torch.Tensor  # (length,) int64
+    last: int
+
+
+class _Documents:
+    """The loop that all fitness functions share: documents one by one, all ropes at a time."""
+
+    def __init__(self, losses: Losses, windows: Sequence[Sequence[Window]]) -> None:
+        self.losses = losses
+        self.windows = windows
+
+    def __call__(self, rope: Rope, *, race: Race | None = None) -> float:
+        """The perplexity of one rope; a lower bound of it where a race gave it up."""
+        return self.measure([rope], race=race)[0].perplexity
+
+    def measure(self, ropes: Sequence[Rope], *, race: Race | None = None) -> list[Measured]:
+        """The same of several ropes, by document.
+
+        Args:
+            ropes: to measure, in one batch as far as the model takes it.
+            race: None measures every rope on every document.
+        """
+        sums: list[list[float]] = [[] for _ in ropes]
+        counts = [sum(window.last for window in windows) for windows in self.windows]
+        running = list(range(len(ropes)))
+        for index, windows in enumerate(self.windows, 1):
+            for which, total in zip(running, self._sums(ropes, running, windows), strict=True):
+                sums[which].append(total)
+            if race is not None and index < len(self.windows):
+                running = [i for i in running if not race.gives_up(sums[i], counts)]
+        return [Measured(tuple(of), tuple(counts)) for of in sums]
+
+    def _sums(
+        self, ropes: Sequence[Rope], running: list[int], windows: Sequence[Window]
+    ) -> list[float]:
+        """The loss of a document under each rope that runs."""
+        totals = [0.0] * len(running)
+        if not running:
+            return totals
+        # Windows of one shape go together, but for the last of a document that is all of them.
+        shapes = dict.fromkeys((len(window.tokens), window.last) for window in windows)
+        for length, last in shapes:
+            rows = torch.stack(
+                [w.tokens for w in windows if (len(w.tokens), w.last) == (length, last)]
+            )
+            found = self.losses(
+                [ropes[i] for i in running for _ in rows],
+                rows.repeat(len(running), 1),
+                last=last,
+            )
+            for at, part in enumerate(found.double().sum(1).view(len(running), -1).sum(1).tolist()):
+                totals[at] += part
+        return totals
+
+
+class Perplexity(_Documents):
+    """Over long documents, each token counted once, all tokens alike.
+
+    Without ``stride`` a document is its first ``length`` tokens, of which the ``last`` ones count.
+    With it a window of ``length`` tokens slides over the whole document in steps of ``stride``, and
+    each step scores the tokens that are new in it.
+    """
+
+    def __init__(
+        self,
+        losses: Losses,
+        documents: Sequence[Document],
+        length: int,
+        *,
+        last: int | None = None,
+        stride: int | None = None,
+    ) -> None:
+        """Cut the documents.
+
+        Args:
+            losses: the model.
+            documents: each of at least ``length`` tokens.
+            length: of what the model sees at a time, in tokens, at least 2.
+            last: how many tokens count; None for all but the first.
+            stride: from 1 to ``length - 1``; not with ``last``.
+
+        Raises:
+            ValueError: an argument is out of range, or a document is too short, by name.
+        """
+        if length < 2:
+            raise ValueError(f"length: expected at least 2 tokens, got {length}")
+        for name, value in (("last", last), ("stride", stride)):
+            if value is not None and not 0 < value < length:
+                raise ValueError(f"{name}: expected 1 to {length - 1} tokens, got {value}")
+        if last is not None and stride is not None:
+            raise ValueError("stride: expected None where last is given")
+        _check_documents(documents, length)
+        self.length, self.last, self.stride = length, last, stride
+        super().__init__(losses, [self._cut(document.tokens) for document in documents])
+
+    def _cut(self, tokens: torch.Tensor) -> list[Window]:
+        first = Window(tokens[: self.length], self.last or self.length - 1)
+        if self.stride is None:
+            return [first]
+        windows, end = [first], self.length
+        while end < len(tokens):
+            new = min(self.stride, len(tokens) - end)
+            end += new
+            windows.append(Window(tokens[end - self.length : end], new))
+        return windows
+
+
+class Needle(NamedTuple):
+    """A statement to hide in a document, the question that ends it, and the answer, as ids."""
+
+    statement: tuple[int, ...]
+    question: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def pass_key(encode: Encode, number: int) -> Needle:
+    """A number of five digits to remember.
+
+    Args:
+        encode: of `documents.encoder`.
+        number: 10000 to 99999.
+    """
+    # The answer is what is left of the whole: some tokenizers split a number by what is before it.
+    question = "\nWhat is the pass key? The pass key is"
+    ids, whole = encode(question), encode(f"{question} {number}")
+    if whole[: len(ids)] != ids:
+        raise ValueError(
+            "tokenizer: a number after the question changes the tokens of the question"
+        )
+    statement = f"\nThe pass key is {number}. Remember it. {number} is the pass key.\n"
+    return Needle(tuple(encode(statement)), tuple(ids), tuple(whole[len(ids) :]))
+
+
+def hide(needle: Needle, document: Document, length: int, depth: float) -> Window:
+    """The first tokens of a document with a needle in them and its question at the end.
+
+    Args:
+        needle: what to hide.
+        document: of at least ``length`` tokens.
+        length: of the result, in tokens.
+        depth: where, 0 for the beginning and 1 for just before the question.
+
+    Raises:
+        ValueError: the depth is no share, or the needle is longer than ``length``.
+    """
+    if not 0 <= depth <= 1:
+        raise ValueError(f"depth: expected a share from 0 to 1, got {depth}")
+    room = length - sum(map(len, needle))
+    if room < 0:
+        raise ValueError(
+            f"length: expected at least the {length - room} tokens of a needle with its question "
+            f"and answer, got {length}"
+        )
+    at = round(depth * room)
+    statement, question, answer = (torch.tensor(ids, dtype=torch.int64) for ids in needle)
+    text = document.tokens
+    pieces = [text[:at], statement, text[at:room], question, answer]
+    return Window(torch.cat(pieces), len(needle.answer))
+
+
+class NeedlePerplexity(_Documents):
+    """Of the answers alone (LongRoPE2, arXiv 2502.20082), over needles in long documents.
+
+    Tokens that a model can guess from those nearby say little of how far it sees; the answer to a
+    question about a far statement is made of tokens that it cannot.
+    """
+
+    def __init__(
+        self,
+        losses: Losses,
+        documents: Sequence[Document],
+        needles: Sequence[Needle],
+        length: int,
+        *,
+        depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    ) -> None:
+        """Hide a needle at each depth of each document, the needles in turn.
+
+        Args:
+            losses: the model.
+            documents: each of at least ``length`` tokens.
+            needles: at least one; of `pass_key`, or of one's own.
+            length: of a document with its needle, question and answer, in tokens.
+            depths: shares of the document.
+
+        Raises:
+            ValueError: an argument is out of range, or a document is too short, by name.
+        """
+        super().__init__(losses, _hidden(documents, needles, length, depths))
+
+
+def passkey_accuracy(
+    losses: Losses,
+    rope: Rope,
+    documents: Sequence[Document],
+    needles: Sequence[Needle],
+    length: int,
+    *,
+    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+) -> float:
+    """The share of needles whose answer greedy decoding would give in full.
+
+    Decoding gives the answer where each of its tokens is the likeliest after those before it, so
+    one forward for each needle tells it.
+
+    Args:
+        losses: the model.
+        rope: under which to ask it.
+        documents: as in `NeedlePerplexity`; so are ``needles``, ``length`` and ``depths``.
+    """
+    right: list[bool] = []
+    for windows in _hidden(documents, needles, length, depths):
+        for window in windows:
+            told = losses.likeliest(rope, window.tokens[None], last=window.last)
+            right.append(torch.equal(told[0], window.tokens[-window.last :]))
+    return sum(right) / len(right)
+
+
+def _hidden(
+    documents: Sequence[Document],
+    needles: Sequence[Needle],
+    length: int,
+    depths: Sequence[float],
+) -> list[list[Window]]:
+    for name, values in (("needles", needles), ("depths", depths)):
+        if not values:
+            raise ValueError(f"{name}: expected at least one, got none")
+    _check_documents(documents, length)
+    count = len(depths)
+    return [
+        [
+            hide(needles[(index * count + at) % len(needles)], document, length, depth)
+            for at, depth in enumerate(depths)
+        ]
+        for index, document in enumerate(documents)
+    ]
+
+
+def _check_documents(documents: Sequence[Document], length: int) -> None:
+    if not documents:
+        raise ValueError("documents: expected at least one, got none")
+    for document in documents:
+        if len(document.tokens) < length:
+            raise ValueError(
+                f"{document.name}: expected at least {length} tokens, the length to measure at, "
+                f"got {len(document.tokens)}"
+            )

@@ -1,0 +1,201 @@
+"""A model as what a search measures: the losses of tokens under a rope."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..rope import Rope
+
+Ropes = Rope | Sequence[Rope]
+_Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_CHUNK_NUMBERS = 2**24  # of logits in memory at a time: 64 MB in float32
+
+
+class Losses(Protocol):
+    """What the fitness functions ask of a model. A row is one sequence under one rope."""
+
+    def __call__(
+        self, ropes: Ropes, tokens: torch.Tensor, *, last: int | None = None
+    ) -> torch.Tensor:
+        """Cross entropy of each token after the first, or of the last ones alone, in nats.
+
+        Args:
+            ropes: one for all rows, or one for each; of several sets, that of the length.
+            tokens: (rows, length) int64.
+            last: how many tokens at the end to score; None for all that have one before them.
+
+        Returns:
+            (rows, last or length - 1) float32 on the host.
+        """
+        ...
+
+    def likeliest(self, ropes: Ropes, tokens: torch.Tensor, *, last: int) -> torch.Tensor:
+        """The token with the highest logit at each of those places: (rows, last) int64."""
+        ...
+
+
+class TransformersLosses:
+    """The losses of a causal language model of transformers, which is enabled with this package.
+
+    A rope is put into the enabled model (`set_rope`): no weight, table or kernel is made anew.
+    Rows that share a forward may have different ropes: each is a factor set of one `Rope`, pinned
+    to its row. Logits exist for a chunk of the scored positions at a time.
+
+    Attributes:
+        model: the model, enabled; ``disable(model)`` gives it back as it was.
+        rope: that of its config. Ropes to measure have as many pairs, its base and its pairing.
+    """
+
+    def __init__(
+        self, model: Any, *, backend: str | None = None, batch_tokens: int | None = None
+    ) -> None:
+        """Enable ``model`` and put it into eval mode.
+
+        Args:
+            model: with a language-model head, of a family that `enable` knows.
+            backend: as in `enable`.
+            batch_tokens: how many tokens a forward has at most, where it has more than one row;
+                by default 32768 on a GPU, and one row at a time on a CPU. A forward that does not
+                fit into the memory of a device is tried again in halves.
+
+        Raises:
+            ValueError: the model has no head, no rotary embedding that this package knows, or
+                ``batch_tokens`` is not positive.
+        """
+        from ..integrations.transformers import enable
+
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is None:
+            raise ValueError(
+                "model: expected one with a language-model head (AutoModelForCausalLM), got "
+                f"{type(model).__name__}"
+            )
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
+        self.rope = Rope.from_config(model.config)
+        self.model = enable(model, rope=self.rope, backend=backend).eval()
+        self._head: nn.Module = head
+        weight = next(model.parameters())
+        if batch_tokens is None:
+            batch_tokens = 2**15 if weight.device.type != "cpu" else 1
+        self._batch_tokens = batch_tokens
+
+    def __call__(
+        self, ropes: Ropes, tokens: torch.Tensor, *, last: int | None = None
+    ) -> torch.Tensor:
+        """As `Losses`.
+
+        Raises:
+            ValueError, TypeError: naming the argument that does not fit the model.
+        """
+        count = tokens.shape[-1] - 1 if last is None else last
+        return self._rows(ropes, tokens, count, _cross_entropy)
+
+    def likeliest(self, ropes: Ropes, tokens: torch.Tensor, *, last: int) -> torch.Tensor:
+        """As `Losses`."""
+        return self._rows(ropes, tokens, last, lambda logits, _: logits.argmax(-1))
+
+    def _rows(
+        self, ropes: Ropes, tokens: torch.Tensor, last: int, of_logits: _Head
+    ) -> torch.Tensor:
+        self._check_tokens(tokens, last)
+        rows, length = tokens.shape
+        ropes = [ropes] * rows if isinstance(ropes, Rope) else list(ropes)
+        if len(ropes) != rows:
+            raise ValueError(f"ropes: expected one, or one for each of {rows} rows: {len(ropes)}")
+        for rope in {id(rope): rope for rope in ropes}.values():
+            self._check_rope(rope)
+        step = max(self._batch_tokens // length, 1)
+        parts = [
+            self._in_halves(ropes[at : at + step], tokens[at : at + step], last, of_logits)
+            for at in range(0, rows, step)
+        ]
+        return torch.cat(parts)
+
+    def _in_halves(
+        self, ropes: list[Rope], tokens: torch.Tensor, last: int, of_logits: _Head
+    ) -> torch.Tensor:
+        try:
+            return self._forward(ropes, tokens, last, of_logits)
+        except torch.OutOfMemoryError:
+            if len(ropes) == 1:
+                raise
+        # Outside of the handler, whose traceback holds the tensors that were too many.
+        half = len(ropes) // 2
+        self._batch_tokens = max(half * tokens.shape[1], 1)
+        parts = [
+            self._in_halves(ropes[part], tokens[part], last, of_logits)
+            for part in (slice(half), slice(half, None))
+        ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _forward(
+        self, ropes: list[Rope], tokens: torch.Tensor, last: int, of_logits: _Head
+    ) -> torch.Tensor:
+        from ..integrations.transformers import set_rope
+
+        rope, sets = merged(ropes, tokens.shape[1])
+        set_rope(self.model, rope)
+        tokens = tokens.to(self.model.device)
+        chosen = {} if len(rope.sets) == 1 else {"longrope_sets": sets.to(tokens.device)}
+        base = self.model.base_model
+        hidden = base(input_ids=tokens, use_cache=False, **chosen).last_hidden_state
+        hidden, targets = hidden[:, -last - 1 : -1], tokens[:, -last:]
+        vocabulary = self.model.config.get_text_config().vocab_size
+        step = max(_CHUNK_NUMBERS // (vocabulary * len(tokens)), 1)
+        parts = []
+        for at in range(0, last, step):
+            logits = self._head(hidden[:, at : at + step])
+            parts.append(of_logits(logits, targets[:, at : at + step].to(logits.device)))
+        return torch.cat(parts, 1).cpu()
+
+    def _check_tokens(self, tokens: torch.Tensor, last: int) -> None:
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"tokens: expected (rows, length) int64, got {tuple(tokens.shape)}, {tokens.dtype}"
+            )
+        if not 0 < last < tokens.shape[1]:
+            raise ValueError(
+                f"last: expected 1 to {tokens.shape[1] - 1}, since the first of "
+                f"{tokens.shape[1]} tokens has none before it, got {last}"
+            )
+
+    def _check_rope(self, rope: Rope) -> None:
+        if not isinstance(rope, Rope):
+            raise TypeError(f"rope: expected a Rope, got {type(rope).__name__}")
+        for name in ("rotary_dim", "base", "interleaved"):
+            wanted, got = getattr(self.rope, name), getattr(rope, name)
+            if wanted != got:
+                raise ValueError(f"rope: expected {name} = {wanted} as in the model, got {got}")
+
+
+def merged(ropes: Sequence[Rope], length: int) -> tuple[Rope, torch.Tensor]:
+    """One rope with the factor sets of several for sequences of one length.
+
+    Args:
+        ropes: of the same pairs, base and pairing, one for each row.
+        length: of every row, in tokens.
+
+    Returns:
+        The rope, whose bounds mean nothing, and the set of each row, (rows,) int32.
+    """
+    of_rows = [replace(r.sets[r.set_index(length)], max_length=None) for r in ropes]
+    unique = {factor_set: index for index, factor_set in enumerate(dict.fromkeys(of_rows))}
+    sets = tuple(
+        replace(factor_set, max_length=None if index == len(unique) - 1 else index + 1)
+        for factor_set, index in unique.items()
+    )
+    rope = Rope(sets, ropes[0].base, ropes[0].interleaved)
+    return rope, torch.tensor([unique[s] for s in of_rows], dtype=torch.int32)
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = logits.float()
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape)

@@ -1,0 +1,117 @@
+"""The pictures of a search, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from ..rope import Rope
+from .base import Iteration
+
+# Colours that also differ in lightness (Okabe and Ito).
+_STYLES = {
+    "no scaling": {"color": "#999999", "linestyle": ":"},
+    "PI": {"color": "#E69F00", "linestyle": "--"},
+    "NTK": {"color": "#56B4E9", "linestyle": "--"},
+    "dynamic NTK": {"color": "#009E73", "linestyle": "--"},
+    "YaRN": {"color": "#D55E00", "linestyle": "--"},
+}
+_OTHERS = ("#0072B2", "#CC79A7", "#000000", "#8C564B", "#7F7F00")
+
+
+def draw_factors(rope: Rope, others: Mapping[str, Rope], path: Path, title: str = "") -> None:
+    """``lambda`` by pair of dimensions.
+
+    Args:
+        rope: each of its sets a line.
+        others: formulas to compare with, one set each.
+        path: of the PNG.
+        title: of the picture.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, other in others.items():
+        axes.plot(other.sets[0].factors, label=name, linewidth=1, **_STYLES.get(name, {}))
+    colors = _cycle(len(rope.sets))
+    for index, (factor_set, color) in enumerate(zip(rope.sets, colors, strict=True)):
+        label = "LongRoPE" if len(rope.sets) == 1 else _set_label(rope, index)
+        if factor_set.n_hat:
+            label += f", n_hat {factor_set.n_hat}"
+        axes.plot(factor_set.factors, label=label, color=color, marker=".", linewidth=1.6)
+    axes.set(xlabel="pair of dimensions, from fast to slow", ylabel="lambda", yscale="log")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_perplexity(
+    rows: Mapping[str, Mapping[int, float]], path: Path, title: str = "", trained: int | None = None
+) -> None:
+    """Perplexity against length, both logarithmic.
+
+    Args:
+        rows: for each method the perplexity by length in tokens.
+        path: of the PNG.
+        title: of the picture.
+        trained: a length to mark with a line.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    colors = iter(_cycle(len(rows)))
+    for name, values in rows.items():
+        style: Mapping[str, Any] = _STYLES.get(name) or {"color": next(colors)}
+        lengths = sorted(values)
+        axes.plot(lengths, [values[x] for x in lengths], label=name, marker=".", **style)
+    if trained is not None:
+        axes.axvline(trained, color="black", linewidth=0.8, linestyle=":")
+    ticks = sorted({length for values in rows.values() for length in values})
+    axes.set(xlabel="tokens", ylabel="perplexity", yscale="log")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(length) for length in ticks])
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_history(
+    history: Sequence[Iteration], others: Mapping[str, float], path: Path, title: str = ""
+) -> None:
+    """The best perplexity so far, and the median of each iteration, against iterations.
+
+    Args:
+        history: of a search.
+        others: the perplexity of formulas, as level lines.
+        path: of the PNG.
+        title: of the picture.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    numbers = range(1, len(history) + 1)
+    axes.plot(numbers, [one.best for one in history], label="best so far", color=_OTHERS[0])
+    axes.plot(
+        numbers, [one.median for one in history], ".", label="median of an iteration",
+        color=_OTHERS[1],
+    )  # fmt: skip
+    for name, value in others.items():
+        axes.axhline(value, label=name, linewidth=1, **_STYLES.get(name, {}))
+    axes.set(xlabel="iteration", ylabel="perplexity", yscale="log")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _set_label(rope: Rope, index: int) -> str:
+    bound = rope.sets[index].max_length
+    return "longer" if bound is None else f"to {bound} tokens"
+
+
+def _cycle(count: int) -> list[str]:
+    return [_OTHERS[i % len(_OTHERS)] for i in range(count)]
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

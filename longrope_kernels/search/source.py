@@ -1,0 +1,256 @@
+"""A model folder of Hugging Face: what it is rotated by, its lengths, its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import hf_config, scaling
+from ..rope import FactorSet, Rope
+from ..rope_io import SIDECAR
+from .documents import Document
+
+CONFIG = "config.json"
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk.
+
+    Attributes:
+        folder: with config.json, weights, tokenizer, and a longrope.json where a config cannot
+            hold the rope.
+        config: the content of config.json.
+        rope: what the model is rotated by.
+        original: in tokens, what it was first trained for.
+        trained: in tokens, what it serves now: more than ``original`` where it was extended.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    rope: Rope
+    original: int
+    trained: int
+
+    @property
+    def stage(self) -> Rope | None:
+        """The set of the longest sequences, which a further extension starts from.
+
+        None where the model is not scaled.
+        """
+        one = self.rope.sets[self.rope.set_index(self.trained)]
+        if set(one.factors) == {1.0}:
+            return None
+        return Rope((FactorSet(one.factors),), self.rope.base, self.rope.interleaved)
+
+
+def open_source(folder: Path, original: int | None = None) -> Source:
+    """Read what is beside the weights.
+
+    Args:
+        folder: of a model, local.
+        original: in tokens, in place of what the config says.
+
+    Raises:
+        ValueError: there is no such folder or config.json, its model has no rotary embedding that
+            this package knows, or ``original`` is out of range.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder}: expected the folder of a model, with a {CONFIG}")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+    try:
+        rope = Rope.load(folder) if (folder / SIDECAR).is_file() else Rope.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    trained = config.get("max_position_embeddings")
+    if not isinstance(trained, int):
+        raise ValueError(f"{path}: expected max_position_embeddings, a number, got {trained!r}")
+    if original is None:
+        original = _original_length(config)
+    if not 1 < original <= trained:
+        raise ValueError(
+            f"original length: expected 2 to {trained} tokens, the model's "
+            f"max_position_embeddings, got {original}"
+        )
+    return Source(folder, config, rope, original, trained)
+
+
+def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
+    """The causal language model of a local folder.
+
+    Args:
+        folder: as in `open_source`.
+        device: "auto" is a GPU where there is one; under torchrun, that of this process.
+        dtype: "auto" is that of the weights on a GPU, and float32 on a CPU.
+
+    Raises:
+        ValueError: an argument that is not served, or transformers' reason not to load it.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if device == "auto":
+        device = f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        dtype = "float32"
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return model.to(device)
+
+
+def baselines(source: Source, length: int) -> dict[str, Rope]:
+    """The formulas to compare with, each for extending the original length to ``length``.
+
+    Args:
+        source: the model.
+        length: in tokens, more than ``source.original``.
+    """
+    dim, base = source.rope.rotary_dim, source.rope.base
+    factor = length / source.original
+    pairing = {"base": base, "interleaved": source.rope.interleaved}
+    return {
+        "no scaling": Rope.plain(dim, base=base, interleaved=source.rope.interleaved),
+        "PI": scaling.linear(dim, factor, **pairing),  # type: ignore[arg-type]
+        "NTK": scaling.ntk_aware(dim, factor, **pairing),  # type: ignore[arg-type]
+        "YaRN": scaling.yarn(dim, factor, source.original, **pairing),  # type: ignore[arg-type]
+    }
+
+
+def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str | None:
+    """Write ``rope`` as longrope.json, and the model's config.json with it where one can say it.
+
+    Args:
+        source: whose config is taken.
+        rope: what to write.
+        length: in tokens, the new ``max_position_embeddings``.
+        folder: where to write.
+
+    Returns:
+        None, or why config.json does not have the rope; then there is none in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_rope(rope, folder)
+    version = 5 if "rope_parameters" in source.config else 4
+    dim = _head_dim(source.config)
+    named = "head_dim" in source.config or dim != rope.rotary_dim
+    try:
+        fields = rope.to_config(
+            version=version,
+            head_dim=dim if named else None,
+            original_max_position_embeddings=source.original if len(rope.sets) == 1 else None,
+            max_position_embeddings=length,
+        )
+    except ValueError as error:
+        (folder / CONFIG).unlink(missing_ok=True)
+        return str(error)
+    config = {k: v for k, v in source.config.items() if k not in _REPLACED} | fields
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    return None
+
+
+def save_rope(rope: Rope, folder: Path) -> None:
+    """Write ``longrope.json``: it is the old or the new one at every moment."""
+    draft = folder / (SIDECAR + ".new")
+    with _whole(draft):
+        rope.save(draft)
+        os.replace(draft, folder / SIDECAR)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file whole, as `save_rope`. What is not finite is written as a word."""
+    draft = path.with_name(path.name + ".new")
+    with _whole(draft):
+        draft.write_text(json.dumps(_plain(content), indent=1) + "\n", "utf-8")
+        os.replace(draft, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file that `write_json` wrote."""
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content
+
+
+@contextmanager
+def _whole(draft: Path) -> Iterator[None]:
+    """Take away a draft that could not be written."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+# Fields that would contradict the new ones.
+_REPLACED = ("rope_parameters", "rope_scaling", "rope_theta", hf_config.N_HAT_KEY)
+
+
+def fingerprint(model: Any) -> str:
+    """Which weights these are, by some of the values of each."""
+    total = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        flat = value.detach().flatten()
+        some = flat[:: max(len(flat) // 64, 1)].double().cpu()
+        total.update(f"{name} {tuple(value.shape)}".encode() + some.numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def digest(documents: Sequence[Document]) -> str:
+    """Which tokens these are."""
+    total = hashlib.sha256()
+    for document in documents:
+        total.update(f"{len(document.tokens)} ".encode() + document.tokens.numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def _original_length(config: Mapping[str, Any]) -> int:
+    name = "original_max_position_embeddings"
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    length = config.get(name) or scaling.get(name) or config["max_position_embeddings"]
+    return int(length)
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    given = config.get("head_dim")
+    return int(given or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))

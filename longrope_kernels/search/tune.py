@@ -1,0 +1,263 @@
+"""Fine-tuning under given factors: a short loop over accelerate, resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..rope import Rope
+from .documents import Document
+
+LOG = "tuning.jsonl"
+_CHUNK_NUMBERS = 2**24  # of logits in memory at a time, as in `model`
+Progress = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """How to fine-tune; the paper's where it says so (arXiv 2402.13753).
+
+    Attributes:
+        rate: of AdamW; it rises over ``warmup`` steps and falls linearly to 0, as in the paper.
+        warmup: in steps, the paper's.
+        rows: windows of a step in each process (the paper: 32 in all).
+        accumulate: a step's windows come in so many parts.
+        short: share of the parts that are windows of the original length under the original
+            embedding, as in LongRoPE2 (arXiv 2502.20082); the rope gets a set for it.
+        recompute: layers keep no activations and are run again in the backward pass.
+        every: a checkpoint after so many steps, and the last.
+        seed: of the windows.
+
+    Raises:
+        ValueError: naming the attribute that is out of range.
+    """
+
+    rate: float = 2e-5
+    warmup: int = 20
+    rows: int = 1
+    accumulate: int = 1
+    short: float = 0.0
+    recompute: bool = False
+    every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "accumulate", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.rate > 0:
+            raise ValueError(f"rate: expected above 0, got {self.rate}")
+        if not 0 <= self.short < 1:
+            raise ValueError(f"short: expected a share from 0 to below 1, got {self.short}")
+
+
+def tune(
+    model: Any,
+    rope: Rope,
+    documents: Sequence[Document],
+    length: int,
+    steps: int,
+    settings: TuneSettings,
+    folder: Path,
+    *,
+    short_length: int | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Fine-tune a model; in a folder with checkpoints the same call goes on from the last.
+
+    Under torchrun each process has windows of its own, and gradients are averaged.
+
+    Args:
+        model: of transformers, changed in place; float32 weights, which are what AdamW needs (on a
+            GPU the forward is in bfloat16).
+        rope: a set for ``length``; with ``settings.short`` another for ``short_length``.
+        documents: each of at least ``length`` tokens.
+        length: of a window, in tokens.
+        steps: of the optimiser.
+        settings: the rest.
+        folder: of ``tuning.jsonl`` (loss and seconds of every step) and checkpoints.
+        short_length: of the windows that ``settings.short`` asks for.
+        progress: called with the number of steps done and the loss of the last.
+
+    Returns:
+        The model, enabled under ``rope``, in eval mode.
+
+    Raises:
+        ValueError: a document is too short.
+        RuntimeError: the loss is not finite; the last checkpoint is from before it.
+    """
+    from accelerate import Accelerator
+
+    from ..integrations.transformers import enable
+
+    for document in documents:
+        if len(document.tokens) < length:
+            raise ValueError(
+                f"{document.name}: expected at least {length} tokens to train on, got "
+                f"{len(document.tokens)}"
+            )
+    device = next(model.parameters()).device
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no" if device.type == "cpu" else "bf16"
+    )
+    enable(model, rope=rope)
+    if settings.recompute:
+        _checkpointing(model, "enable")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    module, optimizer = accelerator.prepare(_Loss(model), optimizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = _restore(accelerator, folder)
+    windows = _Windows(documents, settings, length, short_length, accelerator.process_index)
+    module.train()
+    for step in range(start, steps):
+        begin = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate * _schedule(step, steps, settings.warmup)
+        total = 0.0
+        for part in range(settings.accumulate):
+            loss = module(windows.part(step, part).to(accelerator.device)) / settings.accumulate
+            total += loss.item()
+            accelerator.backward(loss)
+        if not math.isfinite(total):
+            raise RuntimeError(
+                f"{folder}: the loss of step {step + 1} is {total}; a lower rate, or more warm-up"
+            )
+        accelerator.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if accelerator.is_main_process:
+            row = {"step": step + 1, "loss": total, "seconds": time.perf_counter() - begin}
+            with (folder / LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(row) + "\n")
+        if progress is not None:
+            progress(step + 1, total)
+        if (step + 1) % settings.every == 0 or step + 1 == steps:
+            _save(accelerator, folder, step + 1)
+    if settings.recompute:
+        _checkpointing(model, "disable")
+    return model.eval()
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Those of `tune`, when the model is written."""
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+
+
+class _Loss(nn.Module):
+    """The mean cross entropy as a module, so that gradients are averaged whatever wraps it.
+
+    The logits of a long window are made, and made again in the backward pass, in pieces.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens: (rows, length) int64. Gives ()."""
+        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        size = max(_CHUNK_NUMBERS // self.model.config.get_text_config().vocab_size, 1)
+        total: torch.Tensor = hidden.new_zeros((), dtype=torch.float32)
+        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+            total = total + checkpoint(self._sum, part, wanted, use_reentrant=False)
+        return total / len(targets)
+
+    def _sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self.model.get_output_embeddings()(hidden).float()
+        return nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+class _Windows:
+    """Random windows that depend on the step alone, so that a run which goes on gets the same."""
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        settings: TuneSettings,
+        length: int,
+        short_length: int | None,
+        process: int,
+    ) -> None:
+        if settings.short and short_length is None:
+            raise ValueError("short_length: expected a number of tokens where short is above 0")
+        self._documents, self._settings = documents, settings
+        self._lengths = (length, short_length or length)
+        self._process = process
+
+    def part(self, step: int, part: int) -> torch.Tensor:
+        """(rows, length) int64; of short windows as many more as make the same tokens."""
+        settings = self._settings
+        key = (settings.seed, step, part)
+        alike = torch.Generator().manual_seed(hash(key))  # of small integers, so always the same
+        generator = torch.Generator().manual_seed(hash((*key, self._process)))
+        length, rows = self._lengths[0], settings.rows
+        if torch.rand((), generator=alike) < settings.short:
+            rows, length = rows * length // self._lengths[1], self._lengths[1]
+        places = torch.tensor([len(d.tokens) - length + 1.0 for d in self._documents])
+        which = torch.multinomial(places, rows, replacement=True, generator=generator)
+        windows = []
+        for index in which.tolist():
+            tokens = self._documents[index].tokens
+            at = int(torch.randint(len(tokens) - length + 1, (), generator=generator))
+            windows.append(tokens[at : at + length])
+        return torch.stack(windows)
+
+
+def _checkpointing(model: Any, verb: str) -> None:
+    """By the name of transformers 6, which late versions of 5 ask for, or by that of 5."""
+    new, old = (f"{kind}_checkpointing_{verb}" for kind in ("activation", "gradient"))
+    getattr(model, new if hasattr(model, new) else old)()
+
+
+def _schedule(step: int, steps: int, warmup: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / max(steps - warmup, 1)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The whole ones, the oldest first."""
+    found = (p for p in folder.glob("checkpoint-*") if p.suffix != ".new")
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _restore(accelerator: Any, folder: Path) -> int:
+    """Load the last checkpoint; returns the steps done."""
+    found, step = _checkpoints(folder), 0
+    if found:
+        accelerator.load_state(str(found[-1]))
+        step = int(found[-1].name.split("-")[1])
+    log = folder / LOG
+    if accelerator.is_main_process and log.exists():  # the steps after it come again
+        lines = log.read_text("utf-8").splitlines(keepends=True)
+        log.write_text("".join(lines[:step]), "utf-8")
+    return step
+
+
+def _save(accelerator: Any, folder: Path, step: int) -> None:
+    draft = folder / f"checkpoint-{step}.new"
+    if accelerator.is_main_process:
+        shutil.rmtree(draft, ignore_errors=True)  # of a run that was stopped while it saved
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(draft), safe_serialization=False)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        old = _checkpoints(folder)
+        draft.rename(folder / f"checkpoint-{step}")
+        for path in old:
+            shutil.rmtree(path)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,345 @@
+"""The commands of the search on a tiny model: their files, their resume, their errors."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from search_cases import ORIGINAL, SMALL, flags, make_model, make_texts, one_thread
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from typer.testing import CliRunner
+
+from longrope_kernels import Rope, cli
+from longrope_kernels.search.documents import encoder, read_documents
+from longrope_kernels.search.fitness import Perplexity
+from longrope_kernels.search.model import TransformersLosses
+
+LENGTH = 96
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # what makes the last bits the same
+__all__ = ["one_thread"]
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    make_model(folder / "model")
+    make_texts(folder / "texts")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def searched(work: Path) -> Path:
+    """The folder of a search that was not disturbed."""
+    result = search(work, work / "searched")
+    assert result.exit_code == 0, result.stderr
+    return work / "searched"
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def given(work: Path) -> list[Any]:
+    return [work / "model", *flags(documents=work / "texts", tokenizer="bytes", samples=2)]
+
+
+def search(work: Path, out: Path, *more: Any, **settings: Any) -> Any:
+    settings = {"length": LENGTH, "out": out, **SMALL, **settings}
+    return run("search", *given(work), *flags(**settings), *more)
+
+
+def measured(work: Path, rope: Rope, length: int = LENGTH, model: str = "model") -> float:
+    losses = TransformersLosses(AutoModelForCausalLM.from_pretrained(work / model))
+    texts = read_documents([work / "texts"], encoder("bytes"), length)
+    return Perplexity(losses, texts, length)(rope)
+
+
+def pictures(folder: Path) -> list[str]:
+    signature = b"\x89PNG"
+    found = sorted(folder.glob("*.png"))
+    assert all(path.read_bytes().startswith(signature) for path in found)
+    return [path.name for path in found]
+
+
+# ------------------------------------------------------------------------------------------- search
+
+
+def test_a_search_writes_what_it_found(work, searched):
+    rope = Rope.load(searched)
+    result = json.loads((searched / "result.json").read_text())
+    assert result["best"]["fitness"] == pytest.approx(measured(work, rope), rel=1e-5)
+    assert result["evaluations"] == 6 + 2 * 5
+    assert set(result["others"]) == {"no scaling", "PI", "NTK", "YaRN"}
+    assert result["others"]["no scaling"] == pytest.approx(measured(work, Rope.plain(16)), rel=1e-5)
+    assert all(1 <= x <= 1.25 * LENGTH / ORIGINAL for x in rope.sets[0].factors)
+    assert pictures(searched) == ["factors.png", "history.png"]
+    config = AutoConfig.from_pretrained(searched)
+    assert config.max_position_embeddings == LENGTH
+    assert Rope.from_config(config).sets[1] == rope.sets[0]
+
+
+def test_the_table_has_the_formulas_and_the_best(work, searched):
+    again = search(work, searched)  # done: nothing is evaluated, the table comes again
+    rows = [line.split() for line in again.stdout.splitlines()]
+    best = json.loads((searched / "result.json").read_text())["best"]["fitness"]
+    assert ["LongRoPE", f"{best:.4g}"] in [row[:2] for row in rows]
+    assert [row[0] for row in rows[1:5]] == ["no", "PI", "NTK", "YaRN"]
+
+
+def test_a_search_that_is_killed_goes_on_to_the_same_result(work, searched, tmp_path):
+    out = tmp_path / "killed"
+    settings = flags(length=LENGTH, out=out, **SMALL)
+    command = [sys.executable, "-m", "longrope_kernels.cli", "search", *given(work), *settings]
+    process = subprocess.Popen(
+        [str(part) for part in command], stderr=subprocess.DEVNULL, env=ONE_THREAD
+    )
+    journal, deadline = out / "evaluations.jsonl", time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = journal.read_bytes().count(b"\n")
+    assert done < 16
+    result = search(work, out)
+    assert result.exit_code == 0, result.stderr
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    whole = [json.loads(s) for s in (searched / "evaluations.jsonl").read_text().splitlines()]
+    keys = ("iteration", "place", "factors", "n_hat", "fitness", "complete")
+    assert [[row[k] for k in keys] for row in rows] == [[row[k] for k in keys] for row in whole]
+    assert Rope.load(out) == Rope.load(searched)
+
+
+def test_another_search_in_the_folder_is_refused(work, searched):
+    before = (searched / "evaluations.jsonl").read_bytes()
+    for change in ({"length": 64}, {"seed": 1}, {"samples": 1}, {"last": 8}):
+        result = search(work, searched, **change)
+        assert result.exit_code == 1
+        assert result.stderr.count("the folder is another run's") == 1
+    assert (searched / "evaluations.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_leaves_what_was_saved_and_the_search_goes_on(
+    work, searched, tmp_path, monkeypatch
+):
+    save, calls = Rope.save, []
+
+    def full(self: Rope, path: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_text("{")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(self, path)
+
+    monkeypatch.setattr(Rope, "save", full)
+    result = search(work, tmp_path)
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr.splitlines()[-1]
+    assert len(Rope.load(tmp_path).sets[0].factors) == 8
+    assert not list(tmp_path.glob("*.new"))
+    assert search(work, tmp_path).exit_code == 0
+    assert Rope.load(tmp_path) == Rope.load(searched)
+
+
+def test_racing_and_batches_change_nothing(work, searched, tmp_path):
+    for name, more in (("unraced", ["--no-race"]), ("batches", ["--batch", 3])):
+        assert search(work, tmp_path / name, *more).exit_code == 0
+        assert Rope.load(tmp_path / name) == Rope.load(searched)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_candidates(work, searched, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--standalone", "-m", "longrope_kernels.cli"]
+    settings = flags(length=LENGTH, out=tmp_path / "out", **SMALL)
+    command = [*torchrun, "search", *map(str, given(work)), *settings]
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("LongRoPE") == 1  # one of them tells
+    assert Rope.load(tmp_path / "out") == Rope.load(searched)
+
+
+def test_a_second_stage_multiplies_the_first(work, searched, tmp_path):
+    start = ["--start", searched, "--start-length", LENGTH]
+    result = search(work, tmp_path, *start, length=2 * LENGTH, attention="searched")
+    assert result.exit_code == 0, result.stderr
+    first, second = (Rope.load(path).sets[0] for path in (searched, tmp_path))
+    ratios = [b / a for a, b in zip(first.factors, second.factors, strict=True)]
+    assert all(0.999 < ratio < 1.25 * 2 + 1e-9 for ratio in ratios)
+    best = json.loads((tmp_path / "result.json").read_text())["best"]
+    assert ratios == pytest.approx([x / 100 for x in best["factors"]])
+    assert second.attention_factor == best["attention"] / 100
+    assert "--start-length: expected" in search(work, tmp_path, "--start", searched).stderr
+
+
+@pytest.mark.filterwarnings("ignore::longrope_kernels.scaling.FactorWarning")
+def test_options_reach_the_space(work, tmp_path):
+    wanted = [
+        "--no-monotone",
+        "--attention",
+        1.0,
+        "--n-hat",
+        4,
+        "--n-hat",
+        0,
+        "--fitness",
+        "needle",
+    ]
+    result = search(work, tmp_path, *wanted, length=160, optimizer="cmaes")
+    assert result.exit_code == 0, result.stderr
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert content["space"]["n_hats"] == [0, 4]
+    assert content["space"]["attention"] == 1.0
+    assert content["space"]["monotone"] is False
+    assert Rope.load(tmp_path).sets[0].attention_factor == 1.0
+
+
+# ----------------------------------------------------------------------------------------- evaluate
+
+
+def test_evaluate_compares_ropes_and_formulas(work, searched, tmp_path):
+    lengths = flags(length=ORIGINAL, rope=searched) + flags(length=160)
+    result = run("evaluate", *given(work), *lengths, "--passkey", "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    rows = content["perplexity"]
+    names = ["the model's own", "no scaling", "PI", "NTK", "YaRN", "searched", "dynamic NTK"]
+    assert list(rows) == names
+    assert rows["searched"]["160"] == pytest.approx(
+        measured(work, Rope.load(searched), 160), rel=1e-5
+    )
+    # Nothing is scaled up to the original length.
+    assert rows["dynamic NTK"]["32"] == rows["no scaling"]["32"] == rows["the model's own"]["32"]
+    assert rows["dynamic NTK"]["160"] == pytest.approx(rows["NTK"]["160"])
+    assert content["passkey"]["PI"] == {"160": 0.0}  # 32 tokens have no room for a needle
+    assert pictures(tmp_path) == ["perplexity.png"]
+    assert result.stdout.count("dynamic NTK") == 2
+
+
+# ----------------------------------------------------------------------------------------- readjust
+
+
+def test_readjust_gives_short_lengths_sets_that_are_better(work, tmp_path):
+    extended = tmp_path / "extended"
+    make_model(extended, max_position_embeddings=LENGTH)
+    factors = tuple(3.0 for _ in range(8))
+    Rope.longrope(factors, factors, ORIGINAL, LENGTH).save(extended)
+    config = json.loads((extended / "config.json").read_text())
+    config["original_max_position_embeddings"] = ORIGINAL
+    (extended / "config.json").write_text(json.dumps(config))
+    texts = flags(documents=work / "texts", tokenizer="bytes", samples=2, **SMALL)
+    command = ["readjust", extended, *texts, "--length", ORIGINAL, "--out", tmp_path / "out"]
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    rope, before = Rope.load(tmp_path / "out"), Rope.load(extended)
+    found = json.loads((tmp_path / "out" / "32" / "result.json").read_text())
+    better = found["best"]["fitness"] < found["others"]["before"]
+    assert rope.sets[-1].factors == factors
+    assert ("its own set" in result.stdout) == better == (rope.sets[0].factors != factors)
+    assert measured(work, rope, ORIGINAL) <= measured(work, before, ORIGINAL)
+    assert max(rope.sets[0].factors) <= max(3.0**0.5, 1.25) + 1e-9
+    assert rope.sets[0].max_length == ORIGINAL
+    assert Rope.from_config(AutoConfig.from_pretrained(tmp_path / "out")) == rope
+    wrong = run(*command[:-4], "--length", 1, "--out", tmp_path / "none")
+    assert "lengths: expected ascending numbers of tokens, got [1]" in wrong.stderr
+
+
+# ------------------------------------------------------------------------------------------- others
+
+
+def test_plot_draws_again(searched, tmp_path):
+    for picture in searched.glob("*.png"):
+        picture.unlink()
+    assert run("plot", searched).exit_code == 0
+    assert pictures(searched) == ["factors.png", "history.png"]
+    for folder, message in (
+        (tmp_path, "expected result.json"),
+        (tmp_path / "no", "no such folder"),
+    ):
+        result = run("plot", folder)
+        assert result.exit_code == 1
+        assert message in result.stderr
+
+
+ERRORS = {
+    "no model": ({"model": "nothing"}, {}, "expected the folder of a model, with a config.json"),
+    "short documents": ({}, {"length": 400}, "0.txt: expected at least 400 tokens"),
+    "not longer": ({}, {"length": 32}, "--length: expected more than the 32 tokens"),
+    "attention": ({}, {"attention": "much"}, "--attention: expected fixed, searched or a number"),
+    "fitness": ({}, {"fitness": "luck"}, "fitness: expected one of perplexity, needle, got 'luck'"),
+    "optimizer": ({}, {"optimizer": "adam"}, "optimizer: expected one of evolution, cmaes"),
+    "no tokenizer": ({}, {"tokenizer": "model"}, "tokenizer: found none in"),
+    "dtype": ({}, {"dtype": "int8"}, "dtype: expected one of auto, float32"),
+    "original": ({}, {"original-length": 64}, "original length: expected 2 to 32 tokens"),
+}
+
+
+@pytest.mark.parametrize(("files", "settings", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_what_a_user_can_mend_is_one_line(work, tmp_path, monkeypatch, files, settings, message):
+    monkeypatch.chdir(work)
+    arguments = [files.get("model", "model"), *flags(documents="texts", tokenizer="bytes")]
+    settings = {"length": LENGTH, "out": tmp_path / "out", **settings}
+    result = run("search", *arguments, *flags(**settings))
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("longrope search: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_searched_are_named(work, tmp_path):
+    folder = tmp_path / "neox"
+    neox = GPTNeoXConfig(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=256,
+        intermediate_size=32, max_position_embeddings=32,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(neox).save_pretrained(folder)
+    texts = flags(documents=work / "texts", tokenizer="bytes", length=LENGTH, out=tmp_path / "out")
+    result = run("search", folder, *texts)
+    assert "model: expected a model of transformers of the family" in result.stderr
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "spiral"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "proportional, got 'spiral'" in run("search", folder, *texts).stderr
+
+
+def test_a_candidate_without_a_finite_loss_is_recorded_and_ranked_last(work, tmp_path, monkeypatch):
+    once = TransformersLosses.__call__
+    calls: list[int] = []
+
+    def sometimes(self: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        calls.append(len(calls))
+        losses = once(self, *arguments, **keywords)
+        return losses * float("nan") if len(calls) % 3 == 0 else losses
+
+    monkeypatch.setattr(TransformersLosses, "__call__", sometimes)
+    result = search(work, tmp_path, "--no-race", samples=1)
+    assert result.exit_code == 0, result.stderr
+    rows = [json.loads(s) for s in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    fitness = [row["fitness"] for row in rows]
+    assert "nan" in fitness
+    best = json.loads((tmp_path / "result.json").read_text())["best"]["fitness"]
+    assert best == min(value for value in fitness if value != "nan")
+
+
+def test_help_teaches_and_imports_nothing_heavy():
+    for command in ("search", "extend", "readjust", "evaluate", "plot"):
+        text = run(command, "--help").stdout
+        assert f"longrope {command} " in text
+    code = (
+        "import sys, longrope_kernels.cli;"
+        "assert not {'transformers', 'matplotlib', 'cmaes'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

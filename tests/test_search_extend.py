@@ -1,0 +1,283 @@
+"""The progressive extension on a tiny model: its steps, its resume, the fine-tuning."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from search_cases import ORIGINAL, SMALL, make_model, make_texts, one_thread
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from longrope_kernels import FactorSet, Rope, cli
+from longrope_kernels.integrations.transformers import enable
+from longrope_kernels.search import extend as extend_module
+from longrope_kernels.search import tune as tune_module
+from longrope_kernels.search.documents import Document
+from longrope_kernels.search.extend import ExtendPlan, Extension, Stage
+from longrope_kernels.search.find import Options
+from longrope_kernels.search.readjust import with_short_sets
+from longrope_kernels.search.tune import TuneSettings, tune
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OPTIONS = Options(**{**SMALL, "iterations": 2})
+TUNING = TuneSettings(rate=1e-2, warmup=1, rows=2, every=2)
+STEPS = ["1-search-64", "2-tune-64", "3-search-128", "4-readjust", "model"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    make_model(folder / "model")
+    (folder / "model" / "tokenizer_config.json").write_text("{}")
+    make_texts(folder / "texts")
+    return folder
+
+
+def plan(work: Path, **changes: Any) -> ExtendPlan:
+    made = ExtendPlan(
+        model=str(work / "model"),
+        documents=(str(work / "texts"),),
+        stages=(Stage(64, 5), Stage(128)),
+        training=(str(work / "texts"),),
+        short=(16, ORIGINAL),
+        samples=2,
+        tokenizer="bytes",
+        options=OPTIONS,
+        tuning=TUNING,
+    )
+    return replace(made, **changes)
+
+
+def say_nothing(line: str) -> None:
+    assert line
+
+
+@pytest.fixture(scope="module")
+def extended(work: Path) -> Path:
+    Extension(plan(work), work / "extended").run(say=say_nothing)
+    return work / "extended"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --------------------------------------------------------------------------------------- the plan
+
+
+def test_the_steps_and_their_results(work, extended):
+    assert sorted(p.name for p in extended.iterdir()) == sorted([*STEPS, "plan.json"])
+    first, second = (Rope.load(extended / STEPS[i]).sets[0] for i in (0, 2))
+    ratios = [b / a for a, b in zip(first.factors, second.factors, strict=True)]
+    assert all(0.999 < ratio < 1.25 * 2 + 1e-9 for ratio in ratios)  # composed
+    result = json.loads((extended / STEPS[2] / "result.json").read_text())
+    assert result["space"]["stage"] == list(first.factors)
+    searched = [x / 100 for x in result["best"]["factors"]]
+    assert ratios == pytest.approx(searched)
+    rope = Rope.load(extended / "model")
+    assert rope.sets[-1] == second
+    readjusted = json.loads((extended / "4-readjust" / "done.json").read_text())
+    assert [s.max_length for s in rope.sets] == [*readjusted["taken"], None]
+    for length in ("16", "32"):
+        better = readjusted["after"][length] < readjusted["before"][length]
+        assert better == (int(length) in readjusted["taken"])
+    assert not equal(weights(extended / "2-tune-64"), weights(work / "model"))
+    assert equal(weights(extended / "2-tune-64"), weights(extended / "model"))
+    files = {p.name for p in (extended / "model").iterdir()}
+    assert {"longrope.json", "config.json", "tokenizer_config.json", "done.json"} <= files
+    assert "tuning.jsonl" not in files
+    assert not list((extended / "2-tune-64").glob("checkpoint-*"))
+
+
+def test_the_second_search_measures_the_model_that_was_tuned(extended):
+    contexts = [
+        json.loads((extended / name / "state.json").read_text())["config"]["context"]["weights"]
+        for name in (STEPS[0], STEPS[2], "4-readjust/32")
+    ]
+    assert contexts[0] != contexts[1] == contexts[2]
+
+
+def test_finished_steps_are_not_repeated(work, extended, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in extended.rglob("*") if path.is_file()}
+    for name in ("find", "tune", "readjust", "load_model", "write_config"):
+        monkeypatch.setattr(extend_module, name, None)
+    said: list[str] = []
+    rope = Extension(plan(work), extended).run(say=said.append)
+    assert rope == Rope.load(extended / "model")
+    assert said == [f"{name}: done before" for name in STEPS]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("kind", "count"), [("search", 4), ("tune", 1), ("tune", 3)])
+def test_a_step_that_is_stopped_goes_on_to_the_same_result(work, extended, tmp_path, kind, count):
+    calls: list[int] = []
+
+    def watch(of: str, name: str, total: int) -> Any:
+        assert name in STEPS
+        assert total == (5 if of == "tune" else 0)
+
+        def progress(*_: Any) -> None:
+            calls.extend([1] if of == kind else [])
+            if len(calls) == count:
+                raise StoppedError
+
+        return progress
+
+    short = plan(work, stages=(Stage(64, 5),), short=())
+    with pytest.raises(StoppedError):
+        Extension(short, tmp_path).run(watch, say_nothing)
+    said: list[str] = []
+    Extension(short, tmp_path).run(watch, said.append)
+    assert said[0] == f"1-search-64: {'begins, or goes on' if kind == 'search' else 'done before'}"
+    assert Rope.load(tmp_path / "model") == Rope.load(extended / STEPS[0])
+    assert equal(weights(tmp_path / "model"), weights(extended / "2-tune-64"))
+    rows = (tmp_path / "2-tune-64" / "tuning.jsonl").read_text().splitlines()
+    whole = (extended / "2-tune-64" / "tuning.jsonl").read_text().splitlines()
+    losses = [
+        [json.loads(row)[k] for row in part for k in ("step", "loss")] for part in (rows, whole)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_another_plan_in_the_folder_is_refused(work, extended):
+    with pytest.raises(ValueError, match=r"another plan: options\.seed is 0 there and 1 here"):
+        Extension(plan(work, options=replace(OPTIONS, seed=1)), extended)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": ()}, r"stages: expected ascending lengths, got \[\]"),
+        ({"stages": (Stage(64), Stage(64))}, "stages: expected ascending lengths"),
+        ({"stages": (Stage(64, -1),)}, "stages: expected 0 or more steps, got -1"),
+        ({"training": ()}, "training: expected texts for the stages that fine-tune"),
+        ({"short": (128,)}, r"short: expected ascending lengths below 128, got \[128\]"),
+        ({"options": replace(OPTIONS, critical=4)}, "critical: expected one stage"),
+        ({"stages": (Stage(32), Stage(64))}, "stages: expected more than 32 tokens"),
+        ({"short": (100,)}, "short: expected at most the first stage's length: 100"),
+        ({"model": "nowhere"}, r"nowhere: expected the folder of a model, with a config\.json"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(work, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Extension(plan(work, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(work, extended):
+    arguments = [work / "model", "--documents", work / "texts", "--train", work / "texts"]
+    arguments += ["--stage", "64:5", "--stage", 128, "--short", 16, "--short", ORIGINAL]
+    arguments += ["--samples", 2, "--tokenizer", "bytes", "--rate", 1e-2, "--warmup", 1]
+    arguments += ["--rows", 2, "--checkpoint-every", 2, "--out", extended]
+    arguments += [str(x) for k, v in {**SMALL, "iterations": 2}.items() for x in (f"--{k}", v)]
+    runner = CliRunner()
+    result = runner.invoke(cli.app, ["extend", *map(str, arguments)])  # the same plan: it is done
+    assert result.exit_code == 0, result.stderr
+    assert "1-search-64" in result.stdout
+    assert "(before" in result.stdout
+    assert (extended / "3-search-128" / "history.png").exists()
+    assert (extended / "model" / "factors.png").exists()
+    wrong = runner.invoke(cli.app, ["extend", *map(str, arguments), "--stage", "x:1"])
+    assert "--stage: expected LENGTH or LENGTH:STEPS, got 'x:1'" in wrong.stderr
+
+
+def test_short_sets_take_the_place_of_those_below_them():
+    sets = tuple(FactorSet((float(i),), max_length=n) for i, n in ((1, 8), (2, 16), (3, None)))
+    new = FactorSet((9.0,), max_length=8)
+    assert with_short_sets(Rope(sets), [new], 8).sets == (new, *sets[1:])
+    assert with_short_sets(Rope(sets), [], 16).sets == sets[2:]
+
+
+# --------------------------------------------------------------------------------- the fine-tuning
+
+
+def documents(length: int = 200) -> list[Document]:
+    generator = torch.Generator().manual_seed(2)
+    return [Document("text", torch.randint(0, 256, (length,), generator=generator))]
+
+
+def rope(largest: float = 2.0) -> Rope:
+    return Rope((FactorSet(tuple(largest ** (i / 7) for i in range(8))),))
+
+
+def load(work: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(work / "model")
+
+
+def test_a_step_is_that_of_the_plain_loss(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_module, "_CHUNK_NUMBERS", 7 * 256)
+    text = documents(48)  # a single window
+    tuned = tune(load(work), rope(), text, 48, 1, replace(TUNING, warmup=0), tmp_path)
+    model = enable(load(work), rope=rope())
+    ids = text[0].tokens[None].expand(2, -1)
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.optim.AdamW(
+        model.parameters(), lr=TUNING.rate, betas=(0.9, 0.95), weight_decay=0.0
+    ).step()
+    for a, b in zip(tuned.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    (row,) = map(json.loads, (tmp_path / "tuning.jsonl").read_text().splitlines())
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert not tuned.training
+
+
+def test_recomputing_and_accumulating(work, tmp_path):
+    arguments = (rope(), documents(48), 48, 2)
+    plain = tune(load(work), *arguments, TUNING, tmp_path / "a").state_dict()
+    settings = replace(TUNING, recompute=True, accumulate=3)  # parts of one window, all the same
+    other = tune(load(work), *arguments, settings, tmp_path / "b").state_dict()
+    for name, value in plain.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4)
+
+
+def test_short_windows_take_the_set_of_their_length(work, tmp_path, monkeypatch):
+    seen: list[tuple[int, int]] = []
+    forward = tune_module._Loss.forward
+
+    def noted(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(tokens.shape))
+        return forward(self, tokens)
+
+    monkeypatch.setattr(tune_module._Loss, "forward", noted)
+    plain = FactorSet((1.0,) * 8, max_length=ORIGINAL)
+    both = Rope((plain, *rope().sets))
+    settings = replace(TUNING, short=0.5, every=100)
+    tune(load(work), both, documents(), 96, 12, settings, tmp_path, short_length=ORIGINAL)
+    assert set(seen) == {(2, 96), (6, 32)}
+    with pytest.raises(ValueError, match="short_length: expected a number of tokens"):
+        tune(load(work), both, documents(), 96, 1, settings, tmp_path / "none")
+
+
+def test_what_cannot_be_trained_is_named(work, tmp_path):
+    with pytest.raises(ValueError, match="text: expected at least 96 tokens to train on, got 50"):
+        tune(load(work), rope(), documents(50), 96, 1, TUNING, tmp_path)
+    model = load(work)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="the loss of step 1 is nan; a lower rate"):
+        tune(model, rope(), documents(), 96, 1, TUNING, tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    for wrong, message in (
+        ({"rate": 0.0}, "rate: expected above 0, got 0"),
+        ({"rows": 0}, "rows: expected at least 1, got 0"),
+        ({"short": 1.0}, "short: expected a share from 0 to below 1, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(TUNING, **wrong)
