@@ -8,7 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ropes import DEVICE, K_HEADS, Q_HEADS, not_importable, rope, transformers_rotary
+from parameters import Geometry, Prompt, of_dim
+from ropes import (
+    DEVICE,
+    EXACT,
+    FAST,
+    FLOAT32,
+    normal,
+    not_importable,
+    plain_rope,
+    rope,
+    transformers_rotary,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from without_rotation import attend_without_rotation
 
@@ -19,42 +30,60 @@ SDPA = {
     "SDPA flash, no rotation": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN, no rotation": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient, no rotation": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA math, no rotation": SDPBackend.MATH,
 }
+ON_CPU = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
 # Ours: the arguments of `attention`.
 OURS = {
-    "reference": {"backend": "reference"},
-    "composed": {"backend": "composed"},
     "triton prepass": {"backend": "triton", "k_rotation": "prepass"},
     "triton registers": {"backend": "triton", "k_rotation": "registers"},
-    **{name: {"backend": name} for name in backends.FLASH_BACKENDS},
+    **{name: {"backend": name} for name in backends.ATTENTION_BACKENDS if name != "triton"},
 }
 EAGER = "transformers eager, SDPA"
+# transformers' rotation before a flash-attn library: stock RoPE, to tell what fusing saves.
+STOCK = {f"transformers eager, {name}": name for name in backends.FLASH_BACKENDS}
 NO_ROTATION = "triton, no rotation"
-NAMES = (EAGER, *OURS, NO_ROTATION, *SDPA)
-LONGEST_REFERENCE = 256  # it is no peer: its scores lie in memory, in float32
+FLASHINFER = "FlashInfer, ROPE_LLAMA"  # plain RoPE, no backward
+NAMES = (EAGER, *STOCK, FLASHINFER, *OURS, NO_ROTATION, *SDPA)
+PEERS = (EAGER, *STOCK, FLASHINFER, *SDPA, *backends.FLASH_BACKENDS)
+# Tokens, of those whose scores lie in memory.
+LONGEST = {"reference": 256, "SDPA math, no rotation": 2048}
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Chunks = dict[tuple[int, int], torch.Tensor]
 
 
 class Shape(NamedTuple):
-    """One call: q (1, tokens, 32, dim), k and v with 8 heads."""
+    """One call: q (1, tokens, heads, dim), k and v; without a geometry 32 and 8 heads."""
 
     tokens: int
     dim: int
     causal: bool
+    geometry: Geometry | None = None
+
+    @classmethod
+    def of(cls, prompt: Prompt, geometry: Geometry | None) -> Shape:
+        return cls(*prompt, geometry)
+
+    @property
+    def heads(self) -> Geometry:
+        return self.geometry or of_dim(self.dim)
 
     def __str__(self) -> str:
-        return f"S = {self.tokens}, d = {self.dim}, {'causal' if self.causal else 'full'}"
+        of_model = self.geometry.suffix if self.geometry else ""
+        mask = "causal" if self.causal else "full"
+        return f"S = {self.tokens}, d = {self.dim}, {mask}{of_model}"
 
     def flops(self, direction: str) -> int:
         """Two products forward, five backward; half of each where the mask hides half."""
-        forward = 4 * Q_HEADS * self.dim * self.tokens**2 // (2 if self.causal else 1)
+        heads = self.heads.q_heads
+        forward = 4 * heads * self.dim * self.tokens**2 // (2 if self.causal else 1)
         return forward if direction == "forward" else 5 * forward // 2
 
     def traffic(self, direction: str) -> int:
         """Bytes: every input read once, every output written once."""
-        q, kv = (2 * heads * self.dim * self.tokens for heads in (Q_HEADS, K_HEADS))
+        of = (self.heads.q_heads, self.heads.k_heads)
+        q, kv = (2 * heads * self.dim * self.tokens for heads in of)
         return 2 * q + 2 * kv if direction == "forward" else 4 * q + 4 * kv
 
 
@@ -80,20 +109,19 @@ class Inputs:
     """Normal q, k, v and gradient of the output, bfloat16."""
 
     def __init__(self, shape: Shape) -> None:
-        generator = torch.Generator().manual_seed(0)
+        q_heads, k_heads = shape.heads.q_heads, shape.heads.k_heads
 
-        def normal(heads: int) -> torch.Tensor:
-            x = torch.randn((1, shape.tokens, heads, shape.dim), generator=generator)
-            return x.to(DEVICE, DTYPE)
+        def heads(count: int, seed: int) -> torch.Tensor:
+            return normal(1, shape.tokens, count, shape.dim, dtype=DTYPE, seed=seed)
 
         self.shape = shape
-        self.q, self.k, self.v = normal(Q_HEADS), normal(K_HEADS), normal(K_HEADS)
-        self.d_out = normal(Q_HEADS)
+        self.q, self.k, self.v = heads(q_heads, 0), heads(k_heads, 1), heads(k_heads, 2)
+        self.d_out = heads(q_heads, 3)
         self.positions = torch.arange(shape.tokens, device=DEVICE)
         self.lengths = torch.full((1,), shape.tokens, device=DEVICE)
         # The first and the last KV head, and the query heads that read them.
-        groups = Q_HEADS // K_HEADS
-        self.kv_heads = [0, K_HEADS - 1]
+        groups = q_heads // k_heads
+        self.kv_heads = [0, k_heads - 1]
         self.q_heads = [h * groups + g for h in self.kv_heads for g in range(groups)]
 
     @property
@@ -110,17 +138,28 @@ class Inputs:
             kept[:, a:b, self.q_heads] = self.d_out[:, a:b, self.q_heads]
         return kept
 
+    def truth(self, name: str) -> Truth:
+        """What is right of an implementation: rotated as it rotates."""
+        if name in SDPA or name == NO_ROTATION:
+            return self.unturned
+        return self.turned_plainly if name == FLASHINFER else self.turned
+
     @cached_property
     def turned(self) -> Truth:
         """With q and k rotated."""
-        return self._truth(self.positions)
+        return self._truth(self.positions, rope(self.shape.heads.rotated))
+
+    @cached_property
+    def turned_plainly(self) -> Truth:
+        """With q and k rotated by plain RoPE."""
+        return self._truth(self.positions, plain_rope(self.shape.heads.rotated))
 
     @cached_property
     def unturned(self) -> Truth:
         """Without rotation: all tokens at position 0."""
-        return self._truth(torch.zeros_like(self.positions))
+        return self._truth(torch.zeros_like(self.positions), rope(self.shape.heads.rotated))
 
-    def _truth(self, positions: torch.Tensor) -> Truth:
+    def _truth(self, positions: torch.Tensor, turn: Any) -> Truth:
         k, v = (x[:, :, self.kv_heads].double().requires_grad_() for x in (self.k, self.v))
         outs, dqs = {}, {}
         for a, b in self.chunks:
@@ -132,7 +171,7 @@ class Inputs:
                 k[:, :keys],
                 v[:, :keys],
                 positions[a:b],
-                rope(self.shape.dim),
+                turn,
                 key_positions=positions[:keys],
                 lengths=self.lengths,
                 causal=self.shape.causal,
@@ -144,8 +183,8 @@ class Inputs:
 
     @cached_property
     def table(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """transformers' (cos, sin), each (1, tokens, dim). It gets them for free."""
-        return transformers_rotary(self.shape.dim).table(self.positions[None], DTYPE)
+        """transformers' (cos, sin), each (1, tokens, rotated). It gets them for free."""
+        return transformers_rotary(self.shape.heads).table(self.positions[None], DTYPE)
 
 
 @cache
@@ -153,6 +192,10 @@ def missing(name: str) -> str | None:
     """Why an implementation cannot be timed here, or None."""
     if name == EAGER:
         return not_importable("transformers")
+    if name in STOCK:
+        return not_importable("transformers") or backends.missing(STOCK[name])
+    if name == FLASHINFER:
+        return not_importable("flashinfer") or (None if DEVICE.type == "cuda" else "needs a GPU")
     if name in SDPA:
         return _sdpa_refuses(name)
     backend = OURS.get(name, {"backend": "triton"})["backend"]
@@ -163,12 +206,18 @@ def missing(name: str) -> str | None:
     return backends.missing(backend)
 
 
-def rotates(name: str) -> bool:
-    return name not in SDPA and name != NO_ROTATION
+def serves(name: str, shape: Shape, direction: str) -> bool:
+    """Whether it has this call, and finds room for it."""
+    if name == FLASHINFER and (direction == "backward" or shape.heads.rotated < shape.dim):
+        return False
+    return shape.tokens <= LONGEST.get(name, shape.tokens)
 
 
-def exact_angles(name: str) -> bool:
-    return name != EAGER
+def angles(name: str) -> int:
+    """Roundings of its angles, for `ropes.allowed_error`."""
+    if name == FLASHINFER:
+        return FAST
+    return FLOAT32 if name == EAGER or name in STOCK else EXACT
 
 
 def implementation(name: str, inputs: Inputs) -> Attention:
@@ -180,7 +229,7 @@ def implementation(name: str, inputs: Inputs) -> Attention:
             k,
             v,
             inputs.positions,
-            rope(inputs.shape.dim),
+            rope(inputs.shape.heads.rotated),
             lengths=inputs.lengths,
             causal=causal,
             **OURS[name],
@@ -189,16 +238,53 @@ def implementation(name: str, inputs: Inputs) -> Attention:
         return lambda q, k, v: attend_without_rotation(q, k, v, causal)
     if name in SDPA:
         return lambda q, k, v: _sdpa(name, q, k, v, causal)
+    if name == FLASHINFER:
+        return _flashinfer(causal)
+    return _stock(name, inputs)
+
+
+def _stock(name: str, inputs: Inputs) -> Attention:
+    """transformers' rotation, then torch's SDPA or a flash-attn library."""
     cos, sin = inputs.table
-    rotate = transformers_rotary(inputs.shape.dim).apply
+    causal = inputs.shape.causal
+    rotate = transformers_rotary(inputs.shape.heads).apply
 
     def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         q, k = rotate(q, k, cos, sin)
+        if name in STOCK:
+            return _flash_attn(STOCK[name], *(x.transpose(1, 2) for x in (q, k, v)), causal)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         return out.transpose(1, 2)
 
     return eager
+
+
+def _flash_attn(
+    library: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+) -> torch.Tensor:
+    from longrope_kernels.backends import flash_attention
+    from longrope_kernels.masks import Mask
+
+    scale = q.shape[3] ** -0.5
+    return flash_attention.attend(library, q, k, v, Mask(causal), scale, None, False)[0]
+
+
+def _flashinfer(causal: bool) -> Attention:
+    """Its prefill of one sequence with the rotation fused; the base is 10000, as ours."""
+    import flashinfer
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = flashinfer.single_prefill_with_kv_cache(
+            *(q[0], k[0], v[0]),
+            causal=causal,
+            kv_layout="NHD",
+            pos_encoding_mode="ROPE_LLAMA",
+            rope_theta=10000.0,
+        )
+        return out[None]
+
+    return attend
 
 
 def _sdpa(
@@ -216,9 +302,9 @@ def _sdpa(
 
 
 def _sdpa_refuses(name: str) -> str | None:
-    if DEVICE.type != "cuda" and SDPA[name] != SDPBackend.FLASH_ATTENTION:
+    if DEVICE.type != "cuda" and SDPA[name] not in ON_CPU:
         return "needs a GPU"
-    x: Any = torch.zeros(1, 64, K_HEADS, 64, device=DEVICE, dtype=DTYPE)
+    x: Any = torch.zeros(1, 64, 8, 64, device=DEVICE, dtype=DTYPE)
     try:
         _sdpa(name, x, x, x, True)
     except RuntimeError as error:

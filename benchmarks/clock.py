@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 
-class HostClock:
-    """Wall time, in seconds. The inputs are larger than the caches, which need no clearing."""
+class Clock:
+    """Seconds by `_read`, or what `replay` was told."""
 
-    def prepare(self) -> None:
-        pass
+    def __init__(self) -> None:
+        self._told: list[float] = []
+
+    def replay(self, durations: Sequence[float]) -> None:
+        """Make the next pairs of calls of ``now`` so many seconds apart, a pair for each.
+
+        Rounds are timed in turns with those of other rows; this is how pytest-benchmark, which
+        times one function after another, is told of them.
+        """
+        self._told = [t for duration in reversed(durations) for t in (duration, 0.0)]
 
     def now(self) -> float:
+        return self._told.pop() if self._told else self._read()
+
+    def prepare(self) -> None:
+        """Called before each timed call."""
+
+    def _read(self) -> float:
+        raise NotImplementedError
+
+
+class HostClock(Clock):
+    """Wall time. The inputs are larger than the caches, which need no clearing."""
+
+    def _read(self) -> float:
         return time.perf_counter()
 
 
-class DeviceClock:
-    """Time on the device between two events, in seconds.
+class DeviceClock(Clock):
+    """Time on the device between two events.
 
     ``now`` is called in pairs. The first call only queues an event: `prepare` has queued work
     before it, so that the launches under test are queued while the device is still busy and the
@@ -30,6 +51,7 @@ class DeviceClock:
     _BUSY_CYCLES = 1_000_000  # about half a millisecond, longer than Python takes for a launch
 
     def __init__(self) -> None:
+        super().__init__()
         self._l2 = torch.empty(2**28, dtype=torch.int8, device="cuda")  # larger than any L2
         self._begin: torch.cuda.Event | None = None
         self._total = 0.0
@@ -39,7 +61,7 @@ class DeviceClock:
         self._l2.zero_()
         torch.cuda._sleep(self._BUSY_CYCLES)
 
-    def now(self) -> float:
+    def _read(self) -> float:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         if self._begin is None:
@@ -51,14 +73,15 @@ class DeviceClock:
         return self._total
 
 
-CLOCK = DeviceClock() if torch.cuda.is_available() else HostClock()
+HOST = HostClock()
+CLOCK = DeviceClock() if torch.cuda.is_available() else HOST
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """One call of ``run`` by the clock of the benchmarks."""
-    CLOCK.prepare()
-    begin = CLOCK.now()
+def seconds(run: Callable[[], Any], clock: Clock) -> float:
+    """One call of ``run``."""
+    clock.prepare()
+    begin = clock.now()
     result = run()
-    elapsed = CLOCK.now() - begin
+    elapsed = clock.now() - begin
     del result  # freed after the clock has stopped, as pytest-benchmark does
     return elapsed

@@ -6,20 +6,23 @@ import math
 import time
 from typing import Any
 
+import measure
 import pytest
 import test_attention
 import test_decode
 import test_models
 import test_rotary
+import test_search
 import torch
 from ropes import DEVICE
 from table import lines
 
 import longrope_kernels
 
-BENCHMARKS = (test_rotary, test_attention, test_decode, test_models)
+BENCHMARKS = (test_rotary, test_attention, test_decode, test_models, test_search)
 BEGIN = time.monotonic()
 DROPPED: dict[str, str] = {}  # rows that the budget left out
+LEAST_IMPORTANT_SMALL = 1  # rank; those above differ from others in length, which is small anyway
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,20 +34,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The ceilings first, what is marked as less important last."""
+def pytest_configure(config: pytest.Config) -> None:
+    measure.deadline = BEGIN + config.getoption("budget")
 
-    def place(item: pytest.Item) -> int:
-        less = item.get_closest_marker("less_important")
-        return 0 if "test_ceilings" in item.nodeid else 2 if less else 1
 
-    items.sort(key=place)
+def _rank(item: pytest.Item) -> int:
+    """0 for what a report must have, more for what a budget drops first; -1 for the ceilings."""
+    marker = item.get_closest_marker("less_important")
+    rank = -1 if "test_ceilings" in item.nodeid else 0
+    return int(*marker.args) if marker is not None else rank
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The ceilings first, what is less important last."""
+    items.sort(key=_rank)
+    if not config.getoption("benchmark_only"):
+        dropped = [item for item in items if _rank(item) > LEAST_IMPORTANT_SMALL]
+        items[:] = [item for item in items if _rank(item) <= LEAST_IMPORTANT_SMALL]
+        config.hook.pytest_deselected(items=dropped)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if time.monotonic() - BEGIN > item.config.getoption("budget"):
-        DROPPED[item.name] = "the budget was spent"
-        pytest.skip("the budget was spent")
+    # What was timed with the first row of its group costs nothing any more.
+    if time.monotonic() > measure.deadline and not measure.is_timed(item):
+        DROPPED[item.name] = measure.SPENT
+        pytest.skip(measure.SPENT)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -75,7 +89,7 @@ def pytest_benchmark_update_machine_info(
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
-    output_json["not_measured"] = {**_not_timed(), **DROPPED}
+    output_json["not_measured"] = {**_not_timed(), **measure.REASONS, **DROPPED}
 
 
 @pytest.hookimpl(trylast=True)
@@ -90,7 +104,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _missing_lines() -> list[str]:
-    return [f"not timed: {name}: {reason}" for name, reason in _not_timed().items()]
+    reasons = {**_not_timed(), **measure.REASONS}
+    return [f"not measured: {name}: {reason}" for name, reason in reasons.items()]
 
 
 def _not_timed() -> dict[str, str]:

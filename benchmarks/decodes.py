@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from measure import Ceiling
-from ropes import DEVICE, K_HEADS, Q_HEADS, not_importable, rope
+from parameters import LLAMA, Geometry
+from ropes import DEVICE, EXACT, FAST, normal, not_importable, plain_rope, rope
 
 from longrope_kernels import apply_rotary, backends, decode
 
-DIM, BLOCK = 128, 64
+BLOCK = 64
 # Ours: (backend, kind of cache). The mixed batches of `Shape` take a set each in all of them.
 OURS = {
-    "native": ("native", "dense"),
-    "native, paged": ("native", "paged"),
-    "triton": ("triton", "dense"),
-    "triton, paged": ("triton", "paged"),
-    "triton, paged float8": ("triton", "float8"),
+    **{name: (name, "dense") for name in backends.DECODE_DTYPES},
+    **{f"{name}, paged": (name, "paged") for name in backends.DECODE_DTYPES},
+    **{
+        f"{name}, paged float8": (name, "float8")
+        for name in backends.DECODE_DTYPES
+        if name != "native"
+    },
 }
 NO_ROTATION = "triton, rotated keys"
 SDPA = "SDPA, rotated keys"
 FLASHINFER = "FlashInfer, ROPE_LLAMA"
 NAMES = (SDPA, *OURS, NO_ROTATION, FLASHINFER)
+PEERS = (SDPA, FLASHINFER)
 
 
 class Shape(NamedTuple):
-    """One step: a query of 32 heads for each sequence against its keys of 8 heads of 128."""
+    """One step: a query of each sequence against its keys."""
 
     lengths: tuple[int, ...]
     dtype: torch.dtype
+    geometry: Geometry = LLAMA
 
     def __str__(self) -> str:
         count, longest = len(self.lengths), max(self.lengths)
         batch = f"{count} x {longest}" if len(set(self.lengths)) == 1 else f"{count} to {longest}"
-        return f"{batch} keys, {str(self.dtype).removeprefix('torch.')}"
+        return f"{batch} keys, {str(self.dtype).removeprefix('torch.')}{self.geometry.suffix}"
 
     @property
     def keys(self) -> int:
@@ -45,12 +50,13 @@ class Shape(NamedTuple):
 
     @property
     def flops(self) -> int:
-        return 4 * Q_HEADS * DIM * self.keys
+        return 4 * self.geometry.q_heads * self.geometry.dim * self.keys
 
     def traffic(self, itemsize: int) -> int:
         """Bytes: keys and values read once, q and the output."""
-        queries = 2 * len(self.lengths) * Q_HEADS * DIM * self.dtype.itemsize
-        return 2 * K_HEADS * DIM * self.keys * itemsize + queries
+        of = self.geometry
+        queries = 2 * len(self.lengths) * of.q_heads * of.dim * self.dtype.itemsize
+        return 2 * of.k_heads * of.dim * self.keys * itemsize + queries
 
 
 @cache
@@ -61,7 +67,7 @@ def missing(name: str) -> str | None:
     if name == NO_ROTATION:
         return backends.missing("triton")
     if name == FLASHINFER:
-        return not_importable("flashinfer")
+        return not_importable("flashinfer") or (None if DEVICE.type == "cuda" else "needs a GPU")
     return None
 
 
@@ -75,34 +81,57 @@ class Inputs:
     """Normal q, k and v; caches of each kind with the same keys, and what must come out."""
 
     def __init__(self, shape: Shape) -> None:
-        generator = torch.Generator().manual_seed(0)
         self.shape = shape
+        of = shape.geometry
         batch, capacity = len(shape.lengths), -(-max(shape.lengths) // BLOCK) * BLOCK
-
-        def normal(*sizes: int) -> torch.Tensor:
-            return torch.randn(sizes, generator=generator).to(DEVICE, shape.dtype)
-
-        self.q = normal(batch, 1, Q_HEADS, DIM)
-        self.k, self.v = (normal(batch, capacity, K_HEADS, DIM) for _ in range(2))
+        self.q = normal(batch, 1, of.q_heads, of.dim, dtype=shape.dtype, seed=0)
+        self.k, self.v = (
+            normal(batch, capacity, of.k_heads, of.dim, dtype=shape.dtype, seed=seed)
+            for seed in (1, 2)
+        )
         self.lens = torch.tensor(shape.lengths, dtype=torch.int32, device=DEVICE)
-        self.rope = rope(DIM).to(DEVICE)
-        blocks = batch * capacity // BLOCK
-        order = torch.randperm(blocks, generator=generator).to(DEVICE)
-        self.table = order.view(batch, -1).to(torch.int32)
-        # The first and the last KV head, and the query heads that read them, in float64.
-        groups = Q_HEADS // K_HEADS
-        self.kv_heads = [0, K_HEADS - 1]
+        self.rope = rope(of.rotated).to(DEVICE)
+        order = torch.randperm(
+            batch * capacity // BLOCK, generator=torch.Generator().manual_seed(3)
+        )
+        self.table = order.to(DEVICE).view(batch, -1).to(torch.int32)
+        # The first and the last KV head, and the query heads that read them.
+        groups = of.q_heads // of.k_heads
+        self.kv_heads = [0, of.k_heads - 1]
         self.q_heads = [h * groups + g for h in self.kv_heads for g in range(groups)]
+
+    @cached_property
+    def truth(self) -> torch.Tensor:
+        """The output of `q_heads` in float64."""
+        return self._truth(self.rope)
+
+    @cached_property
+    def plain_truth(self) -> torch.Tensor:
+        """The same by plain RoPE."""
+        return self._truth(plain_rope(self.shape.geometry.rotated).to(DEVICE))
+
+    def _truth(self, turn: Any) -> Any:
         q = self.q[:, :, self.q_heads].double()
         k, v = (x[:, :, self.kv_heads].double() for x in (self.k, self.v))
-        self.truth: Any = decode(q, k, v, self.lens, self.rope, backend="reference")
+        return decode(q, k, v, self.lens, turn, backend="reference")
+
+    @cached_property
+    def in_pages(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cache in blocks."""
+        return self.paged(self.k), self.paged(self.v)
+
+    @cached_property
+    def into(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the ceilings of all rows copy the cache to."""
+        return torch.zeros_like(self.k), torch.zeros_like(self.v)
 
     def paged(self, x: torch.Tensor) -> torch.Tensor:
         """x (batch, capacity, ...) in blocks, where the table says."""
-        pages = torch.empty_like(x).view(-1, BLOCK, K_HEADS, DIM)
+        pages = torch.empty_like(x).view(-1, BLOCK, *x.shape[2:])
         pages[self.table.flatten().long()] = x.view_as(pages)
         return pages
 
+    @cached_property
     def rotated(self) -> tuple[torch.Tensor, torch.Tensor]:
         """q and k rotated, for those who do not rotate: q (batch, 1, ...), k (batch, capacity)."""
         positions = torch.arange(self.k.shape[1], device=DEVICE)
@@ -123,7 +152,7 @@ def implementation(name: str, inputs: Inputs) -> Callable[[], torch.Tensor]:
     backend, kind = OURS[name]
     q, k, v, more = inputs.q, inputs.k, inputs.v, {}
     if kind != "dense":
-        k, v, more = inputs.paged(k), inputs.paged(v), {"block_table": inputs.table}
+        (k, v), more = inputs.in_pages, {"block_table": inputs.table}
     if kind == "float8":
         k, v = (x.to(torch.float8_e4m3fn) for x in (k, v))
 
@@ -134,7 +163,7 @@ def implementation(name: str, inputs: Inputs) -> Callable[[], torch.Tensor]:
 
 
 def _sdpa(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    q, k = (x.transpose(1, 2) for x in inputs.rotated())
+    q, k = (x.transpose(1, 2) for x in inputs.rotated)
     v = inputs.v.transpose(1, 2)
     mask = None
     if len(set(inputs.shape.lengths)) == 1:
@@ -154,17 +183,17 @@ def _without_rotation(inputs: Inputs) -> Callable[[], torch.Tensor]:
     """The same kernel, planned with no pairs, on rotated keys."""
     from longrope_kernels.backends import triton_decode
 
-    q, k = inputs.rotated()
+    q, k = inputs.rotated
     none = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     tables = (none.new_empty((1, 2, 0)), none, none.double(), none)
-    lse = q.new_empty((q.shape[0], Q_HEADS, 1), dtype=torch.float32)
+    lse = q.new_empty((q.shape[0], q.shape[2], 1), dtype=torch.float32)
 
     def run() -> torch.Tensor:
         out = torch.empty_like(q)
         triton_decode.decode(
             *(q, k, inputs.v, out, lse, inputs.lens, None, None, None, None),
             *tables,
-            *(None, None, None, False, DIM**-0.5, 0, 0.0),
+            *(None, None, None, False, q.shape[3] ** -0.5, 0, 0.0),
         )
         return out
 
@@ -172,7 +201,7 @@ def _without_rotation(inputs: Inputs) -> Callable[[], torch.Tensor]:
 
 
 def _flashinfer(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """Its decode with the rotation fused: plain RoPE, so its result is not ours (`rotates`)."""
+    """Its decode of one sequence with the rotation fused: plain RoPE, of the same base."""
     import flashinfer
 
     q, k, v = inputs.q[0, 0], inputs.k[0], inputs.v[0]
@@ -180,23 +209,37 @@ def _flashinfer(inputs: Inputs) -> Callable[[], torch.Tensor]:
 
     def run() -> torch.Tensor:
         out = flashinfer.single_decode_with_kv_cache(
-            q, k[:count], v[:count], kv_layout="NHD", pos_encoding_mode="ROPE_LLAMA"
+            *(q, k[:count], v[:count]),
+            kv_layout="NHD",
+            pos_encoding_mode="ROPE_LLAMA",
+            rope_theta=10000.0,
         )
         return out[None, None]
 
     return run
 
 
+def serves(name: str, shape: Shape) -> bool:
+    """Whether it has this call."""
+    if name == FLASHINFER:
+        whole = shape.geometry.rotated == shape.geometry.dim
+        return len(shape.lengths) == 1 and whole and shape.dtype != torch.float32
+    of = "triton" if name == NO_ROTATION else OURS.get(name, (None,))[0]
+    return of is None or shape.dtype in backends.DECODE_DTYPES[of]
+
+
 def allowed(name: str, inputs: Inputs) -> float:
     """The largest error, relative to the largest value of the truth.
 
     Two roundings of the result and two of what is rounded on the way, to the dtype of the cache;
-    and what float32 sums over so many keys make.
+    and what float32 angles and sums over so many keys make.
     """
     eps = torch.finfo(inputs.shape.dtype).eps
     if name in OURS and OURS[name][1] == "float8":
         eps = torch.finfo(torch.float8_e4m3fn).eps
-    return 4 * eps + max(inputs.shape.lengths) ** 0.5 * torch.finfo(torch.float32).eps
+    longest = max(inputs.shape.lengths)
+    angles = FAST if name == FLASHINFER else EXACT
+    return 4 * eps + (longest**0.5 + angles * longest) * torch.finfo(torch.float32).eps
 
 
 def reading(inputs: Inputs) -> Ceiling:
@@ -204,7 +247,7 @@ def reading(inputs: Inputs) -> Ceiling:
     kv = (inputs.k, inputs.v)
     amount = sum(x.numel() * x.element_size() for x in kv)
     if DEVICE.type == "cuda":
-        into = [torch.empty_like(x) for x in kv]
+        into = inputs.into
         return Ceiling(
             "copy", lambda: [a.copy_(b) for a, b in zip(into, kv, strict=True)], 2 * amount
         )

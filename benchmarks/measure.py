@@ -1,18 +1,29 @@
-"""One row of a benchmark: rounds of a function, each after one of the ceiling that bounds it."""
+"""The rows of a group, timed in turns: a round of each, after one of the ceiling that bounds it."""
 
 from __future__ import annotations
 
+import gc
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import pytest
 import torch
-from clock import CLOCK, seconds
-from ropes import DEVICE
+from clock import CLOCK, Clock, seconds
+from memory import available, peak_bytes
+from ropes import DEVICE, WrongResultError
 
 FEWEST, MOST = 5, 60  # rounds
+REASONS: dict[str, str] = {}  # why a row of a group could not be timed
+SPENT = "the budget was spent"
+deadline = math.inf  # by time.monotonic
+
+
+class NotMeasuredError(Exception):
+    """A row cannot be timed here; the report says why."""
 
 
 class Ceiling(NamedTuple):
@@ -23,65 +34,218 @@ class Ceiling(NamedTuple):
     amount: int
 
 
-class Measured(NamedTuple):
-    """Medians, in seconds, and the speed as a fraction of that of the ceiling."""
+class Timed(NamedTuple):
+    """A row whose result was checked: ``run(*arguments())`` is timed.
 
+    ``arguments`` and the ceiling are not. ceiling: None where nothing bounds the work. ``amount``:
+    of one call, in the ceiling's unit.
+    """
+
+    run: Callable[..., Any]
+    arguments: Callable[[], tuple[Any, ...]]
+    ceiling: Ceiling | None
+    amount: int
+
+
+class Measured(NamedTuple):
+    """Medians, in seconds; the speed as a fraction of that of the ceiling; bytes at the peak.
+
+    ``amount``: of `Timed`.
+    """
+
+    amount: int
     median: float
-    ceiling_seconds: float
-    fraction: float
+    ceiling_seconds: float | None
+    fraction: float | None
+    peak_bytes: int | None
 
 
 def measure(
     benchmark: Any,
-    run: Callable[..., Any],
-    arguments: Callable[[], tuple[Any, ...]],
-    ceiling: Ceiling,
-    amount: int,
-    full_size: bool,
+    request: pytest.FixtureRequest,
+    prepare: Callable[[str], Timed],
+    peers: Collection[str],
     seconds_a_row: float,
     fewest: int = FEWEST,
+    clock: Clock = CLOCK,
 ) -> Measured | None:
-    """Time ``run(*arguments())`` by pytest-benchmark; ``arguments`` and the ceiling are not timed.
+    """Time the row of this test, with the others of its group where it is the first of them.
 
     Args:
-        benchmark: pytest-benchmark's fixture.
-        amount: of one call, in the ceiling's unit.
-        run: called before, at least once, where its first call does more than later ones.
-        full_size: without it three rounds, for a check that everything runs.
-        seconds_a_row: what the rounds should take together, with what is not timed in them.
+        benchmark: pytest-benchmark's fixture, which is told of the rounds.
+        prepare: makes a row of the group by its name and checks its result.
+        peers: names of which an error means that the peer cannot run here; others fail.
+        seconds_a_row: what the rounds of a row should take, with what is not timed in them.
         fewest: rounds, however long they take.
+        clock: whose ``now`` is pytest-benchmark's timer.
 
     Returns:
         What was found, or None where pytest-benchmark is told not to measure.
+
+    Raises:
+        WrongResultError: the result is wrong.
     """
-    ceiling_times = []
-
-    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # The ceiling before each round, since the speed of a shared machine changes by the second.
-        ceiling_times.append(seconds(ceiling.run))
-        ready = arguments()
-        CLOCK.prepare()
-        return ready, {}
-
-    def uncounted() -> float:
-        """A first round: what one takes, with all that is not timed in it."""
-        begin = time.perf_counter()
-        ready, _ = setup()
-        seconds(lambda: run(*ready))
-        return time.perf_counter() - begin
-
-    rounds = min(MOST, max(fewest, round(seconds_a_row / uncounted()))) if full_size else 3
-    benchmark.pedantic(run, setup=setup, rounds=rounds)
+    global _turns
+    name, key, names = _of_item(request.node)
     if benchmark.disabled:
+        timed = prepare(name)
+        benchmark.pedantic(timed.run, setup=lambda: (timed.arguments(), {}))
         return None
+    if _turns is None or _turns.key != key:
+        _turns = None  # what it holds is freed first
+        full_size = bool(request.config.getoption("benchmark_only"))
+        rounds = (fewest, MOST) if full_size else (3, 3)
+        _turns = _Turns(key, clock, seconds_a_row, *rounds)
+        _turns.take(names, prepare, peers)
+    if name in _turns.failed:
+        error = _turns.failed[name]
+        if not isinstance(error, NotMeasuredError):
+            raise error
+        REASONS[f"{benchmark.group}, {name}"] = str(error)
+        pytest.skip(str(error))
+    data = _turns.times[name]
+    clock.replay(data)
+    benchmark.pedantic(lambda: None, rounds=len(data))
+    return _turns.found(name)
 
-    data = benchmark.stats.stats.data
-    ceilings = ceiling_times[-len(data) :]
-    share = amount / ceiling.amount
-    fractions = (share * c / t for c, t in zip(ceilings, data, strict=True))
-    return Measured(
-        benchmark.stats.stats.median, statistics.median(ceilings), statistics.median(fractions)
-    )
+
+def is_timed(item: pytest.Item) -> bool:
+    """Whether the row was timed already, with the first of its group."""
+    if "name" not in getattr(getattr(item, "callspec", None), "params", {}):
+        return False
+    return _turns is not None and _turns.key == _of_item(item)[1]
+
+
+def require_memory(amount: int) -> None:
+    """Raises `NotMeasuredError` where ``amount`` bytes are not there."""
+    if amount > available():
+        raise NotMeasuredError(
+            f"needs {1e-9 * amount:.0f} GB, {1e-9 * available():.0f} GB are there"
+        )
+
+
+class _Turns:
+    """The rounds of all rows of a group."""
+
+    def __init__(
+        self, key: Any, clock: Clock, seconds_a_row: float, fewest: int, most: int
+    ) -> None:
+        self.key, self._clock = key, clock
+        self.failed: dict[str, Exception] = {}
+        self.times: dict[str, list[float]] = {}
+        self.ceilings: dict[str, list[float]] = {}
+        self._amounts: dict[str, tuple[int, int | None]] = {}  # of a row, of its ceiling
+        self._peaks: dict[str, int | None] = {}
+        self._seconds, self._fewest, self._most = seconds_a_row, fewest, most
+
+    def take(
+        self, names: list[str], prepare: Callable[[str], Timed], peers: Collection[str]
+    ) -> None:
+        """Check all rows, then time those that are right; what the budget cuts off is named."""
+        rows: dict[str, Timed] = {}
+        rounds: dict[str, int] = {}
+        for name in names:
+            if time.monotonic() > deadline:
+                self.failed[name] = NotMeasuredError(SPENT)
+            else:
+                self._begin(name, prepare, name in peers, rows, rounds)
+        if rounds:
+            self._all_rounds(rows, rounds)
+        for name in rows:
+            if not self.times[name]:
+                self.failed[name] = NotMeasuredError(SPENT)
+
+    def _all_rounds(self, rows: dict[str, Timed], rounds: dict[str, int]) -> None:
+        collects = gc.isenabled()
+        gc.disable()
+        passes = max(rounds.values())
+        for i in range(passes):
+            if time.monotonic() > deadline:
+                break
+            # Those of fewer rounds are spread over all passes; another row begins each time.
+            due = [name for name, n in rounds.items() if (i + 1) * n // passes > i * n // passes]
+            start = i % len(due)
+            for name in due[start:] + due[:start]:
+                self._round(name, rows[name])
+        if collects:
+            gc.enable()
+
+    def found(self, name: str) -> Measured:
+        times, ceilings = self.times[name], self.ceilings[name]
+        (amount, of_ceiling), peak = self._amounts[name], self._peaks[name]
+        median = statistics.median(times)
+        if of_ceiling is None:
+            return Measured(amount, median, None, None, peak)
+        fractions = (amount / of_ceiling * c / t for c, t in zip(ceilings, times, strict=True))
+        return Measured(
+            *(amount, median, statistics.median(ceilings), statistics.median(fractions), peak)
+        )
+
+    def _begin(
+        self,
+        name: str,
+        prepare: Callable[[str], Timed],
+        is_peer: bool,
+        rows: dict[str, Timed],
+        rounds: dict[str, int],
+    ) -> None:
+        try:
+            row = prepare(name)
+            rounds[name] = self._rounds(name, row)
+            rows[name] = row
+        except (NotMeasuredError, WrongResultError) as error:
+            self.failed[name] = error
+        except Exception as error:
+            self.failed[name] = _cannot_run(error) if is_peer else error
+
+    def _rounds(self, name: str, row: Timed) -> int:
+        """How many there will be, by a first one, which is not counted."""
+        self.times[name], self.ceilings[name] = [], []
+        self._amounts[name] = row.amount, row.ceiling.amount if row.ceiling else None
+        self._peaks[name] = _peak_of(row)
+        begin = time.perf_counter()
+        self._round(name, row)
+        one = time.perf_counter() - begin
+        self.times[name].clear()
+        self.ceilings[name].clear()
+        return min(self._most, max(self._fewest, round(self._seconds / one)))
+
+    def _round(self, name: str, row: Timed) -> None:
+        # The ceiling before each round, since the speed of a shared machine changes by the second.
+        if row.ceiling is not None:
+            self.ceilings[name].append(seconds(row.ceiling.run, self._clock))
+        ready = row.arguments()
+        self.times[name].append(seconds(lambda: row.run(*ready), self._clock))
+
+
+_turns: _Turns | None = None
+
+
+def _of_item(item: Any) -> tuple[str, Any, list[str]]:
+    """The name of a row, the key of its group, and the names of the group that will be run."""
+    name, key = _row_of(item)
+    rows = (_row_of(x) for x in item.session.items if hasattr(x, "callspec"))
+    return name, key, [n for n, k in rows if k == key]
+
+
+def _row_of(item: Any) -> tuple[str, Any]:
+    params = dict(item.callspec.params)
+    name = params.pop("name", "")
+    return name, (item.function, tuple(sorted(params.items(), key=lambda pair: pair[0])))
+
+
+def _peak_of(row: Timed) -> int | None:
+    ready = row.arguments()
+    return peak_bytes(lambda: row.run(*ready))
+
+
+def _cannot_run(error: Exception) -> NotMeasuredError:
+    """Of a peer; the frames of its error are let go, since they hold tensors."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return NotMeasuredError("out of memory")
+    lines = str(error).strip().splitlines()
+    return NotMeasuredError(f"{type(error).__name__}: {lines[0] if lines else ''}")
 
 
 @lru_cache(maxsize=1)

@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 from ropes import DEVICE, not_importable
-from transformers import DynamicCache
 
 SWITCH = 4096  # tokens up to which the short factors serve
-KINDS = ("forward", "token below the switch", "token at the switch")
+KINDS = ("forward", "token below the switch", "token at the switch", "generate")
+NEW = 16  # tokens that "generate" makes, on both sides of the switch
 NAMES = ("transformers", "enabled, recompute", "enabled, switch")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
 class Step(NamedTuple):
-    """One call of the model: a forward of ``tokens``, or one token with so many in the cache."""
+    """One call of the model: a forward of ``tokens``, or one token with so many in the cache.
+
+    Or ``generate()`` after a prompt of so many.
+    """
 
     kind: str
     tokens: int
@@ -50,7 +53,9 @@ def model(name: str, full_size: bool) -> Any:
 
 
 def step(name: str, at: Step, full_size: bool) -> Callable[[], torch.Tensor]:
-    """A function of no arguments: the logits of the last token."""
+    """A function of no arguments: the logits of the last token, or all tokens of "generate"."""
+    from transformers import DynamicCache
+
     of = model(name, full_size)
     ids = torch.arange(at.tokens + 1, device=DEVICE)[None] % 500 + 3
 
@@ -61,6 +66,11 @@ def step(name: str, at: Step, full_size: bool) -> Callable[[], torch.Tensor]:
 
     if at.kind == "forward":
         return lambda: forward(ids[:, : at.tokens])
+    if at.kind == "generate":
+        prompt = ids[:, : at.tokens]
+        counts = {"min_new_tokens": NEW, "max_new_tokens": NEW}
+        given = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "do_sample": False}
+        return lambda: of.generate(prompt, **given, **counts)
     # What generate() does: past the switch transformers drops the cache and runs all tokens again.
     again = at.kind == KINDS[2] and name != NAMES[2]
     cache = DynamicCache(config=of.config)

@@ -27,7 +27,7 @@ class Row(NamedTuple):
     name: str
     median: float
     amount: int  # bytes or FLOP
-    fraction: float  # of the speed of the ceiling timed in turns with this row
+    fraction: float | None  # of the speed of the ceiling timed in turns with this row
     baseline: float | None  # the median of what it is told against
 
     @property
@@ -53,8 +53,9 @@ def lines(table: Table, rows: list[Row]) -> list[str]:
         faster = "-" if row.speedup is None else f"{row.speedup:.1f}"
         speed = row.amount / table.scale / row.median
         shown = f"{speed:.1f}" if speed >= 10 else f"{speed:.3f}"
+        of_ceiling = "-" if row.fraction is None else f"{row.fraction:.2f}"
         result.append(
             f"  {row.name:<{width}}  {1e6 * row.median:10.1f}  {shown:>8}"
-            f"  {row.fraction:9.2f}  {faster:>8}"
+            f"  {of_ceiling:>9}  {faster:>8}"
         )
     return [*result, "", table.note]

@@ -14,47 +14,28 @@ import torch
 from attentions import (
     DTYPE,
     EAGER,
-    LONGEST_REFERENCE,
     NAMES,
+    PEERS,
     Inputs,
     Shape,
     Truth,
-    exact_angles,
+    angles,
     implementation,
     make_inputs,
     missing,
-    rotates,
+    serves,
 )
 from clock import CLOCK
-from measure import matmul, measure
-from ropes import DEVICE, allowed_error, assert_right
+from measure import Timed, matmul, measure, require_memory
+from parameters import PROMPTS
+from ropes import allowed_error, assert_right
 from table import Row, Table, median_of
 
-# The first is for the reference.
-SHAPES = [Shape(LONGEST_REFERENCE, 96, True)]
-if DEVICE.type == "cuda":
-    SHAPES += [
-        *(Shape(tokens, 128, causal) for tokens in (2048, 8192, 32768) for causal in (True, False)),
-        Shape(131072, 128, True),
-        *(Shape(8192, dim, causal) for dim in (64, 96) for causal in (True, False)),
-        *(Shape(32768, dim, True) for dim in (64, 96)),
-    ]
-else:
-    SHAPES += [Shape(512, 128, True), Shape(256, 128, False)]
-LESS_IMPORTANT = []
-if DEVICE.type == "cuda":
-    LESS_IMPORTANT += [
-        Shape(tokens, dim, causal)
-        for tokens in (2048, 8192, 32768, 131072)
-        for dim in (64, 96, 128)
-        for causal in (True, False)
-        if Shape(tokens, dim, causal) not in SHAPES
-    ]
+SHAPES = [(rank, Shape.of(*call)) for rank, call in PROMPTS]
 SMALL = 64
-
 NOT_TIMED = {name: reason for name in NAMES if (reason := missing(name))}
 TABLE = Table(
-    "attention of q (1, S, 32, d), k and v (1, S, 8, d), bfloat16, medians",
+    "attention of q (1, S, 32, d), k and v (1, S, 8, d), or of the model named, bfloat16, medians",
     "TFLOP/s",
     1e12,
     "of matmul",
@@ -73,23 +54,27 @@ SECONDS_A_ROW = 0.3
         pytest.param(
             *(shape, direction, name),
             id=f"{direction}-{shape}-{name}",
-            marks=[pytest.mark.less_important] if shape in LESS_IMPORTANT else [],
+            marks=pytest.mark.less_important(rank),
         )
-        for shape in (*SHAPES, *LESS_IMPORTANT)
+        for rank, shape in SHAPES
         for direction in ("forward", "backward")
         for name in NAMES
-        if name not in NOT_TIMED and not (name == "reference" and shape.tokens > LONGEST_REFERENCE)
+        if name not in NOT_TIMED and serves(name, shape, direction)
     ],
 )
 def test_attention(
     benchmark: Any, request: pytest.FixtureRequest, shape: Shape, direction: str, name: str
 ) -> None:
-    full_size = bool(request.config.getoption("benchmark_only"))
-    shape = shape if full_size else shape._replace(tokens=SMALL)
+    small = not request.config.getoption("benchmark_only")
+    shape = shape._replace(tokens=SMALL) if small else shape
     benchmark.group = f"attention {direction}, {shape}"
-    run, arguments = _prepared(direction, name, make_inputs(shape))
     flops, traffic = shape.flops(direction), shape.traffic(direction)
-    found = measure(benchmark, run, arguments, matmul(), flops, full_size, SECONDS_A_ROW)
+
+    def prepare(name: str) -> Timed:
+        require_memory(4 * traffic)  # copies and rotated copies of the inputs and the results
+        return Timed(*_prepared(direction, name, make_inputs(shape)), matmul(), flops)
+
+    found = measure(benchmark, request, prepare, PEERS, SECONDS_A_ROW)
     if found is None:
         return
     eager = found.median if name == EAGER else median_of(ROWS, benchmark.group, EAGER)
@@ -105,6 +90,7 @@ def test_attention(
         tflop_per_s=1e-12 * flops / row.median,
         matmul_seconds=found.ceiling_seconds,
         matmul_fraction=row.fraction,
+        peak_bytes=found.peak_bytes,
         speedup_over_transformers_eager=row.speedup,
     )
 
@@ -114,13 +100,13 @@ def _prepared(
 ) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]:
     """What to time and the function that makes its arguments, after its result was checked."""
     attend = implementation(name, inputs)
-    truth = inputs.turned if rotates(name) else inputs.unturned
+    truth = inputs.truth(name)
     given = inputs.q, inputs.k, inputs.v
     if direction == "forward":
         _check_rows(name, "out", attend(*given), truth.out, inputs)
         return attend, lambda: given
 
-    leaves = [x.clone().requires_grad_() for x in given]
+    leaves = [x.detach().requires_grad_() for x in given]
 
     def run(out: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(out, leaves, inputs.d_out)
@@ -146,11 +132,10 @@ def _check_rows(
     right: dict[tuple[int, int], torch.Tensor],
     inputs: Inputs,
 ) -> None:
-    assert result.shape == inputs.q.shape
     for (a, b), rows in right.items():
         got = result[:, a:b, inputs.q_heads]
         assert_right(name, f"{what} of rows {a} to {b}", got, rows, _allowed(name, inputs))
 
 
 def _allowed(name: str, inputs: Inputs) -> float:
-    return allowed_error(DTYPE, inputs.shape.tokens, exact_angles(name))
+    return allowed_error(DTYPE, inputs.shape.tokens, angles(name))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from clock import CLOCK
-from measure import Ceiling, matmul, measure
+from measure import Ceiling, Timed, matmul, measure
 from ropes import DEVICE
 
 
@@ -22,11 +22,13 @@ def copy() -> Ceiling:
 @pytest.mark.benchmark(timer=CLOCK.now, disable_gc=True, group="ceilings")
 @pytest.mark.parametrize("name", ["copy", "matmul"])
 def test_ceiling(benchmark: Any, request: pytest.FixtureRequest, name: str) -> None:
-    ceiling = copy() if name == "copy" else matmul()
-    full_size = bool(request.config.getoption("benchmark_only"))
-    found = measure(benchmark, ceiling.run, tuple, ceiling, ceiling.amount, full_size, 0.5)
+    def prepare(name: str) -> Timed:
+        ceiling = copy() if name == "copy" else matmul()
+        return Timed(ceiling.run, tuple, ceiling, ceiling.amount)
+
+    found = measure(benchmark, request, prepare, (), 0.5)
     if found is None:
         return
-    rate = ceiling.amount / found.median
+    rate = found.amount / found.median
     speed = {"gb_per_s": 1e-9 * rate} if name == "copy" else {"tflop_per_s": 1e-12 * rate}
     benchmark.extra_info.update(work="ceiling", **speed)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from clock import CLOCK
-from measure import matmul, measure
-from models import DTYPE, KINDS, NAMES, SWITCH, Step, missing, model, step
+from measure import Timed, matmul, measure
+from models import DTYPE, KINDS, NAMES, NEW, SWITCH, Step, missing, model, step
 from ropes import DEVICE, assert_right
 from table import Row, Table, median_of
 
@@ -22,11 +22,12 @@ STEPS = [
     Step("forward", SWITCH),
     Step(KINDS[1], SWITCH - 2),
     Step(KINDS[2], SWITCH),
+    Step(KINDS[3], SWITCH - NEW // 2),
 ]
 SMALL = 48
 NOT_TIMED = {name: reason for name in NAMES if (reason := missing(name))}
 TABLE = Table(
-    "two layers of Phi-3-mini's geometry, batch of one, medians",
+    f"two layers of Phi-3-mini's geometry, batch of one, medians; generate: {NEW} tokens",
     "TFLOP/s",
     1e12,
     "of matmul",
@@ -39,7 +40,7 @@ SECONDS_A_ROW = 1.0
 
 
 @pytest.mark.benchmark(timer=CLOCK.now, disable_gc=True)
-@pytest.mark.less_important
+@pytest.mark.less_important(1)
 @pytest.mark.parametrize(
     ("at", "name"),
     [
@@ -47,36 +48,44 @@ SECONDS_A_ROW = 1.0
         for at in STEPS
         for name in NAMES
         # The policies differ at the switch alone.
-        if name not in NOT_TIMED and (at.kind == KINDS[2] or name != "enabled, recompute")
+        if name not in NOT_TIMED and (at.kind in KINDS[2:] or name != "enabled, recompute")
     ],
 )
 def test_model(benchmark: Any, request: pytest.FixtureRequest, at: Step, name: str) -> None:
     full_size = bool(request.config.getoption("benchmark_only"))
     at = at if full_size else at._replace(tokens=SMALL)
     benchmark.group = f"model, {at}"
-    run = step(name, at, full_size)
-    if name != "enabled, switch" or at.kind != KINDS[2]:
-        # At the switch the cached hidden states are those of the short factors: other logits.
-        right = _truth(at, full_size)
+
+    def prepare(name: str) -> Timed:
+        run = step(name, at, full_size)
         # What the layers' roundings make, and transformers' float32 angles.
         allowed = 64 * torch.finfo(DTYPE).eps + at.tokens * torch.finfo(torch.float32).eps
-        assert_right(name, "logits", run(), right, allowed)
-    weights = sum(p.numel() for p in model(name, full_size).model.layers.parameters())
-    again = at.kind == KINDS[2] and name != "enabled, switch"
-    tokens = at.tokens if at.kind == "forward" or again else 1
-    flops = 2 * weights * tokens
-    found = measure(benchmark, run, tuple, matmul(), flops, full_size, SECONDS_A_ROW, fewest=3)
+        switches = name == "enabled, switch"
+        if at.kind == "generate":
+            _check_generated(name, run(), at.tokens, full_size, allowed)
+        elif not switches or at.kind != KINDS[2]:
+            # At the switch the cached hidden states are those of the short factors: other logits.
+            assert_right(name, "logits", run(), _truth(at, full_size), allowed)
+        weights = sum(p.numel() for p in model(name, full_size).model.layers.parameters())
+        again = at.kind in KINDS[2:] and not switches
+        tokens = {"forward": at.tokens, "generate": at.tokens + NEW}.get(at.kind, 0 if again else 1)
+        return Timed(run, tuple, matmul(), 2 * weights * (tokens + (at.tokens if again else 0)))
+
+    found = measure(benchmark, request, prepare, NAMES[:1], SECONDS_A_ROW, fewest=3)
     if found is None:
         return
     theirs = found.median if name == NAMES[0] else median_of(ROWS, benchmark.group, NAMES[0])
-    ROWS.append(Row(benchmark.group, name, found.median, flops, found.fraction, theirs))
+    ROWS.append(Row(benchmark.group, name, found.median, found.amount, found.fraction, theirs))
     benchmark.extra_info.update(
         work="model",
         kind=at.kind,
         tokens=at.tokens,
         device=DEVICE.type,
-        flops=flops,
-        tflop_per_s=1e-12 * flops / found.median,
+        flops=found.amount,
+        tflop_per_s=1e-12 * found.amount / found.median,
+        matmul_seconds=found.ceiling_seconds,
+        matmul_fraction=found.fraction,
+        peak_bytes=found.peak_bytes,
         speedup_over_transformers=ROWS[-1].speedup,
     )
 
@@ -85,3 +94,23 @@ def test_model(benchmark: Any, request: pytest.FixtureRequest, at: Step, name: s
 def _truth(at: Step, full_size: bool) -> torch.Tensor:
     """What the untouched model says."""
     return step(NAMES[0], at, full_size)().double()
+
+
+def _check_generated(
+    name: str, ids: torch.Tensor, prompt: int, full_size: bool, allowed: float
+) -> None:
+    """Each new token has the highest logit of the untouched model, or as good as that.
+
+    Those made of more tokens than the switch by the long factors. Under "switch" they come from
+    hidden states made under the short ones and are not compared.
+    """
+    untouched, last = model(NAMES[0], full_size), ids.shape[1] - 1
+    parts = [(prompt, min(SWITCH, last))]
+    if last > SWITCH and name != "enabled, switch":
+        parts.append((SWITCH + 1, last))
+    for first, end in parts:
+        with torch.no_grad():
+            made_of = untouched(ids[:, :end], logits_to_keep=end - first + 1, use_cache=False)
+        logits = made_of.logits[0].double()
+        chosen = logits.gather(1, ids[0, first : end + 1, None])
+        assert_right(name, f"tokens {first} to {end}", chosen, logits.amax(1, True), allowed)

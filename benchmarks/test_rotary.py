@@ -1,4 +1,4 @@
-"""apply_rotary against its peers: forward, in place, backward.
+"""apply_rotary against its peers: forward, in place, backward, and into a cache.
 
 ``pytest benchmarks/ --benchmark-only`` is the measurement; without the option the sizes are
 small, and it is a check that everything runs.
@@ -12,50 +12,36 @@ from typing import Any
 import pytest
 import torch
 from clock import CLOCK
-from measure import measure
-from ropes import DEVICE, allowed_error, assert_right
-from rotations import Inputs, copy, make_inputs, missing, rotation
+from measure import Timed, measure, require_memory
+from parameters import ROTATIONS, Geometry
+from ropes import allowed_error, assert_right
+from rotations import (
+    COPIES,
+    EAGER,
+    PEERS,
+    VARIANTS,
+    Inputs,
+    Tensors,
+    angles,
+    cache_write,
+    copy,
+    make_inputs,
+    missing,
+    rotation,
+    serves,
+)
 from table import Row, Table, median_of
 
-from longrope_kernels import backends
-
-SIZES = [(4096, torch.float32), (4096, torch.bfloat16)]
-if DEVICE.type == "cuda":
-    SIZES.append((8192, torch.bfloat16))
 SMALL = 128
-
-# Eager comes first: later rows are told against it.
-VARIANTS = {
-    "forward": (
-        "transformers eager",
-        "transformers torch.compile",
-        "flash-attn",
-        "reference",
-        "native",
-        "triton",
-        "clone",
-    ),
-    "in place": ("liger", "flash-attn", "native", "triton", "copy_"),
-    "backward": (
-        "transformers eager",
-        "transformers torch.compile",
-        "liger",
-        "flash-attn",
-        "reference",
-        "native",
-        "triton",
-        "clone",
-    ),
-}
 NAMES = list(dict.fromkeys(name for names in VARIANTS.values() for name in names))
 NOT_TIMED = {name: reason for name in NAMES if (reason := missing(name))}
 TABLE = Table(
-    "rotation of q (1, S, 32, 128) and k (1, S, 8, 128), medians",
+    "rotation of q (1, S, 32, 128) and k (1, S, 8, 128), or of the model named, medians",
     "GB/s",
     1e9,
     "of copy",
     "x eager",
-    "of copy: median ratio to a clone (in place: copy_) timed before each round",
+    "of copy: median ratio to a clone (in place, into a cache: copy_) timed before each round",
 )
 ROWS: list[Row] = []  # for the table at the end
 
@@ -64,15 +50,17 @@ SECONDS_A_ROW = 1.0
 
 @pytest.mark.benchmark(timer=CLOCK.now, disable_gc=True)
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "direction", "name"),
+    ("tokens", "dtype", "geometry", "direction", "name"),
     [
         pytest.param(
-            tokens, dtype, direction, name, id=f"{direction}-S{tokens}-{str(dtype)[6:]}-{name}"
+            *(*size, direction, name),
+            id=f"{direction}-S{size[0]}-{str(size[1])[6:]}{size[2].suffix}-{name}",
+            marks=pytest.mark.less_important(rank),
         )
-        for tokens, dtype in SIZES
+        for rank, size in ROTATIONS
         for direction, names in VARIANTS.items()
         for name in names
-        if missing(name) is None
+        if name not in NOT_TIMED and serves(name, direction, size[2])
     ],
 )
 def test_rotary(
@@ -80,47 +68,53 @@ def test_rotary(
     request: pytest.FixtureRequest,
     tokens: int,
     dtype: torch.dtype,
+    geometry: Geometry,
     direction: str,
     name: str,
 ) -> None:
-    full_size = request.config.getoption("benchmark_only")
-    tokens = tokens if full_size else SMALL
-    size = f"S = {tokens}, {str(dtype).removeprefix('torch.')}"
+    tokens = tokens if request.config.getoption("benchmark_only") else SMALL
+    size = f"S = {tokens}, {str(dtype).removeprefix('torch.')}{geometry.suffix}"
     benchmark.group = f"{direction}, {size}"
-    inputs = make_inputs(tokens, dtype)
-    copy_name = "copy_" if direction == "in place" else "clone"
-    ceiling = copy(copy_name, inputs)
-    if name == copy_name:
-        run, arguments = ceiling.run, tuple
-    else:
-        run, arguments = _prepared(direction, name, inputs)
-    found = measure(
-        benchmark, run, arguments, ceiling, inputs.traffic, bool(full_size), SECONDS_A_ROW
-    )
+    copy_name = "clone" if direction in ("forward", "backward") else "copy_"
+    itemsize = dtype.itemsize * tokens * geometry.dim
+
+    def prepare(name: str) -> Timed:
+        # Inputs, results and what the ceiling writes; gradients and their graph.
+        heads = geometry.q_heads + 2 * geometry.k_heads
+        require_memory((7 if direction == "backward" else 4) * heads * itemsize)
+        inputs = make_inputs(tokens, dtype, geometry)
+        ceiling = copy(copy_name, direction, inputs)
+        if name in COPIES:
+            return Timed(ceiling.run, tuple, ceiling, ceiling.amount)
+        return Timed(*_prepared(direction, name, inputs), ceiling, ceiling.amount)
+
+    found = measure(benchmark, request, prepare, PEERS, SECONDS_A_ROW)
     if found is None:
         return
     # Eager has no form in place: its forward stands for it.
     eager = benchmark.group.replace("in place", "forward")
+    traffic = make_inputs(tokens, dtype, geometry).traffic(direction)
     row = Row(
         benchmark.group,
         name,
         found.median,
-        inputs.traffic,
+        traffic,
         found.fraction,
-        found.median
-        if name == "transformers eager"
-        else median_of(ROWS, eager, "transformers eager"),
+        found.median if name == EAGER else median_of(ROWS, eager, EAGER),
     )
     ROWS.append(row)
     benchmark.extra_info.update(
         work="rotary",
-        kind=direction,
+        kind=f"{direction}, {str(dtype)[6:]}{geometry.suffix}",
         tokens=tokens,
         bytes=row.amount,
         gb_per_s=1e-9 * row.amount / row.median,
+        # Two products and a sum for each of two results of a pair.
+        flops=3 * tokens * (geometry.q_heads + geometry.k_heads) * geometry.rotated,
         copy=copy_name,
         copy_seconds=found.ceiling_seconds,
         copy_fraction=row.fraction,
+        peak_bytes=found.peak_bytes,
         speedup_over_transformers_eager=row.speedup,
     )
 
@@ -129,29 +123,35 @@ def _prepared(
     direction: str, name: str, inputs: Inputs
 ) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]:
     """What to time and the function that makes its arguments, after its result was checked."""
-    inplace = direction == "in place"
-    rotate = rotation(name, inputs, inplace)
+    if direction == "cache write":
+        return _prepared_cache_write(name, inputs)
+    rotate = rotation(name, inputs, direction == "in place")
     if direction != "backward":
-        # Those in place rotate their inputs further and further; the norms stay.
-        pair = (inputs.q.clone(), inputs.k.clone()) if inplace or name == "liger" else (
-            inputs.q, inputs.k,
-        )  # fmt: skip
-        _check(rotate(*(x.clone() for x in pair)), inputs.rotated, name, inputs)
-        return rotate, lambda: pair
+        _check(rotate(inputs.q.clone(), inputs.k.clone()), inputs.rotated(name), name, inputs)
+        return rotate, lambda: inputs.scratch if direction == "in place" else (inputs.q, inputs.k)
 
-    q, k = (x.clone().requires_grad_() for x in (inputs.q, inputs.k))
-    grads = [x.clone() for x in inputs.grads]  # Liger writes into them
+    def run(outputs: Tensors, grads: Tensors = inputs.grads_scratch) -> Tensors:
+        return torch.autograd.grad(outputs, inputs.leaves, grads)
 
-    def run(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(outputs, (q, k), grads)
-
-    _check(run(rotate(q, k)), inputs.rotated_back, name, inputs)
-    return run, lambda: (rotate(q, k),)
+    grads = tuple(x.clone() for x in inputs.grads)
+    _check(run(rotate(*inputs.leaves), grads), inputs.rotated_back(name), name, inputs)
+    return run, lambda: (rotate(*inputs.leaves),)
 
 
-def _check(
-    results: tuple[torch.Tensor, ...], truth: list[torch.Tensor], name: str, inputs: Inputs
-) -> None:
-    allowed = allowed_error(inputs.dtype, inputs.tokens, name in backends.BACKENDS)
+def _prepared_cache_write(
+    name: str, inputs: Inputs
+) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]:
+    write = cache_write(name, inputs)
+    given = inputs.q, inputs.k, inputs.v
+    for cache in inputs.caches:
+        cache.zero_()
+    *rotated, cache_v = write(*given)
+    _check(tuple(rotated), inputs.rotated(name), name, inputs)
+    assert_right(name, "v", cache_v, inputs.v, 0.0)
+    return write, lambda: given
+
+
+def _check(results: Tensors, truth: list[torch.Tensor], name: str, inputs: Inputs) -> None:
+    allowed = allowed_error(inputs.dtype, inputs.tokens, angles(name))
     for what, result, right in zip("qk", results, truth, strict=True):
-        assert_right(name, what, result, right, allowed)
+        assert_right(name, what, result[:, inputs.checked], right, allowed)

@@ -200,6 +200,23 @@ def switch_forward() -> str:
 # ---------------------------------------------------------------------------------------- codegen
 
 
+def compiled(name: str) -> list[dict[str, str]]:
+    """The first table of reports/codegen/NAME.md: cells by the names of their columns."""
+    text = (ROOT / f"reports/codegen/{name}.md").read_text("utf-8")
+    head, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.partition("\n\n")[0].splitlines()
+    )
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def of_tile(name: str, **cells: str) -> tuple[str, str]:
+    """Tile and instructions of a kernel for head_dim 128 on 9.0."""
+    wanted = {"sm": "90", "head dim": "128", "variant": "", **cells}
+    row = next(r for r in compiled(name) if all(r[k] == v for k, v in wanted.items()))
+    return row["tile"], row["tile instructions"]
+
+
 def rotation_cost() -> str:
     """The second table of the command that compiles the attention kernels."""
     text = (ROOT / "reports/codegen/attention.md").read_text("utf-8")
@@ -265,13 +282,33 @@ def sentences() -> Iterator[tuple[str, str]]:
     )
     fewest, most = (f"{abs(round(100 * change))} %" for change in prepass_change())
     yield "docs/codegen.md", f"between {fewest} fewer and {most} more instructions"
-    for line in (ROOT / "reports/codegen/rotary.md").read_text("utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if cells[:7] == ["Llama-3 8B", "32/8", "128", "128", "bfloat16", "half, forward", "90"]:
-            yield (
-                "docs/performance.md",
-                f"the half pairing takes {cells[8]} registers and {cells[9]} instructions",
-            )
+    usual = {"model": "Llama-3 8B", "dtype": "bfloat16", "variant": "half, forward", "sm": "90"}
+    of = next(r for r in compiled("rotary") if all(r[k] == v for k, v in usual.items()))
+    yield (
+        "docs/performance.md",
+        f"the half pairing takes {of['registers']} registers and {of['instructions']} instructions",
+    )
+    tile, with_rotation = of_tile("attention", kernel="registers")
+    _, without = of_tile("attention", kernel="registers", variant="without rotation")
+    yield (
+        "docs/performance.md",
+        f"a tile of {tile} takes {with_rotation} instructions where k is rotated in the loop, and "
+        f"{without} without rotation",
+    )
+    tile, persistent = of_tile("attention", kernel="persistent")
+    same, plain = of_tile("attention", kernel="prepass")
+    assert tile == same
+    yield (
+        "docs/performance.md",
+        f"for a tile of {tile} its loop has {persistent} instructions beside {plain}",
+    )
+    tile, rotating = of_tile("decode")
+    _, rotated = of_tile("decode", variant="rotated keys")
+    yield (
+        "docs/performance.md",
+        f"a tile of {tile.split(' x ')[1]} keys takes {rotating} instructions, and {rotated} on "
+        "keys that were rotated before",
+    )
 
 
 # ------------------------------------------------------------------------------------------- pages

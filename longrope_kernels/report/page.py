@@ -26,7 +26,9 @@ def render(report: dict[str, Any], rows: list[Row], plots: list[str]) -> str:
             "",
             "Medians in microseconds, with the times at 20 and 80 % of the rounds. GB/s and TFLOP/s"
             ' count what the work needs, not what an implementation moves. "of limit": of the'
-            " copy or the matrix product above, whichever bounds the work.",
+            " copy or the matrix product above, whichever bounds the work, timed in turns with the"
+            ' row. The rows of a group are timed in turns too, a round of each. "peak MB": memory'
+            " that a call takes beyond its inputs.",
         ]
     for group, members in by_group.items():
         lines += ["", f"### {group}", "", *_group(members)]
@@ -50,7 +52,8 @@ def _machine(machine: dict[str, Any]) -> list[str]:
 
 
 def _group(rows: list[Row]) -> list[str]:
-    columns = ["name", "us", "p20", "p80", "GB/s", "TFLOP/s", "of limit", f"x {rows[0].name}"]
+    columns = ["name", "us", "p20", "p80", "GB/s", "TFLOP/s", "of limit", "peak MB"]
+    columns.append(f"x {rows[0].name}")
     cells = []
     for row in rows:
         info = row.info
@@ -61,6 +64,7 @@ def _group(rows: list[Row]) -> list[str]:
                 _number(info.get("gb_per_s"), ".1f"),
                 _number(info.get("tflop_per_s"), ".1f"),
                 _number(limit_fraction(row), ".2f"),
+                _number(_peak_megabytes(row), ".1f"),
                 f"{rows[0].median / row.median:.2f}",
             )
         )
@@ -73,6 +77,11 @@ def limit_fraction(row: Row) -> float | None:
     """The row's speed over that of the copy, or of the matrix product where that bounds it."""
     fraction = row.info.get("matmul_fraction", row.info.get("copy_fraction"))
     return None if fraction is None else float(fraction)
+
+
+def _peak_megabytes(row: Row) -> float | None:
+    peak = row.info.get("peak_bytes")
+    return None if peak is None else 1e-6 * float(peak)
 
 
 def _speed(row: Row) -> str:
