@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt longrope_kernels/_version.py \
-	$(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cmake')
 
 .PHONY: demo test test-newest-triton benchmark report lint format docs clean
 
@@ -44,7 +44,7 @@ docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site demo-output *.egg-info longrope_kernels/_native*.so
+	rm -rf $(VENV) build dist site demo-output *.egg-info longrope_kernels/_*.so
 
 # The pins come first: with them in place nothing below brings another torch.
 $(VENV)/pins.stamp: Makefile

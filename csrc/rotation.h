@@ -50,6 +50,9 @@ LONGROPE_INLINE CosSin cos_sin(uint32_t phase) {
   return {((quarter + 1u) & 2u) ? -cos : cos, (quarter & 2u) ? -sin : sin};
 }
 
+// Whether the token at position n keeps the original embedding; with n_hat 0 none does.
+LONGROPE_INLINE bool below_threshold(int64_t n, int64_t n_hat) { return n_hat > 0 && n < n_hat; }
+
 // The factor set of a sequence: the first whose max_length is not below its length, else the last.
 LONGROPE_INLINE int64_t set_of_length(int64_t length, const int64_t* max_length, int64_t sets) {
   int64_t set = 0;

@@ -76,10 +76,11 @@ def attention(
             (in the loop over keys, for few queries), or None for its own rule.
         return_lse: also return the log-sum-exp of the scores, base e.
         backend: "reference", "composed" (our rotation, then torch's scaled_dot_product_attention),
-            "triton" (CUDA; the rotation fused; bfloat16 and float16), "flash-attn-2",
-            "flash-attn-3" or "flash-attn-4" (our rotation, then that library where installed), or
-            None for the first that can serve in `longrope info`'s table. A named backend runs or
-            raises.
+            "triton" or "cuda" (CUDA; the rotation fused; bfloat16 and float16; "cuda" without
+            Triton, up to a head dim of 128, with gradients by PyTorch's products),
+            "flash-attn-2", "flash-attn-3" or "flash-attn-4" (our rotation, then that library where
+            installed), or None for the first that can serve in `longrope info`'s table. A named
+            backend runs or raises.
 
     Returns:
         The attention output, of the shape and dtype of q; with ``return_lse`` also the log-sum-exp,

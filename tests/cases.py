@@ -43,11 +43,13 @@ REFERENCE = Target("reference", "cpu")
 NATIVE = Target("native", "cpu")
 # Without a GPU the interpreter runs the same kernels on CPU tensors.
 TRITON = Target("triton", "cuda" if CUDA else "cpu")
+# Without a GPU the emulator runs them.
+COMPILED = Target("cuda", "cuda" if CUDA else "cpu")
 REFERENCE_CUDA = pytest.param(
     Target("reference", "cuda"), marks=pytest.mark.gpu, id="reference-cuda"
 )
 
-KERNELS = [pytest.param(t, id=str(t)) for t in (NATIVE, TRITON)]
+KERNELS = [pytest.param(t, id=str(t)) for t in (NATIVE, TRITON, COMPILED)]
 TARGETS = [pytest.param(REFERENCE, id="reference"), *KERNELS, REFERENCE_CUDA]
 CPU_TARGETS = [p for p in TARGETS if p.values[0].device == "cpu"]
 every_target = pytest.mark.parametrize("target", TARGETS)

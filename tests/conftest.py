@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +13,14 @@ import torch
 # Triton reads it when a kernel is defined, so it must be there before anything imports triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["LONGROPE_CUDA_EMULATE"] = "1"
+
+    import emulated
+
+    try:
+        emulated.build()
+    except RuntimeError as error:  # then all tests of the backend fail, and no others
+        warnings.warn(str(error), stacklevel=1)
 
 from hypothesis import HealthCheck, settings
 
@@ -33,12 +43,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what only a GPU can run; a backend that is absent fails instead."""
-    if torch.cuda.is_available():
-        return
-    gpu_only = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=gpu_only)
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Deselect what only a GPU or nvcc can run; a backend that is absent fails instead."""
+    absent = []
+    if not torch.cuda.is_available():
+        absent.append("gpu")
+    if shutil.which("nvcc") is None:
+        absent.append("nvcc")
+
+    def cannot_run(item: pytest.Item) -> bool:
+        return any(item.get_closest_marker(name) for name in absent)
+
+    config.hook.pytest_deselected(items=[item for item in items if cannot_run(item)])
+    items[:] = [item for item in items if not cannot_run(item)]
 
 
 @pytest.fixture(autouse=True)

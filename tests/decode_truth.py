@@ -39,8 +39,8 @@ _LOG2_E = 1 / math.log(2)
 class Backend(Target):
     """A backend, the dtypes of q it takes (its usual one first), whether it takes float8 caches.
 
-    ``slow`` is the interpreter, a tenth of a second a tile: it gets the small cases, with one KV
-    head where several make them large.
+    ``slow`` are the interpreter and the emulator, a tenth of a second a tile: they get the small
+    cases, with one KV head where several make them large.
     """
 
     dtypes: tuple[torch.dtype, ...] = (fp32,)
@@ -79,7 +79,9 @@ TRITON = Backend(
     smallest_dim=16,
     slow=not CUDA,
 )
-BACKENDS = [REFERENCE, NATIVE, TRITON]
+# Without a GPU the emulator runs them.
+COMPILED = Backend("cuda", "cuda" if CUDA else "cpu", (bf16, fp16), slow=not CUDA)
+BACKENDS = [REFERENCE, NATIVE, TRITON, COMPILED]
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 
 

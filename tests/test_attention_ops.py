@@ -105,10 +105,13 @@ def test_choice(device: str, dtype: torch.dtype, asks: str, name: str) -> None:
 
 
 def test_choice_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = ["triton"]
     monkeypatch.setattr(
-        backends, "missing", lambda name: "not installed" if name == "triton" else None
+        backends, "missing", lambda name: "not installed" if name in absent else None
     )
     choose = backends.choose_attention
+    assert choose(None, "cuda", torch.bfloat16, 128, "masked") == "cuda"
+    absent.append("cuda")
     assert choose(None, "cuda", torch.bfloat16, 128, "masked") == "composed"
     with pytest.raises(RuntimeError, match=r"^backend: 'triton' is not available: not installed"):
         choose("triton", "cuda", torch.bfloat16, 128, "plain")

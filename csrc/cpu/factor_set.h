@@ -24,8 +24,7 @@ inline int64_t set_of_sequence(const Arguments& a, int64_t sequence) {
 template <typename Arguments>
 inline void cos_sin_row(const Arguments& a, int64_t n, int64_t set, bool conjugate, float* cos,
                         float* sin) {
-  const int64_t n_hat = a.n_hat[set];
-  const bool original = n_hat > 0 && n < n_hat;
+  const bool original = below_threshold(n, a.n_hat[set]);
   const int64_t pairs = a.pairs;
   const uint64_t* steps = a.steps + (2 * set + (original ? 0 : 1)) * pairs;
   // In two parts: the rounding of a alone would shift all scores the same way.

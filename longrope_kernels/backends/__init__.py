@@ -11,14 +11,14 @@ import torch
 
 from .. import values
 
-BACKENDS = ("reference", "native", "triton")
+BACKENDS = ("reference", "native", "triton", "cuda")
 # Our rotation before a library that has to be there; served where named, not measured faster yet.
 FLASH_BACKENDS = ("flash-attn-2", "flash-attn-3", "flash-attn-4")
-ATTENTION_BACKENDS = ("reference", "composed", "triton", *FLASH_BACKENDS)
+ATTENTION_BACKENDS = ("reference", "composed", "triton", "cuda", *FLASH_BACKENDS)
 
 # Fastest first, by device type; the reference serves every device and is the only one in float64.
 ROTARY_CHOICE: dict[str, tuple[str, ...]] = {
-    "cuda": ("triton", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
     "cpu": ("native", "reference"),
 }
 
@@ -29,8 +29,8 @@ ROTARY_CHOICE: dict[str, tuple[str, ...]] = {
 ATTENTION_CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
     "cuda": {
         "plain": ("composed",),
-        "masked": ("triton", "composed"),
-        "scored": ("triton", "reference"),
+        "masked": ("triton", "cuda", "composed"),
+        "scored": ("triton", "cuda", "reference"),
     },
     "cpu": {"plain": ("composed",), "masked": ("composed",), "scored": ("reference",)},
 }
@@ -39,15 +39,23 @@ DECODE_CHOICE: dict[str, tuple[str, ...]] = ROTARY_CHOICE
 DECODE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "native": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.bfloat16, torch.float16),
+    "cuda": (torch.bfloat16, torch.float16),
 }
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 FUSED_HEAD_DIMS = range(16, 257)
+CUDA_HEAD_DIMS = range(8, 129, 8)
 
 # Device types each compiled backend serves.
 _DEVICES = {
     "native": ("cpu",),
     "triton": ("cuda",),
+    "cuda": ("cuda",),
     **dict.fromkeys(FLASH_BACKENDS, ("cuda",)),
+}
+# How tests run them on CPU tensors.
+_ON_CPU = {
+    "triton": "; TRITON_INTERPRET=1 runs it on cpu, slowly",
+    "cuda": "; LONGROPE_CUDA_EMULATE=1 runs it on cpu, slowly, where its emulator is built",
 }
 
 
@@ -98,7 +106,7 @@ def _named(backend: str, device: str) -> str:
     if device not in _DEVICES[backend] and not _interprets(backend, device):
         raise ValueError(
             f"backend: {backend!r} serves tensors on {_DEVICES[backend][0]}, got {device}"
-            + ("; TRITON_INTERPRET=1 runs it on cpu, slowly" if backend == "triton" else "")
+            + _ON_CPU.get(backend, "")
         )
     return backend
 
@@ -123,9 +131,12 @@ def choose_attention(
         if dtype == torch.float64:
             return "reference"
         names = ATTENTION_CHOICE.get(device, ATTENTION_CHOICE["cpu"])[asks]
-        fits = dtype in FUSED_DTYPES and head_dim in FUSED_HEAD_DIMS
-        served = (n for n in names if n != "triton" or (fits and missing(n) is None))
-        return next(served, "reference")
+        for name in names:
+            if name in ("reference", "composed"):
+                return name
+            if dtype in FUSED_DTYPES and head_dim in _head_dims(name) and missing(name) is None:
+                return name
+        return "reference"
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(
             f"backend: expected one of {', '.join(ATTENTION_BACKENDS)} or None, got {backend!r}"
@@ -145,9 +156,7 @@ def choose_attention(
             f"backend: {backend!r} serves bfloat16 and float16, got {dtype}; expected 'composed' "
             "or 'reference'"
         )
-    head_dims = FUSED_HEAD_DIMS
-    if backend in FLASH_BACKENDS:
-        head_dims = _module("flash_attention").LIBRARIES[backend].head_dims
+    head_dims = _head_dims(backend)
     if head_dim not in head_dims:
         steps = f" in steps of {head_dims.step}" if head_dims.step > 1 else ""
         raise ValueError(
@@ -155,6 +164,14 @@ def choose_attention(
             f" got {head_dim}; expected 'composed' or 'reference'"
         )
     return backend
+
+
+def _head_dims(backend: str) -> range:
+    """The head dims that the backend's attention serves."""
+    if backend in FLASH_BACKENDS:
+        head_dims: range = _module("flash_attention").LIBRARIES[backend].head_dims
+        return head_dims
+    return CUDA_HEAD_DIMS if backend == "cuda" else FUSED_HEAD_DIMS
 
 
 def choose_decode(
@@ -206,6 +223,8 @@ def _unserved(
         return f"caches of the dtype of q, got {cache_dtype}"
     if backend == "triton" and head_dim not in FUSED_HEAD_DIMS:
         return f"a head_dim from 16 to 256, got {head_dim}"
+    if backend == "cuda" and head_dim > FUSED_HEAD_DIMS[-1]:
+        return f"a head_dim up to {FUSED_HEAD_DIMS[-1]}, got {head_dim}"
     return None
 
 
@@ -253,13 +272,13 @@ def run_rotary(
 
 
 def run_attention(*arguments: Any) -> None:
-    """`triton_attention.forward`, after checking the values; the last argument is the backend."""
+    """`forward` of the backend, after checking the values; the last argument is the backend."""
     _check_attention_values(*arguments[5:-1])
     _module(f"{arguments[-1]}_attention").forward(*arguments[:-1])
 
 
 def run_attention_backward(*arguments: Any) -> None:
-    """`triton_attention.backward`; the last argument is the backend."""
+    """`backward` of the backend; the last argument is the backend."""
     _module(f"{arguments[-1]}_attention").backward(*arguments[:-1])
 
 
@@ -333,7 +352,10 @@ def _check_attention_values(
 
 
 def _interprets(backend: str, device: str) -> bool:
-    return backend == "triton" and device == "cpu" and bool(_module("triton").interpreting())
+    if backend not in _ON_CPU or device != "cpu":
+        return False
+    module = _module(backend)
+    return bool(module.interpreting() if backend == "triton" else module.emulating())
 
 
 @cache

@@ -1,0 +1,77 @@
+// What a block of the decode kernel is made of: its threads, its shared memory, its rows.
+#pragma once
+
+#include <cstdint>
+
+#include "decode.h"
+#include "decode_tile.h"
+
+namespace {
+namespace longrope {
+
+using longrope_cuda::kDecodeRows;
+using longrope_cuda::kDecodeTile;
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+static_assert(kWarps * kKeys == kDecodeTile, "a tile of a block is one of each warp");
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// What the host adds to the arguments.
+struct DecodePlan {
+  Divisor block_size;
+  int32_t row_blocks;
+  bool keys_are_wide;    // rows of keys are whole pieces
+  bool values_are_wide;
+  float scale;  // scores to base 2; with softcap to twice the argument of tanh
+  float cap;    // softcap to base 2
+};
+
+// Shared memory, in bytes: steps, queries, and what each warp has for itself, tiles that are staged
+// and at the end its sums.
+template <int kDim>
+struct Shared {
+  static constexpr int kSteps = 2 * kDim / 2 * 8;
+  static constexpr int kQueries = kDecodeRows * kDim * 2;
+  static constexpr int kOfWarp = kKeys * kDim * 2;
+  static constexpr int kStates = kWarps * kDecodeRows * 8;
+  static constexpr int kFrame = 32;
+  static constexpr int kBytes = kSteps + kQueries + kWarps * kOfWarp + kStates + kFrame;
+  static_assert(kDecodeRows * kDim * 4 == kOfWarp, "sums take the place of a staged tile");
+};
+
+// What all threads of a block know, in shared memory: registers are what limits the kernel.
+struct Frame {
+  int64_t n_hat;
+  float factor;  // of tokens from n_hat on
+  int32_t split;
+  int32_t splits;
+  int32_t first_row;
+};
+static_assert(sizeof(Frame) <= Shared<64>::kFrame, "its place");
+
+// Who stands in a row of the block.
+struct RowOf {
+  int32_t query;
+  int32_t head;
+  bool exists;
+};
+
+__device__ __forceinline__ RowOf row_at(const DecodeArguments& a, int32_t kv_head, int32_t row) {
+  const int32_t groups = a.heads / a.kv_heads;
+  return {row / groups, kv_head * groups + row % groups, row < groups * a.queries};
+}
+
+// Positions fit 32 bits.
+__device__ __forceinline__ int32_t position_of_slot(const DecodeArguments& a, int32_t sequence,
+                                                    int32_t start, int32_t j) {
+  if (a.key_positions == nullptr) return j - start;
+  return static_cast<int32_t>(
+      integer_at(a.key_positions, a.key_positions_are_int64,
+                 sequence * a.key_position_strides[0] + j * a.key_position_strides[1]));
+}
+
+}  // namespace longrope
+}  // namespace

@@ -1,0 +1,113 @@
+// Split-KV decoding: the kernel that combines splits, and the launches; included by the file of each
+// type, so that they compile side by side.
+#pragma once
+
+#include <cmath>
+
+#include "decode_kernel.h"
+#include "launch.h"
+
+namespace {
+namespace longrope {
+
+// One row of the result, of a query and head, from those of the live splits; a sequence of one split
+// has its result already. Grid: (batch * heads * queries,).
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const __grid_constant__ DecodeArguments a) {
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+  const int32_t row = static_cast<int32_t>(blockIdx.x);
+  const int32_t sequence = row / (a.heads * a.queries);
+  const int32_t head = row / a.queries % a.heads;
+  const int32_t query = row % a.queries;
+  const KeyRange range = keys_of_sequence(a, sequence, lane);
+  if (range.splits == 1) return;
+
+  const int64_t rows = static_cast<int64_t>(a.batch) * a.heads * a.queries;
+  const float* const lse = a.partial_lse + row;
+  float top = -INFINITY;
+  for (int32_t i = lane; i < range.splits; i += 32) top = fmaxf(top, lse[i * rows]);
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, distance));
+  }
+  float total = 0.0f;
+  for (int32_t i = lane; i < range.splits; i += 32) {
+    total += exp2_approx(lse[i * rows] - base_of(top));
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    total += __shfl_xor_sync(kAllLanes, total, distance);
+  }
+  const float divisor = total == 0.0f ? 1.0f : total;
+
+  T* const out = static_cast<T*>(a.out) + sequence * a.out_strides[0] +
+                 query * a.out_strides[1] + head * a.out_strides[2];
+  for (int32_t d = static_cast<int32_t>(threadIdx.x); d < a.dim; d += kThreads) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int32_t i = 0; i < range.splits; ++i) {
+      sum += exp2_approx(lse[i * rows] - base_of(top)) *
+             a.partial_out[(i * rows + row) * a.dim + d];
+    }
+    out[d].bits = static_cast<uint16_t>(pack<T>(sum / divisor, 0.0f));
+  }
+  if (threadIdx.x == 0) a.lse[row] = (top + log2f(divisor)) * kLn2;
+}
+
+// ----------------------------------------------------------------------------------------- the host
+
+inline Divisor divisor_of(uint32_t divisor) {
+  uint32_t shift = 0;
+  while ((1ull << shift) < divisor) ++shift;
+  const uint64_t multiplier = ((1ull << 32) * ((1ull << shift) - divisor)) / divisor + 1;
+  return {divisor, static_cast<uint32_t>(multiplier), shift};
+}
+
+// Whether all rows of a cache are whole pieces of eight elements, and begin where one can be loaded.
+inline bool rows_are_wide(const DecodeArguments& a, const void* cache,
+                          const int64_t (&strides)[3]) {
+  const uintptr_t bytes = a.caches_are_float8 ? 8 : 16;
+  bool wide = reinterpret_cast<uintptr_t>(cache) % bytes == 0 && a.dim % 8 == 0;
+  for (const int64_t stride : strides) wide = wide && stride % 8 == 0;
+  return wide;
+}
+
+template <typename T, int kDim, bool kFloat8>
+void launch_decode(const DecodeArguments& a, void* stream) {
+  const int32_t rows = a.heads / a.kv_heads * a.queries;
+  DecodePlan plan;
+  plan.block_size = divisor_of(static_cast<uint32_t>(a.block_size));
+  plan.row_blocks = (rows + kDecodeRows - 1) / kDecodeRows;
+  plan.values_are_wide = rows_are_wide(a, a.values, a.value_strides);
+  plan.keys_are_wide = rows_are_wide(a, a.keys, a.key_strides) &&
+                       (a.interleaved || a.factors.pairs % 8 == 0);
+  const bool caps = a.softcap > 0.0f;
+  plan.scale = caps ? 2.0f * kLog2E * a.softmax_scale / a.softcap : kLog2E * a.softmax_scale;
+  plan.cap = caps ? kLog2E * a.softcap : 0.0f;
+  const dim3 grid(static_cast<unsigned>(static_cast<int64_t>(a.splits.most) * a.batch *
+                                        a.kv_heads * plan.row_blocks));
+  longrope_cuda::launch(&decode_kernel<T, kDim, kFloat8>, "decode_kernel", grid, dim3(kThreads),
+                        Shared<kDim>::kBytes, stream, a, plan);
+  if (a.splits.most > 1) {
+    const dim3 of_rows(static_cast<unsigned>(a.batch * a.heads * a.queries));
+    longrope_cuda::launch(&combine_kernel<T>, "combine_kernel", of_rows, dim3(kThreads), 0, stream,
+                          a);
+  }
+}
+
+template <typename T, int kDim>
+void launch_decode(const DecodeArguments& a, void* stream) {
+  a.caches_are_float8 ? launch_decode<T, kDim, true>(a, stream)
+                      : launch_decode<T, kDim, false>(a, stream);
+}
+
+template <typename T>
+void decode_of(const DecodeArguments& a, void* stream) {
+  if (a.dim <= 64) return launch_decode<T, 64>(a, stream);
+  if (a.dim <= 128) return launch_decode<T, 128>(a, stream);
+  return launch_decode<T, 256>(a, stream);
+}
+
+}  // namespace longrope
+}  // namespace

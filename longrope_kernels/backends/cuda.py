@@ -1,0 +1,132 @@
+"""The compiled CUDA backend (csrc/cuda): hands addresses, sizes and strides to the extension.
+
+Under ``LONGROPE_CUDA_EMULATE=1`` the same kernels run on CPU tensors, in an emulator that tests
+build (tests/cpp/emulator), slowly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def emulating() -> bool:
+    """Whether the kernels run in the emulator, on CPU tensors."""
+    return os.environ.get("LONGROPE_CUDA_EMULATE") == "1"
+
+
+@cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module(f"longrope_kernels.{name}"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def extension() -> ModuleType:
+    """The module that runs here, which is there where `missing` is None."""
+    module, error = _load("_cuda_emulated" if emulating() else "_cuda")
+    if module is None:
+        raise RuntimeError(error)
+    return module
+
+
+def missing() -> str | None:
+    """Why the extension cannot run, or None."""
+    if emulating():
+        module, error = _load("_cuda_emulated")
+        return None if module is not None else f"its emulator is not built ({error})"
+    module, error = _load("_cuda")
+    if module is None:
+        return (
+            f"its extension is not built ({error}); install the package where there is nvcc "
+            "(LONGROPE_BUILD_CUDA=1 pip install . or pip install -e .)"
+        )
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return None
+
+
+def rotary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    positions: torch.Tensor,
+    steps: torch.Tensor,
+    n_hat: torch.Tensor,
+    attention_factor: torch.Tensor,
+    max_length: torch.Tensor,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    interleaved: bool,
+    conjugate: bool,
+) -> None:
+    """Rotate q and k (B, S, heads, D) into q_out and k_out; see csrc/cuda/rotary.h."""
+    batch, seq, _, dim = q.shape
+    with on_device(q):
+        extension().rotary(
+            _heads(q, q_out),
+            _heads(k, k_out),
+            _TYPES[q.dtype],
+            (batch, seq, dim),
+            positions.data_ptr(),
+            positions.dtype == torch.int64,
+            positions.stride(),
+            factors_of(steps, n_hat, attention_factor, max_length),
+            integers(lengths),
+            integers(sets),
+            integers(cu_seqlens),
+            batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+            interleaved,
+            conjugate,
+            place_of(q),
+        )
+
+
+def _heads(x: torch.Tensor, out: torch.Tensor) -> tuple[object, ...]:
+    return x.data_ptr(), out.data_ptr(), x.shape[2], x.stride()[:3], out.stride()[:3]
+
+
+def factors_of(
+    steps: torch.Tensor,
+    n_hat: torch.Tensor,
+    attention_factor: torch.Tensor,
+    max_length: torch.Tensor,
+) -> tuple[int, ...]:
+    """The tables of `RopeTables` as the extension takes them."""
+    return (
+        steps.shape[0],
+        steps.shape[2],
+        steps.data_ptr(),
+        n_hat.data_ptr(),
+        attention_factor.data_ptr(),
+        max_length.data_ptr(),
+    )
+
+
+def integers(x: torch.Tensor | None) -> tuple[int, int, bool]:
+    """A vector of int32 or int64 that may be absent, as the extension takes it."""
+    return (0, 0, False) if x is None else (x.data_ptr(), x.stride(0), x.dtype == torch.int64)
+
+
+def place_of(x: torch.Tensor) -> tuple[int, int]:
+    """The device of x and its current stream."""
+    if not x.is_cuda:
+        return 0, 0
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Kernels are launched on the current device, which need not be that of x."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()

@@ -1,0 +1,63 @@
+"""What only the CUDA `decode` has: chunks of 16 dimensions, staged rows, blocks, splits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from decode_truth import COMPILED, Call, Case, bf16, check, fp8, fp16, same
+
+from longrope_kernels.backends import cuda_decode
+
+
+def of(case: Case) -> None:
+    check(COMPILED, case.call())
+
+
+# In whole chunks, with a chunk of pairs that is not full, with nothing after it and with much; of
+# each size of kernel.
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize(
+    ("dim", "pairs"),
+    [(64, 32), (64, 24), (64, 8), (40, 13), (64, 31), (128, 48), (104, 52), (96, 40), (256, 127)],
+)
+def test_chunks(dim: int, pairs: int, interleaved: bool) -> None:
+    of(Case((19,), 1, 2, 1, dim, pairs, dtype=bf16, interleaved=interleaved))
+
+
+@pytest.mark.parametrize("pairs", [16, 13])
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=str)
+def test_chunks_of_float8(dtype: torch.dtype, pairs: int) -> None:
+    of(Case((19,), 1, 2, 1, 64, pairs, dtype=dtype, float8=True))
+
+
+@pytest.mark.parametrize(("groups", "queries"), [(8, 1), (9, 1), (3, 3), (2, 8)])
+def test_rows_of_a_block(groups: int, queries: int) -> None:
+    of(Case((20,), queries, groups, 1, 32, dtype=bf16))
+
+
+@pytest.mark.parametrize("keys", [63, 64, 65, 192, 300])
+def test_splits(keys: int) -> None:
+    of(Case((keys, 1), 1, 1, 1, 16, dtype=bf16, block=48))
+
+
+def test_rows_that_begin_between_pieces() -> None:
+    """Staged rows are those of a cache whose rows are whole pieces."""
+    case = Case((19,), 2, 2, 1, 64, dtype=bf16)
+    for one in (case, replace(case, float8=True)):
+        given = dict(one.call().arguments)
+        for name in ("k_cache", "v_cache"):
+            x = given[name]
+            row = torch.nn.functional.pad(same(x), (1, 2))
+            given[name] = row[..., 1:-2].view(x.dtype) if x.dtype == fp8 else row[..., 1:-2]
+        check(COMPILED, Call(**given))
+
+
+def test_splits_fill_a_device_and_no_more() -> None:
+    """132 multiprocessors of 3 blocks; a sequence of 32 tiles has 16 splits of two at most."""
+    many, few = cuda_decode.choose_splits, cuda_decode.choose_splits(8, 1, 2048, 396, 2)
+    assert few == cuda_decode.Splits(16, 16, 2)
+    assert many(8, 1, 2**20, 396, 2).even * 8 <= 396
+    assert many(4096, 512, 2**20, 396, 2).even <= 8
+    assert many(2, 2, 64, 396, 2) == cuda_decode.Splits(1, 1, 2)
