@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,28 @@ def switch_forward() -> str:
     return markdown(["tokens", "untouched, ms", "enabled, ms", "ratio, median of turns"], lines)
 
 
+# --------------------------------------------------------------------------------- a small model
+
+
+def of_extend_tiny(title: str) -> str:
+    """A table of the page that examples/extend_tiny/run.py wrote, by the title before it."""
+    text = (ROOT / "reports/extend_tiny/results.md").read_text("utf-8")
+    table = text.partition(f"## {title}\n\n")[2].partition("\n\n## ")[0].strip()
+    if not table:
+        raise ValueError(f"reports/extend_tiny/results.md: there is no table {title!r}")
+    return table
+
+
+EXTEND_TINY = {
+    "tiny-at-length": "Without tuning, each made for the length",
+    "tiny-recipe": "Extended by the whole recipe",
+    "tiny-claims": "The claims of the paper",
+    "tiny-searches": "Searches at 2048 bytes",
+    "tiny-memory": "Keys remembered",
+    "tiny-policies": "Where a sequence grows out of the short set",
+}
+
+
 # ---------------------------------------------------------------------------------------- codegen
 
 
@@ -237,6 +259,13 @@ def prepass_change() -> tuple[float, float]:
     return min(changes), max(changes)
 
 
+def cuda_attention() -> str:
+    """The bfloat16 rows of the table that nvcc's compilation gives."""
+    text = (ROOT / "reports/codegen/cuda_attention.md").read_text("utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return "\n".join(lines[:2] + [line for line in lines if " BFloat16 " in line])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "angle-errors": angle_errors,
     "rotary-short": rotary_short,
@@ -247,6 +276,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "switch-batch": switch_batch,
     "switch-forward": switch_forward,
     "rotation-cost": rotation_cost,
+    "cuda-attention": cuda_attention,
+    **{name: partial(of_extend_tiny, title) for name, title in EXTEND_TINY.items()},
 }
 
 
