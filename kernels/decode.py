@@ -30,8 +30,6 @@ from .attention_tiles import (
 from .decode_cache import block_ids, slot_rows
 from .decode_float8 import CONVERT, SHIFT, half_pieces
 from .decode_splits import (
-    Splits,
-    choose_splits,
     combine_kernel,
     keys_of_sequence,
     split_keys,
@@ -52,6 +50,10 @@ from .pieces import (
     zero_pieces,
 )
 from .rotation import narrow
+from .splits import Splits, choose_splits
+
+# Keys that are worth a program.
+_LEAST_KEYS = 128
 
 # ----------------------------------------------------------------------------------------- launch
 
@@ -109,8 +111,8 @@ def splits_of(
     units = q.shape[0] * k_cache.shape[2] * _row_blocks(q, k_cache, config)[1]
     places = multiprocessors * config.programs
     # In the interpreter a tile is worth a program.
-    least = {"least_keys": config.block_n} if arch == 0 else {}
-    return choose_splits(units, q.shape[0], capacity, config.block_n, places, **least)
+    least_tiles = 1 if arch == 0 else max(1, _LEAST_KEYS // config.block_n)
+    return choose_splits(units, q.shape[0], capacity, config.block_n, places, least_tiles)
 
 
 def _rows_of_kv_head(q: torch.Tensor, k_cache: torch.Tensor) -> int:

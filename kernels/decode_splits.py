@@ -1,15 +1,13 @@
 """How the keys of a sequence are split between programs, and how their results become one.
 
-The host knows shapes only: how many splits a sequence of mean length should have, so that the
-programs of the batch fill the multiprocessors (`Splits.even`), and how many it may have at most
-(`Splits.most`, which sizes grid and scratch). Programs read the lengths of the batch and derive
-from them the keys of a split, the same for all sequences, and from their own length which splits
-are live. So a captured graph serves all lengths.
+The host knows shapes only (splits.py): how many splits a sequence of mean length should have, so
+that the programs of the batch fill the multiprocessors (`Splits.even`), and how many it may have
+at most (`Splits.most`, which sizes grid and scratch). Programs read the lengths of the batch and
+derive from them the keys of a split, the same for all sequences, and from their own length which
+splits are live. So a captured graph serves all lengths.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,46 +15,8 @@ import triton.language as tl
 from .attention_tiles import LN2
 from .rotation import narrow
 
-# A sequence longer than the mean of its batch may have so many times the splits of the mean.
-_SPREAD = 4
-# What a further split costs, its start and its part in the combination, as a part of the time that
-# one split alone would take.
-_SPLIT_COST = 1 / 512
-# Keys that are worth a program.
-_LEAST_KEYS = 128
 # Lengths that a program reads at once.
 _LENGTHS = tl.constexpr(128)
-
-
-# ------------------------------------------------------------------------------------------- host
-
-
-class Splits(NamedTuple):
-    """Splits of a sequence of mean length, of any sequence at most, and tiles of one at least."""
-
-    even: int
-    most: int
-    least_tiles: int
-
-
-def choose_splits(
-    units: int, batch: int, capacity: int, block_n: int, places: int, least_keys: int = _LEAST_KEYS
-) -> Splits:
-    """Splits for ``units`` programs if nothing were split, of ``places`` that run at once.
-
-    capacity: keys that a sequence may have. The time of n splits is that of their waves, and a
-    cost for each: with fewer units than places, one wave; else enough that the last wave, which is
-    rarely full, is short.
-    """
-    least_tiles = max(1, least_keys // block_n)
-    bound = max(1, -(-capacity // (least_tiles * block_n)))
-    candidates = range(1, min(bound, max(8, places // units)) + 1)
-    even = min(candidates, key=lambda n: -(-units * n // places) / n + n * _SPLIT_COST / places)
-    most = even if batch == 1 else min(bound, _SPREAD * even)
-    return Splits(even, most, least_tiles)
-
-
-# ----------------------------------------------------------------------------------------- device
 
 
 @triton.jit

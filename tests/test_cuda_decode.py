@@ -8,7 +8,7 @@ import pytest
 import torch
 from decode_truth import COMPILED, Call, Case, bf16, check, fp8, fp16, same
 
-from longrope_kernels.backends import cuda_decode
+from longrope_kernels.kernels.splits import Splits, choose_splits
 
 
 def of(case: Case) -> None:
@@ -56,8 +56,7 @@ def test_rows_that_begin_between_pieces() -> None:
 
 def test_splits_fill_a_device_and_no_more() -> None:
     """132 multiprocessors of 3 blocks; a sequence of 32 tiles has 16 splits of two at most."""
-    many, few = cuda_decode.choose_splits, cuda_decode.choose_splits(8, 1, 2048, 396, 2)
-    assert few == cuda_decode.Splits(16, 16, 2)
-    assert many(8, 1, 2**20, 396, 2).even * 8 <= 396
-    assert many(4096, 512, 2**20, 396, 2).even <= 8
-    assert many(2, 2, 64, 396, 2) == cuda_decode.Splits(1, 1, 2)
+    assert choose_splits(8, 1, 2048, 64, 396, 2) == Splits(16, 16, 2)
+    assert choose_splits(8, 1, 2**20, 64, 396, 2).even * 8 <= 396
+    assert choose_splits(4096, 512, 2**20, 64, 396, 2).even <= 8
+    assert choose_splits(2, 2, 64, 64, 396, 2) == Splits(1, 1, 2)

@@ -17,8 +17,9 @@ from test_triton import phases
 from longrope_kernels.backends import triton_decode
 from longrope_kernels.kernels import decode as kernels
 from longrope_kernels.kernels.decode_float8 import CONVERT, SHIFT, half_of_e4m3
-from longrope_kernels.kernels.decode_splits import choose_splits, split_keys
+from longrope_kernels.kernels.decode_splits import split_keys
 from longrope_kernels.kernels.rotation import cos_sin_approx
+from longrope_kernels.kernels.splits import choose_splits
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -82,14 +83,14 @@ def test_cos_and_sin_of_the_keys_are_within_1e_6() -> None:
 
 
 def test_one_sequence_fills_the_places_with_one_wave() -> None:
-    splits = choose_splits(units=8, batch=1, capacity=131072, block_n=64, places=264)
+    splits = choose_splits(units=8, batch=1, capacity=131072, tile=64, places=264, least_tiles=2)
     assert (splits.even, splits.most) == (33, 33)
 
 
 @pytest.mark.parametrize("units", [1, 8, 100, 256, 264, 300, 1000, 5000])
 def test_the_last_wave_is_short(units: int) -> None:
     """The time of the splits chosen is near that of work without any grain."""
-    splits = choose_splits(units, 2, 131072, 64, 264)
+    splits = choose_splits(units, 2, 131072, 64, 264, 2)
     waves = math.ceil(units * splits.even / 264)
     one_full_wave = waves == 1 and units * (splits.even + 1) > 264
     assert one_full_wave or waves / splits.even <= 1.15 * units / 264
@@ -97,8 +98,8 @@ def test_the_last_wave_is_short(units: int) -> None:
 
 
 def test_a_small_cache_is_not_split() -> None:
-    assert choose_splits(8, 4, 128, 64, 264)[:2] == (1, 1)
-    assert choose_splits(8, 4, 129, 64, 264).most == 2
+    assert choose_splits(8, 4, 128, 64, 264, 2)[:2] == (1, 1)
+    assert choose_splits(8, 4, 129, 64, 264, 2).most == 2
 
 
 def test_splits_cover_the_keys_once() -> None:

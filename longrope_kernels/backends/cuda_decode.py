@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import torch
 
+from ..kernels.splits import Splits, choose_splits
 from .cuda import _TYPES, emulating, extension, factors_of, integers, on_device, place_of
 
 # As in csrc/cuda/decode.h: keys of a tile, and rows of a block.
@@ -14,36 +12,10 @@ _TILE = 64
 _ROWS = 8
 # Blocks that run on a multiprocessor at once, by the largest head_dim of a kernel.
 _BLOCKS = {64: 4, 128: 3, 256: 2}
-# A sequence longer than the mean of its batch may have so many times the splits of the mean.
-_SPREAD = 4
-# What a further split costs, its start and its part in the combination, as a part of the time that
-# one split alone would take.
-_SPLIT_COST = 1 / 512
 # Tiles that are worth a block.
 _LEAST_TILES = 2
 # What the emulator stands for: enough that small tests see several splits.
 _EMULATED_MULTIPROCESSORS = 16
-
-
-class Splits(NamedTuple):
-    """Splits of a sequence of mean length, of any sequence at most, and tiles of one at least."""
-
-    even: int
-    most: int
-    least_tiles: int
-
-
-@lru_cache(maxsize=1024)
-def choose_splits(units: int, batch: int, capacity: int, places: int, least_tiles: int) -> Splits:
-    """Splits for ``units`` blocks if nothing were split, of ``places`` that run at once.
-
-    capacity: keys that a sequence may have. The time of n splits is that of their waves, and a
-    cost for each, as in kernels/decode_splits.py.
-    """
-    bound = max(1, -(-capacity // (least_tiles * _TILE)))
-    candidates = range(1, min(bound, max(8, places // units)) + 1)
-    even = min(candidates, key=lambda n: -(-units * n // places) / n + n * _SPLIT_COST / places)
-    return Splits(even, even if batch == 1 else min(bound, _SPREAD * even), least_tiles)
 
 
 def _splits_of(q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor | None) -> Splits:
@@ -53,9 +25,10 @@ def _splits_of(q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor
     units = batch * kv_heads * -(-queries * (heads // kv_heads) // _ROWS)
     blocks = next(count for most, count in _BLOCKS.items() if dim <= most)
     if emulating():
-        return choose_splits(units, batch, capacity, _EMULATED_MULTIPROCESSORS, 1)
+        return choose_splits(units, batch, capacity, _TILE, _EMULATED_MULTIPROCESSORS, 1)
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    return choose_splits(units, batch, capacity, multiprocessors * blocks, _LEAST_TILES)
+    places = multiprocessors * blocks
+    return choose_splits(units, batch, capacity, _TILE, places, _LEAST_TILES)
 
 
 def decode(
