@@ -69,7 +69,8 @@ class CmaEsSearch(Search):
         space: what may be proposed.
         settings: the defaults where not given; those of an evolutionary search mean at most as many
             evaluations and the same seed.
-        folder, context: as in `Search`.
+        folder: of the journal and the state, as in `Search`.
+        context: as in `Search`.
 
     Raises:
         ImportError: the package ``cmaes`` is not there.

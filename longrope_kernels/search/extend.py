@@ -121,7 +121,8 @@ class Extension:
         Args:
             plan: what to do.
             folder: made where it is missing.
-            device, dtype: as in `load_model`; fine-tuning always has float32 weights.
+            device: as in `load_model`.
+            dtype: as in `load_model`; fine-tuning always has float32 weights.
 
         Raises:
             ValueError: the folder has another plan, named by what differs; the plan does not go

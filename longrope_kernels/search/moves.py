@@ -62,7 +62,8 @@ def cross_factors(a: list[int], b: list[int], monotone: bool, rng: Random, kind:
     """Factors of a child, in range and, where both parents are, in order.
 
     Args:
-        a, b: factors of the parents, in hundredths.
+        a: factors of a parent, in hundredths.
+        b: those of the other.
         monotone: as in `mutate_factors`.
         rng: of all choices.
         kind: "paper" or "mixed".

@@ -91,7 +91,9 @@ def readjust(
             that serves the length until now.
         folder: each search has a folder of its own in it.
         upper: the largest ``lambda``; None for `highest`.
-        encode, context, progress: as in `find`.
+        encode: as in `find`.
+        context: as in `find`.
+        progress: as in `find`.
 
     Raises:
         ValueError: the lengths do not ascend, or reach beyond the bound of the last set; as `find`.

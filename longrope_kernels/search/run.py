@@ -41,7 +41,8 @@ def run_search(
 
     Raises:
         ValueError: ``evaluate`` gave other candidates than it was asked for.
-        What ``evaluate`` raises, and OSError as in `Search.tell`; nothing told is lost.
+        OSError: as in `Search.tell`. What ``evaluate`` raises goes through too, and nothing told
+            is lost.
     """
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")

@@ -273,7 +273,8 @@ class SearchSpace:
         """A child of two candidates of this space; it may be one of them.
 
         Args:
-            a, b: the parents.
+            a: a parent.
+            b: the other.
             rng: of all random choices.
             kind: "paper": each gene is that of one parent, and under ``monotone`` that of the
                 other where the order would break. "mixed" does that in a part of the cases, and
