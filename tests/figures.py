@@ -214,7 +214,6 @@ EXTEND_TINY = {
     "tiny-recipe": "Extended by the whole recipe",
     "tiny-claims": "The claims of the paper",
     "tiny-searches": "Searches at 2048 bytes",
-    "tiny-memory": "Keys remembered",
     "tiny-policies": "Where a sequence grows out of the short set",
 }
 

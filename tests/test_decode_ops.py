@@ -98,7 +98,7 @@ CHOICES = [
     ("cuda", bf16, bf16, 128, "triton"),
     ("cuda", fp16, torch.float8_e4m3fn, 256, "triton"),
     ("cuda", bf16, bf16, 257, "reference"),
-    ("cuda", bf16, bf16, 8, "reference"),
+    ("cuda", bf16, bf16, 8, "cuda"),
     ("cuda", fp32, fp32, 128, "reference"),
     ("xpu", bf16, bf16, 128, "reference"),
 ]

@@ -38,7 +38,7 @@ def test_small_run_and_a_second_one(tmp_path: Path) -> None:
     assert policies["switch"] != policies["pin"]
     assert policies["switch"] != policies["recompute"]
     page = (tmp_path / "results.md").read_text("utf-8")
-    assert len(re.findall("^## ", page, re.MULTILINE)) == 7
+    assert len(re.findall("^## ", page, re.MULTILINE)) == 8
     for name in ("perplexity.png", "factors.png"):
         assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
 

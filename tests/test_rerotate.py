@@ -132,7 +132,7 @@ BAD = [
     ),
     pytest.param({"positions": torch.arange(8)}, ValueError, r"positions: .*\(8,\)", id="seq"),
     pytest.param({"layout": "shd"}, ValueError, "layout: expected one of", id="layout"),
-    pytest.param({"backend": "cuda"}, ValueError, "backend: .*'cuda'", id="backend"),
+    pytest.param({"backend": "opencl"}, ValueError, "backend: .*'opencl'", id="backend"),
     pytest.param({"old": two_sets(PAIRS)}, ValueError, "old_sets: .* 2 factor sets", id="sets"),
     pytest.param(
         {"old_sets": torch.zeros(2, dtype=INT)}, ValueError, r"old_sets: .*\(1,\)", id="shape"
