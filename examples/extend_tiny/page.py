@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,54 +88,54 @@ class _Page:
         found: float | None = self.results.get(f"second half: {name}")
         return found
 
+    def _seeds(self, name: str) -> list[float]:
+        """Of a search and of the same with other seeds."""
+        pattern = re.compile(rf"second half: {re.escape(name)}(, seed \d+)?")
+        return [value for key, value in self.results.items() if pattern.fullmatch(key)]
+
+    def _short(self, name: str) -> list[float]:
+        found = self.results.get(f"by length: {name}")
+        return [] if found is None else [found[str(self.context)]]
+
     def claims(self) -> str:
-        near, far, results = self.near, self.far, self.results
+        near, far = self.near, self.far
         best = f"search: at {near}"
-        lines = [
-            self._claim(
+        uniform = self.results.get(f"uniform at {near}")
+        claims = [
+            (
                 "non-uniform lambda beats uniform", f"at {near} bytes, without tuning",
-                "the best uniform lambda", results.get(f"uniform at {near}", {}).get("half"),
-                "LongRoPE's", self._half(best),
+                "the best uniform lambda", [] if uniform is None else [uniform["half"]],
+                "LongRoPE's", self._seeds(best),
             ),
-            self._claim(
+            (
                 "n_hat helps without tuning", f"at {near} bytes",
-                "n_hat 0", self._half(f"{best}, no n_hat"),
-                "n_hat searched", self._half(best),
+                "n_hat 0", self._seeds(f"{best}, no n_hat"),
+                "n_hat searched", self._seeds(best),
             ),
-            self._claim(
+            (
                 "direct search at the far length is worse than progressive", f"at {far} bytes",
-                "searched at once, untuned", self._half(f"search: at {far}"),
+                "searched at once, untuned", self._seeds(f"search: at {far}"),
                 f"tuned at {near}, searched from there",
-                self._half(f"search: at {far}, from {near}"),
+                self._seeds(f"search: at {far}, from {near}"),
             ),
-            self._claim(
+            (
                 "readjustment recovers the short lengths", f"at {self.context} bytes",
                 "under the long set", self._short(f"LongRoPE, to {far}"),
                 "readjusted", self._short(f"LongRoPE, to {far}, readjusted"),
             ),
-            self._claim(
+            (
                 "the monotone constraint", f"at {near} bytes, without tuning",
-                "off", self._half(f"{best}, not monotone"),
-                "on", self._half(best),
+                "off", self._seeds(f"{best}, not monotone"),
+                "on", self._seeds(best),
             ),
         ]  # fmt: skip
-        if all(line is None for line in lines) or not results:
-            return ""
-        head = ["claim", "where", "without", "with", "answer"]
-        return _markdown(head, [line for line in lines if line is not None])
-
-    def _short(self, name: str) -> float | None:
-        found = self.results.get(f"by length: {name}")
-        return None if found is None else found[str(self.context)]
-
-    def _claim(
-        self, claim: str, where: str, a: str, without: float | None, b: str, with_: float | None
-    ) -> list[str] | None:
-        if without is None or with_ is None:
-            return None
-        change = without / with_ - 1
-        answer = "no difference" if abs(change) < 0.005 else "yes" if change > 0 else "no"
-        return [claim, where, f"{without:.3f} ({a})", f"{with_:.3f} ({b})", answer]
+        lines = [
+            [claim, where, f"{_spread(without)} ({a})", f"{_spread(with_)} ({b})",
+             _answer(without, with_)]
+            for claim, where, a, without, b, with_ in claims
+            if without and with_
+        ]  # fmt: skip
+        return _markdown(["claim", "where", "without", "with", "answer"], lines) if lines else ""
 
     def searches(self) -> str:
         prefix = f"search: at {self.near}"
@@ -173,6 +174,23 @@ class _Page:
         distances = list(next(iter(found.values())))
         lines = [[name, *(f"{row[d]:.3f}" for d in distances)] for name, row in found.items()]
         return _markdown(["policy", *(f"bytes {d}" for d in distances)], lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """One number, or of several seeds the smallest and the largest."""
+    low, high = f"{min(values):.3f}", f"{max(values):.3f}"
+    return low if len(values) == 1 else f"{low} to {high}"
+
+
+def _answer(without: Sequence[float], with_: Sequence[float]) -> str:
+    """What seeds agree on; differences below half a percent are none."""
+    if max(with_) * 1.005 < min(without):
+        return "yes"
+    if max(without) * 1.005 < min(with_):
+        return "no, the reverse"
+    if len(with_) == len(without) == 1:
+        return "no difference"
+    return "not decided: seeds differ by more"
 
 
 def _by_length(rows: Mapping[str, Mapping[str, Any]], lengths: Sequence[int]) -> str:
