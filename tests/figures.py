@@ -140,6 +140,8 @@ def decode_cpu() -> str:
             group[benchmark["params"]["name"]] = benchmark
     lines = []
     for group, of in rows.items():
+        if not {"SDPA, rotated keys", *DECODED} <= of.keys():
+            continue  # the budget cut it off
         times = (of[name]["stats"]["median"] for name in ("SDPA, rotated keys", *DECODED))
         infos = [of[name]["extra_info"] for name in DECODED]
         lines.append(
