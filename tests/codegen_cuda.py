@@ -35,17 +35,13 @@ INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9
 Row = dict[str, Any]
 
 
-def nvcc() -> str:
-    """The compiler.
-
-    Raises:
-        RuntimeError: there is none.
-    """
+def nvcc() -> str | None:
+    """The compiler, where there is one."""
     for name in (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"):
         found = shutil.which(name) if name else None
         if found:
             return found
-    raise RuntimeError("no nvcc: put it on the PATH, or name it in CUDACXX")
+    return None
 
 
 def cuobjdump() -> str:
@@ -57,8 +53,10 @@ def cuobjdump() -> str:
 
 def compile_source(name: str, arch: str, folder: Path) -> tuple[Path, str]:
     """The cubin of a source for an architecture, and what ptxas says of it."""
-    cubin = folder / f"{name}.{arch}.cubin"
-    command = [nvcc(), "-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v"]
+    cubin, compiler = folder / f"{name}.{arch}.cubin", nvcc()
+    if compiler is None:
+        raise RuntimeError("no nvcc: put it on the PATH, or name it in CUDACXX")
+    command = [compiler, "-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v"]
     command += ["-Werror=all-warnings", f"-arch=sm_{arch}", "-cubin", "-o", str(cubin)]
     result = subprocess.run([*command, str(SOURCES / name)], capture_output=True, text=True)
     if result.returncode != 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 
@@ -22,6 +21,7 @@ if not torch.cuda.is_available():
     except RuntimeError as error:  # then all tests of the backend fail, and no others
         warnings.warn(str(error), stacklevel=1)
 
+import codegen_cuda
 from hypothesis import HealthCheck, settings
 
 # Derandomised: a red run is red again. No deadline: the interpreter is slow, and that is no bug.
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     absent = []
     if not torch.cuda.is_available():
         absent.append("gpu")
-    if shutil.which("nvcc") is None:
+    if codegen_cuda.nvcc() is None:
         absent.append("nvcc")
 
     def cannot_run(item: pytest.Item) -> bool:

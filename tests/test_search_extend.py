@@ -220,7 +220,7 @@ def load(work: Path) -> Any:
 
 
 def test_a_step_is_that_of_the_plain_loss(work, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune_module, "_CHUNK_NUMBERS", 7 * 256)
+    monkeypatch.setattr(tune_module, "CHUNK_NUMBERS", 7 * 256)
     text = documents(48)  # a single window
     tuned = tune(load(work), rope(), text, 48, 1, replace(TUNING, warmup=0), tmp_path)
     model = enable(load(work), rope=rope())

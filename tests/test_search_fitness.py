@@ -77,7 +77,7 @@ def losses() -> TransformersLosses:
 def test_losses_are_those_of_transformers_for_each_row(losses, monkeypatch, batch_tokens, last):
     ids, ropes = tokens(3), [rope(4.0, 1.2), rope(2.0), rope(4.0, 1.2)]
     monkeypatch.setattr(losses, "_batch_tokens", batch_tokens or 1)
-    monkeypatch.setattr(search_model, "_CHUNK_NUMBERS", 5 * VOCABULARY)
+    monkeypatch.setattr(search_model, "CHUNK_NUMBERS", 5 * VOCABULARY)
     got = losses(ropes, ids, last=last)
     assert got.dtype == torch.float32
     expected = torch.cat([transformers_losses(r, ids[i : i + 1]) for i, r in enumerate(ropes)])

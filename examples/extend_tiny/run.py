@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +28,7 @@ from transformers import LlamaForCausalLM
 from longrope_kernels import FactorSet, Rope, scaling
 from longrope_kernels.report import machine
 from longrope_kernels.search.documents import Document
-from longrope_kernels.search.find import Options, find, read_json
+from longrope_kernels.search.find import Options, find, read_json, write_json
 from longrope_kernels.search.readjust import readjust
 from longrope_kernels.search.source import fingerprint
 from longrope_kernels.search.space import SearchSpace
@@ -92,7 +91,7 @@ class Book:
         self.path = path
         self.content: dict[str, Any] = {**head, "results": {}, "seconds": {}}
         if path.exists():
-            known = json.loads(path.read_text("utf-8"))
+            known = read_json(path)
             for name in ("sizes", "text"):
                 if known[name] != json.loads(json.dumps(head[name])):
                     raise SystemExit(f"{path}: it has another {name}; name another --out")
@@ -105,9 +104,7 @@ class Book:
             self.content["results"][name] = make()
             # Of the run that made it; what an earlier one had done of it is in its own folder.
             self.content["seconds"][name] = round(time.perf_counter() - begin, 1)
-            draft = self.path.with_suffix(".new")
-            draft.write_text(json.dumps(self.content, indent=1) + "\n", "utf-8")
-            os.replace(draft, self.path)
+            write_json(self.path, self.content)
             print(f"{name}: {self.content['seconds'][name]} s", flush=True)
         return self.content["results"][name]
 

@@ -113,6 +113,11 @@ def factors_of(
     )
 
 
+def strided(x: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """x (B, S, H, D), a unit last stride, as the extension takes it."""
+    return x.data_ptr(), x.stride()[:3]
+
+
 def integers(x: torch.Tensor | None) -> tuple[int, int, bool]:
     """A vector of int32 or int64 that may be absent, as the extension takes it."""
     return (0, 0, False) if x is None else (x.data_ptr(), x.stride(0), x.dtype == torch.int64)

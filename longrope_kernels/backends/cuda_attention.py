@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..masks import Mask
-from .cuda import extension, factors_of, integers, on_device, place_of, rotary
+from .cuda import extension, factors_of, integers, on_device, place_of, rotary, strided
 
 _TYPES = {torch.bfloat16: 1, torch.float16: 2}
 
@@ -110,7 +110,7 @@ def forward(
             extension().attention(
                 _TYPES[q.dtype],
                 (batch, queries, keys, of_q.stop - of_q.start, of_k.stop - first, dim),
-                *map(_strided, (q[:, :, of_q], rotated, v[:, :, of_k], out[:, :, of_q])),
+                *map(strided, (q[:, :, of_q], rotated, v[:, :, of_k], out[:, :, of_q])),
                 (of_lse.data_ptr(), of_lse.stride()[:2]),
                 (positions.data_ptr(), positions.stride(), positions.dtype == torch.int64),
                 factors_of(*tables),
@@ -212,10 +212,6 @@ def backward(
 def _rotate(x: torch.Tensor, y: torch.Tensor, *rest: Any) -> None:
     """x (B, S, H, D) into y; the arguments of `cuda.rotary` from ``positions`` on."""
     rotary(x, x[:, :, :0], y, y[:, :, :0], *rest)
-
-
-def _strided(x: torch.Tensor) -> tuple[int, tuple[int, ...]]:
-    return x.data_ptr(), x.stride()[:3]
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

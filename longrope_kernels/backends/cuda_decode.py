@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 
 from ..kernels.splits import Splits, choose_splits
-from .cuda import _TYPES, emulating, extension, factors_of, integers, on_device, place_of
+from .cuda import (
+    _TYPES,
+    emulating,
+    extension,
+    factors_of,
+    integers,
+    on_device,
+    place_of,
+    strided,
+)
 
 # As in csrc/cuda/decode.h: keys of a tile, and rows of a block.
 _TILE = 64
@@ -75,11 +84,11 @@ def decode(
         extension().decode(
             (_TYPES[q.dtype], k_cache.dtype == torch.float8_e4m3fn),
             (batch, queries, heads, k_cache.shape[2], dim),
-            _strided(q),
-            _strided(out),
+            strided(q),
+            strided(out),
             lse.data_ptr(),
-            _strided(k_cache),
-            _strided(v_cache),
+            strided(k_cache),
+            strided(v_cache),
             (*_rows(block_table), k_cache.shape[1]),
             (*_vector(k_scale), *_vector(v_scale)),
             integers(cache_lens),
@@ -95,10 +104,6 @@ def decode(
             (0, 0) if scratch is None else (scratch[0].data_ptr(), scratch[1].data_ptr()),
             place_of(q),
         )
-
-
-def _strided(x: torch.Tensor) -> tuple[int, tuple[int, ...]]:
-    return x.data_ptr(), x.stride()[:3]
 
 
 def _rows(x: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:

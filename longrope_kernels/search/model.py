@@ -13,7 +13,7 @@ from ..rope import Rope
 
 Ropes = Rope | Sequence[Rope]
 _Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-_CHUNK_NUMBERS = 2**24  # of logits in memory at a time: 64 MB in float32
+CHUNK_NUMBERS = 2**24  # of logits in memory at a time: 64 MB in float32
 
 
 class Losses(Protocol):
@@ -148,7 +148,7 @@ class TransformersLosses:
         hidden = base(input_ids=tokens, use_cache=False, **chosen).last_hidden_state
         hidden, targets = hidden[:, -last - 1 : -1], tokens[:, -last:]
         vocabulary = self.model.config.get_text_config().vocab_size
-        step = max(_CHUNK_NUMBERS // (vocabulary * len(tokens)), 1)
+        step = max(CHUNK_NUMBERS // (vocabulary * len(tokens)), 1)
         parts = []
         for at in range(0, last, step):
             logits = self._head(hidden[:, at : at + step])

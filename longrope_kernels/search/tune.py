@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..rope import Rope
 from .documents import Document
+from .model import CHUNK_NUMBERS
 
 LOG = "tuning.jsonl"
-_CHUNK_NUMBERS = 2**24  # of logits in memory at a time, as in `model`
 Progress = Callable[[int, float], None]
 
 
@@ -170,7 +170,7 @@ class _Loss(nn.Module):
         """tokens: (rows, length) int64. Gives ()."""
         hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         hidden, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-        size = max(_CHUNK_NUMBERS // self.model.config.get_text_config().vocab_size, 1)
+        size = max(CHUNK_NUMBERS // self.model.config.get_text_config().vocab_size, 1)
         total: torch.Tensor = hidden.new_zeros((), dtype=torch.float32)
         for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
             total = total + checkpoint(self._sum, part, wanted, use_reentrant=False)
