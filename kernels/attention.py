@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..calls import Scoring
 from .attention_tiles import (
     LN2,
     Config,
@@ -19,7 +20,9 @@ from .attention_tiles import (
     cap_scores,
     grid_of,
     keys_of_queries,
+    mask_args,
     nearest,
+    rotation_args,
     score_args,
     sequence_of_tile,
     set_of_sequence,
@@ -27,7 +30,6 @@ from .attention_tiles import (
     span,
     tensor_args,
     tile_of_program,
-    vector_args,
     visible,
     wide,
 )
@@ -105,37 +107,26 @@ def plan(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    positions: torch.Tensor,
-    key_positions: torch.Tensor | None,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    kv_start: torch.Tensor | None,
-    interleaved: bool,
-    causal: bool,
-    softmax_scale: float,
-    window: int,
-    softcap: float,
+    scoring: Scoring,
+    rotated: bool,
     arch: int,
     config: Config | None = None,
 ) -> Launch:
     """The launch of the forward pass, for tensors that are not empty.
 
-    The arguments are those of `backends.triton_attention.forward`. key_positions None: k is already
-    rotated. arch: the compute capability, 90 for 9.0. config: instead of that of the table.
-    Nothing is allocated, no tensor is read.
+    q, k, v, out, lse, scoring: as in `backends.run_attention`. rotated: k is already. arch: the
+    compute capability, 90 for 9.0. config: instead of that of the table. Nothing is allocated, no
+    tensor is read.
     """
-    sizes = sizes_of(q, k, cu_seqlens)
-    dim, pairs = q.shape[3], steps.shape[2]
+    positions, key_positions, rotation, mask, softmax_scale, softcap = scoring
+    sizes = sizes_of(q, k, mask)
+    sets, _, pairs = rotation.steps.shape
+    dim, window = q.shape[3], mask.window or 0
     if config is None:
         packed_window = sizes.packed and window > 0
-        in_registers = key_positions is not None
-        config = choose_config(arch, dim, causal, in_registers, interleaved, packed_window)
+        config = choose_config(
+            arch, dim, mask.causal, not rotated, rotation.interleaved, packed_window
+        )
     of_kv_head = 2 * sizes.keys * dim * k.element_size()
     programs, tiles, section = grid_of(
         sizes.queries, sizes.heads, sizes, config.block_m, of_kv_head, sizes.groups
@@ -143,9 +134,9 @@ def plan(
     constants = {
         "DIM": dim,
         "PAIRS": pairs,
-        "SETS": steps.shape[0],
-        "INTERLEAVED": interleaved,
-        "CAUSAL": causal,
+        "SETS": sets,
+        "INTERLEAVED": rotation.interleaved,
+        "CAUSAL": mask.causal,
         "WINDOW": window > 0,
         "SOFTCAP": softcap > 0,
         "BLOCK_M": config.block_m,
@@ -158,13 +149,9 @@ def plan(
         tensor_args(out),
         (lse, *lse.stride()[:2]),
         (positions, *positions.stride()),
-        (None, 0, 0) if key_positions is None else (key_positions, *key_positions.stride()),
-        (steps, n_hat, attention_factor, max_length),
-        vector_args(lengths),
-        vector_args(sets),
-        vector_args(cu_seqlens),
-        vector_args(cu_seqlens_k),
-        vector_args(kv_start),
+        (None, 0, 0) if rotated else (key_positions, *key_positions.stride()),
+        *rotation_args(rotation),
+        *mask_args(mask),
         *score_args(softmax_scale, softcap),
         min(window, sizes.queries + sizes.keys),
         *sizes.args(),

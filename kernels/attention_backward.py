@@ -13,16 +13,18 @@ from typing import NamedTuple
 
 import torch
 
+from ..calls import Scoring
 from .attention_gradients import delta_kernel, dk_dv_kernel, dq_kernel
 from .attention_tiles import (
     Config,
     Launch,
     grid_of,
+    mask_args,
     nearest,
+    rotation_args,
     score_args,
     sizes_of,
     tensor_args,
-    vector_args,
 )
 
 
@@ -113,35 +115,22 @@ def plan(
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    positions: torch.Tensor,
-    key_positions: torch.Tensor,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    kv_start: torch.Tensor | None,
-    interleaved: bool,
-    causal: bool,
-    softmax_scale: float,
-    window: int,
-    softcap: float,
+    scoring: Scoring,
     arch: int,
     configs: Configs | None = None,
 ) -> list[Launch]:
     """The launches for dk and dv, one or two, and for dq, for tensors that are not empty.
 
     q and k are rotated, delta (with the strides of lse) comes from `plan_delta`; the others are
-    those of `backends.triton_attention.backward`. arch: the compute capability, 90 for 9.0.
+    those of `backends.run_attention_backward`. arch: the compute capability, 90 for 9.0.
     configs: instead of those of the table. Nothing is allocated, no tensor is read.
     """
-    sizes = sizes_of(q, k, cu_seqlens)
-    dim = q.shape[3]
+    positions, key_positions, rotation, mask, softmax_scale, softcap = scoring
+    sizes = sizes_of(q, k, mask)
+    sets, _, pairs = rotation.steps.shape
+    dim, window = q.shape[3], mask.window or 0
     if configs is None:
-        configs = choose_configs(arch, dim, softcap, window, sizes.packed, interleaved)
+        configs = choose_configs(arch, dim, softcap, window, sizes.packed, rotation.interleaved)
     of_keys, of_values, of_queries = configs
     inputs = (
         tensor_args(d_out),
@@ -152,12 +141,8 @@ def plan(
         delta,
     )
     rest = (
-        (steps, n_hat, attention_factor, max_length),
-        vector_args(lengths),
-        vector_args(sets),
-        vector_args(cu_seqlens),
-        vector_args(cu_seqlens_k),
-        vector_args(kv_start),
+        *rotation_args(rotation),
+        *mask_args(mask),
         *score_args(softmax_scale, softcap),
         softmax_scale,
         min(window, sizes.queries + sizes.keys),
@@ -165,10 +150,10 @@ def plan(
     )
     constants = {
         "DIM": dim,
-        "PAIRS": steps.shape[2],
-        "SETS": steps.shape[0],
-        "INTERLEAVED": interleaved,
-        "CAUSAL": causal,
+        "PAIRS": pairs,
+        "SETS": sets,
+        "INTERLEAVED": rotation.interleaved,
+        "CAUSAL": mask.causal,
         "WINDOW": window > 0,
         "SOFTCAP": softcap > 0,
     }

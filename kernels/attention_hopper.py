@@ -39,17 +39,18 @@ import torch
 import triton
 import triton.language as tl
 
+from ..calls import Scoring
 from .attention_tiles import (
     LN2,
     Launch,
     grid_of,
     keys_of_queries,
+    rotation_args,
     score_args,
     set_of_sequence,
     sizes_of,
     tensor_args,
     tile_at,
-    vector_args,
 )
 from .descriptors import describe, described_args, load_described, reachable, row_of_head
 from .pieces import (
@@ -108,28 +109,25 @@ def serves(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pairs: int,
-    cu_seqlens: torch.Tensor | None,
-    kv_start: torch.Tensor | None,
-    interleaved: bool,
-    softmax_scale: float,
-    softcap: float,
+    scoring: Scoring,
     arch: int,
 ) -> bool:
     """Whether `plan` takes this call; attention.py takes all.
 
-    The arguments are those of `plan` and of `backends.triton_attention.forward`, k rotated.
+    The arguments are those of `plan`.
 
     Not served: packed sequences, ``kv_start``, ``softcap``, a scale of 0; dimensions that do not
     part into pieces of 16 or more (40 rotated pairs of a head of 80 in the half pairing); tensors
     that no descriptor reaches: addresses or strides that are no multiples of 16 bytes, strides of
     0, or a q whose batch stride is no multiple of its token stride.
     """
-    if arch != ARCH or softcap > 0 or softmax_scale <= 0:
+    rotation, mask, dim = scoring.rotation, scoring.mask, q.shape[3]
+    if arch != ARCH or scoring.softcap > 0 or scoring.softmax_scale <= 0:
         return False
-    if cu_seqlens is not None or kv_start is not None or q.shape[3] > max(CONFIGS):
+    if mask.cu_seqlens is not None or mask.kv_start is not None or dim > max(CONFIGS):
         return False
-    pieces = [*_list_pieces(pairs, q.shape[3], interleaved), *_list_pieces(0, q.shape[3], False)]
+    of_q = _list_pieces(rotation.steps.shape[2], dim, rotation.interleaved)
+    pieces = [*of_q, *_list_pieces(0, dim, False)]
     if any(split or start + width > limit for start, width, limit, split in pieces):
         return False
     return all(reachable(x) for x in (q, k, v)) and row_of_head(q) is not None
@@ -141,17 +139,7 @@ def plan(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    positions: torch.Tensor,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
-    interleaved: bool,
-    causal: bool,
-    softmax_scale: float,
-    window: int,
+    scoring: Scoring,
     arch: int,
     multiprocessors: int,
     specialize: bool = SPECIALIZES,
@@ -159,16 +147,18 @@ def plan(
 ) -> Launch:
     """The launch of the forward pass, for tensors that are not empty and that `serves` takes.
 
-    The arguments are those of `backends.triton_attention.forward`; k is rotated. arch: 90, or 0 for
+    q, k, v, out, lse, scoring: as in `backends.run_attention`; k is rotated. arch: 90, or 0 for
     the interpreter. multiprocessors: those of the device. specialize: the specialised form, where
     pairs need not be taken apart. config: instead of that of the table.
     Nothing is allocated, no tensor is read. At the launch Triton asks its allocator
     (`triton.set_allocator`) for the memory of the descriptors, below a kilobyte a program.
     """
-    sizes = sizes_of(q, k, None)
-    dim, pairs = q.shape[3], steps.shape[2]
+    positions, rotation, mask = scoring.positions, scoring.rotation, scoring.mask
+    sizes = sizes_of(q, k, mask)
+    sets, _, pairs = rotation.steps.shape
+    dim, window = q.shape[3], mask.window or 0
     if config is None:
-        config = choose_config(arch, dim, specialize and not (interleaved and pairs > 0))
+        config = choose_config(arch, dim, specialize and not (rotation.interleaved and pairs > 0))
     of_kv_head = 2 * sizes.keys * dim * k.element_size()
     places, tiles, section = grid_of(
         sizes.queries, sizes.heads, sizes, config.block_m, of_kv_head, sizes.groups
@@ -176,11 +166,11 @@ def plan(
     constants = {
         "DIM": dim,
         "PAIRS": pairs,
-        "SETS": steps.shape[0],
-        "INTERLEAVED": interleaved,
-        "CAUSAL": causal,
+        "SETS": sets,
+        "INTERLEAVED": rotation.interleaved,
+        "CAUSAL": mask.causal,
         "WINDOW": window > 0,
-        "MASKED": causal or window > 0 or sizes.keys % config.block_n > 0,
+        "MASKED": mask.causal or window > 0 or sizes.keys % config.block_n > 0,
         "SPECIALIZE": config.specialize,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -195,10 +185,8 @@ def plan(
         tensor_args(out),
         (lse, *lse.stride()[:2]),
         (positions, *positions.stride()),
-        (steps, n_hat, attention_factor, max_length),
-        vector_args(lengths),
-        vector_args(sets),
-        score_args(softmax_scale, 0.0)[0],
+        *rotation_args(rotation),
+        score_args(scoring.softmax_scale, 0.0)[0],
         min(window, sizes.queries + sizes.keys),
         *sizes.args()[:5],
         tiles,

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..calls import Rotation
+from ..masks import Mask
 from .rotation import clamp_set, set_of_length
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -61,13 +63,12 @@ class Sizes(NamedTuple):
         return (*self[:5], search_step)
 
 
-def sizes_of(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> Sizes:
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def sizes_of(q: torch.Tensor, k: torch.Tensor, mask: Mask) -> Sizes:
     return Sizes(
         *(q.shape[1], k.shape[1]),
         *(q.shape[2], q.shape[2] // k.shape[2]),
-        sequences,
-        cu_seqlens is not None,
+        mask.sequences(q.shape[0]),
+        mask.cu_seqlens is not None,
     )
 
 
@@ -79,6 +80,17 @@ def tensor_args(x: torch.Tensor) -> tuple[Any, ...]:
 def vector_args(x: torch.Tensor | None) -> tuple[Any, ...]:
     """(pointer, stride) of a vector that may be absent."""
     return (None, 0) if x is None else (x, x.stride(0))
+
+
+def rotation_args(rotation: Rotation) -> tuple[Any, ...]:
+    """The tables, lengths and sets of the kernels."""
+    return rotation[:4], vector_args(rotation.lengths), vector_args(rotation.sets)
+
+
+def mask_args(mask: Mask) -> tuple[Any, ...]:
+    """The borders of packed sequences of q and k, and kv_start, of the kernels."""
+    borders = vector_args(mask.cu_seqlens), vector_args(mask.cu_seqlens_k)
+    return *borders, vector_args(mask.kv_start)
 
 
 def table_of(configs: dict[int, Any], arch: int) -> Any:

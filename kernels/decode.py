@@ -16,11 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ..calls import CacheTensors, Rotation
 from .attention_tiles import (
     LN2,
     Launch,
     cap_scores,
     nearest,
+    rotation_args,
     score_args,
     set_of_sequence,
     tensor_args,
@@ -96,56 +98,46 @@ def choose_config(arch: int, dim: int, rows: int) -> Config:
     return of_dim[int(rows > 16)]
 
 
+def config_of(q: torch.Tensor, cache: CacheTensors, arch: int) -> Config:
+    """The tiles of a call."""
+    return choose_config(arch, q.shape[3], _rows_of_kv_head(q, cache))
+
+
 def splits_of(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    block_table: torch.Tensor | None,
+    cache: CacheTensors,
     arch: int,
     multiprocessors: int,
     config: Config | None = None,
 ) -> Splits:
     """How to split the keys of a call; ``most`` sizes the scratch of `plan`."""
     if config is None:
-        config = choose_config(arch, q.shape[3], _rows_of_kv_head(q, k_cache))
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    units = q.shape[0] * k_cache.shape[2] * _row_blocks(q, k_cache, config)[1]
+        config = config_of(q, cache, arch)
+    units = q.shape[0] * cache.k.shape[2] * _row_blocks(q, cache, config)[1]
     places = multiprocessors * config.programs
     # In the interpreter a tile is worth a program.
     least_tiles = 1 if arch == 0 else max(1, _LEAST_KEYS // config.block_n)
-    return choose_splits(units, q.shape[0], capacity, config.block_n, places, least_tiles)
+    return choose_splits(units, q.shape[0], cache.capacity, config.block_n, places, least_tiles)
 
 
-def _rows_of_kv_head(q: torch.Tensor, k_cache: torch.Tensor) -> int:
-    return q.shape[1] * (q.shape[2] // k_cache.shape[2])
+def _rows_of_kv_head(q: torch.Tensor, cache: CacheTensors) -> int:
+    return q.shape[1] * (q.shape[2] // cache.k.shape[2])
 
 
-def _row_blocks(q: torch.Tensor, k_cache: torch.Tensor, config: Config) -> tuple[int, int]:
+def _row_blocks(q: torch.Tensor, cache: CacheTensors, config: Config) -> tuple[int, int]:
     """Rows of a tile, and how many such tiles the queries of a KV head and sequence make."""
-    rows = _rows_of_kv_head(q, k_cache)
+    rows = _rows_of_kv_head(q, cache)
     block_m = min(max(16, 1 << (rows - 1).bit_length()), config.block_m)
     return block_m, -(-rows // block_m)
 
 
 def plan(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     scratch: tuple[torch.Tensor, torch.Tensor] | None,
-    cache_lens: torch.Tensor,
-    block_table: torch.Tensor | None,
-    key_positions: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
-    kv_start: torch.Tensor | None,
-    interleaved: bool,
+    cache: CacheTensors,
+    rotation: Rotation,
     softmax_scale: float,
     window: int,
     softcap: float,
@@ -155,53 +147,51 @@ def plan(
 ) -> list[Launch]:
     """The launches of a call, one or two, for tensors that are not empty.
 
-    The arguments are those of `backends.triton_decode.decode`. scratch: float32 (splits.most,
-    batch, heads, q_len, dim) and (splits.most, batch, heads, q_len), None where ``most`` is 1.
-    No pairs in ``steps``: q and k are rotated already. arch: the compute capability, 90 for 9.0.
-    splits: of `splits_of`. config: instead of that of the table. Nothing is allocated, no tensor is
-    read.
+    The arguments are those of `backends.run_decode`. scratch: float32 (splits.most, batch, heads,
+    q_len, dim) and (splits.most, batch, heads, q_len), None where ``most`` is 1. arch: the compute
+    capability, 90 for 9.0. splits: of `splits_of`. config: instead of that of the table. Nothing is
+    allocated, no tensor is read.
     """
     batch, queries, heads, dim = q.shape
-    kv_heads = k_cache.shape[2]
+    k, v, kv_heads = cache.k, cache.v, cache.k.shape[2]
+    sets, _, pairs = rotation.steps.shape
     if config is None:
-        config = choose_config(arch, dim, _rows_of_kv_head(q, k_cache))
-    block_m, row_blocks = _row_blocks(q, k_cache, config)
+        config = config_of(q, cache, arch)
+    block_m, row_blocks = _row_blocks(q, cache, config)
     float8 = 0
-    if k_cache.dtype == torch.float8_e4m3fn:
+    if k.dtype == torch.float8_e4m3fn:
         float8 = CONVERT.value if arch >= 89 else SHIFT.value
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    of_sequences = (vector_args(cache_lens), vector_args(kv_start))
+        k, v = k.view(torch.uint8), v.view(torch.uint8)
+    of_sequences = (vector_args(cache.lens), vector_args(cache.kv_start))
     partial_out, partial_lse = scratch or (None, None)
     window = min(window, 2**30)
     constants = {
         "DIM": dim,
-        "PAIRS": steps.shape[2],
-        "SETS": steps.shape[0],
-        "INTERLEAVED": interleaved,
+        "PAIRS": pairs,
+        "SETS": sets,
+        "INTERLEAVED": rotation.interleaved,
         "WINDOW": window > 0,
         "SOFTCAP": softcap > 0,
         "ONE_QUERY": queries == 1,
-        "BLOCK_SIZE": 0 if block_table is None else k_cache.shape[1],
+        "BLOCK_SIZE": 0 if cache.block_table is None else k.shape[1],
         "FLOAT8": float8,
         "BLOCK_M": block_m,
         "BLOCK_N": config.block_n,
     }
     args = (
         tensor_args(q),
-        tensor_args(k_cache),
-        tensor_args(v_cache),
+        tensor_args(k),
+        tensor_args(v),
         tensor_args(out),
         lse,
         partial_out,
         partial_lse,
         *of_sequences,
-        _rows_args(block_table),
-        _rows_args(key_positions),
-        vector_args(k_scale),
-        vector_args(v_scale),
-        (steps, n_hat, attention_factor, max_length),
-        vector_args(lengths),
-        vector_args(sets),
+        _rows_args(cache.block_table),
+        _rows_args(cache.key_positions),
+        vector_args(cache.k_scale),
+        vector_args(cache.v_scale),
+        *rotation_args(rotation),
         *score_args(softmax_scale, softcap),
         window,
         *(queries, kv_heads, heads // kv_heads, batch, row_blocks),

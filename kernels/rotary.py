@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..calls import Rotation
 from .rotation import (
     below_threshold,
     clamp_set,
@@ -89,14 +90,8 @@ def plan(
     q_out: torch.Tensor,
     k_out: torch.Tensor,
     positions: torch.Tensor,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
+    rotation: Rotation,
     cu_seqlens: torch.Tensor | None,
-    interleaved: bool,
     conjugate: bool,
 ) -> Launch | None:
     """The launch that rotates q and k, or None where there is nothing to rotate.
@@ -112,25 +107,23 @@ def plan(
     grid, sizes, constants, warps = _geometry(
         *shape,
         k_heads,
-        steps.shape[0],
-        steps.shape[2],
+        rotation.steps.shape[0],
+        rotation.steps.shape[2],
         q.element_size(),
-        interleaved,
+        rotation.interleaved,
         conjugate,
         in_place,
         sequences,
     )
     of_q, of_k = q.stride()[:3], k.stride()[:3]
+    lengths, sets = rotation.lengths, rotation.sets
     args = (
         (q, *of_q),
         (k, *of_k),
         (q_out, *(of_q if in_place else q_out.stride()[:3])),
         (k_out, *(of_k if in_place else k_out.stride()[:3])),
         (positions, *positions.stride()),
-        steps,
-        n_hat,
-        attention_factor,
-        max_length,
+        *rotation[:4],
         lengths,
         0 if lengths is None else lengths.stride(0),
         sets,

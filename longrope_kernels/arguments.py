@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 
 from . import ops, values
+from .calls import Rotation
 from .rope import (
     UNBOUNDED,
     FactorSet,
     Rope,
-    RopeTables,
     check_attention_factor,
     check_base,
     check_n_hat,
@@ -43,8 +43,8 @@ def resolve_rope(
     interleaved: bool,
     attention_factor: float,
     q: torch.Tensor,
-) -> tuple[RopeTables, bool]:
-    """The tables on the device of q and the pairing, from a `Rope` or from raw factors.
+) -> Rotation:
+    """The rotation on the device of q, no set chosen, from a `Rope` or from raw factors.
 
     Raw factors on the host go through a cached `Rope`, in extended precision; factors on a device
     go through float64 there, without a sync.
@@ -61,7 +61,7 @@ def resolve_rope(
                 f"factors: this Rope has no tables on {device} yet and a CUDA graph is being "
                 f"captured; call rope.to({str(device)!r}) before the capture"
             )
-        return _like(factors.tables(device), q), factors.interleaved
+        return _like(factors.tables(device), q)
 
     if n_hat is None:
         raise TypeError("n_hat: expected an int beside raw factors (0 for no threshold), got None")
@@ -72,7 +72,7 @@ def resolve_rope(
         _check_factors_tensor(factors)
     if factors.device.type == "cpu" and not torch.compiler.is_compiling():
         rope = _rope_of(tuple(factors.tolist()), n_hat, base, interleaved, attention_factor)
-        return _like(rope.tables(device), q), interleaved
+        return _like(rope.tables(device), q)
 
     check_n_hat(n_hat)
     check_base(base)
@@ -81,13 +81,14 @@ def resolve_rope(
         raise ValueError(f"factors: expected them on the host or on {device}, got {factors.device}")
     values.check_factors(factors)
     inv_freq, steps = ops.frequencies(factors, float(base))
-    return RopeTables(
-        inv_freq.to(device),
+    return Rotation(
         steps.to(device),
         torch.full((1,), n_hat, dtype=torch.int64, device=device),
         torch.full((1,), attention_factor, dtype=torch.float64, device=device),
         torch.full((1,), UNBOUNDED, dtype=torch.int64, device=device),
-    ), interleaved
+        interleaved=interleaved,
+        inv_freq=inv_freq.to(device),
+    )
 
 
 @lru_cache(maxsize=256)
@@ -97,12 +98,12 @@ def _rope_of(
     return Rope((FactorSet(factors, n_hat, attention_factor),), base, interleaved)
 
 
-def _like(tables: RopeTables, q: torch.Tensor) -> RopeTables:
-    """The tables as fake tensors where q is one."""
+def _like(rotation: Rotation, q: torch.Tensor) -> Rotation:
+    """The rotation with fake tensors where q is one."""
     if torch.compiler.is_compiling() or type(q) is torch.Tensor:
-        return tables
+        return rotation
     mode = getattr(q, "fake_mode", None)
-    return tables if mode is None else RopeTables(*(mode.from_tensor(t) for t in tables))
+    return rotation if mode is None else rotation.convert(mode.from_tensor)
 
 
 def _capturing_without(rope: Rope, device: torch.device) -> bool:
@@ -238,19 +239,16 @@ def check_borders(name: str, cu_seqlens: torch.Tensor, q: torch.Tensor, layout: 
     return cu_seqlens.shape[0] - 1
 
 
-def check_selection(
-    tables: RopeTables,
+def choose_sets(
+    rotation: Rotation,
     q: torch.Tensor,
     batch: int,
     layout: str,
     lengths: torch.Tensor | None,
     sets: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(lengths, sets, cu_seqlens) as the backends take them: at most one of the first two.
-
-    A `Rope` of one set needs none of them, and gets none.
-    """
+) -> Rotation:
+    """The rotation with ``lengths`` or ``sets``, checked; with one factor set it needs neither."""
     if cu_seqlens is not None:
         batch = check_borders("cu_seqlens", cu_seqlens, q, layout)
     for name, x in (("lengths", lengths), ("sets", sets)):
@@ -258,14 +256,15 @@ def check_selection(
             check_per_sequence(name, x, batch, q)
     if sets is not None and sets.dtype != torch.int32:
         raise TypeError(f"sets: expected int32, got {sets.dtype}")
-    if tables.max_length.shape[0] == 1:
-        return None, None, None
+    count = rotation.max_length.shape[0]
+    if count == 1:
+        return rotation
     if lengths is None and sets is None:
         raise ValueError(
             f"lengths: expected lengths= or sets= of shape ({batch},) with a Rope of "
-            f"{tables.max_length.shape[0]} factor sets, got neither"
+            f"{count} factor sets, got neither"
         )
-    return (None if sets is not None else lengths), sets, cu_seqlens
+    return Rotation(*rotation[:4], None if sets is not None else lengths, sets, *rotation[6:])
 
 
 def check_per_sequence(name: str, x: torch.Tensor, count: int, q: torch.Tensor) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from . import arguments, attention_ops, backends, ops, values
+from .calls import Rotation, Scoring
 from .masks import Mask
-from .rope import Rope, RopeTables
+from .rope import Rope
 from .rotary import rotated
 
 
@@ -95,10 +96,8 @@ def attention(
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {flag!r}")
     arguments.check_tensor("q", q)
-    tables, interleaved = arguments.resolve_rope(
-        factors, n_hat, base, interleaved, attention_factor, q
-    )
-    rotary_dim = 2 * tables.steps.shape[-1]
+    rotation = arguments.resolve_rope(factors, n_hat, base, interleaved, attention_factor, q)
+    rotary_dim = 2 * rotation.steps.shape[-1]
     for name, x in (("q", q), ("k", k), ("v", v)):
         arguments.check_heads(name, arguments.check_tensor(name, x), layout, rotary_dim)
     arguments.check_like("k", k, "q", q, layout, free=("heads", "seq", "tokens"))
@@ -112,9 +111,7 @@ def attention(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
     mask = _check_mask(causal, window, kv_start, cu_seqlens, cu_seqlens_k, q4, k4, layout)
-    lengths, sets, _ = arguments.check_selection(
-        tables, q, batch, layout, lengths, sets, cu_seqlens
-    )
+    rotation = arguments.choose_sets(rotation, q, batch, layout, lengths, sets, cu_seqlens)
     positions = arguments.check_positions("positions", positions, batch, queries, q)
     if key_positions is not None:
         key_positions = arguments.check_positions("key_positions", key_positions, batch, keys, q)
@@ -133,21 +130,20 @@ def attention(
     if name == "reference":
         from .backends import reference
 
-        values.check_values(positions, tables.n_hat.shape[0], lengths, sets, None)
-        rope = (tables, lengths, sets, interleaved)
-        scores = (mask, softmax_scale, softcap)
+        values.check_values(positions, rotation, None)
+        scoring = Scoring(positions, of_keys, rotation, mask, softmax_scale, softcap or 0.0)
         with torch.autocast(q.device.type, enabled=False):  # q, k and v keep their dtype
-            out, lse = reference.attention(q4, k4, v4, positions, of_keys, *rope, *scores)
+            out, lse = reference.attention(q4, k4, v4, scoring)
     elif name == "composed":
         from .backends import composed
 
-        q4, k4 = _rotate(q4, k4, positions, key_positions, tables, lengths, sets, interleaved, mask)
+        q4, k4 = _rotate(q4, k4, positions, key_positions, rotation, mask)
         with torch.autocast(q.device.type, enabled=False):
             out, lse = composed.attend(q4, k4, v4, mask, softmax_scale), None
     elif name in backends.FLASH_BACKENDS:
         from .backends import flash_attention
 
-        q4, k4 = _rotate(q4, k4, positions, key_positions, tables, lengths, sets, interleaved, mask)
+        q4, k4 = _rotate(q4, k4, positions, key_positions, rotation, mask)
         with torch.autocast(q.device.type, enabled=False):
             out, lse = flash_attention.attend(
                 name, q4, k4, v4, mask, softmax_scale, softcap, return_lse
@@ -159,13 +155,11 @@ def attention(
             v4,
             positions,
             of_keys,
-            *tables[1:],
-            lengths,
-            sets,
+            *rotation[:6],
             mask.cu_seqlens,
             mask.cu_seqlens_k,
             mask.kv_start,
-            interleaved,
+            rotation.interleaved,
             causal,
             softmax_scale,
             window or 0,
@@ -197,22 +191,19 @@ def _rotate(
     k: torch.Tensor,
     positions: torch.Tensor,
     key_positions: torch.Tensor | None,
-    tables: RopeTables,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
-    interleaved: bool,
+    rotation: Rotation,
     mask: Mask,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k by the fastest rotation there is: one launch where they stand at the same places."""
     name = backends.choose_rotary(None, q.device.type, q.dtype == torch.float64)
-    # Without a choice of sets nothing depends on where sequences begin.
-    chosen = lengths is not None or sets is not None
-    borders, borders_k = (mask.cu_seqlens, mask.cu_seqlens_k) if chosen else (None, None)
+    borders = borders_k = None
+    if rotation.chooses:
+        borders, borders_k = mask.cu_seqlens, mask.cu_seqlens_k
     if key_positions is None:
-        return rotated(q, k, positions, tables, lengths, sets, borders, interleaved, name)
+        return rotated(q, k, positions, rotation, borders, name)
     no_q, no_k = ops.no_heads(k), ops.no_heads(q)
-    q, _ = rotated(q, no_k, positions, tables, lengths, sets, borders, interleaved, name)
-    _, k = rotated(no_q, k, key_positions, tables, lengths, sets, borders_k, interleaved, name)
+    q, _ = rotated(q, no_k, positions, rotation, borders, name)
+    _, k = rotated(no_q, k, key_positions, rotation, borders_k, name)
     return q, k
 
 

@@ -12,6 +12,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import backends
+from .calls import Rotation, Scoring
+from .masks import Mask
 
 _NAMESPACE = "longrope_kernels"
 _REST = (
@@ -52,17 +54,29 @@ def _fake_backward(
 
 def _run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
     out, lse = _fake(q, k, v)
-    backends.run_attention(q, k, v, out, lse, *rest)
+    k_rotation, backend = rest[-2:]
+    backends.run_attention(q, k, v, out, lse, _pack(rest), k_rotation, backend)
     return out, lse
 
 
 def _run_backward(
     d_out: torch.Tensor, d_lse: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> Any:
-    out, lse, *rest_of_it = rest
+    out, lse = rest[:2]
     grads = _fake_backward(d_out, d_lse, q, k, v)
-    backends.run_attention_backward(d_out, d_lse, q, k, v, out, lse, *grads, *rest_of_it)
+    tensors = (d_out, d_lse, q, k, v, out, lse, *grads)
+    backends.run_attention_backward(*tensors, _pack(rest[2:]), rest[-1])
     return grads
+
+
+def _pack(rest: tuple[Any, ...]) -> Scoring:
+    """The arguments that `_REST` names, but for the last two."""
+    positions, key_positions, steps, n_hat, attention_factor, max_length = rest[:6]
+    lengths, sets, cu_seqlens, cu_seqlens_k, kv_start, interleaved = rest[6:12]
+    causal, softmax_scale, window, softcap = rest[12:16]
+    rotation = Rotation(steps, n_hat, attention_factor, max_length, lengths, sets, interleaved)
+    mask = Mask(causal, window or None, kv_start, cu_seqlens, cu_seqlens_k)
+    return Scoring(positions, key_positions, rotation, mask, softmax_scale, softcap)
 
 
 for _key in ("CPU", "CUDA"):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from . import arguments, backends, decode_ops, values
+from .calls import CacheTensors
 from .rope import Rope
 
 MAX_QUERIES = 16
@@ -90,10 +91,8 @@ def decode(
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: expected a bool, got {return_lse!r}")
     arguments.check_tensor("q", q)
-    tables, interleaved = arguments.resolve_rope(
-        factors, n_hat, base, interleaved, attention_factor, q
-    )
-    _check_q(q, 2 * tables.steps.shape[-1])
+    rotation = arguments.resolve_rope(factors, n_hat, base, interleaved, attention_factor, q)
+    _check_q(q, 2 * rotation.steps.shape[-1])
     batch, _, heads, _ = q.shape
     dim = operator.index(q.shape[3])  # a constant, also where a graph is traced with dynamic sizes
     _check_caches(q, k_cache, v_cache, block_table)
@@ -102,62 +101,30 @@ def decode(
         raise ValueError(f"k_cache: expected heads that divide the {heads} of q, got {kv_heads}")
     softmax_scale = arguments.check_scores(softmax_scale, window, softcap, dim)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        _check_scale(name, scale, k_cache, q)
+        if scale is not None:
+            _check_scale(name, scale, k_cache, q)
     arguments.check_per_sequence("cache_lens", cache_lens, batch, q)
     if kv_start is not None:
         arguments.check_per_sequence("kv_start", kv_start, batch, q)
     if key_positions is not None:
         _check_key_positions(key_positions, batch, q)
-    if tables.max_length.shape[0] > 1 and lengths is None and sets is None:
+    if rotation.max_length.shape[0] > 1 and lengths is None and sets is None:
         lengths = cache_lens if kv_start is None else (cache_lens - kv_start).clamp(min=0)
-    lengths, sets, _ = arguments.check_selection(tables, q, batch, "bshd", lengths, sets, None)
+    rotation = arguments.choose_sets(rotation, q, batch, "bshd", lengths, sets, None)
 
+    first = (k_cache, v_cache, cache_lens, block_table, key_positions, k_scale, v_scale)
+    scores = (softmax_scale, window or 0, softcap or 0.0)
     name = backends.choose_decode(backend, q.device.type, q.dtype, k_cache.dtype, dim)
     if name == "reference":
         from .backends import reference
 
-        count = tables.n_hat.shape[0]
-        values.check_cache(
-            k_cache, cache_lens, block_table, key_positions, count, lengths, sets, kv_start
-        )
+        cache = CacheTensors(*first, kv_start)
+        values.check_cache(cache, rotation)
         with torch.autocast(q.device.type, enabled=False):  # q and the caches keep their dtype
-            out, lse = reference.decode(
-                q,
-                k_cache,
-                v_cache,
-                cache_lens,
-                block_table,
-                key_positions,
-                k_scale,
-                v_scale,
-                tables,
-                lengths,
-                sets,
-                kv_start,
-                interleaved,
-                softmax_scale,
-                window,
-                softcap,
-            )
+            out, lse = reference.decode(q, cache, rotation, *scores)
     else:
         out, lse = decode_ops.decode(
-            q,
-            k_cache,
-            v_cache,
-            cache_lens,
-            block_table,
-            key_positions,
-            k_scale,
-            v_scale,
-            *tables[1:],
-            lengths,
-            sets,
-            kv_start,
-            interleaved,
-            softmax_scale,
-            window or 0,
-            softcap or 0.0,
-            name,
+            q, *first, *rotation[:6], kv_start, rotation.interleaved, *scores, name
         )
     return (out, lse) if return_lse else out
 
@@ -232,11 +199,7 @@ def _check_caches(
         )
 
 
-def _check_scale(
-    name: str, scale: torch.Tensor | None, k_cache: torch.Tensor, q: torch.Tensor
-) -> None:
-    if scale is None:
-        return
+def _check_scale(name: str, scale: torch.Tensor, k_cache: torch.Tensor, q: torch.Tensor) -> None:
     arguments.check_tensor(name, scale)
     if k_cache.dtype != torch.float8_e4m3fn:
         raise ValueError(f"{name}: expected with float8_e4m3fn caches only, got {k_cache.dtype}")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from . import backends
+from .calls import CacheTensors, Rotation
 
 _NAMESPACE = "longrope_kernels"
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
@@ -29,10 +30,33 @@ def _fake(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _run(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *rest: Any
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    steps: torch.Tensor,
+    n_hat: torch.Tensor,
+    attention_factor: torch.Tensor,
+    max_length: torch.Tensor,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    interleaved: bool,
+    softmax_scale: float,
+    window: int,
+    softcap: float,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = _fake(q)
-    backends.run_decode(q, k_cache, v_cache, out, lse, *rest)
+    cache = CacheTensors(
+        k_cache, v_cache, cache_lens, block_table, key_positions, k_scale, v_scale, kv_start
+    )
+    rotation = Rotation(steps, n_hat, attention_factor, max_length, lengths, sets, interleaved)
+    backends.run_decode(q, out, lse, cache, rotation, softmax_scale, window, softcap, backend)
     return out, lse
 
 

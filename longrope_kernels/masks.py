@@ -7,13 +7,12 @@ last key; key j has slot j. Causal is ``j <= s``, a window w ``s - j < w`` (not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Mask:
+class Mask(NamedTuple):
     """What hides keys from queries, of a dense batch or of packed sequences (a batch of one).
 
     ``cu_seqlens`` and ``cu_seqlens_k`` (sequences + 1,) say where packed sequences of queries and
@@ -27,6 +26,10 @@ class Mask:
     cu_seqlens: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
     cache_lens: torch.Tensor | None = None
+
+    def sequences(self, batch: int) -> int:
+        """How many sequences there are in ``batch`` rows."""
+        return batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     def visible(self, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
         """Which keys each query sees: (batch, queries, keys) bool."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import backends, phase
+from .calls import Rotation
 from .rope import FactorSet, Rope
 
 _NAMESPACE = "longrope_kernels"
@@ -37,12 +38,24 @@ rotary_ = torch.ops.longrope_kernels.rotary_.default
 
 def _run_rotary(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     out = _fake_rotary(q, k)
-    backends.run_rotary(q, k, *out, *rest)
+    _rotate_into(q, k, out, rest)
     return out
 
 
 def _run_rotary_(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> None:
-    backends.run_rotary(q, k, q, k, *rest)
+    _rotate_into(q, k, (q, k), rest)
+
+
+def _rotate_into(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor],
+    rest: tuple[Any, ...],
+) -> None:
+    positions, steps, n_hat, attention_factor, max_length, lengths, sets = rest[:7]
+    cu_seqlens, interleaved, conjugate, backend = rest[7:]
+    rotation = Rotation(steps, n_hat, attention_factor, max_length, lengths, sets, interleaved)
+    backends.run_rotary(q, k, *out, positions, rotation, cu_seqlens, conjugate, backend)
 
 
 def _fake_rotary(q: torch.Tensor, k: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,6 +156,7 @@ def rotary_inplace(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> None:
 
 def _host_frequencies(factors: torch.Tensor, base: float) -> tuple[torch.Tensor, torch.Tensor]:
     tables = Rope((FactorSet(tuple(factors.tolist())),), base).tables(torch.device("cpu"))
+    assert tables.inv_freq is not None
     return tables.inv_freq.clone(), tables.steps.clone()
 
 

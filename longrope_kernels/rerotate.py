@@ -7,7 +7,8 @@ from functools import lru_cache
 import torch
 
 from . import arguments, backends, ops, values
-from .rope import UNBOUNDED, Rope, RopeTables
+from .calls import Rotation
+from .rope import UNBOUNDED, Rope
 from .rotary import check_writable, rotate_
 
 
@@ -70,9 +71,8 @@ def rerotate_(
         sets = old_index * len(new.sets) + (0 if new_index is None else new_index)
     name = backends.choose_rotary(backend, k.device.type, k.dtype == torch.float64)
     check_writable("k_cache", k_cache)
-    for tables in _tables(old, new, k.device):
-        none = ops.no_heads(k)
-        rotate_(none, k, positions, tables, None, sets, None, old.interleaved, name)
+    for rotation in _rotations(old, new, k.device):
+        rotate_(ops.no_heads(k), k, positions, rotation._replace(sets=sets), None, name)
     return k_cache
 
 
@@ -94,21 +94,21 @@ def _check_sets(
     return sets.clamp(0, count - 1)
 
 
-def _tables(old: Rope, new: Rope, device: torch.device) -> tuple[RopeTables, ...]:
+def _rotations(old: Rope, new: Rope, device: torch.device) -> tuple[Rotation, ...]:
     if torch.compiler.is_compiling():
-        return _make_tables(old, new, device)
-    return _kept_tables(old, new, device)
+        return _make_rotations(old, new, device)
+    return _kept_rotations(old, new, device)
 
 
-def _make_tables(old: Rope, new: Rope, device: torch.device) -> tuple[RopeTables, ...]:
-    """The rotations from each set of ``old`` to each of ``new``, in one table or two.
+def _make_rotations(old: Rope, new: Rope, device: torch.device) -> tuple[Rotation, ...]:
+    """The rotations from each set of ``old`` to each of ``new``: one for each pair, or two.
 
     Between their thresholds one set keeps the original embedding and the other does not, so tokens
     turn by one of three angles: the first table has those below the upper threshold, the second
     what is left for tokens above it. Set ``i * len(new.sets) + j`` leads from set i to set j.
     """
     of_old, of_new = old.tables(torch.device("cpu")), new.tables(torch.device("cpu"))
-    tables = []
+    rotations = []
     for upper in (False, True):
         rows: dict[str, list[torch.Tensor]] = {"inv_freq": [], "steps": []}
         n_hats, ratios = [], []
@@ -129,16 +129,17 @@ def _make_tables(old: Rope, new: Rope, device: torch.device) -> tuple[RopeTables
                 ]
                 ratios.append(scales[1] / scales[0] if upper else scales[1])
                 n_hats.append(max(a.n_hat, b.n_hat) if upper else min(a.n_hat, b.n_hat))
-        table = RopeTables(
-            torch.stack(rows["inv_freq"]),
+        rotation = Rotation(
             torch.stack(rows["steps"]),
             torch.tensor(n_hats),
             torch.tensor(ratios, dtype=torch.float64),
             torch.full((len(n_hats),), UNBOUNDED),
+            interleaved=old.interleaved,
+            inv_freq=torch.stack(rows["inv_freq"]),
         )
-        tables.append(RopeTables(*(x.to(device) for x in table)))
+        rotations.append(rotation.convert(lambda x: x.to(device)))
     thresholds = {(a.n_hat, b.n_hat) for a in old.sets for b in new.sets}
-    return tuple(tables) if any(x != y for x, y in thresholds) else (tables[0],)
+    return tuple(rotations) if any(x != y for x, y in thresholds) else (rotations[0],)
 
 
-_kept_tables = lru_cache(maxsize=64)(_make_tables)
+_kept_rotations = lru_cache(maxsize=64)(_make_rotations)

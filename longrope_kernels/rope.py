@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from . import hf_config, phase, rope_io
+from .calls import Rotation
 from .scaling_checks import warn_about
 from .scaling_formulas import extension_attention_factor
 
@@ -17,19 +18,6 @@ from .scaling_formulas import extension_attention_factor
 UNBOUNDED = 2**62
 
 _HOST = torch.device("cpu")
-
-
-class RopeTables(NamedTuple):
-    """A `Rope` as tensors on one device; some kilobytes. ``S`` sets of ``P`` pairs.
-
-    Row 0 of the second dimension serves tokens below ``n_hat``, row 1 all others.
-    """
-
-    inv_freq: torch.Tensor  # (S, 2, P) float64, radians per token; the reference reads it
-    steps: torch.Tensor  # (S, 2, P) int64, 2**-64 turns per token; the kernels read it
-    n_hat: torch.Tensor  # (S,) int64
-    attention_factor: torch.Tensor  # (S,) float64
-    max_length: torch.Tensor  # (S,) int64
 
 
 @dataclass(frozen=True)
@@ -87,7 +75,7 @@ class Rope:
     sets: tuple[FactorSet, ...]
     base: float = 10000.0
     interleaved: bool = False
-    _tables: dict[torch.device, RopeTables] = field(
+    _tables: dict[torch.device, Rotation] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -336,8 +324,8 @@ class Rope:
         self.tables(torch.empty(0, device=device).device)
         return self
 
-    def tables(self, device: torch.device) -> RopeTables:
-        """The tensors the backends read, on ``device``; copied there once and kept.
+    def tables(self, device: torch.device) -> Rotation:
+        """What the backends read, on ``device``, no set chosen; copied there once and kept.
 
         A graph that is traced before `to` was called on that device copies them on each run:
         what is made inside a graph cannot be kept beyond it.
@@ -345,11 +333,12 @@ class Rope:
         tables = self._tables.get(device)
         if tables is None:
             host = self._tables.get(_HOST) or self._make_tables()
-            tables = RopeTables(*(table.to(device) for table in host))
+            tables = host.convert(lambda table: table.to(device))
             if type(tables.steps) is torch.Tensor and not torch.compiler.is_compiling():
-                for table in tables:
+                for table in (*tables[:4], tables.inv_freq):
                     # torch._dynamo.mark_static without its import (a second): or else a graph
                     # with dynamic shapes takes a batch of two and two sets for one symbol.
+                    assert table is not None
                     table._dynamo_static_indices = set(range(table.dim()))  # type: ignore[attr-defined]
                 self._tables[device] = tables
         return tables
@@ -358,7 +347,7 @@ class Rope:
         """Whether a call on ``device`` finds its tables there."""
         return device in self._tables
 
-    def _make_tables(self) -> RopeTables:
+    def _make_tables(self) -> Rotation:
         inv_freq, steps = [], []
         original = phase.frequencies(self.base, (1.0,) * self.pairs)
         for factor_set in self.sets:
@@ -367,16 +356,26 @@ class Rope:
             steps.append([[phase.fixed_point_step(f) for f in row] for row in (original, scaled)])
         bounds = [UNBOUNDED if s.max_length is None else s.max_length for s in self.sets]
         factors = [s.attention_factor for s in self.sets]
-        return RopeTables(
-            torch.tensor(inv_freq, dtype=torch.float64, device=_HOST),
+        return Rotation(
             torch.tensor(steps, dtype=torch.int64, device=_HOST),
             torch.tensor([s.n_hat for s in self.sets], dtype=torch.int64, device=_HOST),
             torch.tensor(factors, dtype=torch.float64, device=_HOST),
             torch.tensor(bounds, dtype=torch.int64, device=_HOST),
+            interleaved=self.interleaved,
+            inv_freq=torch.tensor(inv_freq, dtype=torch.float64, device=_HOST),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Rope, (self.sets, self.base, self.interleaved)
+
+
+def sets_of_lengths(lengths: torch.Tensor, max_length: torch.Tensor) -> torch.Tensor:
+    """As `Rope.set_index`, on the device: the set of each sequence, (sequences,) int64.
+
+    lengths: (sequences,) int32 or int64. max_length: (S,), of `Rotation`.
+    """
+    too_long = lengths.long()[:, None] > max_length
+    return too_long.sum(1).clamp(max=max_length.shape[0] - 1)
 
 
 def check_base(base: float) -> None:

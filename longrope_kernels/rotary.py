@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from . import arguments, backends, ops, values
+from .calls import Rotation
 from .memory import overlap, overlaps_itself
-from .rope import Rope, RopeTables
+from .rope import Rope
 
 
 def apply_rotary(
@@ -70,20 +71,18 @@ def apply_rotary(
         RuntimeError: the named backend is not available.
     """
     arguments.check_tensor("q", q)
-    tables, interleaved = arguments.resolve_rope(
-        factors, n_hat, base, interleaved, attention_factor, q
-    )
-    arguments.check_heads("q", q, layout, 2 * tables.steps.shape[-1])
+    rotation = arguments.resolve_rope(factors, n_hat, base, interleaved, attention_factor, q)
+    rotary_dim = 2 * rotation.steps.shape[-1]
+    arguments.check_heads("q", q, layout, rotary_dim)
     if k is not None:
-        arguments.check_heads(
-            "k", arguments.check_tensor("k", k), layout, 2 * tables.steps.shape[-1]
-        )
+        arguments.check_heads("k", arguments.check_tensor("k", k), layout, rotary_dim)
         arguments.check_like("k", k, "q", q, layout)
     q4 = arguments.as_bshd(q, layout)
     k4 = ops.no_heads(q4) if k is None else arguments.as_bshd(k, layout)
     batch, seq = q4.shape[:2]
     positions = arguments.check_positions("positions", positions, batch, seq, q)
-    selection = arguments.check_selection(tables, q, batch, layout, lengths, sets, cu_seqlens)
+    rotation = arguments.choose_sets(rotation, q, batch, layout, lengths, sets, cu_seqlens)
+    rest = (positions, rotation, cu_seqlens if rotation.chooses else None)
     name = backends.choose_rotary(backend, q.device.type, q.dtype == torch.float64)
     if inplace:
         check_writable("q", q)
@@ -92,9 +91,9 @@ def apply_rotary(
             # A graph being traced has no addresses yet.
             if not torch.compiler.is_compiling() and overlap(q, k):
                 raise ValueError("inplace: q and k overlap in memory; expected separate elements")
-        rotate_(q4, k4, positions, tables, *selection, interleaved, name)
+        rotate_(q4, k4, *rest, name)
         return q, k
-    q_out, k_out = rotated(q4, k4, positions, tables, *selection, interleaved, name)
+    q_out, k_out = rotated(q4, k4, *rest, name)
     return (
         arguments.from_bshd(q_out, layout),
         None if k is None else arguments.from_bshd(k_out, layout),
@@ -105,44 +104,36 @@ def rotated(
     q: torch.Tensor,
     k: torch.Tensor,
     positions: torch.Tensor,
-    tables: RopeTables,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
+    rotation: Rotation,
     cu_seqlens: torch.Tensor | None,
-    interleaved: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate checked q (B, S, Hq, D) and k (B, S, Hk, D), out of place, by a chosen backend."""
-    selection = (lengths, sets, cu_seqlens)
     if backend != "reference":
-        rest = (positions, *tables[1:], *selection, interleaved, False, backend)
-        return ops.rotary(q, k, *rest)  # type: ignore[no-any-return]
+        rest = (*rotation[:6], cu_seqlens, rotation.interleaved, False, backend)
+        return ops.rotary(q, k, positions, *rest)  # type: ignore[no-any-return]
 
     from .backends import reference
 
-    values.check_values(positions, tables.n_hat.shape[0], *selection)
-    return reference.rotary(q, k, positions, tables, *selection, interleaved)
+    values.check_values(positions, rotation, cu_seqlens)
+    return reference.rotary(q, k, positions, rotation, cu_seqlens)
 
 
 def rotate_(
     q: torch.Tensor,
     k: torch.Tensor,
     positions: torch.Tensor,
-    tables: RopeTables,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
+    rotation: Rotation,
     cu_seqlens: torch.Tensor | None,
-    interleaved: bool,
     backend: str,
 ) -> None:
     """Rotate checked q (B, S, Hq, D) and k (B, S, Hk, D) in place, by a chosen backend."""
-    selection = (lengths, sets, cu_seqlens)
     recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     if backend != "reference" and not (recorded and torch.compiler.is_compiling()):
-        rest = (positions, *tables[1:], *selection, interleaved, False, backend)
-        ops.rotary_inplace(q, k, *rest)
+        rest = (*rotation[:6], cu_seqlens, rotation.interleaved, False, backend)
+        ops.rotary_inplace(q, k, positions, *rest)
         return
-    q_out, k_out = rotated(q, k, positions, tables, *selection, interleaved, backend)
+    q_out, k_out = rotated(q, k, positions, rotation, cu_seqlens, backend)
     q.copy_(q_out)
     k.copy_(k_out)
 

@@ -6,66 +6,56 @@ import os
 
 import torch
 
+from .calls import CacheTensors, Rotation
+
 
 def check_values(
-    positions: torch.Tensor,
-    count: int,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    positions: torch.Tensor, rotation: Rotation, cu_seqlens: torch.Tensor | None
 ) -> None:
     """Check what lies on the host, and on a device under ``LONGROPE_CHECK=1``.
 
     Args:
         positions: (B, S).
-        count: the number of factor sets.
-        lengths, sets, cu_seqlens: as in `apply_rotary`, or None.
+        rotation: what chooses factor sets.
+        cu_seqlens: as in `apply_rotary`, or None.
     """
     if not readable(positions):
         return
-    check_positions("positions", positions)
-    check_selection(count, lengths, sets)
+    _check_32_bits("positions", positions)
+    check_selection(rotation)
     if cu_seqlens is not None:
         check_borders("cu_seqlens", cu_seqlens, positions.shape[1])
 
 
-def check_cache(
-    k_cache: torch.Tensor,
-    cache_lens: torch.Tensor,
-    block_table: torch.Tensor | None,
-    key_positions: torch.Tensor | None,
-    count: int,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
-    kv_start: torch.Tensor | None,
-) -> None:
+def check_cache(cache: CacheTensors, rotation: Rotation) -> None:
     """Check what `decode` reads from index tensors, where reading is free.
 
     Args:
-        k_cache, cache_lens, block_table, key_positions, lengths, sets, kv_start: as in `decode`.
-        count: the number of factor sets.
+        cache: its tensors.
+        rotation: what chooses factor sets.
     """
-    if not readable(cache_lens):
+    lens, block_table, key_positions = cache.lens, cache.block_table, cache.key_positions
+    if not readable(lens):
         return
-    slots = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
+    slots = cache.capacity
     if key_positions is not None:
         held = torch.arange(key_positions.shape[1], device=key_positions.device)
-        unused = held >= cache_lens[:, None]
-        check_positions("key_positions", key_positions.masked_fill(unused, 0))
+        unused = held >= lens[:, None]
+        _check_32_bits("key_positions", key_positions.masked_fill(unused, 0))
         slots = min(slots, key_positions.shape[1])
-    for i, length in enumerate(cache_lens.tolist()):
+    for i, length in enumerate(lens.tolist()):
         if not 0 <= length <= slots:
             raise ValueError(
                 f"cache_lens: expected from 0 to {slots} (the slots there are), got {length} for "
                 f"sequence {i}"
             )
-    check_selection(count, lengths, sets)
-    if kv_start is not None:
-        check_kv_start(kv_start)
+    check_selection(rotation)
+    if cache.kv_start is not None:
+        check_kv_start(cache.kv_start)
     if block_table is not None:
-        blocks, block_size = k_cache.shape[:2]
+        blocks, block_size = cache.k.shape[:2]
         first = torch.arange(block_table.shape[1], device=block_table.device) * block_size
-        used = first < cache_lens[:, None]
+        used = first < lens[:, None]
         bad = (used & ((block_table < 0) | (block_table >= blocks))).nonzero()
         if len(bad):
             i, j = bad[0].tolist()
@@ -75,12 +65,13 @@ def check_cache(
             )
 
 
-def check_selection(count: int, lengths: torch.Tensor | None, sets: torch.Tensor | None) -> None:
-    """Check what chooses factor sets, ``count`` of them."""
+def check_selection(rotation: Rotation) -> None:
+    """Check what chooses factor sets, on the host."""
+    lengths, sets = rotation.lengths, rotation.sets
     if lengths is not None and lengths.numel() and int(lengths.min()) < 0:
         raise ValueError(f"lengths: expected token counts from 0, got {int(lengths.min())}")
     if sets is not None:
-        check_sets("sets", count, sets)
+        check_sets("sets", rotation.n_hat.shape[0], sets)
 
 
 def check_sets(name: str, count: int, sets: torch.Tensor) -> None:
@@ -94,7 +85,12 @@ def check_sets(name: str, count: int, sets: torch.Tensor) -> None:
 
 def check_positions(name: str, positions: torch.Tensor) -> None:
     """Check that positions fit 32 bits, where reading is free."""
-    if positions.dtype != torch.int64 or not positions.numel() or not readable(positions):
+    if readable(positions):
+        _check_32_bits(name, positions)
+
+
+def _check_32_bits(name: str, positions: torch.Tensor) -> None:
+    if positions.dtype != torch.int64 or not positions.numel():
         return
     low, high = (int(bound) for bound in positions.aminmax())
     if low < -(2**31) or high >= 2**31:

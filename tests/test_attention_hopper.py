@@ -16,6 +16,7 @@ from cases import CUDA
 from triton.runtime import _allocation
 
 from longrope_kernels.backends import triton_launch
+from longrope_kernels.calls import Rotation, Scoring
 from longrope_kernels.kernels import attention_hopper
 from longrope_kernels.kernels.attention_hopper import (
     PersistentConfig,
@@ -25,6 +26,7 @@ from longrope_kernels.kernels.attention_hopper import (
 )
 from longrope_kernels.kernels.attention_tiles import tile_at
 from longrope_kernels.kernels.descriptors import row_of_head
+from longrope_kernels.masks import Mask
 
 DEVICE = "cuda" if CUDA else "cpu"
 ARCH = triton_launch.arch_of(torch.empty(0, device=DEVICE))
@@ -108,21 +110,28 @@ def test_memory_around_the_tensors_does_not_matter(
     assert grids
 
 
-def _call(**changes: Any) -> dict[str, Any]:
-    """A call that is served."""
-    call: dict[str, Any] = {
-        "q": torch.empty(2, 8, 4, 64, dtype=bf16, device=DEVICE),
-        "k": torch.empty(2, 2, 8, 64, dtype=bf16, device=DEVICE).transpose(1, 2),
-        "v": torch.empty(2, 8, 2, 64, dtype=bf16, device=DEVICE),
-        "pairs": 32,
-        "cu_seqlens": None,
-        "kv_start": None,
-        "interleaved": False,
-        "softmax_scale": 0.1,
-        "softcap": 0.0,
-        "arch": 90,
-    }
-    return call | changes
+def served(
+    *,
+    pairs: int = 32,
+    interleaved: bool = False,
+    softmax_scale: float = 0.1,
+    softcap: float = 0.0,
+    arch: int = 90,
+    cu_seqlens: torch.Tensor | None = None,
+    kv_start: torch.Tensor | None = None,
+    **tensors: torch.Tensor,
+) -> bool:
+    """Whether this call is, which is one that is served but for what is given."""
+    q = torch.empty(2, 8, 4, 64, dtype=bf16, device=DEVICE)
+    k = torch.empty(2, 2, 8, 64, dtype=bf16, device=DEVICE).transpose(1, 2)
+    v = torch.empty(2, 8, 2, 64, dtype=bf16, device=DEVICE)
+    index = torch.zeros(1, dtype=torch.int64)
+    steps = index.new_zeros(1, 2, pairs)
+    rotation = Rotation(steps, index, index.double(), index, interleaved=interleaved)
+    mask = Mask(True, None, kv_start, cu_seqlens, cu_seqlens)
+    scoring = Scoring(index[None], index[None], rotation, mask, softmax_scale, softcap)
+    q, k, v = ({"q": q, "k": k, "v": v} | tensors).values()
+    return serves(q, k, v, scoring, arch)
 
 
 def _heads(*shape: int, dim: int = 64) -> torch.Tensor:
@@ -130,9 +139,6 @@ def _heads(*shape: int, dim: int = 64) -> torch.Tensor:
 
 
 def test_what_is_served() -> None:
-    def served(**changes: Any) -> bool:
-        return serves(**_call(**changes))
-
     index = torch.zeros(3, dtype=torch.int32)
     assert served()
     assert served(interleaved=True)
@@ -153,9 +159,6 @@ def test_what_is_served() -> None:
 
 
 def test_what_no_descriptor_reaches_is_not_served() -> None:
-    def served(**changes: Any) -> bool:
-        return serves(**_call(**changes))
-
     moved = _heads(2 * 8 * 2 + 1).flatten()[4:].unfold(0, 64, 64).view(2, 8, 2, 64)
     odd = _heads(2, 8, 2, dim=68)[..., :64]
     assert not served(v=moved)

@@ -33,7 +33,7 @@ def op_arguments(packed: bool, **change: Any) -> tuple[Any, ...]:
         "k_rotation": None,
         "backend": "triton",
     }
-    tables = two_sets(8).tables(q.device)[1:]
+    tables = two_sets(8).tables(q.device)[:4]
     return (q, k, v, positions, positions, *tables, *(rest | change).values())
 
 

@@ -24,11 +24,8 @@ def rotate(
     """x (B, S, H, D) by one instruction set, as both q and k would be."""
     out = x if inplace else torch.full_like(x, torch.nan)
     no_k = x[:, :, :0]
-    tables = rope.tables(x.device)[1:]
-    selection = (None, None, None)
-    native.rotary(
-        x, no_k, out, no_k, positions, *tables, *selection, rope.interleaved, False, instruction_set
-    )
+    rotation = rope.tables(x.device)
+    native.rotary(x, no_k, out, no_k, positions, rotation, None, False, instruction_set)
     return out
 
 

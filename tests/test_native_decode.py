@@ -11,6 +11,7 @@ import torch
 
 from longrope_kernels import FactorSet, Rope, decode
 from longrope_kernels.backends import native, native_decode
+from longrope_kernels.calls import CacheTensors
 
 bf16 = torch.bfloat16
 DTYPES = (torch.float32, bf16, torch.float16)
@@ -45,12 +46,10 @@ def run(
     batch, queries, heads, dim = q.shape
     out = torch.full_like(q, torch.nan)
     lse = torch.full((batch, heads, queries), torch.nan)
-    tables = rope.tables(q.device)[1:]
-    selection = (None, None, None)
-    native_decode.decode(
-        *(q, k, v, out, lse, lens, block_table, key_positions, None, None, *tables, *selection),
-        *(rope.interleaved, dim**-0.5, window or 0, softcap or 0.0, instruction_set),
-    )
+    cache = CacheTensors(k, v, lens, block_table, key_positions)
+    rotation = rope.tables(q.device)
+    scores = (dim**-0.5, window or 0, softcap or 0.0)
+    native_decode.decode(q, out, lse, cache, rotation, *scores, instruction_set)
     return out, lse
 
 

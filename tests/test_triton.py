@@ -132,8 +132,8 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The backend without the public function."""
     out = (q, k) if inplace else (torch.empty_like(q), torch.empty_like(k))
-    tables = rope.tables(q.device)[1:]
-    backend.rotary(q, k, *out, positions, *tables, None, None, None, rope.interleaved, False)
+    rotation = rope.tables(q.device)
+    backend.rotary(q, k, *out, positions, rotation, None, False)
     return out
 
 
@@ -232,13 +232,11 @@ def test_offsets_above_2_31_elements(
     positions = torch.randint(0, 2**31, shape[:2]).to(DEVICE)
     rope = Rope((FactorSet((1.5,) * 16),), interleaved=interleaved)
     k = far[:, :, :0]
-    expected, _ = reference.rotary(
-        near, near[:, :, :0], positions, rope.tables(far.device), None, None, None, interleaved
-    )
+    rotation = rope.tables(far.device)
+    expected, _ = reference.rotary(near, near[:, :, :0], positions, rotation, None)
 
     out = torch.empty_like(near, memory_format=torch.contiguous_format)
-    tables = rope.tables(far.device)[1:]
-    backend.rotary(far, k, out, k, positions, *tables, None, None, None, interleaved, False)
+    backend.rotary(far, k, out, k, positions, rotation, None, False)
     torch.testing.assert_close(out, expected)
     assert torch.equal(far, near)
     rotate(far, k, rope, positions, inplace=True)

@@ -15,6 +15,7 @@ from decode_truth import TRITON, Case, bf16, check, fp8, fp16, same
 from test_triton import phases
 
 from longrope_kernels.backends import triton_decode
+from longrope_kernels.calls import CacheTensors
 from longrope_kernels.kernels import decode as kernels
 from longrope_kernels.kernels.decode_float8 import CONVERT, SHIFT, half_of_e4m3
 from longrope_kernels.kernels.decode_splits import split_keys
@@ -123,8 +124,9 @@ def test_splits_cover_the_keys_once() -> None:
 
 def splits_of(case: Case) -> Any:
     call = case.call().arguments
-    table = call.get("block_table")
-    return kernels.splits_of(call["q"], call["k_cache"], table, 0, 16)
+    cache = (call[name] for name in ("k_cache", "v_cache", "cache_lens"))
+    cache = CacheTensors(*cache, call.get("block_table"))
+    return kernels.splits_of(call["q"], cache, 0, 16)
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,9 @@ def test_without_pairs_the_forward_kernels_rotate_nothing(launch: str):
     task = replace(TINY, heads=2, seq=37)
     call: Any = tuning_calls.make_call(48, launch, True, task, FakeMachine(takes))
     inputs = call._inputs
-    inputs.tables = (inputs.tables[0][:, :, :0], *inputs.tables[1:])
+    rotation = inputs.scoring.rotation
+    rotation = rotation._replace(steps=rotation.steps[:, :, :0])
+    inputs.scoring = inputs.scoring._replace(rotation=rotation)
     FakeMachine(takes).run(call.launch(launch, PRESENT))
     out, lse = call.outputs[launch]
     # At position 0 every angle is 0.

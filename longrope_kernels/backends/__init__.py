@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import values
+from ..calls import CacheTensors, Rotation, Scoring
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 # Our rotation before a library that has to be there; served where named, not measured faster yet.
@@ -240,115 +241,111 @@ def run_rotary(
     q_out: torch.Tensor,
     k_out: torch.Tensor,
     positions: torch.Tensor,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
+    rotation: Rotation,
     cu_seqlens: torch.Tensor | None,
-    interleaved: bool,
     conjugate: bool,
     backend: str,
 ) -> None:
-    """Rotate q and k into q_out and k_out (which may be q and k), after checking the values."""
-    values.check_values(positions, n_hat.shape[0], lengths, sets, cu_seqlens)
-    _module(backend).rotary(
-        q,
-        k,
-        q_out,
-        k_out,
-        positions,
-        steps,
-        n_hat,
-        attention_factor,
-        max_length,
-        lengths,
-        sets,
-        cu_seqlens,
-        interleaved,
-        conjugate,
-    )
+    """Rotate q and k into q_out and k_out (which may be q and k), after checking the values.
+
+    Args:
+        q, k: (B, S, Hq, D) and (B, S, Hk, D) with a unit last stride; Hq or Hk may be 0.
+        q_out, k_out: of the same shapes.
+        positions: (B, S) int32 or int64, any strides.
+        rotation: how each sequence is rotated.
+        cu_seqlens: (sequences + 1,) or None; with it B = 1 and S counts all tokens.
+        conjugate: negate the sine: the gradient.
+        backend: of `choose_rotary`, not the reference.
+    """
+    values.check_values(positions, rotation, cu_seqlens)
+    _module(backend).rotary(q, k, q_out, k_out, positions, rotation, cu_seqlens, conjugate)
 
 
-def run_attention(*arguments: Any) -> None:
-    """`forward` of the backend, after checking the values; the last argument is the backend."""
-    _check_attention_values(*arguments[5:-1])
-    _module(f"{arguments[-1]}_attention").forward(*arguments[:-1])
+def run_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scoring: Scoring,
+    k_rotation: str | None,
+    backend: str,
+) -> None:
+    """Attend, with q and k rotated on the way, into out and lse, after checking the values.
+
+    Args:
+        q, out: (B, Sq, Hq, D) bfloat16 or float16, a unit last stride, any others.
+        k, v: (B, Sk, Hk, D) of that dtype; Hq is a multiple of Hk.
+        lse: (B, Hq, Sq) float32, a unit last stride: the log-sum-exp of the scores, base e; -inf
+            where a query sees no key (and 0 in out).
+        scoring: with a ``softmax_scale`` that is not negative.
+        k_rotation: "prepass", "registers", or None for the backend's own rule.
+        backend: of `choose_attention`, one whose rotation is fused.
+
+    Raises:
+        ValueError: naming the argument that the backend does not serve.
+        RuntimeError: a launch that failed, with the kernel's name and parameters.
+    """
+    values.check_values(scoring.positions, scoring.rotation, scoring.mask.cu_seqlens)
+    values.check_positions("key_positions", scoring.key_positions)
+    _module(f"{backend}_attention").forward(q, k, v, out, lse, scoring, k_rotation)
 
 
-def run_attention_backward(*arguments: Any) -> None:
-    """`backward` of the backend; the last argument is the backend."""
-    _module(f"{arguments[-1]}_attention").backward(*arguments[:-1])
+def run_attention_backward(
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    scoring: Scoring,
+    backend: str,
+) -> None:
+    """The gradients of `run_attention`, into dq, dk and dv.
+
+    Args:
+        d_out: like out, of the dtype of q, any strides.
+        d_lse: like lse, any strides, or None; ignored where a query sees no key.
+        q, k, v, scoring, backend: as in `run_attention`.
+        out, lse: what `run_attention` wrote.
+        dq, dk, dv: like q, k and v, unit last stride.
+    """
+    tensors = (d_out, d_lse, q, k, v, out, lse, dq, dk, dv)
+    _module(f"{backend}_attention").backward(*tensors, scoring)
 
 
 def run_decode(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    cache_lens: torch.Tensor,
-    block_table: torch.Tensor | None,
-    key_positions: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
-    kv_start: torch.Tensor | None,
-    interleaved: bool,
+    cache: CacheTensors,
+    rotation: Rotation,
     softmax_scale: float,
     window: int,
     softcap: float,
     backend: str,
 ) -> None:
-    """Attend to the cache, into out (like q) and lse (B, Hq, q_len) float32; values checked."""
-    values.check_cache(
-        k_cache, cache_lens, block_table, key_positions, n_hat.shape[0], lengths, sets, kv_start
-    )
+    """Attend to the cache, with q and its keys rotated on the way, after checking the values.
+
+    Args:
+        q, out: (B, q_len, Hq, D) of a dtype in `DECODE_DTYPES`, a unit last stride, any others.
+        lse: (B, Hq, q_len) float32, contiguous: the log-sum-exp of the scores, base e; -inf where a
+            query sees no key (and 0 in out).
+        cache: its tensors.
+        rotation: how each sequence is rotated.
+        softmax_scale: multiplies the scores.
+        window: how many slots back a query sees; 0 for all.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0.0 for none.
+        backend: of `choose_decode`, not the reference.
+    """
+    values.check_cache(cache, rotation)
     _module(f"{backend}_decode").decode(
-        q,
-        k_cache,
-        v_cache,
-        out,
-        lse,
-        cache_lens,
-        block_table,
-        key_positions,
-        k_scale,
-        v_scale,
-        steps,
-        n_hat,
-        attention_factor,
-        max_length,
-        lengths,
-        sets,
-        kv_start,
-        interleaved,
-        softmax_scale,
-        window,
-        softcap,
+        q, out, lse, cache, rotation, softmax_scale, window, softcap
     )
-
-
-def _check_attention_values(
-    positions: torch.Tensor,
-    key_positions: torch.Tensor,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    *_: Any,
-) -> None:
-    values.check_values(positions, n_hat.shape[0], lengths, sets, cu_seqlens)
-    values.check_positions("key_positions", key_positions)
 
 
 def _interprets(backend: str, device: str) -> bool:

@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from ..calls import Rotation
+
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -60,14 +62,8 @@ def rotary(
     q_out: torch.Tensor,
     k_out: torch.Tensor,
     positions: torch.Tensor,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
+    rotation: Rotation,
     cu_seqlens: torch.Tensor | None,
-    interleaved: bool,
     conjugate: bool,
 ) -> None:
     """Rotate q and k (B, S, heads, D) into q_out and k_out; see csrc/cuda/rotary.h."""
@@ -81,12 +77,12 @@ def rotary(
             positions.data_ptr(),
             positions.dtype == torch.int64,
             positions.stride(),
-            factors_of(steps, n_hat, attention_factor, max_length),
-            integers(lengths),
-            integers(sets),
+            factors_of(rotation),
+            integers(rotation.lengths),
+            integers(rotation.sets),
             integers(cu_seqlens),
             batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-            interleaved,
+            rotation.interleaved,
             conjugate,
             place_of(q),
         )
@@ -96,21 +92,10 @@ def _heads(x: torch.Tensor, out: torch.Tensor) -> tuple[object, ...]:
     return x.data_ptr(), out.data_ptr(), x.shape[2], x.stride()[:3], out.stride()[:3]
 
 
-def factors_of(
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-) -> tuple[int, ...]:
-    """The tables of `RopeTables` as the extension takes them."""
-    return (
-        steps.shape[0],
-        steps.shape[2],
-        steps.data_ptr(),
-        n_hat.data_ptr(),
-        attention_factor.data_ptr(),
-        max_length.data_ptr(),
-    )
+def factors_of(rotation: Rotation) -> tuple[int, ...]:
+    """The sets, the pairs and the tables, as the extension takes them."""
+    sets, _, pairs = rotation.steps.shape
+    return sets, pairs, *(x.data_ptr() for x in rotation[:4])
 
 
 def strided(x: torch.Tensor) -> tuple[int, tuple[int, ...]]:

@@ -6,11 +6,9 @@ of queries at a time, over q and k that the standalone rotation has turned.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from ..masks import Mask
+from ..calls import Rotation, Scoring
 from .cuda import extension, factors_of, integers, on_device, place_of, rotary, strided
 
 _TYPES = {torch.bfloat16: 1, torch.float16: 2}
@@ -29,50 +27,16 @@ def forward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    positions: torch.Tensor,
-    key_positions: torch.Tensor,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    kv_start: torch.Tensor | None,
-    interleaved: bool,
-    causal: bool,
-    softmax_scale: float,
-    window: int,
-    softcap: float,
+    scoring: Scoring,
     k_rotation: str | None,
 ) -> None:
-    """Attend, with q and k rotated on the way, into out and lse.
+    """Attend, with q and k rotated on the way, into out and lse; see `run_attention`.
 
-    Args:
-        q, out: (B, Sq, Hq, D) bfloat16 or float16, a unit last stride, any others.
-        k, v: (B, Sk, Hk, D) of that dtype; Hq is a multiple of Hk.
-        lse: (B, Hq, Sq) float32, a unit last stride: the log-sum-exp of the scores, base e; -inf
-            where a query sees no key (and 0 in out).
-        positions, key_positions: (B, Sq) and (B, Sk) int32 or int64, any strides.
-        steps, n_hat, attention_factor, max_length: as in `RopeTables`.
-        lengths, sets: (sequences,) or None; ``sets`` wins.
-        cu_seqlens, cu_seqlens_k: (sequences + 1,) or both None; with them B = 1.
-        kv_start: (sequences,) int32 or int64 or None; keys at slots below it are hidden.
-        interleaved: as in `Rope`.
-        causal: a query sees no key after its own slot.
-        softmax_scale: multiplies the scores, not negative.
-        window: how many slots back (not causal: either way) a query sees; 0 for all.
-        softcap: scores become ``softcap * tanh(score / softcap)``; 0.0 for none.
-        k_rotation: None; k is rotated in a pre-pass.
-
-    Raises:
-        ValueError: naming the argument that this backend does not serve.
-        RuntimeError: a launch that failed, with the kernel's name and parameters.
+    k is rotated in a pre-pass, and ``k_rotation`` is None.
     """
-    if softmax_scale < 0:
+    if scoring.softmax_scale < 0:
         raise ValueError(
-            f"softmax_scale: backend 'cuda' serves none below 0, got {softmax_scale}; "
+            f"softmax_scale: backend 'cuda' serves none below 0, got {scoring.softmax_scale}; "
             "'composed' and 'reference' do"
         )
     if k_rotation is not None:
@@ -86,7 +50,7 @@ def forward(
     (batch, queries, heads, dim), (keys, kv_heads) = q.shape, k.shape[1:3]
     groups = heads // kv_heads
     q, v = _aligned(q), _aligned(v)
-    tables = (steps, n_hat, attention_factor, max_length)
+    positions, key_positions, rotation, mask, softmax_scale, softcap = scoring
     kv_bytes = batch * keys * dim * k.element_size()
     at_once = min(max(1, _SCRATCH_BYTES // kv_bytes), kv_heads)
     scratch = k.new_empty(batch, at_once, keys, dim).transpose(1, 2)
@@ -95,17 +59,7 @@ def forward(
             of_k = slice(first, min(first + at_once, kv_heads))
             of_q = slice(first * groups, of_k.stop * groups)
             rotated = scratch[:, :, : of_k.stop - first]
-            _rotate(
-                k[:, :, of_k],
-                rotated,
-                key_positions,
-                *tables,
-                lengths,
-                sets,
-                cu_seqlens_k,
-                interleaved,
-                False,
-            )
+            _rotate(k[:, :, of_k], rotated, key_positions, rotation, mask.cu_seqlens_k, False)
             of_lse = lse[:, of_q]
             extension().attention(
                 _TYPES[q.dtype],
@@ -113,13 +67,13 @@ def forward(
                 *map(strided, (q[:, :, of_q], rotated, v[:, :, of_k], out[:, :, of_q])),
                 (of_lse.data_ptr(), of_lse.stride()[:2]),
                 (positions.data_ptr(), positions.stride(), positions.dtype == torch.int64),
-                factors_of(*tables),
-                (integers(lengths), integers(sets)),
-                (integers(cu_seqlens), integers(cu_seqlens_k)),
-                integers(kv_start),
-                batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-                (interleaved, causal),
-                (softmax_scale, window, softcap),
+                factors_of(rotation),
+                (integers(rotation.lengths), integers(rotation.sets)),
+                (integers(mask.cu_seqlens), integers(mask.cu_seqlens_k)),
+                integers(mask.kv_start),
+                mask.sequences(batch),
+                (rotation.interleaved, mask.causal),
+                (softmax_scale, mask.window or 0, softcap),
                 _STAGES,
                 place_of(q),
             )
@@ -136,43 +90,18 @@ def backward(
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    positions: torch.Tensor,
-    key_positions: torch.Tensor,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    kv_start: torch.Tensor | None,
-    interleaved: bool,
-    causal: bool,
-    softmax_scale: float,
-    window: int,
-    softcap: float,
-    k_rotation: str | None,
+    scoring: Scoring,
 ) -> None:
-    """The gradients of `forward` into dq, dk and dv.
-
-    Args:
-        d_out: like out, of the dtype of q, any strides.
-        d_lse: like lse, any strides, or None; ignored where a query sees no key.
-        out, lse: what `forward` returned.
-        dq, dk, dv: like q, k and v, unit last stride.
-        others: as in `forward`.
-    """
+    """The gradients of `forward`; see `run_attention_backward`."""
     if q.numel() == 0 or k.numel() == 0:
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    tables = (steps, n_hat, attention_factor, max_length)
-    of_q = (positions, *tables, lengths, sets, cu_seqlens, interleaved)
-    of_k = (key_positions, *tables, lengths, sets, cu_seqlens_k, interleaved)
+    positions, key_positions, rotation, mask, softmax_scale, softcap = scoring
+    of_q = (positions, rotation, mask.cu_seqlens)
+    of_k = (key_positions, rotation, mask.cu_seqlens_k)
     (batch, queries), (keys, kv_heads) = q.shape[:2], k.shape[1:3]
     groups = q.shape[2] // kv_heads
-    mask = Mask(causal, window or None, kv_start, cu_seqlens, cu_seqlens_k)
     seen = mask.visible(batch, queries, keys, q.device)[:, None]
     some = lse > -torch.inf
     top = torch.where(some, lse, 0.0)[..., None]
@@ -209,9 +138,16 @@ def backward(
         _rotate(dk, dk, *of_k, True)
 
 
-def _rotate(x: torch.Tensor, y: torch.Tensor, *rest: Any) -> None:
-    """x (B, S, H, D) into y; the arguments of `cuda.rotary` from ``positions`` on."""
-    rotary(x, x[:, :, :0], y, y[:, :, :0], *rest)
+def _rotate(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    positions: torch.Tensor,
+    rotation: Rotation,
+    cu_seqlens: torch.Tensor | None,
+    conjugate: bool,
+) -> None:
+    """x (B, S, H, D) into y."""
+    rotary(x, x[:, :, :0], y, y[:, :, :0], positions, rotation, cu_seqlens, conjugate)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

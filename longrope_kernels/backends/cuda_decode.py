@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..calls import CacheTensors, Rotation
 from ..kernels.splits import Splits, choose_splits
 from .cuda import (
     _TYPES,
@@ -27,10 +28,9 @@ _LEAST_TILES = 2
 _EMULATED_MULTIPROCESSORS = 16
 
 
-def _splits_of(q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor | None) -> Splits:
+def _splits_of(q: torch.Tensor, cache: CacheTensors) -> Splits:
     batch, queries, heads, dim = q.shape
-    kv_heads = k_cache.shape[2]
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    kv_heads, capacity = cache.k.shape[2], cache.capacity
     units = batch * kv_heads * -(-queries * (heads // kv_heads) // _ROWS)
     blocks = next(count for most, count in _BLOCKS.items() if dim <= most)
     if emulating():
@@ -42,61 +42,48 @@ def _splits_of(q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor
 
 def decode(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    cache_lens: torch.Tensor,
-    block_table: torch.Tensor | None,
-    key_positions: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
-    kv_start: torch.Tensor | None,
-    interleaved: bool,
+    cache: CacheTensors,
+    rotation: Rotation,
     softmax_scale: float,
     window: int,
     softcap: float,
 ) -> None:
-    """Attend to the cache, into out (like q) and lse (B, Hq, q_len) float32; see `run_decode`.
+    """Attend to the cache, into out and lse; see `run_decode`.
 
     q is bfloat16 or float16, the caches of that dtype or float8_e4m3fn. What is launched follows
     from shapes and strides alone, so that one captured graph serves all lengths.
     """
     if out.numel() == 0:
         return
-    if k_cache.numel() == 0 or (block_table is not None and block_table.numel() == 0):
+    if cache.empty:
         out.zero_()
         lse.fill_(float("-inf"))
         return
     batch, queries, heads, dim = q.shape
-    splits = _splits_of(q, k_cache, block_table)
+    splits = _splits_of(q, cache)
     scratch = None
     if splits.most > 1:
         shape = (splits.most, *lse.shape)
         scratch = lse.new_empty(*shape, dim), lse.new_empty(shape)
     with on_device(q):
         extension().decode(
-            (_TYPES[q.dtype], k_cache.dtype == torch.float8_e4m3fn),
-            (batch, queries, heads, k_cache.shape[2], dim),
+            (_TYPES[q.dtype], cache.k.dtype == torch.float8_e4m3fn),
+            (batch, queries, heads, cache.k.shape[2], dim),
             strided(q),
             strided(out),
             lse.data_ptr(),
-            strided(k_cache),
-            strided(v_cache),
-            (*_rows(block_table), k_cache.shape[1]),
-            (*_vector(k_scale), *_vector(v_scale)),
-            integers(cache_lens),
-            integers(kv_start),
-            (*_rows(key_positions), _is_int64(key_positions)),
-            factors_of(steps, n_hat, attention_factor, max_length),
-            (integers(lengths), integers(sets)),
-            interleaved,
+            strided(cache.k),
+            strided(cache.v),
+            (*_rows(cache.block_table), cache.k.shape[1]),
+            (*_vector(cache.k_scale), *_vector(cache.v_scale)),
+            integers(cache.lens),
+            integers(cache.kv_start),
+            (*_rows(cache.key_positions), _is_int64(cache.key_positions)),
+            factors_of(rotation),
+            (integers(rotation.lengths), integers(rotation.sets)),
+            rotation.interleaved,
             softmax_scale,
             min(window, 2**30),
             softcap,

@@ -7,6 +7,8 @@ from types import ModuleType
 
 import torch
 
+from ..calls import Rotation
+
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Below this many elements a second thread costs more than it saves (as in ATen).
@@ -47,32 +49,27 @@ def rotary(
     q_out: torch.Tensor,
     k_out: torch.Tensor,
     positions: torch.Tensor,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
+    rotation: Rotation,
     cu_seqlens: torch.Tensor | None,
-    interleaved: bool,
     conjugate: bool,
     instruction_set: str = "",
 ) -> None:
     """Rotate q and k (B, S, heads, D) into q_out and k_out; see csrc/cpu/rotary.h."""
     assert _native is not None
     batch, seq, _, dim = q.shape
+    steps = rotation.steps
     elements = q.numel() + k.numel()
     if elements == 0:
         return
-    for x, out in ((q, q_out), (k, k_out)):
-        size = out.numel() * out.element_size()
-        if out is not x and size >= _HUGE:
-            _native.advise_huge_pages(out.data_ptr(), size)
+    if elements >= _GRAIN:
+        for x, out in ((q, q_out), (k, k_out)):
+            size = out.numel() * out.element_size()
+            if out is not x and size >= _HUGE:
+                _native.advise_huge_pages(out.data_ptr(), size)
     # Kept until the call returns: a converted tensor must outlive its address.
-    selection = [
-        None if x is None else x.to(torch.int64).contiguous() for x in (lengths, sets, cu_seqlens)
-    ]
-    per_sequence = next((x for x in selection[:2] if x is not None), None)
+    lengths, sets = as_int64(rotation.lengths), as_int64(rotation.sets)
+    borders = as_int64(cu_seqlens)
+    per_sequence = lengths if sets is None else sets
     _native.rotary(
         _heads(q, q_out),
         _heads(k, k_out),
@@ -82,19 +79,29 @@ def rotary(
         positions.dtype == torch.int64,
         positions.stride(),
         steps.shape[0],
-        (
-            steps.data_ptr(),
-            n_hat.data_ptr(),
-            attention_factor.data_ptr(),
-            max_length.data_ptr(),
-        ),
-        [0 if x is None else x.data_ptr() for x in selection],
+        addresses_of(rotation),
+        [address(lengths), address(sets), address(borders)],
         0 if per_sequence is None else per_sequence.shape[0],
-        interleaved,
+        rotation.interleaved,
         conjugate,
         1 if elements < _GRAIN else torch.get_num_threads(),
         instruction_set,
     )
+
+
+def as_int64(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A vector of indices that may be absent, as the extension reads it."""
+    return None if x is None else x.to(torch.int64).contiguous()
+
+
+def address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def addresses_of(rotation: Rotation) -> tuple[int, ...]:
+    """Those of the tables, as the extension takes them."""
+    steps, n_hat, attention_factor, max_length = rotation[:4]
+    return steps.data_ptr(), n_hat.data_ptr(), attention_factor.data_ptr(), max_length.data_ptr()
 
 
 def _heads(x: torch.Tensor, out: torch.Tensor) -> tuple[object, ...]:

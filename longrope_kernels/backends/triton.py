@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from ..calls import Rotation
+
 
 def missing() -> str | None:
     """Why Triton cannot run in this process and how to get it, or None where it can."""
@@ -28,46 +30,14 @@ def rotary(
     q_out: torch.Tensor,
     k_out: torch.Tensor,
     positions: torch.Tensor,
-    steps: torch.Tensor,
-    n_hat: torch.Tensor,
-    attention_factor: torch.Tensor,
-    max_length: torch.Tensor,
-    lengths: torch.Tensor | None,
-    sets: torch.Tensor | None,
+    rotation: Rotation,
     cu_seqlens: torch.Tensor | None,
-    interleaved: bool,
     conjugate: bool,
 ) -> None:
-    """Rotate q and k into q_out and k_out, which may be q and k, by one kernel.
-
-    Args:
-        q, k: (B, S, Hq, D) and (B, S, Hk, D) with a unit last stride; Hq or Hk may be 0.
-        q_out, k_out: of the same shapes.
-        positions: (B, S) int32 or int64, any strides.
-        steps, n_hat, attention_factor, max_length: as in `RopeTables`.
-        lengths, sets: (sequences,) or None; ``sets`` wins.
-        cu_seqlens: (sequences + 1,) or None; with it B = 1 and S counts all tokens.
-        interleaved: as in `Rope`.
-        conjugate: negate the sine: the gradient.
-    """
+    """Rotate q and k into q_out and k_out by one kernel; see `run_rotary`."""
     from ..kernels import rotary as kernels
 
-    launch = kernels.plan(
-        q,
-        k,
-        q_out,
-        k_out,
-        positions,
-        steps,
-        n_hat,
-        attention_factor,
-        max_length,
-        lengths,
-        sets,
-        cu_seqlens,
-        interleaved,
-        conjugate,
-    )
+    launch = kernels.plan(q, k, q_out, k_out, positions, rotation, cu_seqlens, conjugate)
     if launch is None:
         return
     kernel = kernels.rotary_kernel[launch.grid]

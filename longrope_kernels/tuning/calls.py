@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ..calls import Scoring
+from ..masks import Mask
 from ..rope import Rope
 from .entries import Task
 
@@ -55,16 +57,16 @@ def difference(output: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class _Inputs:
-    """q and k as the kernels read them, (1, S, H, D), positions and tables."""
+    """q and k as the kernels read them, (1, S, H, D), and how queries score keys."""
 
     def __init__(self, dim: int, queries: int, causal: bool, task: Task, machine: Machine) -> None:
         self.dim, self.causal, self.arch, self.device = dim, causal, machine.arch, machine.device
         self.dtype, self.keys, self.queries = task.dtype, task.seq, queries
         self.heads, self.kv_heads = task.heads, task.kv_heads
         positions = torch.arange(self.keys, device=self.device)[None]
-        self.key_positions, self.positions = positions, positions[:, self.keys - queries :]
-        tables = Rope.plain(dim).tables(self.device)
-        self.tables = (tables.steps, *tables[2:])
+        rotation = Rope.plain(dim).tables(self.device)
+        of_queries = positions[:, self.keys - queries :]
+        self.scoring = Scoring(of_queries, positions, rotation, Mask(causal), dim**-0.5, 0.0)
         pairs = queries * self.keys - (queries * (queries - 1) // 2 if causal else 0)
         self.flops = 2.0 * self.heads * dim * pairs
 
@@ -79,11 +81,6 @@ class _Inputs:
 
     def lse(self) -> torch.Tensor:
         return torch.empty(1, self.heads, self.queries, device=self.device)
-
-    def rest(self, tables: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
-        """The arguments of the plans from ``steps`` on."""
-        of_sequences = (None,) * 5
-        return (*tables, *of_sequences, False, self.causal, self.dim**-0.5, 0, 0.0, self.arch)
 
 
 class _Forward:
@@ -116,10 +113,9 @@ class _Forward:
         from ..kernels import attention
 
         inputs = self._inputs
-        key_positions = inputs.key_positions if self._in_registers else None
         tensors = (self._q, self._k, self._v, *self.outputs[name])
-        rest = inputs.rest(inputs.tables)
-        return attention.plan(*tensors, inputs.positions, key_positions, *rest, config)
+        rotated = not self._in_registers
+        return attention.plan(*tensors, inputs.scoring, rotated, inputs.arch, config)
 
     def expected(self, machine: Machine) -> dict[str, tuple[torch.Tensor, ...]]:
         (name,) = self.outputs
@@ -144,9 +140,12 @@ class _Backward:
         # The weights the gradients belong to. q and k count as rotated: no pairs are left.
         out, self._lse = torch.empty_like(self._d_out), inputs.lse()
         self._delta = torch.empty_like(self._lse)
-        none = (inputs.tables[0][:, :, :0], *inputs.tables[1:])
-        tensors = (self._q, self._k, self._v, out, self._lse, inputs.positions, None)
-        machine.run(attention.plan(*tensors, *inputs.rest(none)))
+        rotation = inputs.scoring.rotation
+        scoring = inputs.scoring._replace(
+            rotation=rotation._replace(steps=rotation.steps[:, :, :0])
+        )
+        tensors = (self._q, self._k, self._v, out, self._lse)
+        machine.run(attention.plan(*tensors, scoring, True, inputs.arch))
         deltas = (self._d_out, None, out, self._lse, self._delta)
         machine.run(attention_backward.plan_delta(*deltas))
 
@@ -167,9 +166,7 @@ class _Backward:
         launches: list[Any] = attention_backward.plan(
             *(self._d_out, self._q, self._k, self._v, self._lse, self._delta),
             *(self.outputs["dq"][0], *self.outputs["dk_dv"]),
-            *(inputs.positions, inputs.key_positions),
-            *inputs.rest(inputs.tables),
-            configs,
+            *(inputs.scoring, inputs.arch, configs),
         )
         return launches
 

@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 )
 from transformers.generation import GenerationMixin
 
-from ...rope import Rope
+from ...rope import Rope, sets_of_lengths
 from ...values import readable
 from .attention import NAME, Enabled, last_positions
 from .settings import Settings
@@ -102,7 +102,8 @@ def _pinned_sets(cache: Any, given: dict[str, Any], rope: Rope) -> torch.Tensor:
     batch = tokens.shape[0]
     sets = getattr(cache, _PINNED, None)
     if sets is None or _is_empty(cache):
-        sets = _sets_of(_lengths(given, tokens, cache), rope)
+        lengths = _lengths(given, tokens, cache)
+        sets = sets_of_lengths(lengths, rope.tables(lengths.device).max_length).to(torch.int32)
         setattr(cache, _PINNED, sets)
     if sets.shape[0] != batch:
         raise ValueError(
@@ -133,12 +134,6 @@ def _lengths(given: dict[str, Any], tokens: torch.Tensor, cache: Any) -> torch.T
     elif mask is not None:
         behind = mask[:, 0, 0, 2] - mask[:, 0, 0, 1]
     return (last_positions(positions, behind, batch) + 1).clamp(min=0)
-
-
-def _sets_of(lengths: torch.Tensor, rope: Rope) -> torch.Tensor:
-    bounds = rope.tables(lengths.device).max_length
-    index = (lengths.long()[:, None] > bounds).sum(1).clamp(max=len(bounds) - 1)
-    return index.to(torch.int32)
 
 
 # --------------------------------------------------------------------------------------- generate
