@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from parameters import Geometry, Prompt, of_dim
+from copies import Copies
+from measure import require_time_to_compile
+from parameters import COMPILED_PROMPTS, Geometry, Prompt, of_dim
 from ropes import (
     DEVICE,
     EXACT,
@@ -40,12 +42,13 @@ OURS = {
     **{name: {"backend": name} for name in backends.ATTENTION_BACKENDS if name != "triton"},
 }
 EAGER = "transformers eager, SDPA"
+COMPILED = "transformers torch.compile, SDPA"  # both as one function
 # transformers' rotation before a flash-attn library: stock RoPE, to tell what fusing saves.
 STOCK = {f"transformers eager, {name}": name for name in backends.FLASH_BACKENDS}
 NO_ROTATION = "triton, no rotation"
 FLASHINFER = "FlashInfer, ROPE_LLAMA"  # plain RoPE, no backward
-NAMES = (EAGER, *STOCK, FLASHINFER, *OURS, NO_ROTATION, *SDPA)
-PEERS = (EAGER, *STOCK, FLASHINFER, *SDPA, *backends.FLASH_BACKENDS)
+NAMES = (EAGER, COMPILED, *STOCK, FLASHINFER, *OURS, NO_ROTATION, *SDPA)
+PEERS = (EAGER, COMPILED, *STOCK, FLASHINFER, *SDPA, *backends.FLASH_BACKENDS)
 # Tokens, of those whose scores lie in memory.
 LONGEST = {"reference": 256, "SDPA math, no rotation": 2048}
 
@@ -88,9 +91,10 @@ class Shape(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def make_inputs(shape: Shape) -> Inputs:
+def make_copies(shape: Shape) -> Copies[Inputs]:
     """The inputs of all rows of one shape, which follow one another."""
-    return Inputs(shape)
+    heads = shape.heads.q_heads + 2 * shape.heads.k_heads
+    return Copies(lambda: Inputs(shape), shape.tokens * heads * shape.dim * DTYPE.itemsize)
 
 
 class Truth(NamedTuple):
@@ -190,7 +194,7 @@ class Inputs:
 @cache
 def missing(name: str) -> str | None:
     """Why an implementation cannot be timed here, or None."""
-    if name == EAGER:
+    if name in (EAGER, COMPILED):
         return not_importable("transformers")
     if name in STOCK:
         return not_importable("transformers") or backends.missing(STOCK[name])
@@ -210,6 +214,8 @@ def serves(name: str, shape: Shape, direction: str) -> bool:
     """Whether it has this call, and finds room for it."""
     if name == FLASHINFER and (direction == "backward" or shape.heads.rotated < shape.dim):
         return False
+    if name == COMPILED and (shape.tokens, shape.dim, shape.causal) not in COMPILED_PROMPTS:
+        return False
     return shape.tokens <= LONGEST.get(name, shape.tokens)
 
 
@@ -217,7 +223,7 @@ def angles(name: str) -> int:
     """Roundings of its angles, for `ropes.allowed_error`."""
     if name == FLASHINFER:
         return FAST
-    return FLOAT32 if name == EAGER or name in STOCK else EXACT
+    return FLOAT32 if name in (EAGER, COMPILED, *STOCK) else EXACT
 
 
 def implementation(name: str, inputs: Inputs) -> Attention:
@@ -246,18 +252,32 @@ def implementation(name: str, inputs: Inputs) -> Attention:
 def _stock(name: str, inputs: Inputs) -> Attention:
     """transformers' rotation, then torch's SDPA or a flash-attn library."""
     cos, sin = inputs.table
-    causal = inputs.shape.causal
-    rotate = transformers_rotary(inputs.shape.heads).apply
+    if name == COMPILED:
+        require_time_to_compile()
+    of_call = _compiled if name == COMPILED else _eager
+    attend = of_call(inputs.shape.heads, inputs.shape.causal, STOCK.get(name))
+    return lambda q, k, v: attend(q, k, v, cos, sin)
 
-    def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+
+def _eager(geometry: Geometry, causal: bool, library: str | None) -> Callable[..., torch.Tensor]:
+    rotate = transformers_rotary(geometry).apply
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         q, k = rotate(q, k, cos, sin)
-        if name in STOCK:
-            return _flash_attn(STOCK[name], *(x.transpose(1, 2) for x in (q, k, v)), causal)
+        if library:
+            return _flash_attn(library, *(x.transpose(1, 2) for x in (q, k, v)), causal)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         return out.transpose(1, 2)
 
-    return eager
+    return attend
+
+
+@lru_cache(maxsize=1)
+def _compiled(geometry: Geometry, causal: bool, library: str | None) -> Any:
+    return torch.compile(_eager(geometry, causal, library), dynamic=False)
 
 
 def _flash_attn(

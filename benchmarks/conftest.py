@@ -6,6 +6,7 @@ import math
 import time
 from typing import Any
 
+import copies
 import measure
 import pytest
 import test_attention
@@ -19,7 +20,8 @@ from table import lines
 
 import longrope_kernels
 
-BENCHMARKS = (test_rotary, test_attention, test_decode, test_models, test_search)
+# Rows of attention take longest: of one rank they come after those of the rotation and decoding.
+BENCHMARKS = (test_rotary, test_decode, test_attention, test_models, test_search)
 BEGIN = time.monotonic()
 DROPPED: dict[str, str] = {}  # rows that the budget left out
 LEAST_IMPORTANT_SMALL = 1  # rank; those above differ from others in length, which is small anyway
@@ -33,9 +35,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="seconds after which no further row begins; the least important rows come last",
     )
 
+    parser.addoption(
+        "--cache-mb",
+        type=float,
+        default=1e-6 * copies.cache,
+        help="calls take copies of their inputs in turn, which exceed this together [the L2 cache"
+        " of a GPU; 0, which is one copy, on a CPU]",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     measure.deadline = BEGIN + config.getoption("budget")
+    copies.cache = int(1e6 * config.getoption("cache_mb"))
 
 
 def _rank(item: pytest.Item) -> int:
@@ -45,9 +56,15 @@ def _rank(item: pytest.Item) -> int:
     return int(*marker.args) if marker is not None else rank
 
 
+def _place(item: pytest.Item) -> int:
+    """Of its file among `BENCHMARKS`."""
+    stems = [benchmark.__name__ for benchmark in BENCHMARKS]
+    return stems.index(item.path.stem) if item.path.stem in stems else -1
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The ceilings first, what is less important last."""
-    items.sort(key=_rank)
+    items.sort(key=lambda item: (_rank(item), _place(item)))
     if not config.getoption("benchmark_only"):
         dropped = [item for item in items if _rank(item) > LEAST_IMPORTANT_SMALL]
         items[:] = [item for item in items if _rank(item) <= LEAST_IMPORTANT_SMALL]

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from copies import Copies
 from measure import Ceiling
 from parameters import LLAMA, Geometry
-from ropes import DEVICE, EXACT, FAST, normal, not_importable, plain_rope, rope
+from ropes import DEVICE, EXACT, FAST, backend_missing, normal, not_importable, plain_rope, rope
 
 from longrope_kernels import apply_rotary, backends, decode
+from longrope_kernels.calls import CacheTensors, Rotation
 
 BLOCK = 64
 # Ours: (backend, kind of cache). The mixed batches of `Shape` take a set each in all of them.
@@ -63,18 +65,18 @@ class Shape(NamedTuple):
 def missing(name: str) -> str | None:
     """Why it cannot run here, or None."""
     if name in OURS:
-        return backends.missing(OURS[name][0])
+        return backend_missing(OURS[name][0])
     if name == NO_ROTATION:
-        return backends.missing("triton")
+        return backend_missing("triton")
     if name == FLASHINFER:
         return not_importable("flashinfer") or (None if DEVICE.type == "cuda" else "needs a GPU")
     return None
 
 
 @lru_cache(maxsize=1)
-def make_inputs(shape: Shape) -> Inputs:
+def make_copies(shape: Shape) -> Copies[Inputs]:
     """The inputs of all rows of one shape, which follow one another."""
-    return Inputs(shape)
+    return Copies(lambda: Inputs(shape), shape.traffic(shape.dtype.itemsize))
 
 
 class Inputs:
@@ -185,16 +187,13 @@ def _without_rotation(inputs: Inputs) -> Callable[[], torch.Tensor]:
 
     q, k = inputs.rotated
     none = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    tables = (none.new_empty((1, 2, 0)), none, none.double(), none)
+    rotation = Rotation(none.new_empty((1, 2, 0)), none, none.double(), none)
+    cache, scale = CacheTensors(k, inputs.v, inputs.lens), q.shape[3] ** -0.5
     lse = q.new_empty((q.shape[0], q.shape[2], 1), dtype=torch.float32)
 
     def run() -> torch.Tensor:
         out = torch.empty_like(q)
-        triton_decode.decode(
-            *(q, k, inputs.v, out, lse, inputs.lens, None, None, None, None),
-            *tables,
-            *(None, None, None, False, q.shape[3] ** -0.5, 0, 0.0),
-        )
+        triton_decode.decode(q, out, lse, cache, rotation, scale, 0, 0.0)
         return out
 
     return run

@@ -19,6 +19,7 @@ from ropes import DEVICE, WrongResultError
 FEWEST, MOST = 5, 60  # rounds
 REASONS: dict[str, str] = {}  # why a row of a group could not be timed
 SPENT = "the budget was spent"
+COMPILING = 60  # seconds that torch.compile may take; with fewer left its rows are dropped
 deadline = math.inf  # by time.monotonic
 
 
@@ -122,6 +123,12 @@ def require_memory(amount: int) -> None:
         raise NotMeasuredError(
             f"needs {1e-9 * amount:.0f} GB, {1e-9 * available():.0f} GB are there"
         )
+
+
+def require_time_to_compile() -> None:
+    """Raises `NotMeasuredError` where the budget will be spent before."""
+    if time.monotonic() > deadline - COMPILING:
+        raise NotMeasuredError(SPENT)
 
 
 class _Turns:

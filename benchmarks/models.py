@@ -7,12 +7,15 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from measure import require_time_to_compile
 from ropes import DEVICE, not_importable
 
 SWITCH = 4096  # tokens up to which the short factors serve
 KINDS = ("forward", "token below the switch", "token at the switch", "generate")
 NEW = 16  # tokens that "generate" makes, on both sides of the switch
-NAMES = ("transformers", "enabled, recompute", "enabled, switch")
+COMPILED = "transformers torch.compile"  # of "forward" alone
+NAMES = ("transformers", COMPILED, "enabled, recompute", "enabled, switch")
+PEERS = NAMES[:2]
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
@@ -29,14 +32,23 @@ class Step(NamedTuple):
         return f"{self.kind}, {self.tokens} tokens"
 
 
+def serves(name: str, at: Step) -> bool:
+    """The policies differ at the switch alone; only a forward is compiled, whose shape stays."""
+    if name == COMPILED:
+        return at.kind == "forward"
+    return at.kind in KINDS[2:] or name != "enabled, recompute"
+
+
 def missing(name: str) -> str | None:
     """Why it cannot run here, or None."""
     return not_importable("transformers")
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=len(NAMES))
 def model(name: str, full_size: bool) -> Any:
     """The model with the same weights under each name; small ones where nothing is measured."""
+    if name == COMPILED:
+        return torch.compile(model(NAMES[0], full_size), dynamic=False)
     from transformers import Phi3ForCausalLM
 
     from longrope_kernels.demo.peers import phi3_config
@@ -56,6 +68,8 @@ def step(name: str, at: Step, full_size: bool) -> Callable[[], torch.Tensor]:
     """A function of no arguments: the logits of the last token, or all tokens of "generate"."""
     from transformers import DynamicCache
 
+    if name == COMPILED:
+        require_time_to_compile()
     of = model(name, full_size)
     ids = torch.arange(at.tokens + 1, device=DEVICE)[None] % 500 + 3
 
@@ -72,7 +86,7 @@ def step(name: str, at: Step, full_size: bool) -> Callable[[], torch.Tensor]:
         given = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "do_sample": False}
         return lambda: of.generate(prompt, **given, **counts)
     # What generate() does: past the switch transformers drops the cache and runs all tokens again.
-    again = at.kind == KINDS[2] and name != NAMES[2]
+    again = at.kind == KINDS[2] and name != "enabled, switch"
     cache = DynamicCache(config=of.config)
     forward(ids[:, : at.tokens], cache)
 

@@ -78,9 +78,9 @@ if GPU:
             for tokens in (2048, 8192, 32768)
             for causal in (True, False)
         ),
-        Prompt(131072, 128, True),
         *(Prompt(8192, dim, causal) for dim in (64, 96) for causal in (True, False)),
         *(Prompt(32768, dim, True) for dim in (64, 96)),
+        Prompt(131072, 128, True),
     ]
     PROMPTS: Ranked = [
         _REFERENCE,
@@ -101,6 +101,9 @@ else:
         *((2, (Prompt(256, geometry.dim, True), geometry)) for geometry in OTHERS),
         (3, (Prompt(1024, 128, True), None)),
     ]
+
+# What torch.compile is asked for, which takes up to a minute for each shape.
+COMPILED_PROMPTS = (Prompt(8192 if GPU else 512, 128, True),)
 
 # (lengths of the sequences, dtype, geometry). The batch of four lengths has them on both sides of
 # the switch.

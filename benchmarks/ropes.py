@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from parameters import Geometry
 
-from longrope_kernels import Rope
+from longrope_kernels import Rope, backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -58,6 +58,14 @@ def normal(*sizes: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """Normal numbers, made where they are needed."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     return torch.randn(sizes, generator=generator, dtype=dtype, device=DEVICE)
+
+
+def backend_missing(name: str) -> str | None:
+    """Why a backend of the rotation and of decoding cannot run on `DEVICE`, or None."""
+    row = next(row for row in backends.table() if row["name"] == name)
+    if row["missing"] is None and not {"any", DEVICE.type} & set(row["devices"]):
+        return f"serves {', '.join(row['devices'])} only"
+    return row["missing"]
 
 
 def not_importable(module: str) -> str | None:

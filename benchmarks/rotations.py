@@ -8,13 +8,15 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-from measure import Ceiling
+from copies import Copies
+from measure import Ceiling, require_time_to_compile
 from parameters import Geometry
 from ropes import (
     DEVICE,
     EXACT,
     FAST,
     FLOAT32,
+    backend_missing,
     normal,
     not_importable,
     plain_rope,
@@ -48,9 +50,11 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 @lru_cache(maxsize=1)
-def make_inputs(tokens: int, dtype: torch.dtype, geometry: Geometry) -> Inputs:
+def make_copies(tokens: int, dtype: torch.dtype, geometry: Geometry) -> Copies[Inputs]:
     """The inputs of all rows of one size, which follow one another."""
-    return Inputs(tokens, dtype, geometry)
+    heads = geometry.q_heads + geometry.k_heads
+    nbytes = tokens * heads * geometry.dim * dtype.itemsize
+    return Copies(lambda: Inputs(tokens, dtype, geometry), nbytes)
 
 
 class Inputs:
@@ -131,10 +135,7 @@ class Inputs:
 def missing(name: str) -> str | None:
     """Why an implementation cannot be timed here, or None."""
     if name in backends.BACKENDS:
-        row = next(row for row in backends.table() if row["name"] == name)
-        if row["missing"] is None and not {"any", DEVICE.type} & set(row["devices"]):
-            return f"serves {', '.join(row['devices'])} only"
-        return row["missing"]
+        return backend_missing(name)
     if name in COPIES:
         return None
     reason = not_importable(PACKAGES.get(name, "transformers"))
@@ -179,6 +180,7 @@ def rotation(name: str, inputs: Inputs, inplace: bool) -> Callable[..., Tensors]
     elif name == EAGER:
         rotate = transformers_rotary(inputs.geometry).apply
     else:
+        require_time_to_compile()
         rotate = _compiled_transformers(inputs.geometry)
 
     def heads_first(q: torch.Tensor, k: torch.Tensor) -> Tensors:

@@ -6,7 +6,6 @@ short, and it is a check that everything runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,11 +20,12 @@ from attentions import (
     Truth,
     angles,
     implementation,
-    make_inputs,
+    make_copies,
     missing,
     serves,
 )
 from clock import CLOCK
+from copies import Prepared
 from measure import Timed, matmul, measure, require_memory
 from parameters import PROMPTS
 from ropes import allowed_error, assert_right
@@ -72,7 +72,9 @@ def test_attention(
 
     def prepare(name: str) -> Timed:
         require_memory(4 * traffic)  # copies and rotated copies of the inputs and the results
-        return Timed(*_prepared(direction, name, make_inputs(shape)), matmul(), flops)
+        copies = make_copies(shape)
+        timed = copies.in_turn(lambda inputs: _prepared(direction, name, inputs))
+        return Timed(*timed, matmul(), flops)
 
     found = measure(benchmark, request, prepare, PEERS, SECONDS_A_ROW)
     if found is None:
@@ -84,6 +86,7 @@ def test_attention(
         work="attention",
         kind=f"{direction}, {str(shape).partition(', ')[2]}",
         tokens=shape.tokens,
+        copies=len(make_copies(shape).all),
         bytes=traffic,
         gb_per_s=1e-9 * traffic / row.median,
         flops=flops,
@@ -95,9 +98,7 @@ def test_attention(
     )
 
 
-def _prepared(
-    direction: str, name: str, inputs: Inputs
-) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]:
+def _prepared(direction: str, name: str, inputs: Inputs) -> Prepared:
     """What to time and the function that makes its arguments, after its result was checked."""
     attend = implementation(name, inputs)
     truth = inputs.truth(name)

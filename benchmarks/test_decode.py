@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 from clock import CLOCK
+from copies import Prepared
 from decodes import (
     FLASHINFER,
     NAMES,
     OURS,
     PEERS,
     SDPA,
+    Inputs,
     Shape,
     allowed,
     implementation,
-    make_inputs,
+    make_copies,
     missing,
     reading,
     serves,
@@ -67,11 +69,9 @@ def test_decode(benchmark: Any, request: pytest.FixtureRequest, shape: Shape, na
 
     def prepare(name: str) -> Timed:
         require_memory(8 * traffic(name))  # a copy of the cache for each kind, and in float64
-        inputs = make_inputs(shape)
-        run = implementation(name, inputs)
-        right = inputs.plain_truth if name == FLASHINFER else inputs.truth
-        assert_right(name, "out", run()[:, :, inputs.q_heads], right, allowed(name, inputs))
-        return Timed(run, tuple, reading(inputs), traffic(name))
+        copies = make_copies(shape)
+        timed = copies.in_turn(lambda inputs: _prepared(name, inputs))
+        return Timed(*timed, copies.ceiling(reading), traffic(name))
 
     found = measure(benchmark, request, prepare, PEERS, SECONDS_A_ROW)
     if found is None:
@@ -83,6 +83,7 @@ def test_decode(benchmark: Any, request: pytest.FixtureRequest, shape: Shape, na
         work="decode",
         kind=f"batch {len(shape.lengths)}, {str(shape.dtype)[6:]}{shape.geometry.suffix}",
         tokens=max(shape.lengths),
+        copies=len(make_copies(shape).all),
         bytes=found.amount,
         gb_per_s=1e-9 * found.amount / row.median,
         flops=shape.flops,
@@ -91,3 +92,11 @@ def test_decode(benchmark: Any, request: pytest.FixtureRequest, shape: Shape, na
         peak_bytes=found.peak_bytes,
         speedup_over_sdpa=row.speedup,
     )
+
+
+def _prepared(name: str, inputs: Inputs) -> Prepared:
+    """What to time, after its result was checked; it takes no arguments."""
+    run = implementation(name, inputs)
+    right = inputs.plain_truth if name == FLASHINFER else inputs.truth
+    assert_right(name, "out", run()[:, :, inputs.q_heads], right, allowed(name, inputs))
+    return run, tuple

@@ -13,7 +13,7 @@ import pytest
 import torch
 from clock import CLOCK
 from measure import Timed, matmul, measure
-from models import DTYPE, KINDS, NAMES, NEW, SWITCH, Step, missing, model, step
+from models import DTYPE, KINDS, NAMES, NEW, PEERS, SWITCH, Step, missing, model, serves, step
 from ropes import DEVICE, assert_right
 from table import Row, Table, median_of
 
@@ -47,8 +47,7 @@ SECONDS_A_ROW = 1.0
         pytest.param(at, name, id=f"{at}-{name}")
         for at in STEPS
         for name in NAMES
-        # The policies differ at the switch alone.
-        if name not in NOT_TIMED and (at.kind in KINDS[2:] or name != "enabled, recompute")
+        if name not in NOT_TIMED and serves(name, at)
     ],
 )
 def test_model(benchmark: Any, request: pytest.FixtureRequest, at: Step, name: str) -> None:
@@ -71,7 +70,7 @@ def test_model(benchmark: Any, request: pytest.FixtureRequest, at: Step, name: s
         tokens = {"forward": at.tokens, "generate": at.tokens + NEW}.get(at.kind, 0 if again else 1)
         return Timed(run, tuple, matmul(), 2 * weights * (tokens + (at.tokens if again else 0)))
 
-    found = measure(benchmark, request, prepare, NAMES[:1], SECONDS_A_ROW, fewest=3)
+    found = measure(benchmark, request, prepare, PEERS, SECONDS_A_ROW, fewest=3)
     if found is None:
         return
     theirs = found.median if name == NAMES[0] else median_of(ROWS, benchmark.group, NAMES[0])

@@ -6,12 +6,12 @@ small, and it is a check that everything runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from clock import CLOCK
+from copies import Prepared
 from measure import Timed, measure, require_memory
 from parameters import ROTATIONS, Geometry
 from ropes import allowed_error, assert_right
@@ -25,7 +25,7 @@ from rotations import (
     angles,
     cache_write,
     copy,
-    make_inputs,
+    make_copies,
     missing,
     rotation,
     serves,
@@ -82,18 +82,20 @@ def test_rotary(
         # Inputs, results and what the ceiling writes; gradients and their graph.
         heads = geometry.q_heads + 2 * geometry.k_heads
         require_memory((7 if direction == "backward" else 4) * heads * itemsize)
-        inputs = make_inputs(tokens, dtype, geometry)
-        ceiling = copy(copy_name, direction, inputs)
+        copies = make_copies(tokens, dtype, geometry)
+        ceiling = copies.ceiling(lambda inputs: copy(copy_name, direction, inputs))
         if name in COPIES:
             return Timed(ceiling.run, tuple, ceiling, ceiling.amount)
-        return Timed(*_prepared(direction, name, inputs), ceiling, ceiling.amount)
+        timed = copies.in_turn(lambda inputs: _prepared(direction, name, inputs))
+        return Timed(*timed, ceiling, ceiling.amount)
 
     found = measure(benchmark, request, prepare, PEERS, SECONDS_A_ROW)
     if found is None:
         return
     # Eager has no form in place: its forward stands for it.
     eager = benchmark.group.replace("in place", "forward")
-    traffic = make_inputs(tokens, dtype, geometry).traffic(direction)
+    copies = make_copies(tokens, dtype, geometry).all
+    traffic = copies[0].traffic(direction)
     row = Row(
         benchmark.group,
         name,
@@ -107,6 +109,7 @@ def test_rotary(
         work="rotary",
         kind=f"{direction}, {str(dtype)[6:]}{geometry.suffix}",
         tokens=tokens,
+        copies=len(copies),
         bytes=row.amount,
         gb_per_s=1e-9 * row.amount / row.median,
         # Two products and a sum for each of two results of a pair.
@@ -119,9 +122,7 @@ def test_rotary(
     )
 
 
-def _prepared(
-    direction: str, name: str, inputs: Inputs
-) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]:
+def _prepared(direction: str, name: str, inputs: Inputs) -> Prepared:
     """What to time and the function that makes its arguments, after its result was checked."""
     if direction == "cache write":
         return _prepared_cache_write(name, inputs)
@@ -138,9 +139,7 @@ def _prepared(
     return run, lambda: (rotate(*inputs.leaves),)
 
 
-def _prepared_cache_write(
-    name: str, inputs: Inputs
-) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]:
+def _prepared_cache_write(name: str, inputs: Inputs) -> Prepared:
     write = cache_write(name, inputs)
     given = inputs.q, inputs.k, inputs.v
     for cache in inputs.caches:

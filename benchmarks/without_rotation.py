@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from longrope_kernels.backends import triton_attention, triton_launch
+from longrope_kernels.calls import Rotation, Scoring
+from longrope_kernels.masks import Mask
 
 
 class _WithoutRotation(torch.autograd.Function):
@@ -18,7 +20,8 @@ class _WithoutRotation(torch.autograd.Function):
     ) -> torch.Tensor:
         out = torch.empty_like(q)
         lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-        launch = triton_attention._plan_rotated(q, k, v, out, lse, *_rest(q, causal))
+        rest = (_scoring(q, causal), triton_launch.arch_of(q))
+        launch = triton_attention._plan_rotated(q, k, v, out, lse, *rest)
         triton_launch.run_launch_with_scratch(launch, q.device)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.causal = causal
@@ -31,11 +34,9 @@ class _WithoutRotation(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in (q, k, v)]
         delta = torch.empty_like(lse)
-        positions, tables, of_sequences, scores = _rest(q, ctx.causal)
-        launches = attention_backward.plan(
-            *(d_out, q, k, v, lse, delta, *gradients),
-            *(positions, positions, *tables, *of_sequences, *scores),
-        )
+        tensors = (d_out, q, k, v, lse, delta, *gradients)
+        rest = (_scoring(q, ctx.causal), triton_launch.arch_of(q))
+        launches = attention_backward.plan(*tensors, *rest)
         for launch in (attention_backward.plan_delta(d_out, None, out, lse, delta), *launches):
             triton_launch.run_launch(launch)
         return (*gradients, None)
@@ -48,10 +49,9 @@ def attend_without_rotation(
     return _WithoutRotation.apply(q, k, v, causal)  # type: ignore[no-any-return]
 
 
-def _rest(q: torch.Tensor, causal: bool) -> tuple[Any, ...]:
-    """Positions; tables of one set of no pairs; what sequences have; how scores are made."""
+def _scoring(q: torch.Tensor, causal: bool) -> Scoring:
+    """Of tokens at position 0 with no pairs to rotate."""
     positions = torch.zeros(1, 1, dtype=torch.int64, device=q.device).expand(q.shape[:2])
     none = torch.zeros(1, dtype=torch.int64, device=q.device)
-    tables = (none.new_empty((1, 2, 0)), none, none.double(), none)
-    scores = (False, causal, q.shape[3] ** -0.5, 0, 0.0, triton_launch.arch_of(q))
-    return positions, tables, (None,) * 5, scores
+    rotation = Rotation(none.new_empty((1, 2, 0)), none, none.double(), none)
+    return Scoring(positions, positions, rotation, Mask(causal), q.shape[3] ** -0.5, 0.0)

@@ -154,7 +154,7 @@ def report(
         Path | None, typer.Option(help="Folder to write into [reports/<device>/<date>/].")
     ] = None,
     budget: Annotated[
-        float, typer.Option(min=1, help="Seconds for tests and benchmarks together.")
+        float, typer.Option(min=1, help="Seconds for build, tests and benchmarks together.")
     ] = 480,
     tests: Annotated[
         bool, typer.Option("--tests/--no-tests", help="Run the tests before the benchmarks.")

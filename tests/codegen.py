@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not there, and read what came out.
 
-    python tests/codegen.py              one JSON object a kernel, as a list
-    python tests/codegen.py --markdown   a table
+    python tests/codegen.py              JSON: an object for each kernel, and the page
+    python tests/codegen.py --markdown   the page, reports/codegen/rotary.md
 
 A process of its own: with TRITON_INTERPRET=1, as tests on a machine without a GPU set it, Triton
 defines interpreted functions, which cannot be compiled. The launch comes from `plan`, which the
@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import native_specialize_impl
 
+from longrope_kernels.calls import Rotation
 from longrope_kernels.kernels import rotary
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -82,14 +83,16 @@ class Case:
             k,
             *out,
             positions=empty(self.seq).expand(self.batch, self.seq),
-            steps=empty(sets, 2, self.pairs),
-            n_hat=empty(sets),
-            attention_factor=empty(sets, dtype=torch.float64),
-            max_length=empty(sets),
-            lengths=empty(sequences) if packed or self.select == "lengths" else None,
-            sets=empty(sequences, dtype=torch.int32) if self.select == "sets" else None,
+            rotation=Rotation(
+                empty(sets, 2, self.pairs),
+                empty(sets),
+                empty(sets, dtype=torch.float64),
+                empty(sets),
+                empty(sequences) if packed or self.select == "lengths" else None,
+                empty(sequences, dtype=torch.int32) if self.select == "sets" else None,
+                self.interleaved,
+            ),
             cu_seqlens=empty(sequences + 1, dtype=torch.int32) if packed else None,
-            interleaved=self.interleaved,
             conjugate=self.backward,
         )
         assert launch is not None
@@ -242,9 +245,20 @@ def compile_all(
         return list(pool.map(compile_case, *zip(*((c, Path(folder)) for c in cases), strict=True)))
 
 
+def print_all(rows: list[dict[str, Any]], tables: str) -> None:
+    """What the arguments of this script ask for."""
+    command = f"python tests/{Path(sys.argv[0]).name} --markdown"
+    compiler = f"Triton {triton.__version__}"
+    page = f"Made by `{command}`, with {compiler}. Nothing here was timed.\n\n{tables}\n"
+    if "--markdown" in sys.argv[1:]:
+        print(page, end="")
+    else:
+        print(json.dumps({"rows": rows, "page": page}))
+
+
 def main() -> None:
     rows = compile_all(compile_case, cases())
-    print(markdown(rows) if "--markdown" in sys.argv[1:] else json.dumps(rows))
+    print_all(rows, markdown(rows))
 
 
 if __name__ == "__main__":

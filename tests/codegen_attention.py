@@ -1,7 +1,7 @@
 """Compile the attention kernels for GPUs that are not there, and read what came out.
 
-    python tests/codegen_attention.py              one JSON object a kernel, as a list
-    python tests/codegen_attention.py --markdown   a table, and one of what rotation costs
+    python tests/codegen_attention.py              JSON: an object for each kernel, and the page
+    python tests/codegen_attention.py --markdown   the page, reports/codegen/attention.md
 
 As codegen.py does it: the launches come from the functions that the backend uses.
 """
@@ -9,7 +9,6 @@ As codegen.py does it: the launches come from the functions that the backend use
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -25,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
-from codegen import CUOBJDUMP, INSTRUCTION, compile_all, source
+from codegen import CUOBJDUMP, INSTRUCTION, compile_all, print_all, source
 from triton.backends.compiler import GPUTarget
 
+from longrope_kernels.calls import Rotation, Scoring
 from longrope_kernels.kernels import attention, attention_backward, attention_hopper
+from longrope_kernels.masks import Mask
 
 
 @dataclass(frozen=True)
@@ -65,37 +66,24 @@ class Case:
 
         q, k, v, out = heads(32), heads(8), heads(8), heads(32)
         positions = empty(seq).expand(1, seq)
-        tables = (empty(2, 2, pairs), empty(2), empty(2, dtype=torch.float64), empty(2))
-        cu = empty(9, dtype=torch.int32) if self.packed else None
-        rest = (
-            *tables,
-            empty(8 if self.packed else 1),
-            None,
-            cu,
-            cu,
-            empty(1) if self.padded else None,
-            self.interleaved,
-            self.causal,
-            self.dim**-0.5,
-            self.window,
-            self.softcap,
-            self.arch,
+        rotation = Rotation(
+            *(empty(2, 2, pairs), empty(2), empty(2, dtype=torch.float64), empty(2)),
+            lengths=empty(8 if self.packed else 1),
+            interleaved=self.interleaved,
         )
+        cu = empty(9, dtype=torch.int32) if self.packed else None
+        kv_start = empty(1) if self.padded else None
+        mask = Mask(self.causal, self.window or None, kv_start, cu, cu)
+        scoring = Scoring(positions, positions, rotation, mask, self.dim**-0.5, self.softcap)
         lse = empty(1, 32, seq, dtype=torch.float32)
         if self.kernel == "prepass":
-            return attention.plan(q, rotated(8), v, out, lse, positions, None, *rest)
+            return attention.plan(q, rotated(8), v, out, lse, scoring, True, self.arch)
         if self.kernel == "persistent":
             tensors = (q, rotated(8), v)
-            of_call = (self.interleaved, self.dim**-0.5, self.softcap, self.arch)
-            assert attention_hopper.serves(*tensors, pairs, cu, None, *of_call)
-            return attention_hopper.plan(
-                *(*tensors, out, lse, positions),
-                *tables,
-                *(rest[4], None, self.interleaved, self.causal, self.dim**-0.5, self.window),
-                *(self.arch, 132),
-            )
+            assert attention_hopper.serves(*tensors, scoring, self.arch)
+            return attention_hopper.plan(*tensors, out, lse, scoring, self.arch, 132)
         if self.kernel == "registers":
-            return attention.plan(q, k, v, out, lse, positions, positions, *rest)
+            return attention.plan(q, k, v, out, lse, scoring, False, self.arch)
         delta = torch.empty_like(lse)
         if self.kernel == "delta":
             return attention_backward.plan_delta(out, None, out, lse, delta)
@@ -108,9 +96,8 @@ class Case:
             lse,
             delta,
             *gradients,
-            positions,
-            positions,
-            *rest,
+            scoring,
+            self.arch,
         )
         names = ("dk_dv", "dq") if len(launches) == 2 else ("dk", "dv", "dq")
         return dict(zip(names, launches, strict=True))[self.kernel]
@@ -297,10 +284,7 @@ def cost_of_rotation(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     rows = compile_all(compile_case, cases())
-    if "--markdown" in sys.argv[1:]:
-        print(f"{markdown(rows)}\n\n## The cost of rotation\n\n{cost_of_rotation(rows)}")
-    else:
-        print(json.dumps(rows))
+    print_all(rows, f"{markdown(rows)}\n\n## The cost of rotation\n\n{cost_of_rotation(rows)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Compile a CUDA source of csrc/cuda for GPUs that are not there, and read what came out.
 
     python tests/codegen_cuda.py attention.cu              one JSON object a kernel, as a list
-    python tests/codegen_cuda.py attention.cu --markdown   a table
+    python tests/codegen_cuda.py attention.cu --markdown   a page, of attention.cu that under
+                                                           reports/codegen/
 
 nvcc compiles with the package's own options, and every warning is an error; ptxas reports registers
 and spills; the cuobjdump of triton's wheel prints the instructions.
@@ -125,6 +126,19 @@ def count(counted: dict[str, int], prefix: str) -> int:
     return sum(n for called, n in counted.items() if called.startswith(prefix))
 
 
+def page(name: str, rows: list[Row]) -> str:
+    """The rows of all kernels of a source as a page."""
+    version = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True)
+    release = re.search(r"release ([\d.]+)", version.stdout)
+    assert release, version.stdout
+    return (
+        f"# csrc/cuda/{name}, compiled by nvcc {release[1]}\n\n"
+        f"Made by `python tests/codegen_cuda.py {name} --markdown`. Counts of the loop over tiles"
+        " of keys include a softcap's, which a branch skips. Nothing here was timed.\n\n"
+        f"{table(rows)}\n"
+    )
+
+
 def table(rows: list[Row]) -> str:
     lines = [
         "| sm | kernel | registers | spilled bytes | static shared | loop | HMMA | LDSM | EX2 |"
@@ -149,4 +163,7 @@ def short(mangled: str) -> str:
 
 if __name__ == "__main__":
     every = [row for arch in ARCHITECTURES for row in rows_of(sys.argv[1], arch)]
-    print(table(every) if "--markdown" in sys.argv else json.dumps(every, indent=1))
+    if "--markdown" in sys.argv:
+        print(page(sys.argv[1], every), end="")
+    else:
+        print(json.dumps(every, indent=1))

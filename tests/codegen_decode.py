@@ -1,7 +1,7 @@
 """Compile the decode kernels for GPUs that are not there, and read what came out.
 
-    python tests/codegen_decode.py              one JSON object a kernel, as a list
-    python tests/codegen_decode.py --markdown   a table
+    python tests/codegen_decode.py              JSON: an object for each kernel, and the page
+    python tests/codegen_decode.py --markdown   the page, reports/codegen/decode.md
 
 As codegen.py does it: the launches come from the functions that the backend uses.
 """
@@ -9,7 +9,6 @@ As codegen.py does it: the launches come from the functions that the backend use
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -25,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
-from codegen import CUOBJDUMP, INSTRUCTION, compile_all, source
+from codegen import CUOBJDUMP, INSTRUCTION, compile_all, print_all, source
 from codegen_attention import tile_loop
 from triton.backends.compiler import GPUTarget
 
+from longrope_kernels.calls import CacheTensors, Rotation
 from longrope_kernels.kernels import decode
 
 CAPACITY = 131072
@@ -73,28 +73,25 @@ class Case:
         scale = empty(kv_heads, dtype=torch.float32) if self.float8 else None
         q = empty(batch, self.queries, heads, self.dim, dtype=dtype)
         lse = empty(batch, heads, self.queries, dtype=torch.float32)
-        splits = decode.splits_of(q, k, table, self.arch, MULTIPROCESSORS[self.arch])
+        cache = CacheTensors(
+            *(k, v, empty(batch, dtype=torch.int32), table),
+            *(empty(batch, CAPACITY) if self.positions else None, scale, scale),
+        )
+        rotation = Rotation(
+            empty(2, 2, pairs if self.rotate else 0),
+            *(empty(2), empty(2, dtype=torch.float64), empty(2)),
+            lengths=empty(batch, dtype=torch.int32),
+            interleaved=self.interleaved,
+        )
+        splits = decode.splits_of(q, cache, self.arch, MULTIPROCESSORS[self.arch])
         of_splits = empty(splits.most, *lse.shape, self.dim, dtype=torch.float32)
         launches = decode.plan(
             q,
-            k,
-            v,
             torch.empty_like(q),
             lse,
             (of_splits, of_splits[..., 0].contiguous()),
-            empty(batch, dtype=torch.int32),
-            table,
-            empty(batch, CAPACITY) if self.positions else None,
-            scale,
-            scale,
-            empty(2, 2, pairs if self.rotate else 0),
-            empty(2),
-            empty(2, dtype=torch.float64),
-            empty(2),
-            empty(batch, dtype=torch.int32),
-            None,
-            None,
-            self.interleaved,
+            cache,
+            rotation,
             self.dim**-0.5,
             self.window,
             self.softcap,
@@ -201,7 +198,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     rows = compile_all(compile_case, cases())
-    print(markdown(rows) if "--markdown" in sys.argv[1:] else json.dumps(rows))
+    print_all(rows, markdown(rows))
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def compiled(name: str) -> list[dict[str, str]]:
     text = (ROOT / f"reports/codegen/{name}.md").read_text("utf-8")
     head, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.partition("\n\n")[0].splitlines()
+        for line in text.split("\n\n")[1].splitlines()
     )
     return [dict(zip(head, row, strict=True)) for row in rows]
 

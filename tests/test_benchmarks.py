@@ -1,36 +1,38 @@
-"""benchmarks/: rows are timed in turns, wrong ones fail, missing ones are named, peers are asked
-for what they document."""
+"""benchmarks/: rows are timed in turns and on copies, wrong ones fail, missing ones are named."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from benchmark_modules import (
+    WrongResultError,
+    attention_rows,
+    attentions,
+    clock,
+    copies,
+    decode_rows,
+    decodes,
+    forget_inputs,
+    measure,
+    memory,
+    parameters,
+    ropes,
+    rotary_rows,
+    rotations,
+)
 
-from longrope_kernels import Rope, apply_rotary, attention
 from longrope_kernels.published import published_configs
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import attentions
-import clock
-import decodes
-import measure
-import memory
-import parameters
-import rotations
-from ropes import WrongResultError
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,6 +168,15 @@ def test_a_row_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     measure.require_memory(1)
 
 
+def test_a_backend_of_another_device_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, serves in (("cpu", "cuda"), ("cuda", "cpu")):
+        row = {"name": "native", "missing": None, "devices": [serves]}
+        monkeypatch.setattr(ropes, "DEVICE", torch.device(kind))
+        monkeypatch.setattr(ropes.backends, "table", lambda row=row: [row])
+        assert ropes.backend_missing("native") == f"serves {serves} only"
+        assert decodes.missing.__wrapped__("native, paged") == f"serves {serves} only"
+
+
 def test_what_the_budget_cuts_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(monkeypatch, {"a": 1.0, "b": 2.0, "ceiling": 3.0})
     now = iter([0, 1, 2, 3, 4, 99])  # before each row, then before each pass
@@ -182,6 +193,102 @@ def test_what_the_budget_cuts_off_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(pytest.skip.Exception):
         group.measure("b")
     assert list(measure.REASONS.items()) == [(f"group, {name}", measure.SPENT) for name in "ab"]
+
+
+# --------------------------------------------------------------------------------------- the copies
+
+
+def test_copies_exceed_the_cache_within_a_share_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(copies, "cache", 60)
+    monkeypatch.setattr(copies, "available", lambda: 10**6)
+    assert [copies.how_many(n) for n in (61, 60, 59, 20, 16, 1)] == [1, 2, 2, 4, 4, copies.MOST]
+    monkeypatch.setattr(copies, "available", lambda: 100 * copies.SHARE)
+    assert [copies.how_many(n) for n in (200, 50, 20)] == [1, 2, 4]
+    monkeypatch.setattr(copies, "cache", 0)
+    assert copies.how_many(1) == 1
+
+
+def test_each_call_takes_the_next_copy_and_the_ceiling_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "how_many", lambda nbytes: 3)
+    group = Group(monkeypatch, {"a": 1.0, "b": 1.0, "ceiling": 1.0})
+    made = itertools.count()
+    pool = copies.Copies(lambda: next(made), 100)
+    calls = []
+
+    def prepare(name: str) -> Any:
+        ceiling = pool.ceiling(
+            lambda at: measure.Ceiling("copy", lambda: calls.append(at) or 1.0, 100)
+        )
+
+        def of_copy(at: int) -> copies.Prepared:
+            return (lambda given: calls.append(given) or 1.0), lambda: (at,)
+
+        return measure.Timed(*pool.in_turn(of_copy), ceiling, 50)
+
+    group.measure("a", prepare)
+    assert len(calls) >= 4 * measure.FEWEST
+    assert calls == [(i + 1) % 3 for i in range(len(calls))]
+
+
+OURS = "triton" if torch.cuda.is_available() else "native"
+
+
+@pytest.mark.parametrize("direction", ["forward", "in place", "backward", "cache write"])
+def test_rotations_of_copies(many_copies: None, direction: str) -> None:
+    pool = rotations.make_copies(40, torch.bfloat16, parameters.LLAMA)
+    _assert_taken(pool, lambda inputs: rotary_rows._prepared(direction, OURS, inputs))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_attention_of_copies(many_copies: None, direction: str) -> None:
+    pool = attentions.make_copies(attentions.Shape(64, 64, True))
+    _assert_taken(pool, lambda inputs: attention_rows._prepared(direction, "composed", inputs))
+
+
+@pytest.mark.parametrize("name", [decodes.SDPA, OURS, f"{OURS}, paged"])
+def test_decoding_of_copies(many_copies: None, name: str) -> None:
+    pool = decodes.make_copies(decodes.Shape((70, 20), torch.bfloat16))
+    _assert_taken(pool, lambda inputs: decode_rows._prepared(name, inputs))
+
+
+@pytest.fixture
+def many_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(copies, "how_many", lambda nbytes: 3)
+    forget_inputs()
+    yield
+    forget_inputs()
+
+
+def _assert_taken(pool: Any, prepare: Callable[[Any], copies.Prepared]) -> None:
+    """Each call reads another copy, and they are the same numbers."""
+    assert len({x.q.data_ptr() for x in pool.all}) == 3
+    spoiled = pool.all[1]
+    run, arguments = pool.in_turn(prepare)
+    for x in vars(spoiled).values():
+        for y in x if isinstance(x, (tuple, list)) else [x]:
+            if isinstance(y, torch.Tensor) and y.is_floating_point():
+                y.detach().fill_(torch.nan)
+    nans = [any(bool(x.isnan().any()) for x in _outputs(run(*arguments()))) for _ in range(6)]
+    assert nans == [True, False, False, True, False, False]
+
+
+def _outputs(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def test_rows_say_how_many_copies_there_are(tmp_path: Path) -> None:
+    out = tmp_path / "benchmarks.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_rotary.py", "--cache-mb=4"]
+    command += ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={out}"]
+    command += ["-k", "forward and S4096 and bfloat16 and reference and not Phi and not Qwen"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    rows = json.loads(out.read_text())["benchmarks"]
+    # 128 tokens of 32 and 8 heads of 128, 2 bytes each.
+    found = [row["extra_info"]["copies"] for row in rows]
+    assert found == [4_000_000 // (128 * 40 * 128 * 2) + 1]
 
 
 def test_memory_at_the_peak_is_seen() -> None:
@@ -211,6 +318,9 @@ def test_geometries_are_those_of_the_models() -> None:
         )
 
 
+KINDS = ("ceilings", "rotary", "decode", "attention")
+
+
 def test_the_least_important_rows_come_last() -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q"]
     command += ["--benchmark-only", "-p", "no:cacheprovider", "-p", "no:xdist"]
@@ -222,219 +332,11 @@ def test_the_least_important_rows_come_last() -> None:
     rows = [line for line in done.stdout.splitlines() if "::" in line]
     assert all("test_ceilings" in row for row in rows[:2])
     other = [i for i, row in enumerate(rows) if any(x.name in row for x in parameters.OTHERS)]
-    usual = [i for i, row in enumerate(rows) if "forward-S4096-bfloat16-native" in row]
+    usual = [i for i, row in enumerate(rows) if "forward-S4096-bfloat16-clone" in row]
     longest = [i for i, row in enumerate(rows) if "S131072" in row]
     assert max(usual) < min(other) < max(other) < len(rows)
     assert max(usual) < min(longest)
-
-
-# ------------------------------------------------------------------------------------------- peers
-#
-# What their documentation says they do, with their signatures, in float32 on the CPU: that our
-# rows ask for the right thing. Nothing here is ever timed.
-
-
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    def install(**modules: dict[str, Any]) -> None:
-        for path, names in modules.items():
-            path = path.replace("__", ".")
-            parts = path.split(".")
-            for i in range(1, len(parts)):
-                parent = ".".join(parts[:i])
-                if parent not in sys.modules:
-                    monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-            module = types.ModuleType(path)
-            vars(module).update(names)
-            monkeypatch.setitem(sys.modules, path, module)
-
-    yield install
-    rotations.make_inputs.cache_clear()
-    attentions.make_inputs.cache_clear()
-    decodes.make_inputs.cache_clear()
-
-
-class Mask:
-    """xformers' BlockDiagonalCausalWithOffsetPaddedKeysMask, what it is made of."""
-
-    @classmethod
-    def from_seqlens(
-        cls,
-        q_seqlen: list[int],
-        kv_padding: int,
-        kv_seqlen: list[int],
-        causal_diagonal: Any = None,
-        *,
-        device: Any = None,
-    ) -> Mask:
-        mask = cls()
-        mask.q, mask.padding, mask.kv = q_seqlen, kv_padding, kv_seqlen
-        return mask
-
-
-def rope_padded(
-    xq: torch.Tensor,
-    xk: torch.Tensor,
-    xv: torch.Tensor,
-    cache_k: torch.Tensor,
-    cache_v: torch.Tensor,
-    attn_bias: Any,
-    *,
-    theta: float = 10000.0,
-    adjacents: bool = True,
-) -> torch.Tensor:
-    (count,), (total,) = attn_bias.q, attn_bias.kv
-    assert xq.shape[1] == xk.shape[1] == count
-    assert cache_k.shape[1] == attn_bias.padding
-    positions = torch.arange(total - count, total)
-    rope = Rope.plain(xq.shape[3], base=theta, interleaved=adjacents)
-    q, k = apply_rotary(xq, xk, positions, rope, backend="reference")
-    cache_k[:, total - count : total] = k
-    cache_v[:, total - count : total] = xv
-    return q
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_xformers_is_asked_for_a_cache_of_rotated_keys(
-    on_cpu: Callable[..., None], dtype: torch.dtype
-) -> None:
-    on_cpu(
-        xformers__ops={"rope_padded": rope_padded},
-        xformers__ops__fmha__attn_bias={"BlockDiagonalCausalWithOffsetPaddedKeysMask": Mask},
-    )
-    inputs = rotations.make_inputs(40, dtype, parameters.LLAMA)
-    test_rotary = import_module("test_rotary")
-    run, arguments = test_rotary._prepared_cache_write(rotations.XFORMERS, inputs)
-    q, k, v = run(*arguments())
-    assert (q.shape, k.shape, v.shape) == (inputs.q.shape, inputs.k.shape, inputs.v.shape)
-
-
-def test_a_wrong_cache_is_not_timed(on_cpu: Callable[..., None]) -> None:
-    def forgets(*args: Any, **kwargs: Any) -> torch.Tensor:
-        cache_v = args[4].clone()
-        q = rope_padded(*args, **kwargs)
-        args[4].copy_(cache_v)
-        return q
-
-    on_cpu(
-        xformers__ops={"rope_padded": forgets},
-        xformers__ops__fmha__attn_bias={"BlockDiagonalCausalWithOffsetPaddedKeysMask": Mask},
-    )
-    inputs = rotations.make_inputs(40, torch.bfloat16, parameters.LLAMA)
-    with pytest.raises(WrongResultError, match="v: error"):
-        import_module("test_rotary")._prepared_cache_write(rotations.XFORMERS, inputs)
-
-
-def by_table(
-    positions: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    head_size: int,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """flashinfer.rope.apply_rope_with_cos_sin_cache."""
-    assert cos_sin_cache.dtype == torch.float32
-    assert is_neox
-    rotated = cos_sin_cache.shape[1]
-    cos, sin = (x[:, None] for x in cos_sin_cache[positions].chunk(2, -1))
-
-    def rotate(flat: torch.Tensor) -> torch.Tensor:
-        x = flat.view(flat.shape[0], -1, head_size).float()
-        a, b, rest = x.split([rotated // 2, rotated // 2, head_size - rotated], -1)
-        out = torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
-        return out.flatten(1).to(flat.dtype)
-
-    return rotate(query), rotate(key)
-
-
-def by_table_inplace(
-    positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: Any
-) -> None:
-    for x, y in zip((query, key), by_table(positions, query, key, *rest), strict=True):
-        x.copy_(y)
-
-
-@pytest.mark.parametrize("direction", ["forward", "in place"])
-@pytest.mark.parametrize("geometry", [parameters.LLAMA, parameters.PHI4], ids=lambda g: g.name)
-def test_flashinfer_is_asked_for_our_rotation(
-    on_cpu: Callable[..., None], direction: str, geometry: Any
-) -> None:
-    names = {"apply_rope_with_cos_sin_cache": by_table}
-    names["apply_rope_with_cos_sin_cache_inplace"] = by_table_inplace
-    on_cpu(flashinfer__rope=names)
-    inputs = rotations.make_inputs(40, torch.bfloat16, geometry)
-    test_rotary = import_module("test_rotary")
-    test_rotary._prepared(direction, "flashinfer", inputs)
-
-
-def llama(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, theta: float
-) -> torch.Tensor:
-    """Attention of the last queries to all keys, rotated by plain RoPE."""
-    positions = torch.arange(k.shape[0])
-    return attention(  # type: ignore[return-value]
-        *(x[None] for x in (q, k, v)),
-        positions[-q.shape[0] :],
-        Rope.plain(q.shape[2], base=theta),
-        key_positions=positions,
-        causal=causal,
-        backend="reference",
-    )[0]
-
-
-def single_prefill_with_kv_cache(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    kv_layout: str = "NHD",
-    pos_encoding_mode: str = "NONE",
-    rope_theta: float | None = None,
-) -> torch.Tensor:
-    assert (kv_layout, pos_encoding_mode) == ("NHD", "ROPE_LLAMA")
-    return llama(q, k, v, causal, rope_theta or 1e4)
-
-
-def single_decode_with_kv_cache(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_layout: str = "NHD",
-    pos_encoding_mode: str = "NONE",
-    *,
-    rope_theta: float | None = None,
-) -> torch.Tensor:
-    assert (kv_layout, pos_encoding_mode) == ("NHD", "ROPE_LLAMA")
-    return llama(q[None], k, v, True, rope_theta or 1e4)[0]
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_flashinfer_is_asked_for_prefill_by_plain_rope(
-    on_cpu: Callable[..., None], causal: bool
-) -> None:
-    on_cpu(flashinfer={"single_prefill_with_kv_cache": single_prefill_with_kv_cache})
-    test_attention = import_module("test_attention")
-    inputs = attentions.make_inputs(attentions.Shape(64, 64, causal))
-    run, arguments = test_attention._prepared("forward", attentions.FLASHINFER, inputs)
-    assert run(*arguments()).shape == inputs.q.shape
-    with pytest.raises(WrongResultError):  # which is not the rotation of the other rows
-        test_attention._check_rows("x", "out", run(*arguments()), inputs.turned.out, inputs)
-
-
-def test_flashinfer_is_asked_for_decoding_by_plain_rope(on_cpu: Callable[..., None]) -> None:
-    on_cpu(flashinfer={"single_decode_with_kv_cache": single_decode_with_kv_cache})
-    inputs = decodes.make_inputs(decodes.Shape((70,), torch.bfloat16))
-    out = decodes.implementation(decodes.FLASHINFER, inputs)()
-    right = inputs.plain_truth
-    assert out.shape == inputs.q.shape
-    error = (out[:, :, inputs.q_heads].double() - right).abs().max() / right.abs().max()
-    assert error <= decodes.allowed(decodes.FLASHINFER, inputs)
-    assert not torch.allclose(right, inputs.truth, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", ["SDPA math, no rotation", "SDPA flash, no rotation"])
-def test_kernels_of_sdpa_attend_without_rotation(name: str) -> None:
-    inputs = attentions.make_inputs(attentions.Shape(64, 64, True))
-    import_module("test_attention")._prepared("backward", name, inputs)
+    # And of the most important ones those of attention, which take longest.
+    first = [next(i for i, x in enumerate(rows) if f"test_{name}.py" in x) for name in KINDS]
+    assert first == sorted(first)
+    assert max(usual) < first[KINDS.index("attention")]

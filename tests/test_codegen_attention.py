@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from codegen_pages import assert_current, compiled
 
 from longrope_kernels.kernels.attention_tiles import Config
 from longrope_kernels.tuning.calls import PRODUCTS
@@ -27,11 +24,17 @@ TUNED = (80, 90)  # The tiles of 9.0 serve 10.0 too, where they are only compile
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    script = Path(__file__).with_name("codegen_attention.py")
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return list(json.loads(result.stdout))
+def output() -> dict[str, Any]:
+    return compiled("codegen_attention.py")
+
+
+@pytest.fixture(scope="module")
+def rows(output: dict[str, Any]) -> list[Row]:
+    return list(output["rows"])
+
+
+def test_the_page_is_of_these_kernels(output: dict[str, Any]) -> None:
+    assert_current(output["page"], "attention.md")
 
 
 def assert_all(rows: list[Row], rule: Callable[[Row], bool]) -> None:

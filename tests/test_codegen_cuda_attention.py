@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from codegen_cuda import ARCHITECTURES, count, rows_of, short
+from codegen_cuda import ARCHITECTURES, count, page, rows_of, short
+from codegen_pages import assert_current
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.slow]
 
@@ -25,6 +26,10 @@ def rows() -> list[dict[str, Any]]:
     for row in rows:
         row["dim"] = int(short(row["kernel"]).split()[-1])
     return rows
+
+
+def test_the_page_is_of_this_kernel(rows: list[dict[str, Any]]) -> None:
+    assert_current(page("attention.cu", rows), "cuda_attention.md")
 
 
 def test_both_dtypes_and_every_head_dim_are_compiled(rows: list[dict[str, Any]]) -> None:

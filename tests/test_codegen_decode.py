@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from codegen_pages import assert_current, compiled
 
 pytestmark = pytest.mark.slow
 
@@ -27,16 +24,22 @@ CYCLES_A_BYTE = {80: 108 * 1.41e9 / 2.04e12, 90: 132 * 1.755e9 / 4.8e12}
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    script = Path(__file__).with_name("codegen_decode.py")
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return list(json.loads(result.stdout))
+def output() -> dict[str, Any]:
+    return compiled("codegen_decode.py")
+
+
+@pytest.fixture(scope="module")
+def rows(output: dict[str, Any]) -> list[Row]:
+    return list(output["rows"])
 
 
 @pytest.fixture(scope="module")
 def decodes(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["kernel"] == "decode"]
+
+
+def test_the_page_is_of_these_kernels(output: dict[str, Any]) -> None:
+    assert_current(output["page"], "decode.md")
 
 
 def assert_all(rows: list[Row], rule: Callable[[Row], bool]) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from longrope_kernels import report
 from longrope_kernels.cli import app
-from longrope_kernels.report import page, plots, results, runs
+from longrope_kernels.report import build, machine, page, plots, results, runs
 from longrope_kernels.report.compare import compare
 from longrope_kernels.report.results import Row
 
@@ -122,6 +125,150 @@ def test_tests_cut_short_keep_what_they_showed(
     assert "1 passed, 0 failed, 0 skipped; cut short by the budget" in text
 
 
+def test_nothing_goes_on_after_tests_that_were_cut_short(tmp_path: Path) -> None:
+    beats = tmp_path / "beats"
+    (tmp_path / "child.py").write_text(
+        "import pathlib, time\n"
+        "while True:\n"
+        f"    with pathlib.Path({str(beats)!r}).open('a') as file: file.write('.')\n"
+        "    time.sleep(0.02)\n"
+    )
+    (tmp_path / "test_it.py").write_text(
+        "import subprocess, sys\n"
+        "def test_slow():\n"
+        f"    subprocess.Popen([sys.executable, {str(tmp_path / 'child.py')!r}]).wait()\n"
+    )
+
+    class Impatient(subprocess.Popen):  # type: ignore[type-arg]
+        def wait(self, timeout: float | None = None) -> int:
+            while timeout == 17 and not beats.exists():
+                time.sleep(0.1)
+            return super().wait(0 if timeout == 17 else timeout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.subprocess, "Popen", Impatient)
+        runs.run_tests(tmp_path, 17, ("-p", "no:cacheprovider", str(tmp_path)))
+    time.sleep(0.1)
+    size = beats.stat().st_size
+    time.sleep(0.3)
+    assert beats.stat().st_size == size
+
+
+def test_tests_of_the_device_come_first(tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\n"
+        "from types import SimpleNamespace\n"
+        "places = [SimpleNamespace(device=device) for device in ('cpu', 'cuda')]\n"
+        "def test_anywhere(): pass\n"
+        "@pytest.mark.parametrize('target', places, ids=['cpu', 'cuda'])\n"
+        "def test_at(target): pass\n"
+        "@pytest.mark.gpu\n"
+        "def test_marked(): pass\n"
+    )
+    (tmp_path / "test_b.py").write_text("DEVICE = 'cuda'\ndef test_of_module(): pass\n")
+    options = ("-p", "longrope_kernels.report.order", "-p", "no:cacheprovider", str(tmp_path))
+    found = runs.run_tests(tmp_path, 60, options)
+    assert [name.partition("::")[2] for name in found["passed"]] == [
+        *("test_at[cuda]", "test_marked", "test_of_module", "test_anywhere", "test_at[cpu]")
+    ]
+
+
+def test_a_gpu_runs_many_tests_at_once_and_none_that_takes_long_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert torch.cuda.is_available() or runs.options_here() == ()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runs, "MOST_PROCESSES", 2)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    slow\n")
+    (tmp_path / "test_it.py").write_text(
+        "import os, pytest\n"
+        "@pytest.mark.slow\n"
+        "def test_slow(): pass\n"
+        "@pytest.mark.slow\n"
+        "@pytest.mark.gpu\n"
+        "def test_slow_on_it(): pass\n"
+        "def test_workers():\n"
+        "    workers = int(os.environ['PYTEST_XDIST_WORKER_COUNT'])\n"
+        "    assert workers == min(os.cpu_count(), 2)\n"
+        "    assert os.environ['OMP_NUM_THREADS'] == '1'\n"
+    )
+    options = (*runs.options_here(), "-p", "no:cacheprovider", str(tmp_path))
+    found = runs.run_tests(tmp_path, 120, options)
+    assert (found["failed"], found["reasons"]) == ([], {})
+    names = sorted(name.partition("::")[2] for name in found["passed"])
+    assert names == ["test_slow_on_it", "test_workers"]
+
+
+def test_a_copy_without_git_names_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("LONGROPE_COMMIT", raising=False)
+    assert machine.describe(tmp_path)["commit"] is None
+    monkeypatch.setenv("LONGROPE_COMMIT", "0123456789ab")
+    assert machine.describe(tmp_path)["commit"] == "0123456789ab"
+
+
+def test_python_runs_the_command_line() -> None:
+    command = [sys.executable, "-m", "longrope_kernels", "report", "--help"]
+    done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=True)
+    assert "--compare" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------- build
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A setup.py that makes the modules, and their sources."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "a.cpp").touch()
+    (tmp_path / "CMakeLists.txt").touch()
+    (tmp_path / "longrope_kernels").mkdir()
+    (tmp_path / "setup.py").write_text(
+        "import os, pathlib, sys, sysconfig\n"
+        "assert sys.argv[1:] == ['--quiet', 'build_ext', '--inplace']\n"
+        "suffix = sysconfig.get_config_var('EXT_SUFFIX')\n"
+        "for name in ['_native'] + ['_cuda'] * (os.environ.get('LONGROPE_BUILD_CUDA') != '0'):\n"
+        "    pathlib.Path('longrope_kernels', name + suffix).touch()\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_bare_checkout_is_built_once(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    monkeypatch.delenv("LONGROPE_BUILD_CUDA", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    modules = ["_native", "_cuda"] if gpu else ["_native"]
+    assert build.stale(checkout) == modules
+    assert build.build(checkout) is None
+    assert build.stale(checkout) == []
+    made = {path.name.partition(".")[0] for path in (checkout / "longrope_kernels").iterdir()}
+    assert made == set(modules)
+    (checkout / "setup.py").write_text("raise SystemExit('is not run')")
+    past = os.stat(checkout / "csrc" / "a.cpp").st_mtime - 60
+    os.utime(checkout / "setup.py", (past, past))
+    assert build.build(checkout) is None
+    module = checkout / "longrope_kernels" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    os.utime(module, (past - 60, past - 60))
+    assert "_native" in build.stale(checkout)
+
+
+def test_what_cannot_be_built_is_told(checkout: Path) -> None:
+    (checkout / "setup.py").write_text("raise SystemExit(3)")
+    failed = build.build(checkout)
+    assert failed == "setup.py --quiet build_ext --inplace ended with 3"
+    built = {"failed": failed, "seconds": 2.4}
+    lines = page.render(_report(build=built, seconds=71.2), rows(), []).splitlines()
+    assert "This took 71 s, of which 2 s to build what was not built." in lines
+    assert f"The compiled backends could not be built: {failed}." in lines
+
+
+# ----------------------------------------------------------------------------- page and comparison
+
+
 def _report(**changes: Any) -> dict[str, Any]:
     default = {"machine": MACHINE, "date": "2026-01-02", "tests": TESTS, "not_measured": {}}
     return {**default, **changes}
@@ -199,7 +346,9 @@ def test_an_installed_package_has_nothing_to_report(tmp_path: Path) -> None:
 
 
 def test_from_a_checkout_to_a_page(tmp_path: Path) -> None:
-    out = report.make(tmp_path / "out", 60, tests=None, benchmarks=("benchmarks/test_ceilings.py",))
+    out = report.make(
+        tmp_path / "out", 60, tests=None, benchmarks=("benchmarks/test_ceilings.py",), builds=False
+    )
     assert {file.name for file in out.iterdir()} >= {"report.md", "results.json"}
     content, members = results.load(out)
     assert [member.name for member in members] == ["copy", "matmul"]

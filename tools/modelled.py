@@ -81,12 +81,11 @@ Counts = dict[str, str]
 @cache
 def table(name: str) -> list[Counts]:
     """The first table of reports/codegen/NAME.md: cells by the names of their columns."""
-    rows = []
-    for line in (ROOT / "reports" / "codegen" / f"{name}.md").read_text("utf-8").splitlines():
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip().strip("|").split("|")])
-    head, _, *body = rows
+    page = (ROOT / "reports" / "codegen" / f"{name}.md").read_text("utf-8")
+    head, _, *body = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.split("\n\n")[1].splitlines()  # after the line that says who made it
+    )
     return [dict(zip(head, row, strict=True)) for row in body]
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import machine, page, plots, results, runs
+from . import build, machine, page, plots, results, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS_SHARE = 0.45  # of the budget, at most; what the tests leave goes to the benchmarks
@@ -25,7 +25,7 @@ def check_checkout(root: Path = ROOT) -> None:
         if not (root / folder).is_dir():
             raise RuntimeError(
                 f"a report needs the repository's {folder}/, and {root} has none: run it from a "
-                "checkout (git clone, then pip install -e .)"
+                "checkout (git clone, then python -m longrope_kernels report)"
             )
 
 
@@ -35,6 +35,7 @@ def make(
     *,
     tests: tuple[str, ...] | None,
     benchmarks: tuple[str, ...],
+    builds: bool = True,
     root: Path = ROOT,
 ) -> Path:
     """Run everything and write report.md, results.json and PNGs into one folder.
@@ -42,9 +43,11 @@ def make(
     Args:
         out: the folder, made if needed; None for reports/<device>/<date>/ in the checkout. It is
             written at the end, all at once.
-        budget: seconds for tests and benchmarks together. The least important rows are dropped.
-        tests: what pytest is given to run, or None for no tests.
+        budget: seconds for everything: the build of what `build.stale` names, the tests, and the
+            benchmarks, of which the least important rows are dropped.
+        tests: what pytest is given to run, or None for no tests; `runs.options_here` on top.
         benchmarks: what pytest is given to time.
+        builds: whether compiled backends that are missing or old are built first.
         root: the checkout.
 
     Returns:
@@ -58,8 +61,11 @@ def make(
     facts = machine.describe(root)
     date = datetime.date.today().isoformat()
     report: dict[str, Any] = {"machine": facts, "date": date, "tests": None}
+    failed = build.build(root) if builds else None
+    report["build"] = {"failed": failed, "seconds": time.monotonic() - begin}
     if tests is not None:
-        report["tests"] = runs.run_tests(root, TESTS_SHARE * budget, tests)
+        share = TESTS_SHARE * (budget - report["build"]["seconds"])
+        report["tests"] = runs.run_tests(root, max(share, 0.0), (*runs.options_here(), *tests))
     left = max(budget - (time.monotonic() - begin), 0.0)
     rows, report["not_measured"] = runs.run_benchmarks(root, left, benchmarks)
     facts["clocks after"] = machine.clocks()

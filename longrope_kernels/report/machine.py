@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -59,10 +60,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit(root: Path) -> str | None:
-    """The commit, with a mark where tracked files differ from it."""
+    """The commit, with a mark where tracked files differ from it.
+
+    A copy of a checkout without git has it from LONGROPE_COMMIT.
+    """
     head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     if head is None:
-        return None
+        return os.environ.get("LONGROPE_COMMIT")
     changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     return head + (" with changes" if changed else "")
 

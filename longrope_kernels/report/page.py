@@ -13,7 +13,7 @@ def render(report: dict[str, Any], rows: list[Row], plots: list[str]) -> str:
     machine = report["machine"]
     where = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
     lines = [f"# longrope_kernels on {where}", "", f"{report['date']}. All numbers are of one run."]
-    lines += ["", "## Machine", "", *_machine(machine)]
+    lines += ["", "## Machine", "", *_machine(machine), *_times(report)]
     by_group = groups(rows)
     ceilings = by_group.pop(CEILINGS, [])
     if ceilings:
@@ -49,6 +49,16 @@ def _machine(machine: dict[str, Any]) -> list[str]:
         ("fact", "value"),
         [(name, str(value)) for name, value in facts.items() if not isinstance(value, dict)],
     )
+
+
+def _times(report: dict[str, Any]) -> list[str]:
+    if "build" not in report:
+        return []
+    built, seconds = report["build"]["seconds"], report["seconds"]
+    lines = ["", f"This took {seconds:.0f} s, of which {built:.0f} s to build what was not built."]
+    if report["build"]["failed"]:
+        lines += ["", f"The compiled backends could not be built: {report['build']['failed']}."]
+    return lines
 
 
 def _group(rows: list[Row]) -> list[str]:

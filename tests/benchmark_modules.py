@@ -1,0 +1,46 @@
+"""The modules of benchmarks/, which import one another by their names."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import attentions
+import clock
+import copies
+import decodes
+import measure
+import memory
+import models
+import parameters
+import ropes
+import rotations
+import test_attention as attention_rows
+import test_decode as decode_rows
+import test_rotary as rotary_rows
+from ropes import WrongResultError
+
+__all__ = [
+    "WrongResultError",
+    "attention_rows",
+    "attentions",
+    "clock",
+    "copies",
+    "decode_rows",
+    "decodes",
+    "measure",
+    "memory",
+    "models",
+    "parameters",
+    "ropes",
+    "rotary_rows",
+    "rotations",
+]
+
+
+def forget_inputs() -> None:
+    """Let go of the inputs that the last rows left."""
+    for module in (rotations, attentions, decodes):
+        module.make_copies.cache_clear()

@@ -1,0 +1,32 @@
+"""What the codegen scripts compile now, beside the pages under reports/codegen/ that they made."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def compiled(script: str) -> dict[str, Any]:
+    """What tests/SCRIPT prints, in a process without the interpreter: its rows and its page."""
+    command = [sys.executable, Path(__file__).with_name(script)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return dict(json.loads(result.stdout))
+
+
+def assert_current(page: str, name: str) -> None:
+    """The page under reports/codegen/ is that of today's kernels and compiler."""
+    kept = (ROOT / "reports" / "codegen" / name).read_text("utf-8")
+    if page != kept:
+        command = page.partition("`")[2].partition("`")[0]
+        lines = difflib.unified_diff(kept.splitlines(), page.splitlines(), lineterm="", n=0)
+        changes = "\n".join(line for line in lines if line[:2] not in ("--", "++", "@@"))
+        pytest.fail(f"{command} > reports/codegen/{name}\n{changes}", pytrace=False)
