@@ -3,9 +3,10 @@
 //
 // A sequence is cut into splits of keys, which threads take one by one; a split goes through its
 // keys in tiles. The cosines and sines of a key are computed once and serve all KV heads, and each
-// rotated key serves all queries of its group, so that the work stays near the time that memory
-// takes to deliver keys and values. All arithmetic is in float32. Splits depend on the lengths
-// alone and are combined in order: the number of threads changes no bit of the result.
+// rotated key serves all queries of its group, from registers where these are few, so that the
+// work stays near the time that memory takes to deliver keys and values. All arithmetic is in
+// float32. Splits depend on the lengths alone and are combined in order: the number of threads
+// changes no bit of the result.
 #pragma once
 
 #include <cmath>
@@ -24,6 +25,7 @@ using longrope_cpu::DecodeArguments;
 using longrope_cpu::ElementType;
 
 constexpr int64_t kValueGroup = 16;  // keys whose values are summed up in registers
+constexpr int kKeyRows = 8;          // of a KV head, at most, where keys are rotated in registers
 constexpr int64_t kSplit = 256;      // keys, at least
 constexpr int64_t kMaxSplits = 64;   // of a sequence; bounds the memory for what is to be combined
 
@@ -199,7 +201,7 @@ class Worker {
 
   // The cosines and sines of the keys [slot, slot + count).
   void find_angles(const Sequence& s, int64_t index, int64_t slot, int64_t count) {
-    int64_t positions[kGroup];
+    int64_t positions[kGroup] = {};
     // Going on from a neighbour costs the last bit, which float32 would show.
     bool consecutive = !std::is_same<T, float>::value;
     for (int64_t j = 0; j < count; ++j) {
@@ -251,18 +253,36 @@ class Worker {
   void score_group(const Sequence& s, int64_t index, int64_t begin, int64_t g, int64_t count,
                    const float* q) {
     find_angles(s, index, begin + g, count);
+    if constexpr (!kInterleaved && kRowBlock > 1) {
+      const auto score = [&](auto fixed) { score_keys(fixed, g, count, q); };
+      if (group_rows_ <= kKeyRows && with_fixed(layout_, score)) return;
+    }
+    score_rows(g, count, q);
+  }
+
+  // Key by key, in the order of memory; each is rotated in registers on its way to the few rows.
+  template <typename Fixed>
+  void score_keys(Fixed layout, int64_t g, int64_t count, const float* q) {
+    with_constant<kKeyRows>(group_rows_, [&](auto rows) {
+      for (int64_t j = 0; j < count; ++j) {
+        for (int64_t h = 0; h < a_.kv_heads; ++h) {
+          prefetch_ahead(h, g + j);
+          score_key<rows()>(keys_[g + j] + h * a_.key_strides[2], q + h * rows() * layout.padded,
+                            cos_.at(j * layout.row), sin_.at(j * layout.row), layout,
+                            scores_.at(h * rows() * kTile + g + j));
+        }
+      }
+    });
+  }
+
+  // The keys of a group are rotated into scratch memory, for any number of rows.
+  void score_rows(int64_t g, int64_t count, const float* q) {
     const int64_t padded = layout_.padded;
     for (int64_t h = 0; h < a_.kv_heads; ++h) {
       for (int64_t j = 0; j < count; ++j) {
-        // Heads are read one at a time, a pattern that hardware does not foresee.
-        const int64_t next = std::min(g + j + kGroup, known_ - 1);
-        prefetch_row<3>(keys_[next] + h * a_.key_strides[2], a_.dim);
-        if constexpr (sizeof(T) == 2) {  // rows of float32 are long enough for hardware
-          prefetch_row<2>(values_[g + j] + h * a_.value_strides[2], a_.dim);
-        }
+        prefetch_ahead(h, g + j);
         turn_row<kInterleaved>(keys_[g + j] + h * a_.key_strides[2], turned_.at(j * padded),
-                               cos_.at(j * layout_.row), sin_.at(j * layout_.row),
-                               layout_);
+                               cos_.at(j * layout_.row), sin_.at(j * layout_.row), layout_);
       }
       const int64_t end = (h + 1) * group_rows_;
       for (int64_t row = h * group_rows_; row < end; row += kRowBlock) {
@@ -272,6 +292,14 @@ class Worker {
         });
       }
     }
+  }
+
+  // Two streams at once, and the pauses in them while values are summed up, are more than hardware
+  // foresees.
+  LONGROPE_ALWAYS_INLINE void prefetch_ahead(int64_t h, int64_t j) {
+    const int64_t next = std::min(j + kGroup, known_ - 1);
+    prefetch_row<3>(keys_[next] + h * a_.key_strides[2], a_.dim);
+    prefetch_row<2>(values_[j] + h * a_.value_strides[2], a_.dim);
   }
 
   // Hides what a row does not see, and turns its scores into weights.
@@ -342,7 +370,7 @@ class Worker {
   const T* values_[kTile + kGroup];
 };
 
-// The steps in the order in which turn_row reads pairs.
+// The steps in the order in which turn_vectors reads pairs.
 template <bool kInterleaved, typename T>
 std::vector<uint64_t> steps_in_order(const DecodeArguments& a) {
   std::vector<uint64_t> steps(a.steps, a.steps + 2 * a.sets * a.pairs);

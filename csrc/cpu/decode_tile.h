@@ -11,11 +11,14 @@
 #include "decode_softmax.h"
 #include "factor_set.h"
 
-// GCC keeps arrays of vectors in memory unless the loops over them are unrolled early.
+// GCC keeps arrays of vectors in memory unless the loops over them are unrolled early, and calls
+// the lambdas that get vectors one by one unless it is told not to.
 #if defined(__GNUC__) && !defined(__clang__)
-#define LONGROPE_UNROLL _Pragma("GCC unroll 4")
+#define LONGROPE_UNROLL _Pragma("GCC unroll 8")
+#define LONGROPE_ALWAYS_INLINE __attribute__((always_inline))
 #else
 #define LONGROPE_UNROLL
+#define LONGROPE_ALWAYS_INLINE
 #endif
 
 namespace {
@@ -40,6 +43,29 @@ struct Layout {
         padded(2 * row + round_up(rest)),
         values(round_up(dim)) {}
 };
+
+// The layout of a frequent head, known to the compiler, which then unrolls what goes through it.
+template <int kPairs, int kRest>
+struct FixedLayout {
+  static_assert(kPairs % kWidth == 0 && kRest % kWidth == 0, "no part is padded");
+  static constexpr int64_t pairs = kPairs;
+  static constexpr int64_t rest = kRest;
+  static constexpr int64_t row = kPairs;
+  static constexpr int64_t padded = 2 * kPairs + kRest;
+};
+
+// Calls the function with the fixed layout that is like this one, if there is one.
+template <typename Function>
+inline bool with_fixed(const Layout& layout, const Function& function) {
+  const auto call = [&](auto fixed) {
+    const bool same = layout.pairs == fixed.pairs && layout.rest == fixed.rest;
+    if (same) function(fixed);
+    return same;
+  };
+  return call(FixedLayout<64, 0>()) ||  // Llama 3, Mistral, Qwen3
+         call(FixedLayout<48, 0>()) ||  // Phi-3-mini
+         call(FixedLayout<48, 32>());   // Phi-4-mini
+}
 
 // Scratch memory whose rows of whole vectors never straddle two cache lines; not initialised.
 class Floats {
@@ -86,48 +112,47 @@ inline void store_two(T* p, Vec first, Vec second) {
   }
 }
 
-// Widens count elements, and pads them with zeros to a whole vector.
-template <typename T>
-inline void widen_row(const T* in, int64_t count, float* out) {
+// Widens count elements, pads them with zeros to whole vectors, and calls visit(vector, index of
+// its first element) for each.
+template <typename T, typename Visit>
+LONGROPE_ALWAYS_INLINE inline void widen_vectors(const T* in, int64_t count, const Visit& visit) {
   const int64_t whole = count / kWidth * kWidth;
   int64_t i = 0;
+LONGROPE_UNROLL
   for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
     Vec first, second;
     load_two(in + i, first, second);
-    store(out + i, first);
-    store(out + i + kWidth, second);
+    visit(first, i);
+    visit(second, i + kWidth);
   }
-  for (; i < whole; i += kWidth) store(out + i, load(in + i));
+  for (; i < whole; i += kWidth) visit(load(in + i), i);
   if (whole < count) {
     T tail[kWidth] = {};
     std::memcpy(tail, in + whole, static_cast<size_t>(count - whole) * sizeof(T));
-    store(out + whole, load(tail));
+    visit(load(tail), whole);
   }
 }
 
-inline void store_turned(Vec x_i, Vec x_j, const float* cos, const float* sin, float* out_i,
-                         float* out_j) {
-  const Vec c = load(cos), s = load(sin);
-  store(out_i, multiply_subtract(x_i, c, multiply(x_j, s)));
-  store(out_j, multiply_add(x_i, s, multiply(x_j, c)));
-}
-
-// Rotates one head of one token into scratch memory.
-template <bool kInterleaved, typename T>
-inline void turn_row(const T* in, float* out, const float* cos, const float* sin,
-                     const Layout& layout) {
+// Rotates one head of one token, and calls visit(vector, place in the layout) for each vector.
+template <bool kInterleaved, typename T, typename AnyLayout, typename Visit>
+LONGROPE_ALWAYS_INLINE inline void turn_vectors(const T* in, const float* cos, const float* sin,
+                                         const AnyLayout& layout, const Visit& visit) {
   const int64_t pairs = layout.pairs, whole = pairs / kWidth * kWidth;
-  float* const out_j = out + layout.row;
+  const auto turn = [&](Vec x_i, Vec x_j, int64_t i) LONGROPE_ALWAYS_INLINE {
+    const Vec c = load(cos + i), s = load(sin + i);
+    visit(multiply_subtract(x_i, c, multiply(x_j, s)), i);
+    visit(multiply_add(x_i, s, multiply(x_j, c)), layout.row + i);
+  };
   Vec x_i, x_j;
   int64_t i = 0;
   if constexpr (!kInterleaved) {
+LONGROPE_UNROLL
     for (; i + 2 * kWidth <= pairs; i += 2 * kWidth) {
       Vec next_i, next_j;
       load_two(in + i, x_i, next_i);
       load_two(in + pairs + i, x_j, next_j);
-      store_turned(x_i, x_j, cos + i, sin + i, out + i, out_j + i);
-      const int64_t n = i + kWidth;
-      store_turned(next_i, next_j, cos + n, sin + n, out + n, out_j + n);
+      turn(x_i, x_j, i);
+      turn(next_i, next_j, i + kWidth);
     }
   }
   for (; i < whole; i += kWidth) {
@@ -137,7 +162,7 @@ inline void turn_row(const T* in, float* out, const float* cos, const float* sin
       x_i = load(in + i);
       x_j = load(in + pairs + i);
     }
-    store_turned(x_i, x_j, cos + i, sin + i, out + i, out_j + i);
+    turn(x_i, x_j, i);
   }
   if (whole < pairs) {
     T tail[2 * kWidth] = {};
@@ -151,20 +176,69 @@ inline void turn_row(const T* in, float* out, const float* cos, const float* sin
       x_i = load(tail);
       x_j = load(tail + kWidth);
     }
-    store_turned(x_i, x_j, cos + whole, sin + whole, out + whole, out_j + whole);
+    turn(x_i, x_j, whole);
   }
-  if (layout.rest > 0) widen_row(in + 2 * pairs, layout.rest, out + 2 * layout.row);
+  if (layout.rest > 0) {
+    const auto visit_rest = [&](Vec x, int64_t i) LONGROPE_ALWAYS_INLINE {
+      visit(x, 2 * layout.row + i);
+    };
+    widen_vectors(in + 2 * pairs, layout.rest, visit_rest);
+  }
 }
 
-// Asks for a row of elements in the cache of this level (3: L1, 2: L2).
+// Rotates one head of one token into scratch memory.
+template <bool kInterleaved, typename T>
+inline void turn_row(const T* in, float* out, const float* cos, const float* sin,
+                     const Layout& layout) {
+  const auto visit = [&](Vec x, int64_t at) LONGROPE_ALWAYS_INLINE { store(out + at, x); };
+  turn_vectors<kInterleaved>(in, cos, sin, layout, visit);
+}
+
+// Widens count elements into scratch memory.
+template <typename T>
+inline void widen_row(const T* in, int64_t count, float* out) {
+  widen_vectors(in, count, [&](Vec x, int64_t i) LONGROPE_ALWAYS_INLINE { store(out + i, x); });
+}
+
+// Asks for a row of elements in the cache of this level (3: L1, 2: L2). In line, and so must be
+// callers that do nothing else: GCC removes calls of functions that only prefetch.
 template <int kLocality, typename T>
-inline void prefetch_row(const T* row, int64_t count) {
+LONGROPE_ALWAYS_INLINE inline void prefetch_row(const T* row, int64_t count) {
 #if defined(__GNUC__)
   const char* const bytes = reinterpret_cast<const char*>(row);
   for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) {
     __builtin_prefetch(bytes + i, 0, kLocality);
   }
 #endif
+}
+
+// The products of kRows queries with one key, which is rotated in registers on the way.
+template <int kRows, typename T, typename Fixed>
+inline void score_key(const T* key, const float* q, const float* cos, const float* sin,
+                      Fixed layout, float* scores) {
+  constexpr int kQuads = (kRows + 3) / 4;
+  Vec sums[kQuads][4];
+LONGROPE_UNROLL
+  for (int quad = 0; quad < kQuads; ++quad)
+LONGROPE_UNROLL
+    for (int r = 0; r < 4; ++r) sums[quad][r] = splat(0.0f);
+  const auto visit = [&](Vec x, int64_t at) LONGROPE_ALWAYS_INLINE {
+LONGROPE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      Vec& sum = sums[r / 4][r % 4];
+      sum = multiply_add(x, load(q + r * layout.padded + at), sum);
+    }
+  };
+  turn_vectors<false>(key, cos, sin, layout, visit);
+LONGROPE_UNROLL
+  for (int quad = 0; quad < kQuads; ++quad) {
+    float of_rows[4];
+    store_sums(of_rows, sums[quad]);
+LONGROPE_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      if (4 * quad + r < kRows) scores[(4 * quad + r) * kTile] = of_rows[r];
+    }
+  }
 }
 
 // The products of kRows queries with kGroup keys, all of them `padded` apart.
