@@ -126,6 +126,20 @@ def test_rows_of_a_group(
         check(*cache, Rope.plain(32), instruction_set, **options)
 
 
+# Heads of frequent models have code of their own for up to 8 rows of a KV head.
+@pytest.mark.parametrize(("dim", "pairs"), [(128, 64), (96, 48), (128, 48)])
+@pytest.mark.parametrize("rows", range(1, 10))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_frequent_heads(
+    instruction_set: str, dtype: torch.dtype, rows: int, dim: int, pairs: int
+) -> None:
+    torch.manual_seed(rows)
+    queries = 2 if rows % 2 == 0 else 1
+    cache = random_cache((70, 9, 1), queries, rows // queries * 3, 3, dim, dtype)
+    rope = Rope((FactorSet(tuple(1 + 0.5 * i for i in range(pairs)), 11, 1.2),))
+    check(*cache, rope, instruction_set)
+
+
 # Splits hold 256 keys, tiles 64, groups 4 or 16; 64 splits at most, then they grow.
 @pytest.mark.parametrize(
     "keys", [1, 3, 4, 5, 17, 63, 64, 65, 255, 256, 257, 5000, 16384, 16385, 20001]
