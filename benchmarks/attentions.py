@@ -51,6 +51,7 @@ NAMES = (EAGER, COMPILED, *STOCK, FLASHINFER, *OURS, NO_ROTATION, *SDPA)
 PEERS = (EAGER, COMPILED, *STOCK, FLASHINFER, *SDPA, *backends.FLASH_BACKENDS)
 # Tokens, of those whose scores lie in memory.
 LONGEST = {"reference": 256, "SDPA math, no rotation": 2048}
+LONGEST_MASK = 8192  # of those whose mask does
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Chunks = dict[tuple[int, int], torch.Tensor]
@@ -215,6 +216,8 @@ def serves(name: str, shape: Shape, direction: str) -> bool:
     if name == FLASHINFER and (direction == "backward" or shape.heads.rotated < shape.dim):
         return False
     if name == COMPILED and (shape.tokens, shape.dim, shape.causal) not in COMPILED_PROMPTS:
+        return False
+    if name == "cuda" and direction == "backward" and shape.tokens > LONGEST_MASK:
         return False
     return shape.tokens <= LONGEST.get(name, shape.tokens)
 

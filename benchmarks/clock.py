@@ -48,7 +48,7 @@ class DeviceClock(Clock):
     second event follows the last of them without a gap.
     """
 
-    _BUSY_CYCLES = 1_000_000  # about half a millisecond, longer than Python takes for a launch
+    _BUSY_CYCLES = 4_000_000  # about two milliseconds, longer than Python takes for any call
 
     def __init__(self) -> None:
         super().__init__()

@@ -75,3 +75,11 @@ def _poison() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _freed() -> Iterator[None]:
+    """Give back what a test had of a GPU, where it was much: other processes test on it too."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()

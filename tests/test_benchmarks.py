@@ -293,7 +293,7 @@ def test_rows_say_how_many_copies_there_are(tmp_path: Path) -> None:
 
 def test_memory_at_the_peak_is_seen() -> None:
     def run() -> None:
-        x = torch.ones(2**24)
+        x = torch.ones(2**24, device=ropes.DEVICE)
         x.clone().clone()
 
     peak = memory.peak_bytes(run)

@@ -172,6 +172,7 @@ def test_128k_tokens(backend: Backend, dim: int) -> None:
     check_rows(backend, 2**17, (2, 1), dim, (0, 65_530, 2**17 - 16))
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.slow
 @on_device
 def test_2m_tokens(backend: Backend) -> None:
@@ -179,6 +180,7 @@ def test_2m_tokens(backend: Backend) -> None:
     check_rows(backend, 2**21, (1, 1), 64, (0, 2**21 - 16))
 
 
+@pytest.mark.xdist_group("memory")
 @fused
 def test_offsets_past_31_bits(backend: Backend) -> None:
     """Keys and values of 2**31 elements each; the last head, behind a window, and its log-sum-exp.
@@ -209,6 +211,7 @@ def test_offsets_past_31_bits(backend: Backend) -> None:
         assert_lse_close(lse[:, one], expected.lse)
 
 
+@pytest.mark.xdist_group("memory")
 @fused
 def test_many_rows_of_queries(backend: Backend) -> None:
     """q and out of more than 2**31 elements, few keys: the last rows of the last head."""

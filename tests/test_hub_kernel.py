@@ -38,6 +38,7 @@ from longrope_kernels.published import published_configs
 second = load(sys.argv[2], "hub_1")  # takes nothing from the package that is there
 assert not {"accelerate", "transformers", "typer"} & set(sys.modules)
 assert published == published_configs()
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
 q, k, v = torch.randn(2, 20, 4, 32), torch.randn(2, 20, 2, 32), torch.randn(2, 20, 2, 32)
 lengths = torch.tensor([12, 4097])
 
@@ -64,6 +65,7 @@ positions, plain = torch.arange(20), longrope_kernels.Rope.plain(32)
 torch.testing.assert_close(out, longrope_kernels.attention(q, k, v, positions, plain))
 for name in ("_hub_a", "_hub_b", "longrope_kernels"):
     assert hasattr(getattr(torch.ops, name), "attention_backward"), name
+q, k, positions = q.cpu(), k.cpu(), positions.cpu()
 for package in (first, second):
     try:
         package.apply_rotary(q, k, positions, package.Rope.plain(32), backend="native")

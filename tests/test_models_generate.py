@@ -18,6 +18,7 @@ from model_cases import (
     tokens,
 )
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from longrope_kernels import Rope
 from longrope_kernels.cache_rows import POLICIES
@@ -121,10 +122,13 @@ def test_assisted(policy):
 # ----------------------------------------------------------------------------- across the switch
 
 
-def test_recompute_is_what_transformers_does():
-    """For one sequence; with several, it makes all of them long at once."""
+def test_recompute_is_transformers_without_a_cache():
+    """For one sequence; with several, it makes all of them long at once.
+
+    With a cache it prefills again too, but in transformers 5.17 only with the last token.
+    """
     ids = tokens(1, SWITCH - 3)
-    expected = scored(family_model("phi3"), input_ids=ids)
+    expected = scored(family_model("phi3"), input_ids=ids, use_cache=False)
     model = enable(family_model("phi3"), policy="recompute")
     for arguments in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
         actual = scored(model, input_ids=ids, **arguments)
@@ -132,11 +136,28 @@ def test_recompute_is_what_transformers_does():
         assert max_diff(actual[1], expected[1]) < CLOSE
 
 
+def test_recompute_drops_keys_that_a_reset_would_keep(monkeypatch):
+    """In transformers 5.17 the reset of a layer zeroes its keys and values."""
+
+    def reset(layer):
+        if layer.is_initialized:
+            layer.keys.zero_()
+            layer.values.zero_()
+
+    ids = tokens(1, SWITCH - 3)
+    model = enable(family_model("phi3"), policy="recompute")
+    expected = scored(model, input_ids=ids)
+    monkeypatch.setattr(DynamicLayer, "reset", reset)
+    actual = scored(model, input_ids=ids)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
 def test_switch_is_a_new_prefill_where_one_layer_has_all_the_keys():
     """Keys of the first layer are made of embeddings, which no set has touched."""
     ids = tokens(1, SWITCH - 3)
     one = {"num_hidden_layers": 1}
-    expected = scored(family_model("phi3", **one), input_ids=ids)
+    expected = scored(family_model("phi3", **one), input_ids=ids, use_cache=False)
     model = enable(family_model("phi3", **one), policy="switch")
     actual = scored(model, input_ids=ids)
     assert torch.equal(actual[0], expected[0])

@@ -213,6 +213,7 @@ def test_strided_packed_tokens(target: Target, kind: str) -> None:
     check(target, shape, q, k, positions_for(19, 128))
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "seq", "heads"])
 @every_target
 def test_offsets_above_2_to_the_31_elements(target: Target, axis: int) -> None:

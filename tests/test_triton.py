@@ -219,6 +219,7 @@ def far_memory(tmp_path: Path) -> torch.Tensor:
     return torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "seq", "heads"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 def test_offsets_above_2_31_elements(

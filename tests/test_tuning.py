@@ -35,14 +35,17 @@ TINY = Task((16,), ("forward-prepass",), (True,), 20, 1, 1, budget=1e9)
 EVERY_KERNEL = replace(TINY, kernels=tuple(tuning_entries.KERNELS))
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class FakeMachine:
-    """Runs in the interpreter. A launch takes the time its configuration is given.
+    """Runs on a GPU, or in the interpreter. A launch takes the time its configuration is given.
 
     ``broken``: configurations whose launches leave one element wrong. The clock goes on by a second
     for each launch compiled or run, and by what a timed launch takes.
     """
 
-    name, device, arch, shared, workers = "fake", torch.device("cpu"), 0, 10_000, 3
+    name, device, arch, shared, workers = "fake", DEVICE, 0, 10_000, 3
 
     def __init__(self, takes: Callable[[Any], float], broken: Sequence[Config] = ()) -> None:
         self.takes, self.broken = takes, broken

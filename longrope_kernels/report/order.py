@@ -1,5 +1,7 @@
 """A pytest plugin: the tests that the device runs come first, the others where time is left.
 
+Those of forms that are off by default are the last of the first: should one hang, the rest is done.
+
 ``python -m pytest -p longrope_kernels.report.order``
 """
 
@@ -12,7 +14,7 @@ PLACES = {"CUDA", "DEVICE", "TRITON", "COMPILED"}
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    items.sort(key=lambda item: not _on_device(item))
+    items.sort(key=lambda item: (not _on_device(item), "hopper" in item.module.__name__))
 
 
 def _on_device(item: Any) -> bool:

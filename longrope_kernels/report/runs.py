@@ -30,7 +30,7 @@ def options_here() -> tuple[str, ...]:
         return ()
     options: tuple[str, ...] = ("-p", "longrope_kernels.report.order", "-m", "gpu or not slow")
     if importlib.util.find_spec("xdist") is not None:
-        options += ("-n", str(min(os.cpu_count() or 1, MOST_PROCESSES)), "--dist", "load")
+        options += ("-n", str(min(os.cpu_count() or 1, MOST_PROCESSES)), "--dist", "loadgroup")
     return options
 
 

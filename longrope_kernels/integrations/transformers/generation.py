@@ -155,13 +155,22 @@ def install_preparation(model: type) -> None:
         )
         arguments = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
         if settings.policy == "recompute" and settings.chooses and _crosses(arguments, settings):
-            arguments["past_key_values"].reset()
+            _empty(arguments["past_key_values"])
             arguments["next_sequence_length"] = None
         return GenerationMixin.prepare_inputs_for_generation(**arguments)
 
     prepare_inputs_for_generation.__doc__ = original.__doc__
     prepare_inputs_for_generation.dispatches_longrope = True  # type: ignore[attr-defined]
     model.prepare_inputs_for_generation = prepare_inputs_for_generation  # type: ignore[attr-defined]
+
+
+def _empty(cache: Any) -> None:
+    """Drop what the cache holds."""
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer):  # in transformers 5.17 reset() zeroes, and keeps them
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+        layer.reset()
 
 
 def _crosses(arguments: dict[str, Any], settings: Settings) -> bool:

@@ -34,4 +34,4 @@ class Settings:
     @property
     def decode_backend(self) -> str | None:
         """For `decode`, which takes its own choice beside backends of `attention` alone."""
-        return self.backend if self.backend in ("reference", "native", "triton") else None
+        return self.backend if self.backend in ("reference", "native", "triton", "cuda") else None
