@@ -6,12 +6,15 @@ import difflib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+Row = dict[str, Any]  # of one compiled kernel
 
 
 def compiled(script: str) -> dict[str, Any]:
@@ -30,3 +33,9 @@ def assert_current(page: str, name: str) -> None:
         lines = difflib.unified_diff(kept.splitlines(), page.splitlines(), lineterm="", n=0)
         changes = "\n".join(line for line in lines if line[:2] not in ("--", "++", "@@"))
         pytest.fail(f"{command} > reports/codegen/{name}\n{changes}", pytrace=False)
+
+
+def assert_all(rows: list[Row], rule: Callable[[Row], bool]) -> None:
+    """Every row keeps the rule; shows those that do not."""
+    offenders = [row for row in rows if not rule(row)]
+    assert not offenders, "\n".join(map(str, offenders))

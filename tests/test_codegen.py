@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from codegen_pages import assert_current, compiled
+from codegen_pages import Row, assert_all, assert_current, compiled
 
 pytestmark = pytest.mark.slow
-
-Row = dict[str, Any]
 
 # Three programs of 128 threads share the 65536 registers of a multiprocessor; with 8 loads of
 # 16 bytes a thread that is 48 KB in flight, where an H200 wants about 40.
@@ -33,11 +30,6 @@ def rows(output: dict[str, Any]) -> list[Row]:
 
 def test_the_page_is_of_these_kernels(output: dict[str, Any]) -> None:
     assert_current(output["page"], "rotary.md")
-
-
-def assert_all(rows: list[Row], rule: Callable[[Row], bool]) -> None:
-    offenders = [row for row in rows if not rule(row)]
-    assert not offenders, "\n".join(map(str, offenders))
 
 
 def test_every_variant_is_compiled_for_each_architecture(rows: list[Row]) -> None:

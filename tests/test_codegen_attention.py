@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from codegen_pages import assert_current, compiled
+from codegen_pages import Row, assert_all, assert_current, compiled
 
 from longrope_kernels.kernels.attention_tiles import Config
 from longrope_kernels.tuning.calls import PRODUCTS
 from longrope_kernels.tuning.entries import least_shared
 
 pytestmark = pytest.mark.slow
-
-Row = dict[str, Any]
 
 REGISTERS = 65536  # of a multiprocessor
 # Bytes a program may have: 8.0's tiles serve 8.6, 8.9 and 12.x too, which have the least.
@@ -35,11 +32,6 @@ def rows(output: dict[str, Any]) -> list[Row]:
 
 def test_the_page_is_of_these_kernels(output: dict[str, Any]) -> None:
     assert_current(output["page"], "attention.md")
-
-
-def assert_all(rows: list[Row], rule: Callable[[Row], bool]) -> None:
-    offenders = [row for row in rows if not rule(row)]
-    assert not offenders, "\n".join(map(str, offenders))
 
 
 def test_every_head_dim_is_compiled_for_each_architecture(rows: list[Row]) -> None:

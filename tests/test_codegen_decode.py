@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from codegen_pages import assert_current, compiled
+from codegen_pages import Row, assert_all, assert_current, compiled
 
 pytestmark = pytest.mark.slow
-
-Row = dict[str, Any]
 
 REGISTERS = 65536  # of a multiprocessor
 # Bytes that the programs of a multiprocessor share; 8.6, 8.9 and 12.x take 8.0's tiles, one program
@@ -40,11 +37,6 @@ def decodes(rows: list[Row]) -> list[Row]:
 
 def test_the_page_is_of_these_kernels(output: dict[str, Any]) -> None:
     assert_current(output["page"], "decode.md")
-
-
-def assert_all(rows: list[Row], rule: Callable[[Row], bool]) -> None:
-    offenders = [row for row in rows if not rule(row)]
-    assert not offenders, "\n".join(map(str, offenders))
 
 
 def test_every_head_dim_is_compiled_for_each_architecture(decodes: list[Row]) -> None:
