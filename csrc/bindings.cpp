@@ -1,9 +1,11 @@
-// The Python module longrope_kernels._native: addresses, sizes and strides in, nothing out.
+// The Python module longrope_kernels._native: addresses, sizes, strides and indices of sequences
+// in, nothing out.
 //
 // Tensors come as plain addresses, so the module needs no libtorch and serves any torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
@@ -30,6 +32,12 @@ template <typename T>
 const T* pointer(int64_t address) {
   return reinterpret_cast<const T*>(address);
 }
+
+// One number for each sequence, by value: these are few, and a small tensor costs more to convert
+// than to read. Empty for none.
+using Indices = std::vector<int64_t>;
+
+const int64_t* data_of(const Indices& x) { return x.empty() ? nullptr : x.data(); }
 
 using HeadsTuple =
     std::tuple<int64_t, int64_t, int64_t, std::array<int64_t, 3>, std::array<int64_t, 3>>;
@@ -58,9 +66,9 @@ const InstructionSet& instruction_set_named(const std::string& name) {
 
 void rotary(const HeadsTuple& q, const HeadsTuple& k, int type, std::array<int64_t, 4> sizes,
             int64_t positions, bool positions_are_int64, std::array<int64_t, 2> position_strides,
-            int64_t sets, std::array<int64_t, 4> tables, std::array<int64_t, 3> selection,
-            int64_t sequences, bool interleaved, bool conjugate, int threads,
-            const std::string& instruction_set) {
+            int64_t sets, std::array<int64_t, 4> tables, const Indices& lengths,
+            const Indices& chosen_sets, const Indices& cu_seqlens, bool interleaved, bool conjugate,
+            int threads, const std::string& instruction_set) {
   RotaryArguments a;
   a.q = heads(q);
   a.k = heads(k);
@@ -77,10 +85,10 @@ void rotary(const HeadsTuple& q, const HeadsTuple& k, int type, std::array<int64
   a.n_hat = pointer<int64_t>(tables[1]);
   a.attention_factor = pointer<double>(tables[2]);
   a.max_length = pointer<int64_t>(tables[3]);
-  a.lengths = pointer<int64_t>(selection[0]);
-  a.chosen_sets = pointer<int64_t>(selection[1]);
-  a.cu_seqlens = pointer<int64_t>(selection[2]);
-  a.sequences = sequences;
+  a.lengths = data_of(lengths);
+  a.chosen_sets = data_of(chosen_sets);
+  a.cu_seqlens = data_of(cu_seqlens);
+  a.sequences = static_cast<int64_t>(std::max(lengths.size(), chosen_sets.size()));
   a.interleaved = interleaved;
   a.conjugate = conjugate;
   a.threads = threads;
@@ -95,11 +103,11 @@ using TableTuple = std::tuple<int64_t, std::array<int64_t, 2>>;
 // Addresses may be 0 for what is not there.
 void decode(int type, std::array<int64_t, 6> sizes, const StridedTuple& q, const StridedTuple& out,
             int64_t lse, const StridedTuple& keys, const StridedTuple& values,
-            const TableTuple& block_table, int64_t block_size, int64_t cache_lens,
-            int64_t kv_start, const TableTuple& key_positions, bool key_positions_are_int64,
-            int64_t sets, std::array<int64_t, 4> tables, std::array<int64_t, 2> selection,
-            bool interleaved, double softmax_scale, int64_t window, double softcap, int threads,
-            const std::string& instruction_set) {
+            const TableTuple& block_table, int64_t block_size, const Indices& cache_lens,
+            const Indices& kv_start, const TableTuple& key_positions, bool key_positions_are_int64,
+            int64_t sets, std::array<int64_t, 4> tables, const Indices& lengths,
+            const Indices& chosen_sets, bool interleaved, double softmax_scale, int64_t window,
+            double softcap, int threads, const std::string& instruction_set) {
   DecodeArguments a;
   a.type = static_cast<ElementType>(type);
   a.batch = sizes[0];
@@ -120,8 +128,8 @@ void decode(int type, std::array<int64_t, 6> sizes, const StridedTuple& q, const
   a.block_table = pointer<int32_t>(std::get<0>(block_table));
   a.block_table_strides = std::get<1>(block_table);
   a.block_size = block_size;
-  a.cache_lens = pointer<int64_t>(cache_lens);
-  a.kv_start = pointer<int64_t>(kv_start);
+  a.cache_lens = data_of(cache_lens);
+  a.kv_start = data_of(kv_start);
   a.key_positions = pointer<void>(std::get<0>(key_positions));
   a.key_positions_are_int64 = key_positions_are_int64;
   a.key_position_strides = std::get<1>(key_positions);
@@ -130,8 +138,8 @@ void decode(int type, std::array<int64_t, 6> sizes, const StridedTuple& q, const
   a.n_hat = pointer<int64_t>(tables[1]);
   a.attention_factor = pointer<double>(tables[2]);
   a.max_length = pointer<int64_t>(tables[3]);
-  a.lengths = pointer<int64_t>(selection[0]);
-  a.chosen_sets = pointer<int64_t>(selection[1]);
+  a.lengths = data_of(lengths);
+  a.chosen_sets = data_of(chosen_sets);
   a.interleaved = interleaved;
   a.softmax_scale = softmax_scale;
   a.window = window;

@@ -50,6 +50,39 @@ LONGROPE_INLINE CosSin cos_sin(uint32_t phase) {
   return {((quarter + 1u) & 2u) ? -cos : cos, (quarter & 2u) ? -sin : sin};
 }
 
+struct CosSin64 {
+  double cos;
+  double sin;
+};
+
+// Cosine and sine of a phase in 2^-64 turns, each within 3e-16; as above (Cephes' for double).
+LONGROPE_INLINE CosSin64 cos_sin(uint64_t phase) {
+  const uint64_t quarter = (phase + 0x2000000000000000u) >> 62;
+  const double r = static_cast<double>(static_cast<int64_t>(phase - (quarter << 62))) *
+                   3.4061215800865546e-19;  // 2 pi / 2^64
+  const double r2 = r * r;
+  const double s =
+      r +
+      r * r2 *
+          (-1.66666666666666307295e-1 +
+           r2 * (8.33333333332211858878e-3 +
+                 r2 * (-1.98412698295895385996e-4 +
+                       r2 * (2.75573136213857245213e-6 +
+                             r2 * (-2.50507477628578072866e-8 + r2 * 1.58962301576546568060e-10)))));
+  const double c =
+      1.0 - 0.5 * r2 +
+      r2 * r2 *
+          (4.16666666666665929218e-2 +
+           r2 * (-1.38888888888730564116e-3 +
+                 r2 * (2.48015872888517045348e-5 +
+                       r2 * (-2.75573141792967388112e-7 +
+                             r2 * (2.08757008419747316778e-9 + r2 * -1.13585365213876817300e-11)))));
+  const bool odd = quarter & 1u;
+  const double cos = odd ? s : c;
+  const double sin = odd ? c : s;
+  return {((quarter + 1u) & 2u) ? -cos : cos, (quarter & 2u) ? -sin : sin};
+}
+
 // Whether the token at position n keeps the original embedding; with n_hat 0 none does.
 LONGROPE_INLINE bool below_threshold(int64_t n, int64_t n_hat) { return n_hat > 0 && n < n_hat; }
 

@@ -68,8 +68,8 @@ def check_cache(cache: CacheTensors, rotation: Rotation) -> None:
 def check_selection(rotation: Rotation) -> None:
     """Check what chooses factor sets, on the host."""
     lengths, sets = rotation.lengths, rotation.sets
-    if lengths is not None and lengths.numel() and int(lengths.min()) < 0:
-        raise ValueError(f"lengths: expected token counts from 0, got {int(lengths.min())}")
+    if lengths is not None and (least := min(lengths.tolist(), default=0)) < 0:
+        raise ValueError(f"lengths: expected token counts from 0, got {least}")
     if sets is not None:
         check_sets("sets", rotation.n_hat.shape[0], sets)
 
@@ -99,8 +99,8 @@ def _check_32_bits(name: str, positions: torch.Tensor) -> None:
 
 def check_kv_start(kv_start: torch.Tensor) -> None:
     """Check that slots are not negative, where reading is free."""
-    if kv_start.numel() and readable(kv_start) and int(kv_start.min()) < 0:
-        raise ValueError(f"kv_start: expected slots from 0, got {int(kv_start.min())}")
+    if readable(kv_start) and (least := min(kv_start.tolist(), default=0)) < 0:
+        raise ValueError(f"kv_start: expected slots from 0, got {least}")
 
 
 def check_borders(name: str, cu_seqlens: torch.Tensor, tokens: int) -> None:

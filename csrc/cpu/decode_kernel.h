@@ -17,14 +17,14 @@
 #include "decode.h"
 #include "decode_tile.h"
 #include "factor_set.h"
+#include "key_angles.h"
 
 namespace {
 namespace longrope {
 
-using longrope_cpu::DecodeArguments;
 using longrope_cpu::ElementType;
 
-constexpr int64_t kValueGroup = 16;  // keys whose values are summed up in registers
+constexpr int64_t kWidened = 16;     // keys whose values are widened before they are summed up
 constexpr int kKeyRows = 8;          // of a KV head, at most, where keys are rotated in registers
 constexpr int64_t kSplit = 256;      // keys, at least
 constexpr int64_t kMaxSplits = 64;   // of a sequence; bounds the memory for what is to be combined
@@ -104,17 +104,16 @@ class Worker {
         scale_(std::max(
             static_cast<float>(kLog2E * (a.softcap > 0.0 ? a.softcap : a.softmax_scale)),
             std::numeric_limits<float>::min())),
+        angles_(a),
         cos_(kGroup * layout.row),
         sin_(kGroup * layout.row),
-        offset_cos_(kGroup * layout.row),
-        offset_sin_(kGroup * layout.row),
         turned_(kGroup * layout.padded),
         scores_(rows_ * kTile),
         sum_(layout.values),
-        widened_(widens_values_ ? kValueGroup * layout.values : 0) {
+        widened_(widens_values_ ? kWidened * layout.values : 0) {
     // The padding of these meets that of keys, and 0 times NaN is NaN.
-    for (Floats* x : {&cos_, &sin_, &offset_cos_, &offset_sin_, &turned_}) x->fill(0.0f);
-    for (int64_t j = 0; j < kValueGroup; ++j) widened_rows_[j] = widened_.at(j * layout.values);
+    for (Floats* x : {&cos_, &sin_, &turned_}) x->fill(0.0f);
+    for (int64_t j = 0; j < kWidened; ++j) widened_rows_[j] = widened_.at(j * layout.values);
   }
 
   // Rotates query t of a sequence, all heads of it, into its rows of q.
@@ -132,6 +131,7 @@ class Worker {
   void attend(const Sequence& s, const Item& item, const float* q, float* sums, Softmax* states) {
     std::fill(sums, sums + rows_ * layout_.values, 0.0f);
     std::fill(states, states + rows_, Softmax{-kInfinity, 0.0f});
+    angles_.forget();
     for (int64_t begin = item.begin; begin < item.end; begin += kTile) {
       const int64_t keys = std::min(kTile, item.end - begin);
       known_ = std::min(kTile + kGroup, item.end - begin);
@@ -142,9 +142,10 @@ class Worker {
       for (int64_t row = 0; row < rows_; ++row) {
         weigh_row(s, begin, keys, row, sums + row * layout_.values, states[row]);
       }
-      for (int64_t g = 0; g < keys; g += kValueGroup) {
+      const int64_t most = widens_values_ ? kWidened : kTile;
+      for (int64_t g = 0; g < keys; g += most) {
         for (int64_t h = 0; h < a_.kv_heads; ++h) {
-          add_values(h, g, std::min(kValueGroup, keys - g), sums);
+          add_values(h, g, std::min(most, keys - g), sums);
         }
       }
     }
@@ -199,60 +200,14 @@ class Worker {
                  inner * a_.value_strides[1];
   }
 
-  // The cosines and sines of the keys [slot, slot + count).
-  void find_angles(const Sequence& s, int64_t index, int64_t slot, int64_t count) {
-    int64_t positions[kGroup] = {};
-    // Going on from a neighbour costs the last bit, which float32 would show.
-    bool consecutive = !std::is_same<T, float>::value;
-    for (int64_t j = 0; j < count; ++j) {
-      positions[j] = position_at(a_, index, slot + j, s.start);
-      consecutive = consecutive && positions[j] == positions[0] + j;
-    }
-    const int64_t row = layout_.row, n_hat = a_.n_hat[s.set];
-    const bool straddles =
-        n_hat > 0 && positions[0] < n_hat && positions[count - 1] >= n_hat;
-    if (!consecutive || straddles) {
-      for (int64_t j = 0; j < count; ++j) {
-        cos_sin_row(a_, positions[j], s.set, false, cos_.at(j * row), sin_.at(j * row));
-      }
-      return;
-    }
-    const bool original = n_hat > 0 && positions[0] < n_hat;
-    make_offsets(a_.steps + (2 * s.set + (original ? 0 : 1)) * layout_.pairs);
-    float* const cos = cos_.at(0);
-    float* const sin = sin_.at(0);
-    cos_sin_row(a_, positions[0], s.set, false, cos, sin);
-    for (int64_t i = 0; i < row; i += kWidth) {
-      const Vec c = load(cos + i), s = load(sin + i);
-      for (int64_t j = 1; j < count; ++j) {
-        const Vec c_j = load(offset_cos_.at(j * row + i));
-        const Vec s_j = load(offset_sin_.at(j * row + i));
-        store(cos + j * row + i, multiply_subtract(c, c_j, multiply(s, s_j)));
-        store(sin + j * row + i, multiply_add(c, s_j, multiply(s, c_j)));
-      }
-    }
-  }
-
-  // The cosines and sines of the first kGroup positions, by which a group goes on from its first.
-  void make_offsets(const uint64_t* steps) {
-    if (steps == offset_steps_) return;
-    offset_steps_ = steps;
-    for (int64_t j = 0; j < kGroup; ++j) {
-      float* const cos = offset_cos_.at(j * layout_.row);
-      float* const sin = offset_sin_.at(j * layout_.row);
-#pragma omp simd
-      for (int64_t i = 0; i < layout_.pairs; ++i) {
-        const CosSin turn = cos_sin(phase(j, steps[i]));
-        cos[i] = turn.cos;
-        sin[i] = turn.sin;
-      }
-    }
-  }
-
   // The scores of the keys [g, g + count) of the tile that begins at slot `begin`.
   void score_group(const Sequence& s, int64_t index, int64_t begin, int64_t g, int64_t count,
                    const float* q) {
-    find_angles(s, index, begin + g, count);
+    int64_t positions[kGroup];
+    for (int64_t j = 0; j < count; ++j) {
+      positions[j] = position_at(a_, index, begin + g + j, s.start);
+    }
+    angles_.write(positions, count, s.set, cos_.at(0), sin_.at(0), layout_.row);
     if constexpr (!kInterleaved && kRowBlock > 1) {
       const auto score = [&](auto fixed) { score_keys(fixed, g, count, q); };
       if (group_rows_ <= kKeyRows && with_fixed(layout_, score)) return;
@@ -264,12 +219,25 @@ class Worker {
   template <typename Fixed>
   void score_keys(Fixed layout, int64_t g, int64_t count, const float* q) {
     with_constant<kKeyRows>(group_rows_, [&](auto rows) {
+      const int64_t heads = a_.kv_heads, key_stride = a_.key_strides[2];
+      const int64_t value_stride = a_.value_strides[2];
       for (int64_t j = 0; j < count; ++j) {
-        for (int64_t h = 0; h < a_.kv_heads; ++h) {
-          prefetch_ahead(h, g + j);
-          score_key<rows()>(keys_[g + j] + h * a_.key_strides[2], q + h * rows() * layout.padded,
-                            cos_.at(j * layout.row), sin_.at(j * layout.row), layout,
-                            scores_.at(h * rows() * kTile + g + j));
+        const T* key = keys_[g + j];
+        const T* ahead = keys_[std::min(g + j + kGroup, known_ - 1)];
+        const T* value = values_[g + j];
+        const float* const cos = cos_.at(j * layout.row);
+        const float* const sin = sin_.at(j * layout.row);
+        const float* of_head = q;
+        float* scores = scores_.at(g + j);
+        for (int64_t h = 0; h < heads; ++h) {
+          prefetch_row<3>(ahead, layout.dim);
+          prefetch_row<2>(value, layout.dim);
+          score_key<rows()>(key, of_head, cos, sin, layout, scores);
+          key += key_stride;
+          ahead += key_stride;
+          value += value_stride;
+          of_head += rows() * layout.padded;
+          scores += rows() * kTile;
         }
       }
     });
@@ -355,16 +323,14 @@ class Worker {
   const int64_t group_rows_;  // of a KV head
   const bool widens_values_;
   const float scale_;  // of scores, to base 2
+  KeyAngles<T> angles_;
   Floats cos_;         // (kGroup, row)
   Floats sin_;         // (kGroup, row)
-  Floats offset_cos_;  // (kGroup, row)
-  Floats offset_sin_;  // (kGroup, row)
-  const uint64_t* offset_steps_ = nullptr;
   Floats turned_;      // (kGroup, padded)
   Floats scores_;      // (rows, kTile), then weights
   Floats sum_;         // (values,)
-  Floats widened_;     // (kValueGroup, values), or nothing
-  const float* widened_rows_[kValueGroup];
+  Floats widened_;     // (kWidened, values), or nothing
+  const float* widened_rows_[kWidened];
   int64_t known_;  // slots of the tile, and of the next group, that the two below hold
   const T* keys_[kTile + kGroup];
   const T* values_[kTile + kGroup];

@@ -10,6 +10,7 @@
 
 #include "decode_softmax.h"
 #include "factor_set.h"
+#include "key_angles.h"
 
 // GCC keeps arrays of vectors in memory unless the loops over them are unrolled early, and calls
 // the lambdas that get vectors one by one unless it is told not to.
@@ -24,7 +25,6 @@
 namespace {
 namespace longrope {
 
-constexpr int64_t kGroup = 4;  // keys rotated before they meet the queries
 constexpr int kVecBlock = 4;   // vectors of a value held in registers
 
 // How one head lies in scratch memory: the first halves of its pairs, the second halves, and what
@@ -51,6 +51,7 @@ struct FixedLayout {
   static constexpr int64_t pairs = kPairs;
   static constexpr int64_t rest = kRest;
   static constexpr int64_t row = kPairs;
+  static constexpr int64_t dim = 2 * kPairs + kRest;
   static constexpr int64_t padded = 2 * kPairs + kRest;
 };
 
@@ -206,6 +207,7 @@ template <int kLocality, typename T>
 LONGROPE_ALWAYS_INLINE inline void prefetch_row(const T* row, int64_t count) {
 #if defined(__GNUC__)
   const char* const bytes = reinterpret_cast<const char*>(row);
+LONGROPE_UNROLL
   for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) {
     __builtin_prefetch(bytes + i, 0, kLocality);
   }

@@ -66,10 +66,6 @@ def rotary(
             size = out.numel() * out.element_size()
             if out is not x and size >= _HUGE:
                 _native.advise_huge_pages(out.data_ptr(), size)
-    # Kept until the call returns: a converted tensor must outlive its address.
-    lengths, sets = as_int64(rotation.lengths), as_int64(rotation.sets)
-    borders = as_int64(cu_seqlens)
-    per_sequence = lengths if sets is None else sets
     _native.rotary(
         _heads(q, q_out),
         _heads(k, k_out),
@@ -80,8 +76,9 @@ def rotary(
         positions.stride(),
         steps.shape[0],
         addresses_of(rotation),
-        [address(lengths), address(sets), address(borders)],
-        0 if per_sequence is None else per_sequence.shape[0],
+        indices(rotation.lengths),
+        indices(rotation.sets),
+        indices(cu_seqlens),
         rotation.interleaved,
         conjugate,
         1 if elements < _GRAIN else torch.get_num_threads(),
@@ -89,13 +86,9 @@ def rotary(
     )
 
 
-def as_int64(x: torch.Tensor | None) -> torch.Tensor | None:
-    """A vector of indices that may be absent, as the extension reads it."""
-    return None if x is None else x.to(torch.int64).contiguous()
-
-
-def address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def indices(x: torch.Tensor | None) -> list[int]:
+    """What a tensor holds for each sequence, as the extension takes it; empty if there is none."""
+    return [] if x is None else x.tolist()
 
 
 def addresses_of(rotation: Rotation) -> tuple[int, ...]:

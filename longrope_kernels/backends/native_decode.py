@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..calls import CacheTensors, Rotation
-from .native import _GRAIN, _TYPES, _native, address, addresses_of, as_int64
+from .native import _GRAIN, _TYPES, _native, addresses_of, indices
 
 
 def decode(
@@ -31,11 +31,8 @@ def decode(
     batch, queries, heads, dim = q.shape
     k, v, steps = cache.k, cache.v, rotation.steps
     kv_heads = k.shape[2]
-    # Kept until the call returns: a converted tensor must outlive its address.
-    lens, start = as_int64(cache.lens), as_int64(cache.kv_start)
-    lengths, sets = as_int64(rotation.lengths), as_int64(rotation.sets)
-    assert lens is not None
-    elements = sum(lens.tolist()) * kv_heads * dim
+    lens = indices(cache.lens)
+    elements = sum(lens) * kv_heads * dim
     _native.decode(
         _TYPES[q.dtype],
         (batch, queries, heads, kv_heads, dim, steps.shape[2]),
@@ -46,13 +43,14 @@ def decode(
         (v.data_ptr(), v.stride()[:3]),
         _table(cache.block_table),
         k.shape[1],
-        address(lens),
-        address(start),
+        lens,
+        indices(cache.kv_start),
         _table(cache.key_positions),
         cache.key_positions is not None and cache.key_positions.dtype == torch.int64,
         steps.shape[0],
         addresses_of(rotation),
-        (address(lengths), address(sets)),
+        indices(rotation.lengths),
+        indices(rotation.sets),
         rotation.interleaved,
         softmax_scale,
         window,

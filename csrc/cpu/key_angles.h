@@ -1,0 +1,125 @@
+// The cosines and sines of keys, group by group; compiled once for each instruction set.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "../rotation.h"
+#include "decode.h"
+
+namespace {
+namespace longrope {
+
+using longrope_cpu::DecodeArguments;
+
+constexpr int64_t kGroup = 4;  // keys that are rotated before they meet the queries
+
+// From a group to the next, cosines and sines turn by kGroup positions in float64, whose rounding
+// stays far below the last bit of a float32 however many groups a split has. Within a group they
+// turn from its first key, in float64 again where keys are float32 and would show a rounding. Where
+// positions jump they start anew, and so they do at the threshold, where the steps change.
+template <typename T>
+class KeyAngles {
+ public:
+  explicit KeyAngles(const DecodeArguments& a)
+      : a_(a),
+        pairs_(a.pairs),
+        cos_(pairs_),
+        sin_(pairs_),
+        group_cos_(pairs_),
+        group_sin_(pairs_),
+        offset_cos_(kGroup * pairs_),
+        offset_sin_(kGroup * pairs_) {}
+
+  // Makes the next group start anew: what a split gives must not depend on the one before it.
+  void forget() { next_ = kNowhere; }
+
+  // Writes a * cos and a * sin of the keys at count <= kGroup positions; rows are `row` apart.
+  void write(const int64_t* positions, int64_t count, int64_t set, float* cos, float* sin,
+             int64_t row) {
+    const int64_t n_hat = a_.n_hat[set];
+    bool together = below_threshold(positions[0], n_hat) ==
+                    below_threshold(positions[count - 1], n_hat);
+    for (int64_t j = 1; j < count; ++j) together = together && positions[j] == positions[0] + j;
+    if (together) return write_group(positions[0], count, set, cos, sin, row);
+    for (int64_t j = 0; j < count; ++j) {
+      write_group(positions[j], 1, set, cos + j * row, sin + j * row, row);
+    }
+  }
+
+ private:
+  static constexpr int64_t kNowhere = std::numeric_limits<int64_t>::min();
+  static constexpr bool kExact = std::is_same<T, float>::value;
+  using Offset = std::conditional_t<kExact, double, float>;
+
+  void write_group(int64_t position, int64_t count, int64_t set, float* cos, float* sin,
+                   int64_t row) {
+    const bool original = below_threshold(position, a_.n_hat[set]);
+    const uint64_t* const steps = a_.steps + (2 * set + (original ? 0 : 1)) * pairs_;
+    if (steps != steps_) set_steps(steps);
+    if (position != next_) {
+      cos_sin_row(position, original ? 1.0 : a_.attention_factor[set], cos_.data(), sin_.data());
+    }
+    for (int64_t i = 0; i < pairs_; ++i) cos[i] = static_cast<float>(cos_[i]);
+    for (int64_t i = 0; i < pairs_; ++i) sin[i] = static_cast<float>(sin_[i]);
+    for (int64_t j = 1; j < count; ++j) {
+      const Offset* const c = offset_cos_.data() + j * pairs_;
+      const Offset* const s = offset_sin_.data() + j * pairs_;
+      if constexpr (kExact) {
+        turn(cos_.data(), sin_.data(), c, s, cos + j * row, sin + j * row);
+      } else {
+        turn(cos, sin, c, s, cos + j * row, sin + j * row);
+      }
+    }
+    turn(cos_.data(), sin_.data(), group_cos_.data(), group_sin_.data(), cos_.data(), sin_.data());
+    next_ = position + kGroup;
+  }
+
+  // Cosines and sines further by an angle; out may be in.
+  template <typename In, typename Out>
+  void turn(const In* cos, const In* sin, const In* by_cos, const In* by_sin, Out* out_cos,
+            Out* out_sin) const {
+#pragma omp simd
+    for (int64_t i = 0; i < pairs_; ++i) {
+      const In c = cos[i] * by_cos[i] - sin[i] * by_sin[i];
+      const In s = sin[i] * by_cos[i] + cos[i] * by_sin[i];
+      out_cos[i] = static_cast<Out>(c);
+      out_sin[i] = static_cast<Out>(s);
+    }
+  }
+
+  void set_steps(const uint64_t* steps) {
+    steps_ = steps;
+    next_ = kNowhere;
+    cos_sin_row(kGroup, 1.0, group_cos_.data(), group_sin_.data());
+    for (int64_t j = 1; j < kGroup; ++j) {
+      cos_sin_row(j, 1.0, offset_cos_.data() + j * pairs_, offset_sin_.data() + j * pairs_);
+    }
+  }
+
+  template <typename Out>
+  void cos_sin_row(int64_t position, double factor, Out* cos, Out* sin) const {
+#pragma omp simd
+    for (int64_t i = 0; i < pairs_; ++i) {
+      const CosSin64 turn = cos_sin(static_cast<uint64_t>(position) * steps_[i]);
+      cos[i] = static_cast<Out>(factor * turn.cos);
+      sin[i] = static_cast<Out>(factor * turn.sin);
+    }
+  }
+
+  const DecodeArguments& a_;
+  const int64_t pairs_;
+  const uint64_t* steps_ = nullptr;
+  int64_t next_ = kNowhere;         // the position that the next two are for
+  std::vector<double> cos_;         // (pairs,), times a
+  std::vector<double> sin_;         // (pairs,), times a
+  std::vector<double> group_cos_;   // (pairs,), of kGroup positions
+  std::vector<double> group_sin_;   // (pairs,)
+  std::vector<Offset> offset_cos_;  // (kGroup, pairs), of j positions
+  std::vector<Offset> offset_sin_;  // (kGroup, pairs)
+};
+
+}  // namespace longrope
+}  // namespace
