@@ -223,7 +223,7 @@ class Worker {
       const int64_t value_stride = a_.value_strides[2];
       for (int64_t j = 0; j < count; ++j) {
         const T* key = keys_[g + j];
-        const T* ahead = keys_[std::min(g + j + kGroup, known_ - 1)];
+        const T* ahead = keys_[std::min(g + j + 1, known_ - 1)];
         const T* value = values_[g + j];
         const float* const cos = cos_.at(j * layout.row);
         const float* const sin = sin_.at(j * layout.row);
