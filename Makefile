@@ -11,18 +11,23 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt longrope_kernels/_version.py \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cmake')
 
-.PHONY: demo test test-newest-triton benchmark report lint format docs clean
+.PHONY: demo test test-newest-triton test-oldest-transformers benchmark report lint format docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
 
 # One process a core, so one thread each; what threads do is tested in processes of its own.
-test: $(VENV)/test.stamp test-newest-triton
+test: $(VENV)/test.stamp test-newest-triton test-oldest-transformers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
 
 # The kernels with the newest Triton there is, beside the pinned one.
 test-newest-triton: $(VENV)/test.stamp $(VENV)/newest-triton.stamp
 	PYTHONPATH=$(VENV)/newest-triton $(BIN)/python -m pytest -q tests/test_triton.py
+
+# Generation with the oldest transformers that pyproject.toml allows, beside the newest.
+test-oldest-transformers: $(VENV)/test.stamp $(VENV)/oldest-transformers.stamp
+	PYTHONPATH=$(VENV)/oldest-transformers OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+		tests/test_models_generate.py
 
 benchmark: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -72,4 +77,11 @@ $(VENV)/docs.stamp: $(VENV)/pins.stamp
 $(VENV)/newest-triton.stamp: $(VENV)/pins.stamp
 	rm -rf $(VENV)/newest-triton
 	$(PIP) --target $(VENV)/newest-triton --no-deps triton
+	touch $@
+
+# With the packages of which it needs older ones than the newest does.
+$(VENV)/oldest-transformers.stamp: $(VENV)/pins.stamp
+	rm -rf $(VENV)/oldest-transformers
+	$(PIP) --target $(VENV)/oldest-transformers --no-deps transformers==5.6.0 \
+		'huggingface_hub<2' 'tokenizers<=0.23.0' 'httpx<1' 'httpcore<2'
 	touch $@

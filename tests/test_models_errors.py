@@ -1,6 +1,7 @@
 """What enabled models refuse, naming it, and how they are copied, saved and loaded."""
 
 import copy
+import importlib
 import json
 import pickle
 from typing import Any
@@ -30,6 +31,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from longrope_kernels import Rope
+from longrope_kernels.integrations import transformers as integration
 from longrope_kernels.integrations.transformers import disable, enable
 
 CLOSE = 2e-5
@@ -116,7 +118,7 @@ def test_bidirectional_attention_is_refused():
 def test_attention_bias_is_refused():
     model = enable(family_model("phi3"))
     for dtype in (torch.float32, torch.bool, torch.int64):
-        with pytest.raises(ValueError, match=r"attention_mask: .*got an attention bias of shape"):
+        with pytest.raises(ValueError, match=r"attention_mask: .*attention bias of shape.*rotated"):
             run(model, attention_mask=torch.ones(2, 1, 24, 24, dtype=dtype))
 
 
@@ -159,8 +161,18 @@ def test_other_caches_are_named():
     with pytest.raises(ValueError, match=r"past_key_values: .*got StaticSlidingWindowLayer"):
         generated(model, tokens(), cache_implementation="static")
     untouched = generated(family_model("mistral sliding"), tokens(), cache_implementation="static")
-    enable(model, cache="rotated")
+    # Another model: before transformers 5.13 one keeps the cache that was refused, and fails by it.
+    model = enable(family_model("mistral sliding"), cache="rotated")
     assert torch.equal(generated(model, tokens(), cache_implementation="static"), untouched)
+
+
+def test_an_old_transformers_is_refused(monkeypatch):
+    for version in ("4.57.6", "5.5.4"):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        with pytest.raises(ImportError, match=r"needs transformers >= 5\.6"):
+            importlib.reload(integration)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.10.0.dev0")
+    importlib.reload(integration)
 
 
 def test_another_attention_implementation_is_refused():

@@ -25,6 +25,7 @@ def test_switch_script(tmp_path: Path) -> None:
     # The token after `half` others is the first that is made under the long factors.
     assert half <= crossing["pin"]["same_tokens"] < sizes["new"]
     assert half <= crossing["switch"]["same_tokens"]
+    assert half <= crossing["transformers"]["same_tokens"]  # all, from transformers 5.20 on
     for row in crossing.values():
         assert len(row["tokens_ms"]) == sizes["new"]
         assert row["tokens_ms"][half] == row["crossing_ms"]

@@ -178,10 +178,17 @@ def test_generate_with_left_padding(cache):
     assert torch.equal(generated(model, ids, attention_mask=mask), expected)
 
 
-@pytest.mark.parametrize("arguments", [{"cache": "rotated"}, {"policy": "recompute"}], ids=str)
-def test_generate_across_the_switch_to_the_long_set(arguments):
-    """transformers drops its cache there and prefills again, under the long set."""
-    expected = generated(small_model(original=26), tokens())
+@pytest.mark.parametrize(
+    ("arguments", "untouched"),
+    [({"cache": "rotated"}, {}), ({"policy": "recompute"}, {"use_cache": False})],
+    ids=["rotated", "recompute"],
+)
+def test_generate_across_the_switch_to_the_long_set(arguments, untouched):
+    """transformers drops its cache there and prefills again, under the long set.
+
+    Before 5.20 with the last token alone, and a rotated cache is its own: "recompute" is not.
+    """
+    expected = generated(small_model(original=26), tokens(), **untouched)
     model = enable(small_model(original=26), **arguments)
     assert torch.equal(generated(model, tokens()), expected)
     assert not torch.equal(generated(small_model(), tokens()), expected)

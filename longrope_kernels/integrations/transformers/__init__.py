@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 
-if importlib.util.find_spec("transformers") is None:
+if importlib.util.find_spec("transformers") is None or (
+    [int(part) for part in importlib.metadata.version("transformers").split(".")[:2]] < [5, 6]
+):
     raise ImportError(
-        "longrope_kernels.integrations.transformers needs transformers >= 5; "
+        "longrope_kernels.integrations.transformers needs transformers >= 5.6; "
         "pip install 'longrope-kernels[transformers]'"
     )
 

@@ -11,7 +11,7 @@ from ... import decode, masks
 from ...decode import MAX_QUERIES
 from ...rotary import apply_rotary
 from ...values import readable
-from .masks import is_slots
+from .masks import ANY_MASK, is_slots
 from .settings import Settings
 
 NAME = "longrope"  # among transformers' attention implementations
@@ -182,7 +182,7 @@ def longrope_attention(
     if attention_mask is not None and not is_slots(attention_mask):
         raise ValueError(
             "attention_mask: expected the padding mask (batch, tokens), got an attention bias of "
-            f"shape {tuple(attention_mask.shape)}, {attention_mask.dtype}"
+            f"shape {tuple(attention_mask.shape)}, {attention_mask.dtype}; {ANY_MASK}"
         )
     if position_ids is None:
         raise ValueError("position_ids: expected them from the decoder layer, got None")

@@ -154,6 +154,8 @@ def install_preparation(model: type) -> None:
             self, *args, **kwargs
         )
         arguments = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
+        if arguments.get("past_key_values") is not None:
+            _check_cache(arguments["past_key_values"])  # before a mask is made for it
         if settings.policy == "recompute" and settings.chooses and _crosses(arguments, settings):
             _empty(arguments["past_key_values"])
             arguments["next_sequence_length"] = None
@@ -167,7 +169,7 @@ def install_preparation(model: type) -> None:
 def _empty(cache: Any) -> None:
     """Drop what the cache holds."""
     for layer in cache.layers:
-        if isinstance(layer, DynamicLayer):  # in transformers 5.17 reset() zeroes, and keeps them
+        if isinstance(layer, DynamicLayer):  # before transformers 5.18 reset() zeroes
             layer.keys = layer.values = None
             layer.is_initialized = False
         layer.reset()

@@ -14,6 +14,8 @@ import torch
 from ...decode import MAX_QUERIES
 from ...values import readable
 
+ANY_MASK = "enable(model, cache='rotated') takes any mask"
+
 
 def slots_of_mask(
     batch_size: int,
@@ -44,11 +46,14 @@ def slots_of_mask(
     Raises:
         ValueError: a mask that is more than padding.
     """
-    if not allow_is_causal_skip and q_length > 1 and not torch.compiler.is_compiling():
+    # transformers looks for packed sequences where there is no cache: all keys are queries then.
+    # It says False as well of a static cache's single token, and before 5.14 of its prefill.
+    whole = q_length == kv_length > 1
+    if not allow_is_causal_skip and whole and not torch.compiler.is_compiling():
         raise ValueError(
             "attention_mask: expected padding on the left or on the right, got position_ids of "
-            "packed sequences or a mask function of the caller's; longrope_kernels.attention "
-            "takes packed sequences by cu_seqlens"
+            f"packed sequences or a mask function of the caller's; {ANY_MASK}, and "
+            "longrope_kernels.attention takes packed sequences by cu_seqlens"
         )
     if attention_mask is not None:
         attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
@@ -76,7 +81,7 @@ def slots_of_mask(
         if readable(attention_mask) and not torch.equal(real.sum(1), (end - start).clamp(min=0)):
             raise ValueError(
                 "attention_mask: expected padding on the left or on the right, got a row with "
-                "padding between its tokens"
+                f"padding between its tokens; {ANY_MASK}"
             )
         result[:, 0], result[:, 1] = start, end
     return result[:, None, None]

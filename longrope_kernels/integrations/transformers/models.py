@@ -45,8 +45,8 @@ def enable(
 
     Args:
         model: any module that contains models of the families phi3, phimoe, llama, mistral, qwen2
-            or qwen3 of transformers >= 5, with whatever head. Changed in place. On a model enabled
-            before, the arguments given now hold.
+            or qwen3 of transformers >= 5.6, with whatever head. Changed in place. On a model
+            enabled before, the arguments given now hold.
         rope: the embedding; None reads it from the model's config. A threshold, which the
             published configs have no field for: ``Rope.from_config(model.config, n_hat=...)``.
         cache: "unrotated", or "rotated": only the rotation is replaced, transformers' own attention
