@@ -30,7 +30,7 @@ class KVCache(Cache):
 
     Args:
         rope: what `decode` rotates by.
-        batch: rows, one a sequence.
+        batch: how many rows there are; a row is one sequence.
         capacity: how many tokens a row may have.
         kv_heads: of k and v.
         head_dim: of k and v; at least the rope's ``rotary_dim``.

@@ -57,9 +57,9 @@ class Cache(ABC):
         self.layers = check_count("layers", layers, 1)
         if dtype not in (*arguments.FLOAT_DTYPES, FLOAT8):
             raise TypeError(
-                f"dtype: expected float32, bfloat16, float16, float64 or float8_e4m3fn, got {dtype}"
+                f"dtype: expected float32, bfloat16, float16, float64 or float8_e4m3fn, got {dtype!r}"
             )
-        self.dtype, self.device = dtype, torch.empty(0, device=device).device
+        self.dtype, self.device = dtype, _present(device)
         self._k_scale = self._scale("k_scale", k_scale)
         self._v_scale = self._scale("v_scale", v_scale)
         self._addresses_of_step: dict[bool, torch.Tensor] = {}
@@ -113,9 +113,13 @@ class Cache(ABC):
         self._push()
 
     def truncate(self, row: int, length: int) -> None:
-        """Keep the first ``length`` tokens of a row. None left is as `free`.
+        """Keep the first ``length`` tokens of a row, as after rejected drafts.
 
         Under "recompute", a row cut back across a boundary must be prefilled again as well.
+
+        Args:
+            row: which row.
+            length: in tokens, at most what the row has; 0 is as `free`.
         """
         self._check_no_capture("truncate")
         self._rows.check_length(row, length)
@@ -138,7 +142,14 @@ class Cache(ABC):
         self._push()
 
     def fork(self, source: int, target: int) -> None:
-        """Give target, an empty row, all tokens of source, and its factor set."""
+        """Give a row all tokens of another, and its factor set.
+
+        `KVCache` copies them; `PagedKVCache` shares their blocks.
+
+        Args:
+            source: the row that has them.
+            target: an empty row.
+        """
         self._check_no_capture("fork")
         self._rows.check_fork(source, target)
         self._share(source, target)
@@ -252,6 +263,10 @@ class Cache(ABC):
 
     def gather(self, row: int, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values of one row in order, for `longrope_kernels.attention`.
+
+        Args:
+            row: which row.
+            layer: which layer.
 
         Returns:
             Two (length, kv_heads, dim), unrotated, of the dtype of the cache; those of a float8
@@ -414,6 +429,16 @@ class Cache(ABC):
             raise ValueError(f"{name}: expected finite numbers above 0, got {scale.tolist()}")
         with torch.inference_mode(False):
             return scale.detach().expand(shape).to(self.device, copy=True)
+
+
+def _present(device: torch.device | str) -> torch.device:
+    """The device, with its index where it has one."""
+    try:
+        return torch.empty(0, device=device).device
+    # torch raises AssertionError where it was built without CUDA.
+    except (AssertionError, RuntimeError, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that is here, got {device!r}: {why}") from error
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:

@@ -172,7 +172,7 @@ class Rows:
                 f"length: expected either length or set_index, got {length} and {set_index}"
             )
         if length is not None:
-            set_index = self.rope.set_index(check_count("length", length, 1))
+            set_index = self.rope.set_index(check_count("length", length, 1, self.limit))
         elif self.policy == "recompute":
             raise ValueError(
                 f"set_index: expected length in its place under 'recompute', got {set_index}"

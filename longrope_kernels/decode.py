@@ -74,9 +74,9 @@ def decode(
         interleaved: as in `apply_rotary`.
         attention_factor: as in `apply_rotary`.
         return_lse: also return the log-sum-exp of the scores, base e.
-        backend: "reference", "native" (CPU; float32, bfloat16 and float16), "triton" (CUDA;
-            bfloat16, float16 and float8 caches), or None for the first that can serve in
-            `longrope info`'s table. A named backend runs or raises.
+        backend: "reference", "native" (CPU; float32, bfloat16 and float16), "triton" or "cuda"
+            (CUDA; bfloat16 and float16, and float8 caches), or None for the first that can serve,
+            in the order that `longrope info` prints. A named backend runs or raises.
 
     Returns:
         The attention output, of the shape and dtype of q; with ``return_lse`` also the log-sum-exp,

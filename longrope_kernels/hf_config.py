@@ -312,6 +312,8 @@ def _partial_rotary_factor(rotary_dim: int, head_dim: int) -> float:
 
 
 def _get(config: Any, name: str) -> Any:
+    if isinstance(config, str):  # the name of a model
+        raise TypeError(f"config: expected a config object or dict, got {config!r}")
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 

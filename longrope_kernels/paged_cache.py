@@ -24,7 +24,7 @@ class PagedKVCache(Cache):
 
     Args:
         rope: what `decode` rotates by.
-        batch: rows, one a sequence.
+        batch: as in `KVCache`.
         blocks: of all rows together, in each layer.
         block_size: tokens a block: 16, 32, 64, 128 or 256.
         kv_heads: as in `KVCache`.
@@ -61,7 +61,7 @@ class PagedKVCache(Cache):
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
     ) -> None:
-        if block_size not in BLOCK_SIZES:
+        if check_count("block_size", block_size, 1) not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise ValueError(f"block_size: expected one of {sizes}, got {block_size!r}")
         self.blocks, self.block_size = check_count("blocks", blocks, 1), block_size

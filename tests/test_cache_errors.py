@@ -94,6 +94,7 @@ ROWS = [
     bad("pin-both", ValueError, "length: .*either", lambda c: c.pin(2, length=5, set_index=0)),
     bad("pin-set", ValueError, "set_index: .*0 to 2, got 3", lambda c: c.pin(2, set_index=3)),
     bad("pin-length", ValueError, "length: .*got 0", lambda c: c.pin(2, length=0)),
+    bad("pin-too-long", ValueError, "length: .*got 1000000", lambda c: c.pin(2, length=10**6)),
     bad("gather-unknown", ValueError, "row: .*got 3", lambda c: c.gather(3)),
     bad("layer-unknown", ValueError, "layer: .*0 to 0, got 1", lambda c: c.k(1)),
     bad("decode-layer", ValueError, "layer: .*got -1", lambda c: c.decode(torch.ones(1), -1)),
@@ -199,6 +200,9 @@ BOTH = [
     ({"layers": 0}, ValueError, "layers: .*got 0"),
     ({"layers": 1.0}, TypeError, r"layers: .*got 1\.0"),
     ({"dtype": torch.int8}, TypeError, "dtype: .*got torch.int8"),
+    ({"dtype": "float32"}, TypeError, "dtype: expected float32.*got 'float32'"),
+    ({"device": "gpu"}, ValueError, "device: expected one that is here, got 'gpu': "),
+    ({"device": 1.5}, ValueError, "device: .*got 1.5"),
     ({"dtype": torch.float8_e5m2}, TypeError, "dtype: .*got torch.float8_e5m2"),
     ({"k_scale": torch.ones(2)}, ValueError, "k_scale: .*float8_e4m3fn only, got"),
     ({"dtype": fp8, "k_scale": 1.0}, TypeError, "k_scale: expected a tensor"),
@@ -209,6 +213,7 @@ BOTH = [
 DENSE = [({"capacity": 0}, ValueError, "capacity: .*got 0")]
 PAGED = [
     ({"blocks": 0}, ValueError, "blocks: .*got 0"),
+    ({"block_size": 16.0}, TypeError, "block_size: expected a whole number, got 16.0"),
     ({"block_size": 17}, ValueError, "block_size: expected one of 16, 32, 64, 128, 256, got 17"),
     ({"max_length": 0}, ValueError, "max_length: .*got 0"),
 ]

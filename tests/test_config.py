@@ -163,6 +163,8 @@ def test_missing_fields() -> None:
         Rope.from_config(config)
     with pytest.raises(ValueError, match=r"config.*head_dim"):
         Rope.from_config({"rope_theta": 1e4})
+    with pytest.raises(TypeError, match=r"config: .*got 'microsoft/phi'"):
+        Rope.from_config("microsoft/phi")
 
 
 def test_other_types_are_refused() -> None:

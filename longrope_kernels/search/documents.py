@@ -145,7 +145,7 @@ def read_documents(
         elif short == "error":
             raise ValueError(
                 f"{name}: expected at least {length} tokens, the length to measure at, got "
-                f"{len(tokens)}; shorter documents can be skipped"
+                f"{len(tokens)}; short='skip' (--skip-short) leaves such documents out"
             )
     if not documents:
         shown = ", ".join(map(str, paths))
