@@ -99,7 +99,13 @@ class Rope:
 
     @classmethod
     def plain(cls, rotary_dim: int, *, base: float = 10000.0, interleaved: bool = False) -> Rope:
-        """The original rotary embedding: every factor 1, no threshold."""
+        """The original rotary embedding: every factor 1, no threshold.
+
+        Args:
+            rotary_dim: R, the number of rotated dimensions of a head; even.
+            base: as in `Rope`.
+            interleaved: as in `Rope`.
+        """
         if not _is_int(rotary_dim) or rotary_dim < 2 or rotary_dim % 2:
             raise ValueError(f"rotary_dim: expected an even number above 0, got {rotary_dim!r}")
         return cls((FactorSet((1.0,) * (rotary_dim // 2)),), base, interleaved)
@@ -126,8 +132,8 @@ class Rope:
             max_position_embeddings: in tokens; with it the attention factor of both sets is
                 ``sqrt(1 + ln s / ln original)``, ``s`` the extension ratio, and 1 where
                 ``s <= 1``. Needed unless ``attention_factor`` is given.
-            attention_factor: overrides that formula; a pair is (short, long).
-            n_hat: threshold of both sets; a pair is (short, long).
+            attention_factor: overrides that formula; one for both sets, or (short, long).
+            n_hat: threshold, see `FactorSet`; one for both sets, or (short, long).
             base: as in `Rope`.
             interleaved: as in `Rope`.
         """

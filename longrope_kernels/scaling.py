@@ -267,6 +267,11 @@ def critical_pair(
 
     ``ceil(P ln(L / (2 pi)) / ln base)``, P where every pair makes a turn in the L tokens of
     training. LongRoPE2 finds the real one lower: 33 for Llama 3, where this gives 35.
+
+    Args:
+        rotary_dim: R.
+        original_max_position_embeddings: L, in tokens.
+        base: the original one.
     """
     return formulas.critical_pair(_pairs(rotary_dim), base, original_max_position_embeddings)
 

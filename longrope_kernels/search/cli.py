@@ -45,18 +45,19 @@ Stride = Annotated[
     int | None, typer.Option(help="Slide a window over whole documents in steps of so many tokens.")
 ]
 Fit = Annotated[
-    str, typer.Option(help="perplexity, or needle: of the answers about hidden numbers alone.")
+    str,
+    typer.Option(help="perplexity, or needle: that of the answers about hidden numbers alone."),
 ]
 Optimizer = Annotated[str, typer.Option(help="evolution (LongRoPE's) or cmaes, to compare with.")]
 Population = Annotated[int, typer.Option(min=1, help="Candidates of the first iteration.")]
-Iterations = Annotated[int, typer.Option(min=1, help="The first one included.")]
-Mutants = Annotated[int, typer.Option(min=0, help="In each later iteration.")]
-Crossovers = Annotated[int, typer.Option(min=0, help="In each later iteration.")]
-Probability = Annotated[float, typer.Option(help="That a mutation draws a gene again.")]
-Parents = Annotated[int, typer.Option(min=1, help="The best so far, which have children.")]
+Iterations = Annotated[int, typer.Option(min=1, help="How many, with the first.")]
+Mutants = Annotated[int, typer.Option(min=0, help="Made in each later iteration.")]
+Crossovers = Annotated[int, typer.Option(min=0, help="Made in each later iteration.")]
+Probability = Annotated[float, typer.Option(help="Of a mutation to draw a gene again.")]
+Parents = Annotated[int, typer.Option(min=1, help="How many of the best so far have children.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of all random choices.")]
 Monotone = Annotated[
-    bool, typer.Option(help="Whether lambda must not fall from one pair to the next.")
+    bool, typer.Option(help="Whether factors must not fall from one pair to the next.")
 ]
 Attention = Annotated[
     str,
@@ -68,13 +69,17 @@ NHat = Annotated[
 ]
 Racing = Annotated[
     bool,
-    typer.Option("--race/--no-race", help="Give up on what has lost for certain: same result."),
+    typer.Option(
+        "--race/--no-race", help="Give up on candidates that have lost for certain: same result."
+    ),
 ]
 Margin = Annotated[
     float | None,
-    typer.Option(help="Also give up on what is so many nats behind; the result may differ."),
+    typer.Option(
+        help="Also give up on candidates so many nats per token behind; may change the result."
+    ),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Candidates to measure together.")]
+Batch = Annotated[int, typer.Option(min=1, help="Candidates to measure in one forward.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Out = Annotated[
@@ -91,7 +96,9 @@ def search(
     out: Out = Path("longrope-search"),
     start: Annotated[
         Path | None,
-        typer.Option(help="Rope JSON of an earlier stage; factors multiply its own."),
+        typer.Option(
+            help="longrope.json of an earlier stage, or its folder; factors multiply its."
+        ),
     ] = None,
     start_length: Annotated[
         int | None, typer.Option(help="Tokens that stage was for; needed with --start.")
@@ -124,7 +131,7 @@ def search(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Find factors for a longer context by LongRoPE's evolutionary search.
+    """Find factors for a longer context by LongRoPE's search.
 
     \b
     longrope search ~/models/llama --documents held-out.jsonl --length 32768 --out search-32k
@@ -162,7 +169,7 @@ def readjust(
     out: Out = Path("longrope-readjust"),
     upper: Annotated[
         float | None,
-        typer.Option(help="The largest lambda. [default: the root of the long set's, >= 1.25]"),
+        typer.Option(help="The largest factor. [default: the root of the long set's, >= 1.25]"),
     ] = None,
     samples: Samples = 5,
     skip_short: SkipShort = False,
@@ -228,23 +235,27 @@ def extend(
         typer.Option(help="Texts to fine-tune on, like --documents and not the same."),
     ] = None,
     short: Annotated[
-        list[int] | None, typer.Option(help="Length to readjust for; repeat for several.")
+        list[int] | None,
+        typer.Option(help="Length that gets a set of its own at the end; repeat for several."),
     ] = None,
     out: Out = Path("longrope-extend"),
     rate: Annotated[float, typer.Option(help="Learning rate (the paper: 2e-5).")] = 2e-5,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps (the paper: 20).")] = 20,
-    rows: Annotated[int, typer.Option(min=1, help="Windows a step, in each process.")] = 1,
-    accumulate: Annotated[int, typer.Option(min=1, help="Parts a step.")] = 1,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps of warm-up (the paper: 20).")] = 20,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Windows of text in a forward, in each process.")
+    ] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="Forwards in a step.")] = 1,
     short_share: Annotated[
         float,
-        typer.Option(help="LongRoPE2: share of parts with short windows, not rescaled."),
+        typer.Option(help="LongRoPE2: share of forwards over short windows, not rescaled."),
     ] = 0.0,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Gradient checkpointing: less memory.")
     ] = False,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 50,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="In steps.")] = 50,
     upper: Annotated[
-        float | None, typer.Option(help="Of the readjustment, as in longrope readjust.")
+        float | None,
+        typer.Option(help="The largest factor of the sets for --short, as in longrope readjust."),
     ] = None,
     samples: Samples = 5,
     tokenizer: Tokens = None,
@@ -269,7 +280,7 @@ def extend(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Extend a model step by step: search, fine-tune, search further, readjust, write.
+    """Extend a model step by step: search, fine-tune, readjust.
 
     \b
     longrope extend ~/models/llama --documents held-out.jsonl --train books.jsonl \\
@@ -333,7 +344,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Measure perplexity at several lengths, under the model's own rope and others.
+    """Measure perplexity at several lengths, under several ropes.
 
     \b
     longrope evaluate ~/models/llama --documents held-out.jsonl --rope search-32k \\
@@ -358,13 +369,14 @@ def plot(
         Path, typer.Argument(help="Of longrope search, readjust, extend or evaluate.")
     ],
 ) -> None:
-    """Draw the pictures of a folder again, also while its search is running.
+    """Draw the pictures of a folder again.
 
     \b
     longrope plot search-32k
 
-    factors.png: lambda by pair, beside PI, NTK and YaRN; history.png: the best perplexity so far;
-    perplexity.png: against length. Only those that the folder has the numbers for.
+    It may be that of a search that is still running. factors.png: lambda by pair, beside PI, NTK
+    and YaRN; history.png: the best perplexity so far; perplexity.png: against length. Only those
+    that the folder has the numbers for.
     """
     from . import commands
 

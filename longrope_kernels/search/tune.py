@@ -30,8 +30,8 @@ class TuneSettings:
     Attributes:
         rate: of AdamW; it rises over ``warmup`` steps and falls linearly to 0, as in the paper.
         warmup: in steps, the paper's.
-        rows: windows of a step in each process (the paper: 32 in all).
-        accumulate: a step's windows come in so many parts.
+        rows: windows of a part in each process; the paper's steps have 32 windows in all.
+        accumulate: parts of a step.
         short: share of the parts that are windows of the original length under the original
             embedding, as in LongRoPE2 (arXiv 2502.20082); the rope gets a set for it.
         recompute: layers keep no activations and are run again in the backward pass.
