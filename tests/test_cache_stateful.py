@@ -1,7 +1,8 @@
 """Random growth, forks, cuts and frees against dictionaries of tokens: nothing lost or leaked.
 
-The model knows nothing of addresses. A row is its list of tokens and, for paged caches, one object
-for each of its blocks, which forks share; blocks in use are the different objects that rows have.
+The model knows nothing of addresses. A row is its list of tokens, the factor set it stays on where
+the policy keeps one, and, for paged caches, one object for each of its blocks, which forks share;
+blocks in use are the different objects that rows have.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from longrope_kernels import CacheFullError, PagedKVCache
+from longrope_kernels import CacheFullError, PagedKVCache, PrefillAgain
 
 BATCH, LAYERS = 4, 2
 row = st.integers(0, BATCH - 1)
@@ -28,10 +29,11 @@ class CacheMachine(RuleBasedStateMachine):
     block_size = 0  # dense
     blocks = 0
     limit = 70
+    policy = "switch"
 
     def __init__(self) -> None:
         super().__init__()
-        rest: dict[str, Any] = {"layers": LAYERS, "dtype": fp64, "policy": "switch"}
+        rest: dict[str, Any] = {"layers": LAYERS, "dtype": fp64, "policy": self.policy}
         size = (KV_HEADS, DIM)
         self.cache: Cache
         if self.block_size:
@@ -41,6 +43,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache = dense(ROPE, BATCH, self.limit, **rest)
         self.tokens: dict[int, list[int]] = {i: [] for i in range(BATCH)}
         self.held: dict[int, list[object]] = {i: [] for i in range(BATCH)}
+        self.sets: dict[int, int | None] = dict.fromkeys(range(BATCH))
+        self.goals: dict[int, int] = dict.fromkeys(range(BATCH), 0)  # of prompts yet to come
         self.made = 0
 
     # ------------------------------------------------------------------------------ the model
@@ -62,6 +66,13 @@ class CacheMachine(RuleBasedStateMachine):
                 held[i].append(object())
         return held
 
+    def due(self, i: int, length: int) -> int:
+        """The set of a row that grows to this length."""
+        return ROPE.set_index(max(length, self.goals[i]))
+
+    def emptied(self, i: int) -> None:
+        self.tokens[i], self.held[i], self.sets[i], self.goals[i] = [], [], None, 0
+
     # ------------------------------------------------------------------------------- the rules
 
     @rule(
@@ -76,6 +87,16 @@ class CacheMachine(RuleBasedStateMachine):
         too_long = any(
             len(self.tokens[i]) + c > self.limit for i, c in zip(order, of_row, strict=True)
         )
+        crossing = [
+            i
+            for i, c in zip(order, of_row, strict=True)
+            if c and self.sets[i] not in (None, self.due(i, len(self.tokens[i]) + c))
+        ]
+        if self.policy == "recompute" and crossing and not too_long:
+            with pytest.raises(PrefillAgain) as again:
+                self.cache.extend(of_row, order)
+            assert again.value.rows == tuple(crossing)
+            return
         too_many = bool(self.block_size) and self.in_use(held) > self.blocks
         if too_long or too_many:
             with pytest.raises(CacheFullError) as caught:
@@ -93,6 +114,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.made += BATCH * 64
         for i, ids in zip(order, new, strict=True):
             self.tokens[i] = self.tokens[i] + ids
+            if ids and self.sets[i] is None and self.policy != "switch":
+                self.sets[i] = ROPE.set_index(len(self.tokens[i]))
         longest = max(of_row, default=0)
         padded = [[-1] * (longest - len(ids)) + ids for ids in new]
         ids = torch.tensor([t for ids in new for t in ids] if packed else padded, dtype=torch.int64)
@@ -109,32 +132,45 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.fork(source, to)
         self.tokens[to] = list(self.tokens[source])
         self.held[to] = list(self.held[source])
+        self.sets[to], self.goals[to] = self.sets[source], self.goals[source]
 
     @rule(i=row, part=st.floats(0, 1))
     def truncate(self, i: int, part: float) -> None:
         length = int(part * len(self.tokens[i]))
         self.cache.truncate(i, length)
-        self.tokens[i] = self.tokens[i][:length]
+        self.tokens[i], self.goals[i] = self.tokens[i][:length], 0
+        if not length:
+            self.sets[i] = None
         if self.block_size:
             self.held[i] = self.held[i][: -(-length // self.block_size)]
 
     @rule(i=row)
     def free(self, i: int) -> None:
         self.cache.free(i)
-        self.tokens[i], self.held[i] = [], []
+        self.emptied(i)
+
+    @rule(i=row, length=st.integers(1, limit))
+    def pin(self, i: int, length: int) -> None:
+        if self.policy == "switch" or self.tokens[i]:
+            with pytest.raises(ValueError, match=r"policy|row"):
+                self.cache.pin(i, length=length)
+            return
+        self.cache.pin(i, length=length)
+        self.sets[i], self.goals[i] = ROPE.set_index(length), length
 
     @precondition(lambda self: self.made > 2000)
     @rule()
     def reset(self) -> None:
         self.cache.reset()
         for i in range(BATCH):
-            self.tokens[i], self.held[i] = [], []
+            self.emptied(i)
 
     @rule(i=row, layer=st.integers(0, LAYERS - 1))
     def decode(self, i: int, layer: int) -> None:
         if self.tokens[i]:
             k, v = content(torch.tensor(self.tokens[i]), layer)
-            index = ROPE.set_index(len(self.tokens[i]))
+            kept = self.sets[i]
+            index = ROPE.set_index(len(self.tokens[i])) if kept is None else kept
             assert_decodes(self.cache, i, k, v, index, min(3, len(self.tokens[i])), layer)
 
     # -------------------------------------------------------------------------- the invariants
@@ -174,9 +210,9 @@ def content(ids: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     return k, torch.cos(ids[..., None, None] * 0.9 + place * 0.2 - layer * 0.7).double()
 
 
-def machine(name: str, block_size: int = 0, blocks: int = 0) -> type:
-    sizes = {"block_size": block_size, "blocks": blocks}
-    case = type(name, (CacheMachine,), sizes).TestCase
+def machine(name: str, block_size: int = 0, blocks: int = 0, policy: str = "switch") -> type:
+    settled = {"block_size": block_size, "blocks": blocks, "policy": policy}
+    case = type(name, (CacheMachine,), settled).TestCase
     case.settings = settings(max_examples=25, stateful_step_count=30)
     return case
 
@@ -184,3 +220,6 @@ def machine(name: str, block_size: int = 0, blocks: int = 0) -> type:
 TestDense = machine("DenseMachine")
 TestPaged16 = machine("Paged16Machine", 16, 9)  # rows at their limit would fill it alone twice
 TestPaged32 = machine("Paged32Machine", 32, 7)
+TestDensePin = machine("DensePinMachine", policy="pin")
+TestPagedPin = machine("PagedPinMachine", 16, 9, "pin")
+TestPagedRecompute = machine("PagedRecomputeMachine", 16, 9, "recompute")
