@@ -23,10 +23,23 @@ LONGROPE_INLINE uint32_t phase(int64_t n, uint64_t step) {
   return static_cast<uint32_t>((static_cast<uint64_t>(n) * step) >> 32);
 }
 
-struct CosSin {
-  float cos;
-  float sin;
+template <typename Real>
+struct CosSinOf {
+  Real cos;
+  Real sin;
 };
+using CosSin = CosSinOf<float>;
+using CosSin64 = CosSinOf<double>;
+
+// Those of an angle so many quarter turns beyond one whose cosine and sine are c and s.
+template <typename Real, typename Unsigned>
+LONGROPE_INLINE CosSinOf<Real> beyond_quarters(Unsigned quarters, Real c, Real s) {
+  const bool odd = quarters & 1u;
+  const Real cos = odd ? s : c;
+  const Real sin = odd ? c : s;
+  // cos is negative in quarters 1 and 2, sin in 2 and 3.
+  return {((quarters + 1u) & 2u) ? -cos : cos, (quarters & 2u) ? -sin : sin};
+}
 
 // Cosine and sine of a phase in 2^-32 turns, each within 1.2e-7.
 //
@@ -43,20 +56,11 @@ LONGROPE_INLINE CosSin cos_sin(uint32_t phase) {
                   r2 * r2 *
                       (4.166664568298827e-2f +
                        r2 * (-1.388731625493765e-3f + r2 * 2.443315711809948e-5f));
-  const bool odd = quarter & 1u;
-  const float cos = odd ? s : c;
-  const float sin = odd ? c : s;
-  // cos is negative in quarters 1 and 2, sin in 2 and 3.
-  return {((quarter + 1u) & 2u) ? -cos : cos, (quarter & 2u) ? -sin : sin};
+  return beyond_quarters(quarter, c, s);
 }
 
-struct CosSin64 {
-  double cos;
-  double sin;
-};
-
 // Cosine and sine of a phase in 2^-64 turns, each within 3e-16; as above (Cephes' for double).
-LONGROPE_INLINE CosSin64 cos_sin(uint64_t phase) {
+LONGROPE_INLINE CosSin64 cos_sin_64(uint64_t phase) {
   const uint64_t quarter = (phase + 0x2000000000000000u) >> 62;
   const double r = static_cast<double>(static_cast<int64_t>(phase - (quarter << 62))) *
                    3.4061215800865546e-19;  // 2 pi / 2^64
@@ -77,10 +81,7 @@ LONGROPE_INLINE CosSin64 cos_sin(uint64_t phase) {
                  r2 * (2.48015872888517045348e-5 +
                        r2 * (-2.75573141792967388112e-7 +
                              r2 * (2.08757008419747316778e-9 + r2 * -1.13585365213876817300e-11)))));
-  const bool odd = quarter & 1u;
-  const double cos = odd ? s : c;
-  const double sin = odd ? c : s;
-  return {((quarter + 1u) & 2u) ? -cos : cos, (quarter & 2u) ? -sin : sin};
+  return beyond_quarters(quarter, c, s);
 }
 
 // Whether the token at position n keeps the original embedding; with n_hat 0 none does.

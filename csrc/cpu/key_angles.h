@@ -103,7 +103,7 @@ class KeyAngles {
   void cos_sin_row(int64_t position, double factor, Out* cos, Out* sin) const {
 #pragma omp simd
     for (int64_t i = 0; i < pairs_; ++i) {
-      const CosSin64 turn = cos_sin(static_cast<uint64_t>(position) * steps_[i]);
+      const CosSin64 turn = cos_sin_64(static_cast<uint64_t>(position) * steps_[i]);
       cos[i] = static_cast<Out>(factor * turn.cos);
       sin[i] = static_cast<Out>(factor * turn.sin);
     }

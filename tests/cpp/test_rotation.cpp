@@ -30,7 +30,7 @@ void test_sets() {
 // The golden angles hold for frequencies as they are, not for steps, whose rounding float64 shows.
 double error_of_64(uint64_t phase) {
   const long double angle = static_cast<int64_t>(phase) * 3.406121580086554589335e-19L;  // 2 pi / 2^64
-  const CosSin64 turn = cos_sin(phase);
+  const CosSin64 turn = cos_sin_64(phase);
   return std::max(std::abs(static_cast<double>(turn.cos - std::cos(angle))),
                   std::abs(static_cast<double>(turn.sin - std::sin(angle))));
 }
