@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import copies
@@ -19,11 +20,14 @@ from ropes import DEVICE
 from table import lines
 
 import longrope_kernels
+from longrope_kernels.report import machine, recorder
 
 # Rows of attention take longest: of one rank they come after those of the rotation and decoding.
 BENCHMARKS = (test_rotary, test_decode, test_attention, test_models, test_search)
 BEGIN = time.monotonic()
-DROPPED: dict[str, str] = {}  # rows that the budget left out
+ITEMS: list[pytest.Item] = []
+FINISHED: set[str] = set()  # their node ids
+DROPPED: set[str] = set()  # those that the budget left out
 LEAST_IMPORTANT_SMALL = 1  # rank; those above differ from others in length, which is small anyway
 
 
@@ -32,9 +36,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--budget",
         type=float,
         default=math.inf,
-        help="seconds after which no further row begins; the least important rows come last",
+        help="seconds after which nothing is timed; the least important rows come last",
     )
-
+    parser.addoption(
+        "--until",
+        type=float,
+        default=math.inf,
+        help="the same as a time, in seconds since the epoch",
+    )
     parser.addoption(
         "--cache-mb",
         type=float,
@@ -45,7 +54,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    measure.deadline = BEGIN + config.getoption("budget")
+    until = time.monotonic() + config.getoption("until") - time.time()
+    measure.deadline = min(BEGIN + config.getoption("budget"), until)
     copies.cache = int(1e6 * config.getoption("cache_mb"))
 
 
@@ -71,11 +81,50 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=dropped)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    ITEMS[:] = session.items
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """The ceilings are measured even where no time is left."""
+    until = measure.deadline
+    measure.deadline = math.inf if _rank(item) < 0 else until
+    try:
+        return (yield)
+    finally:
+        measure.deadline = until
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # What was timed with the first row of its group costs nothing any more.
-    if time.monotonic() > measure.deadline and not measure.is_timed(item):
-        DROPPED[item.name] = measure.SPENT
+    seconds_a_row = getattr(item.module, "SECONDS_A_ROW", 0.0)
+    if not (measure.is_timed(item) or measure.fits(item, seconds_a_row)):
+        DROPPED.add(item.nodeid)
         pytest.skip(measure.SPENT)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """What `longrope_kernels.report.recorder` is told of the row."""
+    benchmark = item.funcargs.get("benchmark")
+    if call.when != "call" or benchmark is None or not measure.is_row(item):
+        return
+    name = item.callspec.params["name"]
+    item.user_properties.append(("row", f"{benchmark.group}, {name}"))
+    if benchmark.stats and not benchmark.disabled:
+        found = benchmark.stats.stats
+        stats = {key: getattr(found, key) for key in ("median", "q1", "q3", "rounds", "data")}
+        row = {"group": benchmark.group, "name": name, "stats": stats}
+        item.user_properties.append(("benchmark", {**row, "extra_info": benchmark.extra_info}))
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    FINISHED.add(nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    recorder.note(session.config, _notes())
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -106,7 +155,7 @@ def pytest_benchmark_update_machine_info(
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
-    output_json["not_measured"] = {**_not_timed(), **measure.REASONS, **DROPPED}
+    output_json.update(_notes())
 
 
 @pytest.hookimpl(trylast=True)
@@ -118,6 +167,27 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(line)
     for line in _missing_lines() if timed else ():
         terminalreporter.write_line(line)
+
+
+def _notes() -> dict[str, Any]:
+    """What a report says beside the rows; see `longrope_kernels.report.results.benchmarks_of`."""
+    return {
+        "not_measured": {**_not_timed(), **measure.REASONS},
+        "dropped": _dropped(),
+        "clocks": machine.spread(measure.CLOCKS),
+    }
+
+
+def _dropped() -> dict[str, dict[str, int]]:
+    """How many rows the budget left out, by benchmark and group."""
+    spent = time.monotonic() > measure.deadline
+    counts: dict[str, dict[str, int]] = {}
+    for item in filter(measure.is_row, ITEMS):
+        if item.nodeid in DROPPED or (spent and item.nodeid not in FINISHED):
+            groups = counts.setdefault(item.path.stem.removeprefix("test_"), {})
+            group = item.callspec.id.removesuffix(f"-{item.callspec.params['name']}")
+            groups[group] = groups.get(group, 0) + 1
+    return counts
 
 
 def _missing_lines() -> list[str]:

@@ -14,24 +14,30 @@ from parameters import LLAMA, Geometry
 from ropes import DEVICE, EXACT, FAST, backend_missing, normal, not_importable, plain_rope, rope
 
 from longrope_kernels import apply_rotary, backends, decode
+from longrope_kernels.backends import reference
 from longrope_kernels.calls import CacheTensors, Rotation
 
 BLOCK = 64
+FLOAT8 = torch.float8_e4m3fn
+KINDS = {"dense": "", "paged": ", paged", "float8": ", paged float8"}
 # Ours: (backend, kind of cache). The mixed batches of `Shape` take a set each in all of them.
 OURS = {
-    **{name: (name, "dense") for name in backends.DECODE_DTYPES},
-    **{f"{name}, paged": (name, "paged") for name in backends.DECODE_DTYPES},
-    **{
-        f"{name}, paged float8": (name, "float8")
-        for name in backends.DECODE_DTYPES
-        if name != "native"
-    },
+    name + suffix: (name, kind)
+    for kind, suffix in KINDS.items()
+    for name in backends.DECODE_DTYPES
+    if (name, kind) != ("native", "float8")
 }
-NO_ROTATION = "triton, rotated keys"
+# The same kernel on rotated keys, by the row that rotates them.
+NO_ROTATION = {f"triton{suffix}": f"triton, rotated keys{suffix}" for suffix in KINDS.values()}
+_KIND_OF = {
+    **{name: kind for name, (_, kind) in OURS.items()},
+    **{name: OURS[of][1] for of, name in NO_ROTATION.items()},
+}
 SDPA = "SDPA, rotated keys"
 FLASHINFER = "FlashInfer, ROPE_LLAMA"
-NAMES = (SDPA, *OURS, NO_ROTATION, FLASHINFER)
+NAMES = (SDPA, *NO_ROTATION.values(), *OURS, FLASHINFER)
 PEERS = (SDPA, FLASHINFER)
+CEILING = "copy" if DEVICE.type == "cuda" else "read"
 
 
 class Shape(NamedTuple):
@@ -54,11 +60,17 @@ class Shape(NamedTuple):
     def flops(self) -> int:
         return 4 * self.geometry.q_heads * self.geometry.dim * self.keys
 
-    def traffic(self, itemsize: int) -> int:
-        """Bytes: keys and values read once, q and the output."""
+    def traffic(self, name: str) -> int:
+        """Bytes of a row: keys and values read once, q and the output."""
         of = self.geometry
+        itemsize = (FLOAT8 if kind_of(name) == "float8" else self.dtype).itemsize
         queries = 2 * len(self.lengths) * of.q_heads * of.dim * self.dtype.itemsize
         return 2 * of.k_heads * of.dim * self.keys * itemsize + queries
+
+
+def kind_of(name: str) -> str:
+    """The cache of a row."""
+    return _KIND_OF.get(name, "dense")
 
 
 @cache
@@ -66,7 +78,7 @@ def missing(name: str) -> str | None:
     """Why it cannot run here, or None."""
     if name in OURS:
         return backend_missing(OURS[name][0])
-    if name == NO_ROTATION:
+    if name in NO_ROTATION.values():
         return backend_missing("triton")
     if name == FLASHINFER:
         return not_importable("flashinfer") or (None if DEVICE.type == "cuda" else "needs a GPU")
@@ -76,7 +88,7 @@ def missing(name: str) -> str | None:
 @lru_cache(maxsize=1)
 def make_copies(shape: Shape) -> Copies[Inputs]:
     """The inputs of all rows of one shape, which follow one another."""
-    return Copies(lambda: Inputs(shape), shape.traffic(shape.dtype.itemsize))
+    return Copies(lambda: Inputs(shape), shape.traffic(SDPA))
 
 
 class Inputs:
@@ -112,10 +124,44 @@ class Inputs:
         """The same by plain RoPE."""
         return self._truth(plain_rope(self.shape.geometry.rotated).to(DEVICE))
 
-    def _truth(self, turn: Any) -> Any:
+    @cached_property
+    def truth_of_float8(self) -> torch.Tensor:
+        """The same of a cache in float8: its rows do not answer for the rounding of their input."""
+        return self._truth(self.rope, FLOAT8)
+
+    @cached_property
+    def truth_of_rotated_float8(self) -> torch.Tensor:
+        """The same of a float8 cache of keys that were rotated before, so that nothing turns."""
+        q, k = self.rotated
+        unturned = Rotation(*_no_pairs(), inv_freq=torch.empty(1, 2, 0, device=DEVICE).double())
+        of = CacheTensors(*self._checked(k, FLOAT8), self.lens)
+        q = q[:, :, self.q_heads].double()
+        return reference.decode(q, of, unturned, q.shape[3] ** -0.5, 0, 0.0)[0]
+
+    def truth_of(self, name: str) -> torch.Tensor:
+        """What is right of a row."""
+        if name == FLASHINFER:
+            return self.plain_truth
+        if kind_of(name) != "float8":
+            return self.truth
+        return self.truth_of_float8 if name in OURS else self.truth_of_rotated_float8
+
+    def _truth(self, turn: Any, dtype: torch.dtype | None = None) -> Any:
         q = self.q[:, :, self.q_heads].double()
-        k, v = (x[:, :, self.kv_heads].double() for x in (self.k, self.v))
-        return decode(q, k, v, self.lens, turn, backend="reference")
+        return decode(q, *self._checked(self.k, dtype), self.lens, turn, backend="reference")
+
+    def _checked(self, k: torch.Tensor, dtype: torch.dtype | None) -> list[torch.Tensor]:
+        """k and v of `kv_heads` in float64, rounded to ``dtype`` before."""
+        return [x[:, :, self.kv_heads].to(dtype or x.dtype).double() for x in (k, self.v)]
+
+    def cache(self, kind: str, k: torch.Tensor) -> CacheTensors:
+        """Keys k and the values in a cache of a kind."""
+        if kind == "dense":
+            return CacheTensors(k, self.v, self.lens)
+        pages = self.in_pages if k is self.k else (self.paged(k), self.in_pages[1])
+        if kind == "float8":
+            pages = tuple(x.to(FLOAT8) for x in pages)
+        return CacheTensors(*pages, self.lens, self.table)
 
     @cached_property
     def in_pages(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,19 +193,16 @@ def implementation(name: str, inputs: Inputs) -> Callable[[], torch.Tensor]:
     """A function of no arguments: the output (batch, 1, 32, 128)."""
     if name == SDPA:
         return _sdpa(inputs)
-    if name == NO_ROTATION:
-        return _without_rotation(inputs)
+    if name in NO_ROTATION.values():
+        return _without_rotation(inputs, kind_of(name))
     if name == FLASHINFER:
         return _flashinfer(inputs)
     backend, kind = OURS[name]
-    q, k, v, more = inputs.q, inputs.k, inputs.v, {}
-    if kind != "dense":
-        (k, v), more = inputs.in_pages, {"block_table": inputs.table}
-    if kind == "float8":
-        k, v = (x.to(torch.float8_e4m3fn) for x in (k, v))
+    of = inputs.cache(kind, inputs.k)
 
     def run() -> Any:
-        return decode(q, k, v, inputs.lens, inputs.rope, backend=backend, **more)
+        given = inputs.q, of.k, of.v, of.lens, inputs.rope
+        return decode(*given, block_table=of.block_table, backend=backend)
 
     return run
 
@@ -181,14 +224,19 @@ def _sdpa(inputs: Inputs) -> Callable[[], torch.Tensor]:
     return run
 
 
-def _without_rotation(inputs: Inputs) -> Callable[[], torch.Tensor]:
+def _no_pairs() -> tuple[torch.Tensor, ...]:
+    """What a `Rotation` is made of that turns nothing."""
+    none = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    return none.new_empty((1, 2, 0)), none, none.double(), none
+
+
+def _without_rotation(inputs: Inputs, kind: str) -> Callable[[], torch.Tensor]:
     """The same kernel, planned with no pairs, on rotated keys."""
     from longrope_kernels.backends import triton_decode
 
     q, k = inputs.rotated
-    none = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    rotation = Rotation(none.new_empty((1, 2, 0)), none, none.double(), none)
-    cache, scale = CacheTensors(k, inputs.v, inputs.lens), q.shape[3] ** -0.5
+    rotation = Rotation(*_no_pairs())
+    cache, scale = inputs.cache(kind, k), q.shape[3] ** -0.5
     lse = q.new_empty((q.shape[0], q.shape[2], 1), dtype=torch.float32)
 
     def run() -> torch.Tensor:
@@ -223,32 +271,32 @@ def serves(name: str, shape: Shape) -> bool:
     if name == FLASHINFER:
         whole = shape.geometry.rotated == shape.geometry.dim
         return len(shape.lengths) == 1 and whole and shape.dtype != torch.float32
-    of = "triton" if name == NO_ROTATION else OURS.get(name, (None,))[0]
+    of = "triton" if name in NO_ROTATION.values() else OURS.get(name, (None,))[0]
     return of is None or shape.dtype in backends.DECODE_DTYPES[of]
 
 
 def allowed(name: str, inputs: Inputs) -> float:
-    """The largest error, relative to the largest value of the truth.
+    """The largest error, relative to the largest value of the truth of the same sequence.
 
-    Two roundings of the result and two of what is rounded on the way, to the dtype of the cache;
-    and what float32 angles and sums over so many keys make.
+    Two roundings of the result and two of what is rounded on the way, to the dtype of q; and what
+    float32 angles and sums over so many keys make.
     """
     eps = torch.finfo(inputs.shape.dtype).eps
-    if name in OURS and OURS[name][1] == "float8":
-        eps = torch.finfo(torch.float8_e4m3fn).eps
     longest = max(inputs.shape.lengths)
     angles = FAST if name == FLASHINFER else EXACT
     return 4 * eps + (longest**0.5 + angles * longest) * torch.finfo(torch.float32).eps
 
 
-def reading(inputs: Inputs) -> Ceiling:
-    """The cache read and nothing else; on a GPU, copied."""
+def reading(name: str, inputs: Inputs) -> Ceiling:
+    """The cache of a row read and nothing else; on a GPU, a dense one copied."""
     kv = (inputs.k, inputs.v)
     amount = sum(x.numel() * x.element_size() for x in kv)
-    if DEVICE.type == "cuda":
+    if CEILING == "copy":
         into = inputs.into
         return Ceiling(
-            "copy", lambda: [a.copy_(b) for a, b in zip(into, kv, strict=True)], 2 * amount
+            CEILING, lambda: [a.copy_(b) for a, b in zip(into, kv, strict=True)], 2 * amount
         )
-    words = [x.view(torch.int32).flatten() for x in kv]
-    return Ceiling("read", lambda: [x.max() for x in words], amount)
+    # The very memory: of two caches, the processor's would hold the one that was read last.
+    held = inputs.in_pages if kind_of(name) == "paged" else kv
+    words = [x.view(torch.int32).flatten() for x in held]
+    return Ceiling(CEILING, lambda: [x.max() for x in words], amount)

@@ -16,10 +16,14 @@ from clock import CLOCK, Clock, seconds
 from memory import available, peak_bytes
 from ropes import DEVICE, WrongResultError
 
+from longrope_kernels.report.machine import Asked
+
 FEWEST, MOST = 5, 60  # rounds
 REASONS: dict[str, str] = {}  # why a row of a group could not be timed
 SPENT = "the budget was spent"
+COMPILED = "torch.compile"  # in the name of a row
 COMPILING = 60  # seconds that torch.compile may take; with fewer left its rows are dropped
+CLOCKS: list[dict[str, str]] = []  # of the GPU, amid the rounds of each group
 deadline = math.inf  # by time.monotonic
 
 
@@ -112,9 +116,21 @@ def measure(
 
 def is_timed(item: pytest.Item) -> bool:
     """Whether the row was timed already, with the first of its group."""
-    if "name" not in getattr(getattr(item, "callspec", None), "params", {}):
-        return False
-    return _turns is not None and _turns.key == _of_item(item)[1]
+    return _turns is not None and is_row(item) and _turns.key == _row_of(item)[1]
+
+
+def fits(item: pytest.Item, seconds_a_row: float) -> bool:
+    """Whether the group of a row can be prepared and timed, the fewest rounds, in the time left.
+
+    By what rows of the same benchmark took, or ``seconds_a_row`` where there was none.
+    """
+    if deadline == math.inf or not is_row(item):
+        return True
+    left = deadline - time.monotonic()
+    _, key, names = _of_item(item)
+    if left < COMPILING:  # see `require_time_to_compile`
+        names = [name for name in names if COMPILED not in name]
+    return sum(_expected(key, name, seconds_a_row) for name in names) <= left
 
 
 def require_memory(amount: int) -> None:
@@ -131,6 +147,24 @@ def require_time_to_compile() -> None:
         raise NotMeasuredError(SPENT)
 
 
+def _expected(key: Any, name: str, unknown: float) -> float:
+    """Seconds to prepare a row and for its fewest rounds, by those of its name or its benchmark.
+
+    In proportion to the tokens, where there are more of them now.
+    """
+    seen = _took.get(key[0], {})
+    alike = [seen[name]] if name in seen else list(seen.values())
+    return max((took * max(1, _tokens(key) / n) for took, n in alike), default=unknown)
+
+
+def _tokens(key: Any) -> int:
+    """Of a group, by its parameters; 1 where they have none."""
+    of = dict(key[1])
+    tokens = [of.get("tokens", 0), *(getattr(x, "tokens", 0) for x in of.values())]
+    lengths = [sum(getattr(x, "lengths", ())) for x in of.values()]
+    return max(*tokens, *lengths, 1)
+
+
 class _Turns:
     """The rounds of all rows of a group."""
 
@@ -143,6 +177,8 @@ class _Turns:
         self.ceilings: dict[str, list[float]] = {}
         self._amounts: dict[str, tuple[int, int | None]] = {}  # of a row, of its ceiling
         self._peaks: dict[str, int | None] = {}
+        self._peers: Collection[str] = ()
+        self._one: dict[str, float] = {}  # seconds of a round, with what is not timed in it
         self._seconds, self._fewest, self._most = seconds_a_row, fewest, most
 
     def take(
@@ -151,29 +187,52 @@ class _Turns:
         """Check all rows, then time those that are right; what the budget cuts off is named."""
         rows: dict[str, Timed] = {}
         rounds: dict[str, int] = {}
+        self._peers = peers
         for name in names:
-            if time.monotonic() > deadline:
+            need = self._least(rounds) + _expected(self.key, name, 0.0)
+            if time.monotonic() + need > deadline:
                 self.failed[name] = NotMeasuredError(SPENT)
             else:
-                self._begin(name, prepare, name in peers, rows, rounds)
+                self._begin(name, prepare, rows, rounds)
+        self._shorten(rounds)
         if rounds:
             self._all_rounds(rows, rounds)
         for name in rows:
-            if not self.times[name]:
+            if name not in self.failed and len(self.times[name]) < self._fewest:
                 self.failed[name] = NotMeasuredError(SPENT)
+
+    def _least(self, rounds: Collection[str]) -> float:
+        """Seconds that the fewest rounds of these rows take."""
+        return self._fewest * sum(self._one[name] for name in rounds)
+
+    def _shorten(self, rounds: dict[str, int]) -> None:
+        """To what fits into the time left: the same part of each beyond the fewest."""
+        left = deadline - time.monotonic()
+        while rounds and self._least(rounds) > left:
+            rounds.popitem()
+        more = {name: n - self._fewest for name, n in rounds.items()}
+        spare = left - self._least(rounds)
+        wanted = sum(n * self._one[name] for name, n in more.items())
+        if wanted > spare:
+            rounds |= {name: self._fewest + int(n * spare / wanted) for name, n in more.items()}
 
     def _all_rounds(self, rows: dict[str, Timed], rounds: dict[str, int]) -> None:
         collects = gc.isenabled()
         gc.disable()
         passes = max(rounds.values())
+        asked = None
         for i in range(passes):
             if time.monotonic() > deadline:
                 break
+            if i == passes // 4:
+                asked = Asked() if DEVICE.type == "cuda" else None
             # Those of fewer rounds are spread over all passes; another row begins each time.
             due = [name for name, n in rounds.items() if (i + 1) * n // passes > i * n // passes]
             start = i % len(due)
             for name in due[start:] + due[:start]:
-                self._round(name, rows[name])
+                self._another_round(name, rows[name])
+        if asked is not None:
+            CLOCKS.append(asked.answer())
         if collects:
             gc.enable()
 
@@ -192,18 +251,22 @@ class _Turns:
         self,
         name: str,
         prepare: Callable[[str], Timed],
-        is_peer: bool,
         rows: dict[str, Timed],
         rounds: dict[str, int],
     ) -> None:
+        begin = time.monotonic()
         try:
             row = prepare(name)
             rounds[name] = self._rounds(name, row)
             rows[name] = row
-        except (NotMeasuredError, WrongResultError) as error:
-            self.failed[name] = error
+            took = time.monotonic() - begin + self._least([name])
+            _took.setdefault(self.key[0], {})[name] = took, _tokens(self.key)
         except Exception as error:
-            self.failed[name] = _cannot_run(error) if is_peer else error
+            self._fail(name, error)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        is_told = isinstance(error, (NotMeasuredError, WrongResultError))
+        self.failed[name] = error if is_told or name not in self._peers else _cannot_run(error)
 
     def _rounds(self, name: str, row: Timed) -> int:
         """How many there will be, by a first one, which is not counted."""
@@ -212,10 +275,18 @@ class _Turns:
         self._peaks[name] = _peak_of(row)
         begin = time.perf_counter()
         self._round(name, row)
-        one = time.perf_counter() - begin
+        one = self._one[name] = time.perf_counter() - begin
         self.times[name].clear()
         self.ceilings[name].clear()
         return min(self._most, max(self._fewest, round(self._seconds / one)))
+
+    def _another_round(self, name: str, row: Timed) -> None:
+        """None of a row that failed."""
+        if name not in self.failed:
+            try:
+                self._round(name, row)
+            except Exception as error:
+                self._fail(name, error)
 
     def _round(self, name: str, row: Timed) -> None:
         # The ceiling before each round, since the speed of a shared machine changes by the second.
@@ -226,6 +297,8 @@ class _Turns:
 
 
 _turns: _Turns | None = None
+# By benchmark and name of a row: seconds to prepare the latest and for its fewest rounds; tokens.
+_took: dict[Any, dict[str, tuple[float, int]]] = {}
 
 
 def _of_item(item: Any) -> tuple[str, Any, list[str]]:
@@ -233,6 +306,11 @@ def _of_item(item: Any) -> tuple[str, Any, list[str]]:
     name, key = _row_of(item)
     rows = (_row_of(x) for x in item.session.items if hasattr(x, "callspec"))
     return name, key, [n for n, k in rows if k == key]
+
+
+def is_row(item: Any) -> bool:
+    """Whether a test is a row of a group, by its parameters."""
+    return "name" in getattr(getattr(item, "callspec", None), "params", {})
 
 
 def _row_of(item: Any) -> tuple[str, Any]:

@@ -105,3 +105,13 @@ def assert_right(
     error = float((result.double() - right).abs().max() / right.abs().max())
     if not error <= allowed:
         raise WrongResultError(f"{name}, {what}: error {error:.1e}, allowed {allowed:.1e}")
+
+
+def assert_each_right(
+    name: str, what: str, result: torch.Tensor, right: torch.Tensor, allowed: float
+) -> None:
+    """`assert_right` of each index of the first axis alone, told by its own largest value."""
+    if result.shape != right.shape:
+        raise WrongResultError(f"{name}, {what}: {result.shape}, expected {right.shape}")
+    for i, (row, of_row) in enumerate(zip(result, right, strict=True)):
+        assert_right(name, f"{what} {i}", row, of_row, allowed)

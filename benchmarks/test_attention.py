@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import speeds
 import torch
 from attentions import (
     DTYPE,
@@ -87,13 +88,7 @@ def test_attention(
         kind=f"{direction}, {str(shape).partition(', ')[2]}",
         tokens=shape.tokens,
         copies=len(make_copies(shape).all),
-        bytes=traffic,
-        gb_per_s=1e-9 * traffic / row.median,
-        flops=flops,
-        tflop_per_s=1e-12 * flops / row.median,
-        matmul_seconds=found.ceiling_seconds,
-        matmul_fraction=row.fraction,
-        peak_bytes=found.peak_bytes,
+        **speeds.told(found, "matmul", traffic, flops),
         speedup_over_transformers_eager=row.speedup,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import speeds
 import torch
 from clock import CLOCK
 from measure import Ceiling, Timed, matmul, measure
@@ -29,6 +30,6 @@ def test_ceiling(benchmark: Any, request: pytest.FixtureRequest, name: str) -> N
     found = measure(benchmark, request, prepare, (), 0.5)
     if found is None:
         return
-    rate = found.amount / found.median
-    speed = {"gb_per_s": 1e-9 * rate} if name == "copy" else {"tflop_per_s": 1e-12 * rate}
-    benchmark.extra_info.update(work="ceiling", **speed)
+    speeds.REACHED[name] = found.amount / found.median
+    amounts = (found.amount, None) if name == "copy" else (None, found.amount)
+    benchmark.extra_info.update(work="ceiling", **speeds.told(found, name, *amounts))

@@ -6,15 +6,17 @@ short, and it is a check that everything runs.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
+import speeds
 from clock import CLOCK
 from copies import Prepared
 from decodes import (
-    FLASHINFER,
+    CEILING,
     NAMES,
-    OURS,
+    NO_ROTATION,
     PEERS,
     SDPA,
     Inputs,
@@ -28,7 +30,7 @@ from decodes import (
 )
 from measure import Timed, measure, require_memory
 from parameters import STEPS
-from ropes import DEVICE, assert_right
+from ropes import assert_each_right
 from table import Row, Table, median_of
 
 SHAPES = [(rank, Shape(*step)) for rank, step in STEPS]
@@ -37,7 +39,7 @@ TABLE = Table(
     "decoding: q (B, 1, 32, 128), keys and values of 8 heads of 128, or the model named, medians",
     "GB/s",
     1e9,
-    "of read" if DEVICE.type == "cpu" else "of copy",
+    f"of {CEILING}",
     "x SDPA",
     "of read, of copy: median ratio to reading (copying) the cache, timed before each round",
 )
@@ -62,16 +64,11 @@ def test_decode(benchmark: Any, request: pytest.FixtureRequest, shape: Shape, na
         shape = shape._replace(lengths=tuple(min(n, 130 + i) for i, n in enumerate(shape.lengths)))
     benchmark.group = f"decode, {shape}"
 
-    def traffic(name: str) -> int:
-        return shape.traffic(
-            1 if name in OURS and OURS[name][1] == "float8" else shape.dtype.itemsize
-        )
-
     def prepare(name: str) -> Timed:
-        require_memory(8 * traffic(name))  # a copy of the cache for each kind, and in float64
+        require_memory(8 * shape.traffic(SDPA))  # a copy for each kind of cache, and in float64
         copies = make_copies(shape)
         timed = copies.in_turn(lambda inputs: _prepared(name, inputs))
-        return Timed(*timed, copies.ceiling(reading), traffic(name))
+        return Timed(*timed, copies.ceiling(partial(reading, name)), shape.traffic(name))
 
     found = measure(benchmark, request, prepare, PEERS, SECONDS_A_ROW)
     if found is None:
@@ -79,17 +76,14 @@ def test_decode(benchmark: Any, request: pytest.FixtureRequest, shape: Shape, na
     sdpa = found.median if name == SDPA else median_of(ROWS, benchmark.group, SDPA)
     row = Row(benchmark.group, name, found.median, found.amount, found.fraction, sdpa)
     ROWS.append(row)
+    rotated = median_of(ROWS, benchmark.group, NO_ROTATION.get(name, ""))
     benchmark.extra_info.update(
         work="decode",
         kind=f"batch {len(shape.lengths)}, {str(shape.dtype)[6:]}{shape.geometry.suffix}",
         tokens=max(shape.lengths),
         copies=len(make_copies(shape).all),
-        bytes=found.amount,
-        gb_per_s=1e-9 * found.amount / row.median,
-        flops=shape.flops,
-        copy_seconds=found.ceiling_seconds,
-        copy_fraction=row.fraction,
-        peak_bytes=found.peak_bytes,
+        **speeds.told(found, CEILING, found.amount, shape.flops),
+        time_over_rotated_keys=rotated and found.median / rotated,
         speedup_over_sdpa=row.speedup,
     )
 
@@ -97,6 +91,6 @@ def test_decode(benchmark: Any, request: pytest.FixtureRequest, shape: Shape, na
 def _prepared(name: str, inputs: Inputs) -> Prepared:
     """What to time, after its result was checked; it takes no arguments."""
     run = implementation(name, inputs)
-    right = inputs.plain_truth if name == FLASHINFER else inputs.truth
-    assert_right(name, "out", run()[:, :, inputs.q_heads], right, allowed(name, inputs))
+    found = run()[:, :, inputs.q_heads]
+    assert_each_right(name, "sequence", found, inputs.truth_of(name), allowed(name, inputs))
     return run, tuple

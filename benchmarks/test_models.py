@@ -6,15 +6,30 @@ are small, and it is a check that everything runs.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
+import model_truth
 import pytest
+import speeds
 import torch
 from clock import CLOCK
 from measure import Timed, matmul, measure
-from models import DTYPE, KINDS, NAMES, NEW, PEERS, SWITCH, Step, missing, model, serves, step
-from ropes import DEVICE, assert_right
+from models import (
+    DTYPE,
+    KINDS,
+    NAMES,
+    NEW,
+    PEERS,
+    SMALL_SWITCH,
+    SWITCH,
+    Step,
+    amounts,
+    ids,
+    missing,
+    serves,
+    step,
+)
+from ropes import DEVICE, EXACT, FLOAT32, assert_right
 from table import Row, Table, median_of
 
 STEPS = [
@@ -24,7 +39,7 @@ STEPS = [
     Step(KINDS[2], SWITCH),
     Step(KINDS[3], SWITCH - NEW // 2),
 ]
-SMALL = 48
+SMALL = 48  # tokens of a forward where nothing is measured
 NOT_TIMED = {name: reason for name in NAMES if (reason := missing(name))}
 TABLE = Table(
     f"two layers of Phi-3-mini's geometry, batch of one, medians; generate: {NEW} tokens",
@@ -52,23 +67,15 @@ SECONDS_A_ROW = 1.0
 )
 def test_model(benchmark: Any, request: pytest.FixtureRequest, at: Step, name: str) -> None:
     full_size = bool(request.config.getoption("benchmark_only"))
-    at = at if full_size else at._replace(tokens=SMALL)
+    if not full_size:
+        small = SMALL if at.kind == "forward" else at.tokens - SWITCH + SMALL_SWITCH
+        at = at._replace(tokens=small)
     benchmark.group = f"model, {at}"
 
     def prepare(name: str) -> Timed:
         run = step(name, at, full_size)
-        # What the layers' roundings make, and transformers' float32 angles.
-        allowed = 64 * torch.finfo(DTYPE).eps + at.tokens * torch.finfo(torch.float32).eps
-        switches = name == "enabled, switch"
-        if at.kind == "generate":
-            _check_generated(name, run(), at.tokens, full_size, allowed)
-        elif not switches or at.kind != KINDS[2]:
-            # At the switch the cached hidden states are those of the short factors: other logits.
-            assert_right(name, "logits", run(), _truth(at, full_size), allowed)
-        weights = sum(p.numel() for p in model(name, full_size).model.layers.parameters())
-        again = at.kind in KINDS[2:] and not switches
-        tokens = {"forward": at.tokens, "generate": at.tokens + NEW}.get(at.kind, 0 if again else 1)
-        return Timed(run, tuple, matmul(), 2 * weights * (tokens + (at.tokens if again else 0)))
+        check(name, at, run(), full_size)
+        return Timed(run, tuple, matmul(), amounts(name, at, full_size)[1])
 
     found = measure(benchmark, request, prepare, PEERS, SECONDS_A_ROW, fewest=3)
     if found is None:
@@ -80,36 +87,34 @@ def test_model(benchmark: Any, request: pytest.FixtureRequest, at: Step, name: s
         kind=at.kind,
         tokens=at.tokens,
         device=DEVICE.type,
-        flops=found.amount,
-        tflop_per_s=1e-12 * found.amount / found.median,
-        matmul_seconds=found.ceiling_seconds,
-        matmul_fraction=found.fraction,
-        peak_bytes=found.peak_bytes,
+        **speeds.told(found, "matmul", *amounts(name, at, full_size)),
         speedup_over_transformers=ROWS[-1].speedup,
     )
 
 
-@lru_cache(maxsize=1)
-def _truth(at: Step, full_size: bool) -> torch.Tensor:
-    """What the untouched model says."""
-    return step(NAMES[0], at, full_size)().double()
+def check(name: str, at: Step, found: torch.Tensor, full_size: bool) -> None:
+    """Raises `WrongResultError` where logits, or the tokens of "generate", are wrong.
 
-
-def _check_generated(
-    name: str, ids: torch.Tensor, prompt: int, full_size: bool, allowed: float
-) -> None:
-    """Each new token has the highest logit of the untouched model, or as good as that.
-
-    Those made of more tokens than the switch by the long factors. Under "switch" they come from
-    hidden states made under the short ones and are not compared.
+    Each new token must have the highest logit there is, or one that is as good.
     """
-    untouched, last = model(NAMES[0], full_size), ids.shape[1] - 1
-    parts = [(prompt, min(SWITCH, last))]
-    if last > SWITCH and name != "enabled, switch":
-        parts.append((SWITCH + 1, last))
-    for first, end in parts:
-        with torch.no_grad():
-            made_of = untouched(ids[:, :end], logits_to_keep=end - first + 1, use_cache=False)
-        logits = made_of.logits[0].double()
-        chosen = logits.gather(1, ids[0, first : end + 1, None])
-        assert_right(name, f"tokens {first} to {end}", chosen, logits.amax(1, True), allowed)
+    if at.kind != "generate":
+        tokens = ids(at.tokens + (at.kind != "forward"))
+        right = model_truth.logits(name, tokens, tokens.shape[1] - 1, full_size)
+        assert_right(name, "logits", found, right, allowed(name, at.tokens))
+        return
+    right = model_truth.logits(name, found[:, :-1], at.tokens - 1, full_size)
+    chosen = right.gather(2, found[:, at.tokens :, None])
+    # Both that token's logit and the highest may be off.
+    assert_right(name, "tokens", chosen, right.amax(2, True), 2 * allowed(name, at.tokens))
+
+
+def allowed(name: str, tokens: int) -> float:
+    """The largest error, relative to the largest logit.
+
+    Each of the two layers rounds some eight times to the dtype of the model, half an eps at most:
+    together about two eps, and some logits are off by more. In float32 sums over up to 8192 numbers
+    round as well, and transformers' float32 angles.
+    """
+    angles = FLOAT32 if name in PEERS else EXACT
+    eps = torch.finfo(torch.float32).eps
+    return 8 * torch.finfo(DTYPE).eps + (8192**0.5 + angles * tokens) * eps

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import speeds
 import torch
 from clock import CLOCK
 from copies import Prepared
@@ -96,6 +97,8 @@ def test_rotary(
     eager = benchmark.group.replace("in place", "forward")
     copies = make_copies(tokens, dtype, geometry).all
     traffic = copies[0].traffic(direction)
+    # Two products and a sum for each of two results of a pair.
+    flops = 3 * tokens * (geometry.q_heads + geometry.k_heads) * geometry.rotated
     row = Row(
         benchmark.group,
         name,
@@ -110,14 +113,7 @@ def test_rotary(
         kind=f"{direction}, {str(dtype)[6:]}{geometry.suffix}",
         tokens=tokens,
         copies=len(copies),
-        bytes=row.amount,
-        gb_per_s=1e-9 * row.amount / row.median,
-        # Two products and a sum for each of two results of a pair.
-        flops=3 * tokens * (geometry.q_heads + geometry.k_heads) * geometry.rotated,
-        copy=copy_name,
-        copy_seconds=found.ceiling_seconds,
-        copy_fraction=row.fraction,
-        peak_bytes=found.peak_bytes,
+        **speeds.told(found, copy_name, traffic, None if name in COPIES else flops),
         speedup_over_transformers_eager=row.speedup,
     )
 

@@ -57,7 +57,8 @@ class Cache(ABC):
         self.layers = check_count("layers", layers, 1)
         if dtype not in (*arguments.FLOAT_DTYPES, FLOAT8):
             raise TypeError(
-                f"dtype: expected float32, bfloat16, float16, float64 or float8_e4m3fn, got {dtype!r}"
+                "dtype: expected float32, bfloat16, float16, float64 or float8_e4m3fn, got "
+                f"{dtype!r}"
             )
         self.dtype, self.device = dtype, _present(device)
         self._k_scale = self._scale("k_scale", k_scale)

@@ -28,9 +28,11 @@ def main() -> None:
 
 @app.command()
 def info() -> None:
-    """Print versions, devices, threads, the backends found and which one serves a call.
+    """Show versions, devices and backends, and which serves a call.
 
-    A backend that is missing says why and how to get it.
+    A backend that is missing says why and how to get it. Of attention, "plain" calls are causal or
+    not, "masked" ones also have a window, left padding or packed sequences, and "scored" ones
+    softcap or the log-sum-exp.
     """
     import torch
 
@@ -59,6 +61,8 @@ def info() -> None:
     typer.echo("\nbackend=None takes the first of these that is ready (float64: reference)")
     for device, names in backends.ROTARY_CHOICE.items():
         typer.echo(f"  apply_rotary  {device:<5} {' > '.join(names)}")
+    for device, names in backends.DECODE_CHOICE.items():
+        typer.echo(f"  decode        {device:<5} {' > '.join(names)}")
     for device, asks in backends.ATTENTION_CHOICE.items():
         for kind, names in asks.items():
             typer.echo(f"  attention     {device:<5} {kind:<7} {' > '.join(names)}")
@@ -73,7 +77,7 @@ def demo(
         bool, typer.Option("--quick", help="Small sizes: does everything run? (half a minute)")
     ] = False,
 ) -> None:
-    """Run a small Phi-3 with and without the kernels, then measure errors and times.
+    """Compare a small Phi-3 with and without the kernels.
 
     Prints whether the model agrees, the error against float64 at positions to 2M, and the time
     beside transformers and a plain copy, all measured here and now; writes them as results.json,
@@ -108,11 +112,12 @@ def tune(
         Path | None, typer.Option(help="JSON file for every timing, written at the end.")
     ] = None,
 ) -> None:
-    """Search the fastest tiles of the attention kernels on this GPU, and print the tables.
+    """Search the fastest tiles of the attention kernels on this GPU.
 
     Candidates that do not fit or spill are dropped, those that compute something else than the
-    present table are reported, the rest is timed with a cold L2 cache. The output is Python source
-    for CONFIGS in kernels/attention.py and kernels/attention_backward.py; progress goes to stderr.
+    present table are reported, the rest is timed with a cold L2 cache. Prints the tables as Python
+    source, for CONFIGS in kernels/attention.py and kernels/attention_backward.py; progress goes to
+    stderr.
     """
     import torch
 
@@ -155,7 +160,7 @@ def report(
     ] = None,
     budget: Annotated[
         float, typer.Option(min=1, help="Seconds for build, tests and benchmarks together.")
-    ] = 480,
+    ] = 420,
     tests: Annotated[
         bool, typer.Option("--tests/--no-tests", help="Run the tests before the benchmarks.")
     ] = True,
@@ -164,11 +169,13 @@ def report(
         typer.Option(metavar="BEFORE AFTER", help="Compare two reports and run nothing."),
     ] = None,
 ) -> None:
-    """Run the tests and benchmarks here and write report.md, results.json and plots.
+    """Run the tests and benchmarks here, and write a report.
 
-    From a checkout. Each function is checked before it is timed; the limits of the machine (a
-    copy, a matrix product) are measured in the same run. When the budget ends, the least important
-    rows are left out and named. With --compare, print what changed between two reports.
+    The report is report.md, results.json and plots. It needs a checkout. Each function is checked
+    before it is timed; the limits of the machine (a copy, a matrix product) are measured in the
+    same run. When the budget ends, the least important rows are left out and named. Fails, once
+    all is written, where a test or a benchmark failed. With --compare, print what changed between
+    two reports.
     """
     from . import report as reports
     from .report.compare import compare as compared
@@ -179,11 +186,14 @@ def report(
             return
         _require("report", "pytest", "pytest_benchmark")
         chosen = ("tests",) if tests else None
-        folder = reports.make(out, budget, tests=chosen, benchmarks=("benchmarks",))
-    except (ValueError, RuntimeError) as error:
+        made = reports.make(out, budget, tests=chosen, benchmarks=("benchmarks",))
+    except (ValueError, RuntimeError, OSError) as error:
         typer.echo(f"longrope report: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"\nwritten: {folder}/report.md")
+    typer.echo(f"\nwritten: {made.folder}/report.md")
+    if made.failed:
+        typer.echo(f"longrope report: {made.failed} failed, which the page lists", err=True)
+        raise typer.Exit(1)
 
 
 search_commands.register(app)

@@ -13,12 +13,15 @@ import copies
 import decodes
 import measure
 import memory
+import model_truth
 import models
 import parameters
 import ropes
 import rotations
+import speeds
 import test_attention as attention_rows
 import test_decode as decode_rows
+import test_models as model_rows
 import test_rotary as rotary_rows
 from ropes import WrongResultError
 
@@ -32,11 +35,14 @@ __all__ = [
     "decodes",
     "measure",
     "memory",
+    "model_rows",
+    "model_truth",
     "models",
     "parameters",
     "ropes",
     "rotary_rows",
     "rotations",
+    "speeds",
 ]
 
 

@@ -292,6 +292,19 @@ def test_the_budget_drops_what_is_compiled_first(
     attentions.implementation(attentions.EAGER, attention)
 
 
+def test_generate_of_transformers_is_timed_where_it_prefills_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at = models.Step("generate", models.SWITCH - 1)
+    monkeypatch.setattr("transformers.__version__", "5.20.0")
+    models.step("transformers", at, False)
+    monkeypatch.setattr("transformers.__version__", "5.19.0")
+    with pytest.raises(measure.NotMeasuredError, match=r"5\.19\.0 goes on from one token"):
+        models.step("transformers", at, False)
+    models.step("transformers", at._replace(tokens=48), False)  # which does not cross
+    models.step("enabled, recompute", at, False)
+
+
 def test_few_shapes_are_compiled() -> None:
     shapes = [attentions.Shape.of(*call) for _, call in parameters.PROMPTS]
     compiled = [s for s in shapes if attentions.serves(attentions.COMPILED, s, "forward")]

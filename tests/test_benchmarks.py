@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +47,7 @@ class Group:
         self.log: list[str] = []
         self.seconds = seconds
         self.rounds: dict[str, list[float]] = {}
+        self.seconds_a_row = 0.0
         session = SimpleNamespace(items=[])
         for name in (name for name in seconds if name != "ceiling"):
             spec = SimpleNamespace(params={"name": name, "size": 1})
@@ -73,7 +75,9 @@ class Group:
         benchmark = SimpleNamespace(disabled=False, group="group", pedantic=pedantic)
         config = SimpleNamespace(getoption=lambda option: full)
         request = SimpleNamespace(node=self.items[name], config=config)
-        return measure.measure(benchmark, request, prepare or self.prepare, peers, 0.0)
+        return measure.measure(
+            benchmark, request, prepare or self.prepare, peers, self.seconds_a_row
+        )
 
 
 def test_rows_are_timed_in_turns_each_after_its_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,9 +114,35 @@ def _rounds(of: dict[str, int]) -> Callable[..., int]:
     def rounds(self: Any, name: str, row: Any) -> int:
         self.times[name], self.ceilings[name] = [], []
         self._amounts[name], self._peaks[name] = (row.amount, row.ceiling.amount), None
+        self._one[name] = 0.0
         return of[name]
 
     return rounds
+
+
+def test_the_clocks_of_the_gpu_are_asked_for_amid_the_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = Group(monkeypatch, {"a": 1.0, "b": 2.0, "ceiling": 3.0})
+    monkeypatch.setattr(measure, "CLOCKS", [])
+    monkeypatch.setattr(measure, "DEVICE", torch.device("cuda"))
+
+    class Asked:
+        def __init__(self) -> None:
+            group.log.append("asked")
+
+        def answer(self) -> dict[str, str]:
+            group.log.append("answer")
+            return {"clocks.sm": "1980 MHz"}
+
+    monkeypatch.setattr(measure, "Asked", Asked)
+    group.measure("a")
+    group.measure("b")
+    # After the calls that prepare, two for each row and its ceiling, and the first pass.
+    assert group.log.index("asked") == 6 + 4
+    assert group.log[-1] == "answer"
+    assert group.log.count("asked") == 1
+    assert measure.CLOCKS == [{"clocks.sm": "1980 MHz"}]
 
 
 def test_what_is_found_is_told_by_the_ceiling_of_the_same_rounds(
@@ -155,6 +185,27 @@ def test_a_peer_that_cannot_run_is_named_and_ours_fails(monkeypatch: pytest.Monk
         group.measure("a", prepare, "b")
 
 
+@pytest.mark.parametrize("peers", [(), ("b",)])
+def test_a_row_that_raises_amid_the_rounds_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch, peers: tuple[str, ...]
+) -> None:
+    group = Group(monkeypatch, {"a": 1.0, "b": 2.0, "ceiling": 3.0})
+    call = group.call
+
+    def raises(name: str) -> float:
+        if name == "b" and group.log.count("b") == 4:
+            raise RuntimeError("an illegal address")
+        return call(name)
+
+    monkeypatch.setattr(group, "call", raises)
+    assert group.measure("a", None, *peers).median == 1.0
+    assert group.rounds["a"] == [1.0] * measure.FEWEST
+    assert gc.isenabled()
+    with pytest.raises(pytest.skip.Exception if peers else RuntimeError, match="illegal address"):
+        group.measure("b", None, *peers)
+    assert group.log.count("b") == 4
+
+
 def test_a_row_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(monkeypatch, {"a": 1.0, "ceiling": 3.0})
 
@@ -177,22 +228,109 @@ def test_a_backend_of_another_device_is_not_timed(monkeypatch: pytest.MonkeyPatc
         assert decodes.missing.__wrapped__("native, paged") == f"serves {serves} only"
 
 
-def test_what_the_budget_cuts_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = Group(monkeypatch, {"a": 1.0, "b": 2.0, "ceiling": 3.0})
-    now = iter([0, 1, 2, 3, 4, 99])  # before each row, then before each pass
-    monotonic = SimpleNamespace(monotonic=lambda: next(now), perf_counter=time.perf_counter)
-    monkeypatch.setattr(measure, "time", monotonic)
-    monkeypatch.setattr(measure, "deadline", 3.5)
-    assert group.measure("a").median == 1.0
-    assert len(group.rounds["a"]) == 2  # of more that were wanted
+# --------------------------------------------------------------------------------------- the budget
 
-    monkeypatch.setattr(measure, "_turns", None)
-    now = iter([0, 4, 4])
-    with pytest.raises(pytest.skip.Exception):
-        group.measure("a")  # checked, and no round was left
+
+class Budget(Group):
+    """Calls advance the clock by their seconds, which ends with ``deadline``."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], deadline: float
+    ) -> None:
+        super().__init__(monkeypatch, seconds)
+        self.now = 0.0
+        time = SimpleNamespace(monotonic=lambda: self.now, perf_counter=lambda: self.now)
+        monkeypatch.setattr(measure, "time", time)
+        monkeypatch.setattr(measure, "deadline", deadline)
+        monkeypatch.setattr(measure, "_took", {})
+
+    def call(self, name: str) -> float:
+        self.now += self.seconds[name]
+        return super().call(name)
+
+    def timed(self, name: str) -> Any:
+        """A skipped row fails the test."""
+        try:
+            return self.measure(name)
+        except pytest.skip.Exception as skipped:
+            pytest.fail(f"{name}: {skipped}")
+
+
+# A call for the memory and a round after its ceiling, for "a" and "b".
+PREPARED = 1.0 + 4.0 + 2.0 + 5.0
+FEWEST = measure.FEWEST * (4.0 + 5.0)  # seconds of the fewest rounds of both
+
+
+def test_a_row_whose_fewest_rounds_do_not_fit_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Budget(monkeypatch, {"a": 1.0, "b": 2.0, "ceiling": 3.0}, PREPARED + FEWEST - 1)
+    assert group.timed("a").median == 1.0
+    assert group.rounds["a"] == [1.0] * measure.FEWEST
     with pytest.raises(pytest.skip.Exception):
         group.measure("b")
-    assert list(measure.REASONS.items()) == [(f"group, {name}", measure.SPENT) for name in "ab"]
+    assert measure.REASONS == {"group, b": measure.SPENT}
+    assert group.now == PREPARED + 4.0 * measure.FEWEST
+
+
+def test_rounds_are_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Wanted are 10 and 8 rounds, 35 s more than the fewest; the half of that is left.
+    deadline = PREPARED + FEWEST + 17.5
+    group = Budget(monkeypatch, {"a": 1.0, "b": 2.0, "ceiling": 3.0}, deadline)
+    group.seconds_a_row = 40.0
+    group.timed("a")
+    group.timed("b")
+    assert {name: len(times) for name, times in group.rounds.items()} == {"a": 7, "b": 6}
+    assert group.now <= deadline
+
+
+def test_a_row_is_not_prepared_where_the_rounds_of_others_take_the_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = Budget(monkeypatch, {"a": 1.0, "b": 2.0, "ceiling": 3.0}, 5 + 4.0 * measure.FEWEST + 1)
+    group.timed("a")
+    assert group.log.count("a") == 2 + measure.FEWEST
+    assert group.log.count("b") == 0
+    assert measure.is_timed(group.items["b"])
+
+
+def test_a_row_cut_off_before_its_fewest_rounds_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Budget(monkeypatch, {"a": 1.0, "ceiling": 3.0}, 5 + 4.0 * measure.FEWEST)
+    call = group.call
+
+    def slower(name: str) -> float:
+        group.seconds["a"] = 1.0 if len(group.log) < 6 else 30.0
+        return call(name)
+
+    monkeypatch.setattr(group, "call", slower)
+    with pytest.raises(pytest.skip.Exception):
+        group.measure("a")
+    assert 2 < group.log.count("a") < 2 + measure.FEWEST
+    assert measure.REASONS == {"group, a": measure.SPENT}
+
+
+def test_a_group_is_not_begun_that_will_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Budget(monkeypatch, {"a": 1.0, "b": 2.0, "ceiling": 3.0}, 1000.0)
+    first = group.items["a"]
+    assert measure.fits(first, 500.0)  # two rows, of which nothing is known
+    assert not measure.fits(first, 500.1)
+    assert not measure.is_timed(first)
+    group.timed("a")
+    other = _of_size(group, tokens=10)
+    for left, fits in ((PREPARED + FEWEST, True), (PREPARED + FEWEST - 1, False)):
+        group.now = 1000.0 - left
+        assert measure.fits(first, 500.1) is fits
+        group.now = 1000.0 - 10 * left  # ten times the tokens
+        assert measure.fits(other, 500.1) is fits
+    monkeypatch.setattr(measure, "deadline", math.inf)
+    assert measure.fits(other, 1e9)
+
+
+def _of_size(group: Group, tokens: int) -> Any:
+    """Such rows of as many tokens; the first of them."""
+    session = SimpleNamespace(items=[])
+    for name in group.items:
+        spec = SimpleNamespace(params={"name": name, "tokens": tokens})
+        session.items.append(SimpleNamespace(callspec=spec, function="f", session=session))
+    return session.items[0]
 
 
 # --------------------------------------------------------------------------------------- the copies

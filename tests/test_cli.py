@@ -28,7 +28,8 @@ def test_info_prints_version_backends_and_the_choice():
     assert f"longrope_kernels {__version__}" in result.stdout
     for name in backends.BACKENDS:
         assert f"\n  {name}" in result.stdout
-    assert "native > reference" in result.stdout
+    for function in ("apply_rotary", "decode"):
+        assert f"\n  {function:<13} cpu   native > reference" in result.stdout
 
 
 def test_info_says_why_a_backend_is_missing(monkeypatch):

@@ -1,4 +1,4 @@
-"""`longrope report`: rows from pytest-benchmark, the page, the comparison, and what goes wrong."""
+"""`longrope report`: rows of the recorder, the page, the comparison, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -58,12 +58,19 @@ def benchmark(test: str, data: list[float], **info: Any) -> dict[str, Any]:
     return {"group": "g", "name": f"test[{test}]", "stats": stats, "extra_info": info}
 
 
-def test_rows_of_pytest_benchmark() -> None:
+def test_rows_of_the_recorder() -> None:
     data = [float(i) for i in range(11)]
-    of = {"benchmarks": [benchmark("a", data, name="ours", bytes=8)], "not_measured": {"x": "no"}}
-    read, missing = results.read_benchmarks(of)
+    lines = [
+        {"test": "a", "outcome": "passed", "benchmark": benchmark("a", data, name="ours", bytes=8)},
+        {"test": "b", "outcome": "failed", "reason": "E: wrong", "row": "g, theirs"},
+        {"test": "c", "outcome": "failed", "reason": "E: no such file"},
+        {"test": "d", "outcome": "skipped", "reason": "no", "row": "g, none"},
+        {"note": {"not_measured": {"x": "no"}}},
+    ]
+    read, found = results.benchmarks_of(map(json.dumps, lines))
     assert read == [Row("g", "ours", 5.0, 2.0, 8.0, 11, {"bytes": 8})]
-    assert missing == {"x": "no"}
+    assert found["failed"] == {"g, theirs": "E: wrong", "c": "E: no such file"}
+    assert found["not_measured"] == {"x": "no"}
 
 
 def test_a_test_that_fails_in_teardown_has_failed() -> None:
@@ -283,7 +290,7 @@ def test_the_page() -> None:
     ours = next(line for line in lines if line.startswith("| ours"))
     # 1.024 us, 10^6 operations in that time, of 100 TFLOP/s, 2.5 MB, twice the first row.
     assert [cell.strip() for cell in ours.split("|")[2:]] == [
-        *("1.0", "0.9", "1.1", "1.0", "0.01", "2.5", "2.00", "")
+        *("1.0", "0.9", "1.1", "0.977", "0.01", "2.5", "2.00", "")
     ]
     assert "- liger: not installed" in lines
     assert "![roofline](roofline.png)" in lines
@@ -312,6 +319,40 @@ def test_compare_says_what_is_more_than_noise(tmp_path: Path) -> None:
     assert [cell.strip() for cell in verdicts["slower"]] == ["+100.0 %", "20.0 %", "slower"]
     assert [cell.strip() for cell in verdicts["same"]] == ["+10.0 %", "20.0 %", ""]
     assert text.endswith("only before:\n  forward / gone\n\nonly after:\n  forward / new")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "change", "noise", "verdict"),
+    [
+        # The intervals of the first four do not meet; some are lopsided.
+        ((1.0, 1.0, 1.8, 9), (1.9, 1.9, 2.8, 9), "+90.0 %", "63.7 %", "slower"),
+        ((1.0, 0.7, 1.01, 9), (1.05, 1.02, 1.2, 9), "+5.0 %", "24.1 %", ""),
+        ((1.0, 0.99, 1.2, 9), (0.95, 0.8, 0.98, 9), "-5.0 %", "20.0 %", ""),
+        ((1.0, 0.98, 1.02, 9), (0.9, 0.88, 0.92, 9), "-10.0 %", "4.2 %", "faster"),
+        ((1.0, 0.9, 1.1, 9), (1.3, 1.05, 1.31, 9), "+30.0 %", "20.0 %", ""),
+        ((1.0, 1.0, 1.0, 1), (2.0, 2.0, 2.0, 9), "+100.0 %", "0.0 %", "too few rounds"),
+        ((1.0, 1.0, 1.0, 9), (0.5, 0.5, 0.5, 2), "-50.0 %", "0.0 %", "too few rounds"),
+        ((1.0, 0.99, 1.01, 3), (0.5, 0.49, 0.51, 3), "-50.0 %", "3.0 %", "faster"),
+    ],
+)
+def test_a_verdict_agrees_with_the_noise_beside_it(
+    tmp_path: Path, a: Any, b: Any, change: str, noise: str, verdict: str
+) -> None:
+    both = [
+        save(tmp_path / name, Row("g", "x", *times))
+        for name, times in zip("ab", (a, b), strict=True)
+    ]
+    line = compare(*both).splitlines()[-1]
+    assert [cell.strip() for cell in line.split("|")[5:8]] == [change, noise, verdict]
+
+
+def test_old_reports_compare(tmp_path: Path) -> None:
+    old = {"format": 1, "date": "2026-01-02", "rows": [vars(row("a", 1.0))]}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    text = compare(tmp_path / "old.json", save(tmp_path / "new", row("a", 0.5)))
+    assert "(an unknown machine, commit unknown)" in text
+    assert "(a processor, commit 0123456789ab)" in text
+    assert "faster" in text
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -346,9 +387,10 @@ def test_an_installed_package_has_nothing_to_report(tmp_path: Path) -> None:
 
 
 def test_from_a_checkout_to_a_page(tmp_path: Path) -> None:
-    out = report.make(
+    out, failed = report.make(
         tmp_path / "out", 60, tests=None, benchmarks=("benchmarks/test_ceilings.py",), builds=False
     )
+    assert failed == 0
     assert {file.name for file in out.iterdir()} >= {"report.md", "results.json"}
     content, members = results.load(out)
     assert [member.name for member in members] == ["copy", "matmul"]
@@ -361,6 +403,8 @@ def test_from_a_checkout_to_a_page(tmp_path: Path) -> None:
 
 def test_a_row_that_the_budget_drops_is_skipped() -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks/test_ceilings.py", "-q", "--budget=0"]
+    command += ["benchmarks/test_search.py", "-k", "ceiling or evaluator"]
     done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=True)
     assert "[2] benchmarks" in done.stdout
+    assert "2 passed, 2 skipped" in done.stdout
     assert "the budget was spent" in done.stdout

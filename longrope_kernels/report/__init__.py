@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import os
 import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import build, machine, page, plots, results, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS_SHARE = 0.45  # of the budget, at most; what the tests leave goes to the benchmarks
+WRITING = 5  # seconds for the page and its pictures
 
 
 def check_checkout(root: Path = ROOT) -> None:
@@ -29,6 +31,13 @@ def check_checkout(root: Path = ROOT) -> None:
             )
 
 
+class Written(NamedTuple):
+    """Where a report is, and how many tests, benchmarks and other parts of it failed."""
+
+    folder: Path
+    failed: int
+
+
 def make(
     out: Path | None,
     budget: float,
@@ -37,47 +46,75 @@ def make(
     benchmarks: tuple[str, ...],
     builds: bool = True,
     root: Path = ROOT,
-) -> Path:
+) -> Written:
     """Run everything and write report.md, results.json and PNGs into one folder.
 
     Args:
         out: the folder, made if needed; None for reports/<device>/<date>/ in the checkout. It is
             written at the end, all at once.
         budget: seconds for everything: the build of what `build.stale` names, the tests, and the
-            benchmarks, of which the least important rows are dropped.
+            benchmarks, of which the least important rows are dropped. The ceilings are measured
+            even where nothing of it is left.
         tests: what pytest is given to run, or None for no tests; `runs.options_here` on top.
         benchmarks: what pytest is given to time.
         builds: whether compiled backends that are missing or old are built first.
         root: the checkout.
 
-    Returns:
-        The folder.
-
     Raises:
-        RuntimeError: there is no checkout, or the benchmarks broke.
+        RuntimeError: there is no checkout.
+        ValueError: nothing can be written into ``out``; nothing was run.
+        OSError: nor could it be in the end. The message says where the report is.
     """
     check_checkout(root)
     begin = time.monotonic()
     facts = machine.describe(root)
     date = datetime.date.today().isoformat()
+    out = out or root / "reports" / machine.folder_name(facts) / date
+    check_out(out)
     report: dict[str, Any] = {"machine": facts, "date": date, "tests": None}
+    clocks = {"before": machine.clocks()}
     failed = build.build(root) if builds else None
     report["build"] = {"failed": failed, "seconds": time.monotonic() - begin}
     if tests is not None:
         share = TESTS_SHARE * (budget - report["build"]["seconds"])
-        report["tests"] = runs.run_tests(root, max(share, 0.0), (*runs.options_here(), *tests))
-    left = max(budget - (time.monotonic() - begin), 0.0)
-    rows, report["not_measured"] = runs.run_benchmarks(root, left, benchmarks)
-    facts["clocks after"] = machine.clocks()
+        report["tests"] = runs.run_tests(root, share, (*runs.options_here(), *tests))
+    left = budget - WRITING - (time.monotonic() - begin)
+    rows, found = runs.run_benchmarks(root, left, benchmarks)
+    facts["clocks"] = {**clocks, "during": found.pop("clocks"), "after": machine.clocks()}
+    report |= found
     report["seconds"] = time.monotonic() - begin
+    write(out, report, rows)
+    of_tests = report["tests"]["failed"] if report["tests"] else ()
+    return Written(out, len(report["failed"]) + len(of_tests))
 
-    out = out or root / "reports" / machine.folder_name(facts) / date
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+
+def check_out(out: Path) -> None:
+    """Raises ValueError where no folder can be made or written into at ``out``."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--out: expected a folder or a path to make one at, {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out: expected a folder that can be written, {there} cannot be")
+
+
+def write(out: Path, report: dict[str, Any], rows: list[results.Row]) -> None:
+    """All files of a report, whose "failed" is told of pictures that could not be drawn.
+
+    Raises:
+        OSError: they cannot be put into ``out``; the message says where they are.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="longrope-report-"))
+    try:
         pictures = plots.draw(rows, folder)
-        results.save(folder / "results.json", report, rows)
-        (folder / "report.md").write_text(page.render(report, rows, pictures), encoding="utf-8")
+    except Exception as error:  # the numbers are worth more than their pictures
+        pictures = []
+        report["failed"]["the pictures"] = f"{type(error).__name__}: {error}"
+    results.save(folder / "results.json", report, rows)
+    (folder / "report.md").write_text(page.render(report, rows, pictures), encoding="utf-8")
+    try:
         out.mkdir(parents=True, exist_ok=True)
         for file in folder.iterdir():
             shutil.copy(file, out / file.name)
-    return out
+    except OSError as error:
+        raise OSError(f"--out: {error}; the report is in {folder}") from error
+    shutil.rmtree(folder)

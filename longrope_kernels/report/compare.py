@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .results import Row, load
 from .text import table
+
+ENOUGH = 3  # rounds, of which the times at 20 and 80 % are not all one
 
 
 def compare(before: Path, after: Path) -> str:
     """A table of the rows that both reports have, and the names of those that one lacks.
 
-    A change counts where the two intervals from p20 to p80 do not meet.
+    A change counts where the two intervals from p20 to p80 do not meet, it is larger than their
+    noise together, and both rows have `ENOUGH` rounds.
 
     Raises:
         ValueError: one of them is no report.
@@ -32,24 +36,28 @@ def compare(before: Path, after: Path) -> str:
 
 def _cells(a: Row, b: Row) -> tuple[str, ...]:
     ratio = b.median / a.median
-    verdict = ""
-    if b.p80 < a.p20:
-        verdict = "faster"
-    elif a.p80 < b.p20:
-        verdict = "slower"
+    noise = a.noise + b.noise
     return (
         a.group,
         a.name,
         f"{1e6 * a.median:.1f}",
         f"{1e6 * b.median:.1f}",
         f"{100 * (ratio - 1):+.1f} %",
-        f"{100 * (a.noise + b.noise):.1f} %",
-        verdict,
+        f"{100 * noise:.1f} %",
+        _verdict(a, b, abs(ratio - 1) > noise),
     )
 
 
-def _where(report: dict[str, object]) -> str:
-    machine = report["machine"]
-    assert isinstance(machine, dict)
-    gpu = machine.get("gpu")
-    return f"{gpu['name'] if gpu else machine['cpu']}, commit {machine['commit']}"
+def _verdict(a: Row, b: Row, is_more_than_noise: bool) -> str:
+    if min(a.rounds, b.rounds) < ENOUGH:
+        return "too few rounds"
+    if is_more_than_noise and b.p80 < a.p20:
+        return "faster"
+    return "slower" if is_more_than_noise and a.p80 < b.p20 else ""
+
+
+def _where(report: dict[str, Any]) -> str:
+    """Of any age: what a report does not say is unknown."""
+    machine = report.get("machine", {})
+    name = (machine.get("gpu") or {}).get("name") or machine.get("cpu") or "an unknown machine"
+    return f"{name}, commit {machine.get('commit') or 'unknown'}"

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 
-_SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+_LASTING = ("driver_version", "clocks.max.sm", "power.limit")
+_NUMBER = r"(\d+(?:\.\d+)?) ?(\S*)"  # and its unit
+_CHANGING = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
 def describe(root: Path) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def describe(root: Path) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            **_smi(),
+            **_smi(_LASTING),
         }
     return facts
 
@@ -48,8 +51,51 @@ def folder_name(facts: dict[str, Any]) -> str:
 
 
 def clocks() -> dict[str, str]:
-    """What nvidia-smi says now; empty without it."""
-    return _smi() if torch.cuda.is_available() else {}
+    """What nvidia-smi says now of what changes; empty without it."""
+    return _smi(_CHANGING) if torch.cuda.is_available() else {}
+
+
+class Asked:
+    """`clocks` of a time when this process has other things to do.
+
+    ``answer`` is of what nvidia-smi said since, or empty where it has said nothing yet.
+    """
+
+    def __init__(self) -> None:
+        self._process = None
+        if shutil.which("nvidia-smi") is not None:
+            self._process = subprocess.Popen(
+                _question(_CHANGING),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,
+                text=True,
+            )
+
+    def answer(self) -> dict[str, str]:
+        if self._process is None:
+            return {}
+        too_late = self._process.poll() is None
+        if too_late:
+            self._process.kill()
+        line, _ = self._process.communicate()
+        return {} if too_late or self._process.returncode else _values(_CHANGING, line)
+
+
+def spread(samples: list[dict[str, str]]) -> dict[str, dict[str, Any]]:
+    """Of each field the lowest, the median and the highest, their unit and how many there are."""
+    result = {}
+    for name in _CHANGING:
+        texts = (sample.get(name, "") for sample in samples)
+        found = [match for text in texts if (match := re.fullmatch(_NUMBER, text))]
+        numbers = [float(match[1]) for match in found]
+        if numbers:
+            result[name] = {
+                **{"min": min(numbers), "median": statistics.median(numbers), "max": max(numbers)},
+                "unit": found[0][2],
+                "samples": len(numbers),
+            }
+    return result
 
 
 def _version(package: str) -> str | None:
@@ -80,13 +126,17 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _smi() -> dict[str, str]:
-    query = f"--query-gpu={','.join(_SMI_FIELDS)}"
-    line = _output("nvidia-smi", query, "--format=csv,noheader", "--id=0")
-    if line is None:
-        return {}
-    values = (value.strip() for value in line.split(","))
-    return dict(zip(_SMI_FIELDS, values, strict=False))
+def _smi(fields: tuple[str, ...]) -> dict[str, str]:
+    line = _output(*_question(fields))
+    return {} if line is None else _values(fields, line)
+
+
+def _question(fields: tuple[str, ...]) -> tuple[str, ...]:
+    return ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0")
+
+
+def _values(fields: tuple[str, ...], line: str) -> dict[str, str]:
+    return dict(zip(fields, (value.strip() for value in line.split(",")), strict=False))
 
 
 def _output(*command: str) -> str | None:

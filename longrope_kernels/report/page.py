@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import notes
 from .results import CEILINGS, Row, groups
-from .text import table
+from .text import significant, table
 
 
 def render(report: dict[str, Any], rows: list[Row], plots: list[str]) -> str:
@@ -13,7 +14,8 @@ def render(report: dict[str, Any], rows: list[Row], plots: list[str]) -> str:
     machine = report["machine"]
     where = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
     lines = [f"# longrope_kernels on {where}", "", f"{report['date']}. All numbers are of one run."]
-    lines += ["", "## Machine", "", *_machine(machine), *_times(report)]
+    lines += ["", "## Machine", "", *notes.machine_facts(machine), *_times(report)]
+    lines += notes.failures(report)
     by_group = groups(rows)
     ceilings = by_group.pop(CEILINGS, [])
     if ceilings:
@@ -25,30 +27,19 @@ def render(report: dict[str, Any], rows: list[Row], plots: list[str]) -> str:
             "## Measurements",
             "",
             "Medians in microseconds, with the times at 20 and 80 % of the rounds. GB/s and TFLOP/s"
-            ' count what the work needs, not what an implementation moves. "of limit": of the'
-            " copy or the matrix product above, whichever bounds the work, timed in turns with the"
-            ' row. The rows of a group are timed in turns too, a round of each. "peak MB": memory'
-            " that a call takes beyond its inputs.",
+            ' count what the work needs, not what an implementation moves. "of copy", "of matmul":'
+            ' of the ceilings above. "of limit": of what bounds the work ("limit"), timed in turns'
+            ' with the row: that matrix product, or the same tensors copied ("clone": into fresh'
+            ' memory; "read": read alone). The rows of a group are timed in turns too, a round of'
+            ' each. "peak MB": memory that a call takes beyond its inputs. "time / rotated": over'
+            " that of the same kernel on keys that were rotated before.",
         ]
     for group, members in by_group.items():
         lines += ["", f"### {group}", "", *_group(members)]
     lines += [f"\n![{name.removesuffix('.png')}]({name})" for name in plots]
-    if report["not_measured"]:
-        lines += ["", "## Not measured", ""]
-        lines += [f"- {name}: {reason}" for name, reason in report["not_measured"].items()]
+    lines += notes.not_measured(report)
     lines += ["", "## Tests", "", *_tests(report["tests"])]
     return "\n".join(lines) + "\n"
-
-
-def _machine(machine: dict[str, Any]) -> list[str]:
-    facts = {name: value for name, value in machine.items() if name != "gpu"}
-    for name, value in machine.get("gpu", {}).items():
-        facts[f"gpu {name}".replace("_", " ")] = value
-    facts.update(machine.get("clocks after", {}))
-    return table(
-        ("fact", "value"),
-        [(name, str(value)) for name, value in facts.items() if not isinstance(value, dict)],
-    )
 
 
 def _times(report: dict[str, Any]) -> list[str]:
@@ -62,8 +53,8 @@ def _times(report: dict[str, Any]) -> list[str]:
 
 
 def _group(rows: list[Row]) -> list[str]:
-    columns = ["name", "us", "p20", "p80", "GB/s", "TFLOP/s", "of limit", "peak MB"]
-    columns.append(f"x {rows[0].name}")
+    columns = ["name", "us", "p20", "p80", "GB/s", "of copy", "TFLOP/s", "of matmul"]
+    columns += ["of limit", "limit", "peak MB", "time / rotated", f"x {rows[0].name}"]
     cells = []
     for row in rows:
         info = row.info
@@ -71,10 +62,14 @@ def _group(rows: list[Row]) -> list[str]:
             (
                 row.name,
                 *(f"{1e6 * time:.1f}" for time in (row.median, row.p20, row.p80)),
-                _number(info.get("gb_per_s"), ".1f"),
-                _number(info.get("tflop_per_s"), ".1f"),
+                _significant(info.get("gb_per_s")),
+                _number(info.get("of_copy"), ".2f"),
+                _significant(info.get("tflop_per_s")),
+                _number(info.get("of_matmul"), ".2f"),
                 _number(limit_fraction(row), ".2f"),
+                info.get("ceiling", "-"),
                 _number(_peak_megabytes(row), ".1f"),
+                _number(info.get("time_over_rotated_keys"), ".3f"),
                 f"{rows[0].median / row.median:.2f}",
             )
         )
@@ -96,7 +91,12 @@ def _peak_megabytes(row: Row) -> float | None:
 
 def _speed(row: Row) -> str:
     speeds = [("tflop_per_s", "TFLOP/s"), ("gb_per_s", "GB/s")]
-    return ", ".join(f"{row.info[key]:.0f} {unit}" for key, unit in speeds if row.info.get(key))
+    known = [(row.info[key], unit) for key, unit in speeds if row.info.get(key)]
+    return ", ".join(f"{significant(speed)} {unit}" for speed, unit in known)
+
+
+def _significant(value: float | None) -> str:
+    return "-" if value is None else significant(value)
 
 
 def _number(value: float | None, form: str) -> str:

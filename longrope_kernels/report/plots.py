@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from .results import CEILINGS, Row
+from .text import significant
 
 MOST = 5
 
@@ -51,7 +52,7 @@ def _roofline(rows: list[Row], path: Path) -> bool:
         axes.scatter(*zip(*mine, strict=True), label=name, s=18)
     axes.set(
         xscale="log", yscale="log", xlabel="FLOP a byte (needed)", ylabel="FLOP/s",
-        title=f"ceilings of this run: {copy:.0f} GB/s, {matmul:.1f} TFLOP/s",
+        title=f"ceilings of this run: {significant(copy)} GB/s, {significant(matmul)} TFLOP/s",
     )  # fmt: skip
     axes.legend(fontsize=7)
     return _save(figure, path)
@@ -90,7 +91,8 @@ def _lengths(work: str, rows: list[Row], path: Path) -> bool:
 
 
 def _unit(rows: list[Row]) -> tuple[str, str]:
-    if all("tflop_per_s" in row.info for row in rows):
+    """That of what bounds them."""
+    if all("matmul_fraction" in row.info for row in rows):
         return "TFLOP/s", "tflop_per_s"
     return "GB/s", "gb_per_s"
 

@@ -1,6 +1,7 @@
 """A pytest plugin: one JSON line a finished test, so that a run cut short has told what it knew.
 
 ``python -m pytest -p longrope_kernels.report.recorder`` with ``LONGROPE_RECORD`` naming the file.
+A benchmark's line has its row; see benchmarks/conftest.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ def pytest_configure(config: Any) -> None:
         config.pluginmanager.register(_Recorder(path), "longrope-recorder")
 
 
+def note(config: Any, what: dict[str, Any]) -> None:
+    """A line of what is known beside the tests, where a recorder runs."""
+    recorder = config.pluginmanager.get_plugin("longrope-recorder")
+    if recorder is not None:
+        recorder.write({"note": what})
+
+
 class _Recorder:
     def __init__(self, path: str) -> None:
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
@@ -25,9 +33,21 @@ class _Recorder:
         if report.when != "call" and report.outcome == "passed":
             return
         line = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
-        if report.outcome != "passed":
-            line["reason"] = _reason(report.longrepr)
-        self._file.write(json.dumps(line) + "\n")
+        told = dict(report.user_properties)
+        if report.outcome == "passed":
+            line |= {"benchmark": told["benchmark"]} if "benchmark" in told else {}
+        else:
+            line |= {"reason": _reason(report.longrepr), "row": told.get("row")}
+        self.write(line)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """A file whose tests cannot be collected has failed."""
+        if report.outcome == "failed":
+            line = {"test": report.nodeid, "outcome": "failed", "reason": _reason(report.longrepr)}
+            self.write(line)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, default=str) + "\n")
 
     def pytest_unconfigure(self) -> None:
         self._file.close()

@@ -1,4 +1,4 @@
-"""The rows of a report: read from pytest-benchmark's JSON, kept in results.json."""
+"""The rows of a report: read from the recorder's lines, kept in results.json."""
 
 from __future__ import annotations
 
@@ -35,10 +35,23 @@ class Row:
         return (self.p80 - self.p20) / (2 * self.median)
 
 
-def read_benchmarks(data: dict[str, Any]) -> tuple[list[Row], dict[str, str]]:
-    """The rows of pytest-benchmark's JSON, and what was not measured with the reasons."""
-    rows = [_row(benchmark) for benchmark in data["benchmarks"]]
-    return rows, data.get("not_measured", {})
+def benchmarks_of(lines: Iterable[str]) -> tuple[list[Row], dict[str, Any]]:
+    """The rows in the recorder's lines, and what else they tell.
+
+    That is "failed" and "not_measured", with reasons; "dropped" by the budget, counts of rows by
+    benchmark and group; "clocks" seen.
+    """
+    rows: list[Row] = []
+    found: dict[str, Any] = {"failed": {}, "not_measured": {}, "dropped": {}, "clocks": {}}
+    for line in lines:
+        entry = json.loads(line)
+        if "note" in entry:
+            found |= entry["note"]
+        elif "benchmark" in entry:
+            rows.append(_row(entry["benchmark"]))
+        elif entry["outcome"] == "failed":
+            found["failed"][entry.get("row") or entry["test"]] = entry["reason"]
+    return rows, found
 
 
 def _row(benchmark: dict[str, Any]) -> Row:
@@ -93,6 +106,32 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
         raise ValueError(
             f"{file}: expected a results.json of this package, got {error!r}"
         ) from None
+
+
+def speeds(
+    seconds: float, nbytes: float | None, flops: float | None, reached: dict[str, float]
+) -> dict[str, float]:
+    """How fast a row was, and its shares of what the ceilings of the same run reached.
+
+    Args:
+        seconds: its time.
+        nbytes: what its work has to read and write, if that is told.
+        flops: what it has to compute, if that is told.
+        reached: bytes a second of "copy", FLOP a second of "matmul", where they were timed.
+
+    Returns:
+        ``gb_per_s`` and ``of_copy``, ``tflop_per_s`` and ``of_matmul``, as far as they are known.
+    """
+    known = {}
+    for amount, speed, unit, ceiling in (
+        (nbytes, "gb_per_s", 1e9, "copy"),
+        (flops, "tflop_per_s", 1e12, "matmul"),
+    ):
+        if amount:
+            known[speed] = amount / seconds / unit
+            if ceiling in reached:
+                known[f"of_{ceiling}"] = amount / seconds / reached[ceiling]
+    return known
 
 
 def groups(rows: list[Row]) -> dict[str, list[Row]]:

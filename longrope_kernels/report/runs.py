@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .results import Row, read_benchmarks, tests_of
+from .results import Row, benchmarks_of, tests_of
 
 MOST_PROCESSES = 16  # that share a GPU; each has a context there
+LATE = 5  # seconds that a row may take beyond the budget before the benchmarks are stopped
+CEILINGS = 45  # seconds that they have at least, in which they measure the ceilings
+ENDED = (0, 1, None)  # pytest: all passed, some failed, or it was stopped when its time was over
+RECORDER = ("-p", "longrope_kernels.report.recorder", "-q", "--no-header")
 
 
 def options_here() -> tuple[str, ...]:
@@ -36,18 +40,14 @@ def options_here() -> tuple[str, ...]:
 
 def run_tests(root: Path, seconds: float, arguments: tuple[str, ...]) -> dict[str, Any]:
     """What passed and what did not, within ``seconds``; see `results.tests_of`."""
-    with tempfile.TemporaryDirectory() as folder:
-        record = Path(folder) / "record.jsonl"
-        record.touch()
-        complete = _pytest(
-            root,
-            ["-p", "longrope_kernels.report.recorder", "-q", "--no-header", *arguments],
-            {"LONGROPE_RECORD": str(record), **_threads(arguments)},
-            seconds,
-        )
-        # A line may have been cut short with the process.
-        lines = [line for line in record.read_text("utf-8").splitlines() if line.endswith("}")]
-    return {**tests_of(lines), "complete": complete}
+    if seconds <= 0:
+        return {**tests_of([]), "complete": False}
+    lines, status = _recorded(root, arguments, _threads(arguments), seconds)
+    found = tests_of(lines)
+    if status not in ENDED:
+        found["failed"].append("the tests")
+        found["reasons"]["the tests"] = f"pytest ended with {status}; its output tells why"
+    return {**found, "complete": status is not None}
 
 
 def _threads(arguments: tuple[str, ...]) -> dict[str, str]:
@@ -57,36 +57,43 @@ def _threads(arguments: tuple[str, ...]) -> dict[str, str]:
 
 def run_benchmarks(
     root: Path, seconds: float, arguments: tuple[str, ...]
-) -> tuple[list[Row], dict[str, str]]:
-    """The rows, and what was not measured with the reasons.
+) -> tuple[list[Row], dict[str, Any]]:
+    """The rows, and what else there is to tell; see `results.benchmarks_of`.
 
-    Raises:
-        RuntimeError: the benchmarks broke before they wrote anything.
+    The ceilings are measured whatever ``seconds`` is. A run that broke, or that one row kept from
+    its end, has what it had measured.
     """
+    budget = ("--benchmark-only", f"--until={time.time() + seconds}")
+    longest = max(seconds + LATE, CEILINGS)
+    lines, status = _recorded(root, (*budget, *arguments), {}, longest)
+    rows, found = benchmarks_of(lines)
+    if status is None:
+        found["not_measured"]["what came next"] = "a row took much longer than was left for it"
+    if status not in ENDED:
+        found["failed"]["the benchmarks"] = f"pytest ended with {status}; its output tells why"
+    elif not (rows or found["failed"]):
+        found["failed"]["the benchmarks"] = "nothing was measured"
+    return rows, found
+
+
+def _recorded(
+    root: Path, arguments: tuple[str, ...], environment: dict[str, str], seconds: float
+) -> tuple[list[str], int | None]:
+    """The recorder's lines, and pytest's exit status, or None where it was stopped."""
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "benchmarks.json"
-        _pytest(
-            root,
-            [
-                "--benchmark-only",
-                f"--benchmark-json={data}",
-                f"--budget={seconds:.0f}",
-                "-q",
-                "--no-header",
-                *arguments,
-            ],
-            {},
-            None,
-        )
-        if not data.exists() or not data.stat().st_size:
-            raise RuntimeError("the benchmarks ended without a result; their output is above")
-        return read_benchmarks(json.loads(data.read_text("utf-8")))
+        record = Path(folder) / "record.jsonl"
+        record.touch()
+        environment = {"LONGROPE_RECORD": str(record), **environment}
+        status = _pytest(root, [*RECORDER, *arguments], environment, seconds)
+        # The last line may have been cut short with the process.
+        lines = record.read_text("utf-8").rpartition("\n")[0].splitlines()
+    return lines, status
 
 
 def _pytest(
-    root: Path, arguments: list[str], environment: dict[str, str], seconds: float | None
-) -> bool:
-    """Whether pytest came to its end in time; its output goes through."""
+    root: Path, arguments: list[str], environment: dict[str, str], seconds: float
+) -> int | None:
+    """pytest's exit status, None where it was stopped; its output goes through."""
     command = [sys.executable, "-m", "pytest", *arguments]
     # Not those of a pytest around this one: under xdist it would time nothing.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
@@ -99,13 +106,12 @@ def _pytest(
         start_new_session=True,
     )
     try:
-        process.wait(seconds)
-        return True
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)  # pytest ends its workers and says what it has
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
-        return False
+        return None
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -25,5 +25,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
+def significant(value: float) -> str:
+    """Three digits at least; 0.0612, 1.5, 4213."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _is_number(cell: str) -> bool:
     return not cell or cell == "-" or cell[0] in "+-0123456789"

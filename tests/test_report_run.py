@@ -1,0 +1,354 @@
+"""A run of `longrope report` in which something goes wrong: what is left of it is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from longrope_kernels import report
+from longrope_kernels.cli import app
+from longrope_kernels.report import machine, page, plots, results, runs
+
+BENCHMARKS = report.ROOT / "benchmarks"
+ROWS = """
+import os, signal, time
+import pytest
+from clock import HOST
+from measure import Timed, measure
+from ropes import WrongResultError
+
+SECONDS_A_ROW = 0.001
+
+
+def prepare(name):
+    if name == "wrong":
+        raise WrongResultError("wrong, q: error 5.0e-01, allowed 1.0e-02")
+    if name in ("ours", "peer"):
+        raise RuntimeError(f"no kernel for {name}")
+    if name == "crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "hang":
+        time.sleep(600)
+    return Timed(lambda: None, tuple, None, 1)
+
+
+@pytest.mark.benchmark(timer=HOST.now)
+@pytest.mark.parametrize(("size", "name"), NAMES)
+def test_rows(benchmark, request, size, name):
+    benchmark.group = f"group of {size}"
+    found = measure(benchmark, request, prepare, ("peer",), SECONDS_A_ROW, clock=HOST)
+    benchmark.extra_info["amount"] = found.amount
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """With this repository's benchmarks, and tests/ that has none."""
+    root = tmp_path / "checkout"
+    (root / "tests").mkdir(parents=True)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(BENCHMARKS, root / "benchmarks", ignore=ignored)
+    (root / "longrope_kernels").symlink_to(report.ROOT / "longrope_kernels")
+    (root / "pytest.ini").write_text("[pytest]\nmarkers =\n    less_important\n")
+    return root
+
+
+def write(root: Path, *names: tuple[str, str], file: str = "test_rows.py") -> str:
+    (root / "benchmarks" / file).write_text(ROWS.replace("NAMES", repr(list(names))))
+    return f"benchmarks/{file}"
+
+
+def make(root: Path, budget: float, *benchmarks: str, tests: Any = None) -> report.Written:
+    options = {"tests": tests, "benchmarks": ("-p", "no:cacheprovider", *benchmarks)}
+    return report.make(root / "out", budget, **options, builds=False, root=root)
+
+
+def test_a_benchmark_that_failed_is_told(checkout: Path) -> None:
+    names = [("1", name) for name in ("right", "wrong", "ours", "peer")]
+    made = make(checkout, 100, write(checkout, *names))
+    content, rows = results.load(made.folder)
+    assert [row.key for row in rows] == [("group of 1", "right")]
+    assert (rows[0].rounds >= 5, rows[0].info) == (True, {"amount": 1})
+    wrong = "ropes.WrongResultError: wrong, q: error 5.0e-01, allowed 1.0e-02"
+    assert content["failed"] == {
+        "group of 1, wrong": wrong,
+        "group of 1, ours": "RuntimeError: no kernel for ours",
+    }
+    assert content["not_measured"]["group of 1, peer"] == "RuntimeError: no kernel for peer"
+    assert made.failed == 2
+    text = (made.folder / "report.md").read_text("utf-8")
+    assert f"\n## Failed\n\n- group of 1, wrong: {wrong}\n- group of 1, ours: " in text
+    assert text.index("## Machine") < text.index("## Failed") < text.index("## Measurements")
+
+
+def test_a_crash_leaves_what_was_measured(checkout: Path) -> None:
+    made = make(checkout, 100, write(checkout, ("1", "right"), ("2", "crash"), ("3", "right")))
+    content, rows = results.load(made.folder)
+    assert [row.key for row in rows] == [("group of 1", "right")]
+    assert content["failed"] == {"the benchmarks": "pytest ended with -9; its output tells why"}
+
+
+def test_a_row_that_does_not_end_is_stopped(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float | None] = []
+
+    class Impatient(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.record = Path((kwargs.get("env") or {}).get("LONGROPE_RECORD", ""))
+            super().__init__(*args, **kwargs)
+
+        def wait(self, timeout: float | None = None) -> int:
+            waited.append(timeout)
+            while timeout == runs.CEILINGS and not self.record.read_text():
+                time.sleep(0.1)
+            return super().wait(0 if timeout == runs.CEILINGS else timeout)
+
+    monkeypatch.setattr(runs.subprocess, "Popen", Impatient)
+    write(checkout, ("1", "right"), ("2", "hang"), ("3", "right"))
+    # With a budget that is spent; the first row is of a file whose rows are measured still.
+    shutil.copy(checkout / "benchmarks" / "test_rows.py", checkout / "benchmarks/test_ceilings.py")
+    made = make(checkout, 0, "benchmarks/test_ceilings.py")
+    content, rows = results.load(made.folder)
+    assert [row.key for row in rows] == [("group of 1", "right")]
+    assert content["dropped"] == {"ceilings": {"2": 1, "3": 1}}
+    assert "took much longer" in content["not_measured"]["what came next"]
+    assert runs.CEILINGS in waited
+    assert made.failed == 0
+
+
+def test_where_no_time_is_left_the_ceilings_are_measured(checkout: Path) -> None:
+    names = [(size, name) for size in ("1 x 8", "2 x 8") for name in ("a", "b", "c")]
+    file = write(checkout, *names)
+    made = make(checkout, 0, "benchmarks/test_ceilings.py", file, tests=("tests",))
+    content, rows = results.load(made.folder)
+    assert [row.name for row in rows] == ["copy", "matmul"]
+    assert content["dropped"] == {"rows": {"1 x 8": 3, "2 x 8": 3}}
+    assert (content["failed"], made.failed) == ({}, 0)
+    lines = (made.folder / "report.md").read_text("utf-8").splitlines()
+    at = lines.index("- Dropped by the budget, 6 rows:")
+    assert lines[at + 1] == "  - rows, 6 rows of 2 groups: 1 x 8; 2 x 8"
+    assert "0 passed, 0 failed, 0 skipped; cut short by the budget." in lines
+
+
+def test_benchmarks_that_cannot_be_collected_leave_the_rest(checkout: Path) -> None:
+    (checkout / "benchmarks" / "conftest.py").write_text("raise OSError('is not there')")
+    made = make(checkout, 100, "benchmarks/test_ceilings.py")
+    content, rows = results.load(made.folder)
+    assert rows == []
+    assert content["failed"] == {"the benchmarks": "pytest ended with 4; its output tells why"}
+    assert {"machine", "tests", "seconds", "not_measured"} <= set(content)
+    assert "## Tests" in (made.folder / "report.md").read_text("utf-8")
+
+
+def test_a_file_that_cannot_be_collected_has_failed(checkout: Path) -> None:
+    (checkout / "benchmarks" / "test_broken.py").write_text("raise OSError('is not there')")
+    content, rows = results.load(make(checkout, 0, "benchmarks/test_broken.py").folder)
+    assert rows == []
+    assert content["failed"]["benchmarks/test_broken.py"].endswith("OSError: is not there")
+
+
+def test_tests_that_crash_have_failed(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import os\ndef test_good(): pass\ndef test_crash(): os.abort()\n"
+    )
+    found = runs.run_tests(tmp_path, 60, ("-p", "no:cacheprovider", str(tmp_path)))
+    assert found["passed"] == ["test_it.py::test_good"]
+    assert found["failed"] == ["the tests"]
+    assert found["reasons"] == {"the tests": "pytest ended with -6; its output tells why"}
+
+
+# ------------------------------------------------------------------------ without running anything
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs end at once, with a row; what was run is in the list."""
+    ran: list[str] = []
+    found = {"failed": {}, "not_measured": {}, "dropped": {}, "clocks": {}}
+
+    def run_benchmarks(*arguments: Any) -> Any:
+        ran.append("benchmarks")
+        return [results.Row("g", "a", 1.0, 1.0, 1.0, 5)], {k: dict(v) for k, v in found.items()}
+
+    def run_tests(*arguments: Any) -> Any:
+        ran.append("tests")
+        reasons = {"t.py::b": "is wrong"}
+        kinds = {"passed": ["t.py::a"], "failed": ["t.py::b"], "skipped": []}
+        return {**kinds, "reasons": reasons, "complete": True}
+
+    monkeypatch.setattr(runs, "run_benchmarks", run_benchmarks)
+    monkeypatch.setattr(runs, "run_tests", run_tests)
+    return ran
+
+
+def command(*options: str) -> Any:
+    return CliRunner().invoke(app, ["report", *options])
+
+
+def test_the_command_fails_where_a_test_did_and_all_is_written(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report.build, "build", lambda root: None)
+    outcome = command("--out", str(tmp_path / "out"))
+    assert outcome.exit_code == 1
+    assert "1 failed, which the page lists" in outcome.output
+    text = (tmp_path / "out" / "report.md").read_text("utf-8")
+    assert "## Failed\n\n- 1 test, see Tests\n" in text
+    assert "- failed: `t.py::b`: is wrong" in text
+    outcome = command("--out", str(tmp_path / "out"), "--no-tests")
+    assert outcome.exit_code == 0
+    assert "## Failed" not in (tmp_path / "out" / "report.md").read_text("utf-8")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "below"):
+        outcome = command("--out", str(out))
+        assert outcome.exit_code == 1
+        assert f"--out: expected a folder or a path to make one at, {file} is" in outcome.output
+    monkeypatch.setattr(report.os, "access", lambda path, mode: path != tmp_path)
+    outcome = command("--out", str(tmp_path / "a" / "b"))
+    assert outcome.exit_code == 1
+    assert f"--out: expected a folder that can be written, {tmp_path} cannot be" in outcome.output
+    assert measured == []
+
+
+def test_what_cannot_be_written_in_the_end_is_kept_elsewhere(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept"
+    monkeypatch.setattr(report.tempfile, "mkdtemp", lambda prefix: kept.mkdir() or str(kept))
+    monkeypatch.setattr(report.build, "build", lambda root: None)
+    (tmp_path / "out" / "report.md").mkdir(parents=True)
+    (tmp_path / "out" / "report.md" / "report.md").mkdir()
+    outcome = command("--out", str(tmp_path / "out"))
+    assert outcome.exit_code == 1
+    assert f"the report is in {kept}" in outcome.output
+    assert results.load(kept)[1] == [results.Row("g", "a", 1.0, 1.0, 1.0, 5)]
+    assert (kept / "report.md").exists()
+
+
+def test_pictures_that_fail_cost_no_numbers(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*arguments: Any) -> Any:
+        raise KeyError("gb_per_s")
+
+    monkeypatch.setattr(plots, "draw", draw)
+    made = report.make(tmp_path / "out", 9, tests=None, benchmarks=(), builds=False)
+    content, rows = results.load(made.folder)
+    assert len(rows) == made.failed == 1
+    assert content["failed"] == {"the pictures": "KeyError: 'gb_per_s'"}
+
+
+def test_the_time_for_everything_is_under_eight_minutes() -> None:
+    (default,) = (p.default for p in _report_options() if p.name == "budget")
+    assert default + runs.LATE + report.WRITING < 8 * 60
+
+
+def _report_options() -> Any:
+    import typer
+
+    return typer.main.get_command(app).commands["report"].params  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------------------------------ clocks
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program that answers from the file "clocks" beside it; where there is none, never."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\n"
+        f"cd {tmp_path}\n"
+        "[ -e clocks ] || exec sleep 600\n"
+        'case "$1" in\n'
+        "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu) cat clocks;;\n"
+        "*) echo 580.1, 1980 MHz, 700.00 W;;\n"
+        "esac\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path / "clocks"
+
+
+def test_clocks_under_load_are_what_was_answered_in_time(smi: Path) -> None:
+    late = machine.Asked()
+    assert late.answer() == {}
+    smi.write_text("1755 MHz, 2619 MHz, 640.50 W, 61\n")
+    asked = machine.Asked()
+    assert asked._process is not None
+    asked._process.wait()
+    sample = asked.answer()
+    assert list(sample.values()) == ["1755 MHz", "2619 MHz", "640.50 W", "61"]
+    smi.write_text("1980 MHz, [N/A], 650.50 W, 63\n")
+    other = machine._smi(machine._CHANGING)
+    spread = machine.spread([sample, {}, other, other])
+    assert spread == {
+        "clocks.sm": {"min": 1755, "median": 1980, "max": 1980, "unit": "MHz", "samples": 3},
+        "clocks.mem": {"min": 2619, "median": 2619, "max": 2619, "unit": "MHz", "samples": 1},
+        "power.draw": {"min": 640.5, "median": 650.5, "max": 650.5, "unit": "W", "samples": 3},
+        "temperature.gpu": {"min": 61, "median": 63, "max": 63, "unit": "", "samples": 3},
+    }
+
+
+def test_without_nvidia_smi_there_are_no_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert machine.Asked().answer() == {}
+    assert machine.spread([{}]) == {}
+
+
+def test_the_page_says_when_clocks_were_seen(
+    tmp_path: Path, measured: list[str], smi: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi.write_text("345 MHz, 2619 MHz, 71.20 W, 40\n")
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
+    gpu = {"name": "NVIDIA H100", "driver_version": "580.1", "clocks.max.sm": "1980 MHz"}
+    assert machine._smi(machine._LASTING)["driver_version"] == "580.1"
+    monkeypatch.setattr(machine, "describe", lambda root: {"cpu": "a processor", "gpu": gpu})
+    of_run = runs.run_benchmarks
+
+    def run_benchmarks(*arguments: Any) -> Any:
+        rows, found = of_run(*arguments)
+        samples = [{"clocks.sm": "1755 MHz"}, {"clocks.sm": "1980 MHz"}, {"clocks.sm": "1980 MHz"}]
+        smi.write_text("1410 MHz, 2619 MHz, 300.00 W, 66\n")
+        return rows, {**found, "clocks": machine.spread(samples)}
+
+    monkeypatch.setattr(runs, "run_benchmarks", run_benchmarks)
+    made = report.make(tmp_path / "out", 9, tests=None, benchmarks=(), builds=False)
+    lines = (made.folder / "report.md").read_text("utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines if "|" in line]
+    facts = [fact for fact, _ in cells]
+    assert len(facts) == len(set(facts))
+    values = dict(cells)
+    assert values["gpu driver version"] == "580.1"
+    assert values["gpu clocks.sm before the run"] == "345 MHz"
+    assert values["gpu clocks.sm during the benchmarks"] == (
+        "1755 to 1980 MHz, median 1980, of 3 samples"
+    )
+    assert values["gpu clocks.sm after the run"] == "1410 MHz"
+    assert values["gpu power.draw after the run"] == "300.00 W"
+    assert results.load(made.folder)[0]["machine"]["clocks"]["during"]["clocks.sm"]["min"] == 1755
+
+
+# ------------------------------------------------------------------------------------ not measured
+
+
+def test_each_reason_is_told_once() -> None:
+    missing = {"liger": "not installed", "a": "no GPU", "b, paged": "no GPU"}
+    content = {"machine": {"cpu": "c"}, "date": "", "tests": None, "not_measured": missing}
+    text = page.render(content, [], [])
+    assert "\n## Not measured\n\n- liger: not installed\n- a; b, paged: no GPU\n" in text
+    assert "## Not measured" not in page.render({**content, "not_measured": {}}, [], [])
