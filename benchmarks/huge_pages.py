@@ -1,9 +1,11 @@
-"""What huge pages bring the rotation on a CPU: the native backend with and without asking for them.
+"""What huge pages bring on a CPU: the native backend with and without asking for them.
 
     python benchmarks/huge_pages.py --out huge_pages.json
 
-q (1, 4096, 32, 128) and k of 8 heads, out of place, beside ``clone``. Calls of the three take
-turns; a time is the median of a run, in milliseconds.
+- by dtype: the rotation of q (1, 4096, 32, 128) and k of 8 heads, out of place, beside ``clone``;
+- decode: a step of 32 heads over a `KVCache` of 32768 bfloat16 keys, 8 heads of 128.
+
+The ways take turns; a time is the median of a run, in milliseconds.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from longrope_kernels import Rope, apply_rotary
+from longrope_kernels import KVCache, Rope, apply_rotary
 from longrope_kernels.backends import native
 from longrope_kernels.report import machine
 
@@ -27,8 +31,13 @@ ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def measure(dtype: torch.dtype, tokens: int, calls: int, runs: int) -> dict[str, list[float]]:
-    """The times of each way, a number for each run."""
+def without() -> AbstractContextManager[Any]:
+    """Nothing is large enough to ask for them."""
+    return mock.patch.object(native, "_HUGE", 1 << 62)
+
+
+def rotation(dtype: torch.dtype, tokens: int, calls: int, runs: int) -> dict[str, list[float]]:
+    """The times of each way to rotate, a number for each run."""
     q, k = (torch.randn(1, tokens, heads, 128).to(dtype) for heads in (32, 8))
     positions, rope = torch.arange(tokens), Rope.plain(128)
 
@@ -36,7 +45,7 @@ def measure(dtype: torch.dtype, tokens: int, calls: int, runs: int) -> dict[str,
         return apply_rotary(q, k, positions, rope, backend="native")
 
     def rotate_without() -> Any:
-        with mock.patch.object(native, "_HUGE", 1 << 62):
+        with without():
             return rotate()
 
     ways = {
@@ -44,6 +53,24 @@ def measure(dtype: torch.dtype, tokens: int, calls: int, runs: int) -> dict[str,
         "with_huge_pages": rotate,
         "without": rotate_without,
     }
+    return _measured(ways, calls, runs)
+
+
+def decoding(tokens: int, calls: int, runs: int) -> dict[str, list[float]]:
+    """The times of a step over either cache, a number for each run."""
+    q, k, v = (
+        torch.randn(1, n, heads, 128).bfloat16() for n, heads in ((1, 32), *[(tokens, 8)] * 2)
+    )
+    ways: dict[str, Callable[[], Any]] = {}
+    for name, asking in (("with_huge_pages", nullcontext()), ("without", without())):
+        with asking:
+            cache = KVCache(Rope.plain(128), 1, tokens, 8, 128)
+        cache.append(k, v)
+        ways[name] = partial(cache.decode, q, backend="native")
+    return _measured(ways, calls, runs)
+
+
+def _measured(ways: dict[str, Callable[[], Any]], calls: int, runs: int) -> dict[str, list[float]]:
     times = [_medians(ways, calls) for _ in range(runs)]
     return {name: [round(one[name], 2) for one in times] for name in ways}
 
@@ -64,11 +91,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     parser.add_argument("--quick", action="store_true", help="small sizes; times say nothing then")
     chosen = parser.parse_args()
-    sizes = (64, 3, 1) if chosen.quick else (4096, 31, 2)
+    tokens, keys, *rounds = (64, 256, 3, 1) if chosen.quick else (4096, 32768, 31, 2)
     results: dict[str, Any] = {"machine": machine.describe(ROOT)}
     for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        results[name] = measure(dtype, *sizes)
+        results[str(dtype).removeprefix("torch.")] = rotation(dtype, tokens, *rounds)
+    results["decode"] = decoding(keys, *rounds)
+    for name in list(results)[1:]:
         for way, milliseconds in results[name].items():
             print(f"{name:10}{way:17}" + " ".join(f"{ms:8.2f}" for ms in milliseconds))
     if chosen.out:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import arguments, values
+from .backends.native import ask_for_huge_pages
 from .cache_rows import Policy, Rows, check_count
 from .decode import MAX_QUERIES, decode
 from .rope import Rope
@@ -70,8 +71,7 @@ class Cache(ABC):
             self._spare = slots
             shape = (slots + 1, kv_heads, head_dim)
             self._k, self._v = (
-                [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(layers)]
-                for _ in range(2)
+                [_pool(shape, dtype, self.device) for _ in range(layers)] for _ in range(2)
             )
             self._counters = torch.zeros((2, batch), dtype=torch.int32, device=self.device)
             self.lens = self._counters[0]
@@ -430,6 +430,13 @@ class Cache(ABC):
             raise ValueError(f"{name}: expected finite numbers above 0, got {scale.tolist()}")
         with torch.inference_mode(False):
             return scale.detach().expand(shape).to(self.device, copy=True)
+
+
+def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of one layer's keys or values, not initialised."""
+    pool = torch.empty(shape, dtype=dtype, device=device)
+    ask_for_huge_pages(pool)
+    return pool
 
 
 def _present(device: torch.device | str) -> torch.device:

@@ -19,4 +19,6 @@ def test_huge_pages_script(tmp_path: Path) -> None:
     assert results["machine"]["cpu"]
     for dtype in ("float32", "bfloat16"):
         assert list(results[dtype]) == ["clone", "with_huge_pages", "without"]
-        assert all(ms > 0 for times in results[dtype].values() for ms in times)
+    assert list(results["decode"]) == ["with_huge_pages", "without"]
+    for name in ("float32", "bfloat16", "decode"):
+        assert all(ms > 0 for times in results[name].values() for ms in times)

@@ -63,9 +63,8 @@ def rotary(
         return
     if elements >= _GRAIN:
         for x, out in ((q, q_out), (k, k_out)):
-            size = out.numel() * out.element_size()
-            if out is not x and size >= _HUGE:
-                _native.advise_huge_pages(out.data_ptr(), size)
+            if out is not x:
+                ask_for_huge_pages(out)
     _native.rotary(
         _heads(q, q_out),
         _heads(k, k_out),
@@ -84,6 +83,13 @@ def rotary(
         1 if elements < _GRAIN else torch.get_num_threads(),
         instruction_set,
     )
+
+
+def ask_for_huge_pages(x: torch.Tensor) -> None:
+    """Before anything touches x, fresh memory; where that is on the host, and worth it."""
+    size = x.numel() * x.element_size()
+    if _native is not None and x.device.type == "cpu" and size >= _HUGE:
+        _native.advise_huge_pages(x.data_ptr(), size)
 
 
 def indices(x: torch.Tensor | None) -> list[int]:
