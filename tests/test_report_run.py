@@ -304,6 +304,16 @@ def test_clocks_under_load_are_what_was_answered_in_time(smi: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(("visible", "asked"), [(None, "0"), ("", "0"), ("3,1", "3")])
+def test_clocks_are_those_of_the_first_device_that_torch_sees(
+    visible: str | None, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine._question(("clocks.sm",))[-1] == f"--id={asked}"
+
+
 def test_without_nvidia_smi_there_are_no_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert machine.Asked().answer() == {}

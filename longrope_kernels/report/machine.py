@@ -132,7 +132,13 @@ def _smi(fields: tuple[str, ...]) -> dict[str, str]:
 
 
 def _question(fields: tuple[str, ...]) -> tuple[str, ...]:
-    return ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0")
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"  # torch's first
+    return (
+        "nvidia-smi",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader",
+        f"--id={device}",
+    )
 
 
 def _values(fields: tuple[str, ...], line: str) -> dict[str, str]:
