@@ -220,22 +220,20 @@ class Worker {
   void score_keys(Fixed layout, int64_t g, int64_t count, const float* q) {
     with_constant<kKeyRows>(group_rows_, [&](auto rows) {
       const int64_t heads = a_.kv_heads, key_stride = a_.key_strides[2];
-      const int64_t value_stride = a_.value_strides[2];
       for (int64_t j = 0; j < count; ++j) {
         const T* key = keys_[g + j];
         const T* ahead = keys_[std::min(g + j + 1, known_ - 1)];
-        const T* value = values_[g + j];
         const float* const cos = cos_.at(j * layout.row);
         const float* const sin = sin_.at(j * layout.row);
         const float* of_head = q;
         float* scores = scores_.at(g + j);
+        // The other heads' by `add_values`, so that keys and values share the time there is.
+        prefetch_row<2>(values_[g + j], layout.dim);
         for (int64_t h = 0; h < heads; ++h) {
           prefetch_row<3>(ahead, layout.dim);
-          prefetch_row<2>(value, layout.dim);
           score_key<rows()>(key, of_head, cos, sin, layout, scores);
           key += key_stride;
           ahead += key_stride;
-          value += value_stride;
           of_head += rows() * layout.padded;
           scores += rows() * kTile;
         }
@@ -286,31 +284,34 @@ class Worker {
     }
   }
 
-  // Adds the weighted values of the keys [g, g + count) of the tile.
+  // Adds the weighted values of the keys [g, g + count) of the tile, and asks for the next head's.
   void add_values(int64_t h, int64_t g, int64_t count, float* sums) {
     const int64_t offset = h * a_.value_strides[2];
+    const int64_t ahead = h + 1 < a_.kv_heads ? a_.value_strides[2] : 0;
     const float* const weights = scores_.at(h * group_rows_ * kTile + g);
     float* const group_sums = sums + h * group_rows_ * layout_.values;
     if (widens_values_) {
       for (int64_t j = 0; j < count; ++j) {
-        widen_row(values_[g + j] + offset, a_.dim, widened_.at(j * layout_.values));
+        const T* const value = values_[g + j] + offset;
+        if (ahead != 0) prefetch_row<2>(value + ahead, a_.dim);
+        widen_row(value, a_.dim, widened_.at(j * layout_.values));
       }
-      add_rows(widened_rows_, 0, count, weights, group_sums);
+      add_rows(widened_rows_, 0, 0, count, weights, group_sums);
     } else {
-      add_rows(values_ + g, offset, count, weights, group_sums);
+      add_rows(values_ + g, offset, ahead, count, weights, group_sums);
     }
   }
 
   template <typename Element>
-  void add_rows(const Element* const* values, int64_t offset, int64_t keys, const float* weights,
-                float* sums) {
+  void add_rows(const Element* const* values, int64_t offset, int64_t ahead, int64_t keys,
+                const float* weights, float* sums) {
     const int64_t width = layout_.values;
     for (int64_t c = 0; c < width; c += kVecBlock * kWidth) {
       with_constant<kVecBlock>((width - c) / kWidth, [&](auto vecs) {
         for (int64_t row = 0; row < group_rows_; row += kRowBlock) {
           with_constant<kRowBlock>(group_rows_ - row, [&](auto rows) {
-            add_block<rows(), vecs()>(values, offset + c, keys, weights + row * kTile,
-                                      sums + row * width + c, width);
+            add_block<rows(), vecs()>(values, offset + c, row == 0 ? ahead : 0, keys,
+                                      weights + row * kTile, sums + row * width + c, width);
           });
         }
       });
