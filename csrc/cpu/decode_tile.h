@@ -52,7 +52,7 @@ struct FixedLayout {
   static constexpr int64_t rest = kRest;
   static constexpr int64_t row = kPairs;
   static constexpr int64_t dim = 2 * kPairs + kRest;
-  static constexpr int64_t padded = 2 * kPairs + kRest;
+  static constexpr int64_t padded = dim;
 };
 
 // Calls the function with the fixed layout that is like this one, if there is one.
