@@ -261,7 +261,8 @@ class Worker {
   }
 
   // Two streams at once, and the pauses in them while values are summed up, are more than hardware
-  // foresees. Values of all heads are asked for here: by `add_values` alone narrow heads were slower.
+  // foresees. Values of all heads are asked for here: by `add_values` alone narrow heads were
+  // slower.
   LONGROPE_ALWAYS_INLINE void prefetch_ahead(int64_t h, int64_t j) {
     const int64_t next = std::min(j + kGroup, known_ - 1);
     prefetch_row<3>(keys_[next] + h * a_.key_strides[2], a_.dim);
