@@ -17,7 +17,7 @@ from . import arguments, values
 from .backends.native import ask_for_huge_pages
 from .cache_rows import Policy, Rows, check_count
 from .decode import MAX_QUERIES, decode
-from .rope import Rope
+from .rope import Rope, check_device
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -61,7 +61,7 @@ class Cache(ABC):
                 "dtype: expected float32, bfloat16, float16, float64 or float8_e4m3fn, got "
                 f"{dtype!r}"
             )
-        self.dtype, self.device = dtype, _present(device)
+        self.dtype, self.device = dtype, check_device(device)
         self._k_scale = self._scale("k_scale", k_scale)
         self._v_scale = self._scale("v_scale", v_scale)
         self._addresses_of_step: dict[bool, torch.Tensor] = {}
@@ -437,16 +437,6 @@ def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     pool = torch.empty(shape, dtype=dtype, device=device)
     ask_for_huge_pages(pool)
     return pool
-
-
-def _present(device: torch.device | str) -> torch.device:
-    """The device, with its index where it has one."""
-    try:
-        return torch.empty(0, device=device).device
-    # torch raises AssertionError where it was built without CUDA.
-    except (AssertionError, RuntimeError, TypeError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"device: expected one that is here, got {device!r}: {why}") from error
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:

@@ -326,8 +326,12 @@ class Rope:
         return len(self.sets) - 1
 
     def to(self, device: torch.device | str) -> Rope:
-        """This rope, its tables made on ``device`` now, so that no later call copies them."""
-        self.tables(torch.empty(0, device=device).device)
+        """This rope, its tables made on ``device`` now, so that no later call copies them.
+
+        Raises:
+            ValueError: ``device`` is none that is here.
+        """
+        self.tables(check_device(device))
         return self
 
     def tables(self, device: torch.device) -> Rotation:
@@ -405,6 +409,16 @@ def check_attention_factor(attention_factor: float) -> None:
         raise ValueError(
             f"attention_factor: expected a finite number above 0, got {attention_factor}"
         )
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device, with its index where it has one; ValueError where it is not here."""
+    try:
+        return torch.empty(0, device=device).device
+    # torch raises AssertionError where it was built without CUDA.
+    except (AssertionError, RuntimeError, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that is here, got {device!r}: {why}") from error
 
 
 def _is_int(value: object) -> bool:

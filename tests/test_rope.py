@@ -133,6 +133,12 @@ def test_default_device_and_dtype_do_not_change_the_tables() -> None:
         assert mine.dtype == other.dtype
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", 1.5])
+def test_a_device_that_is_not_here_is_named(device: Any) -> None:
+    with pytest.raises(ValueError, match=f"device: expected one that is here, got {device!r}: "):
+        two_sets(8).to(device)
+
+
 def test_tables_made_in_inference_mode_serve_training() -> None:
     rope = two_sets(8)
     with torch.inference_mode():
