@@ -28,6 +28,7 @@ from longrope_kernels.kernels.attention_tiles import tile_at
 from longrope_kernels.kernels.descriptors import row_of_head
 from longrope_kernels.masks import Mask
 
+pytestmark = pytest.mark.last
 DEVICE = "cuda" if CUDA else "cpu"
 ARCH = triton_launch.arch_of(torch.empty(0, device=DEVICE))
 # In the interpreter the forms differ in loops and masks, not in who runs them. Others than 9.0 have
