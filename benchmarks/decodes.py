@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, cached_property, lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -29,14 +30,16 @@ OURS = {
 }
 # The same kernel on rotated keys, by the row that rotates them.
 NO_ROTATION = {f"triton{suffix}": f"triton, rotated keys{suffix}" for suffix in KINDS.values()}
+SDPA = "SDPA, rotated keys"
+FLASHINFER = "FlashInfer, ROPE_LLAMA"
+FLASHINFER_PAGED = "FlashInfer, rotated keys, paged"
 _KIND_OF = {
     **{name: kind for name, (_, kind) in OURS.items()},
     **{name: OURS[of][1] for of, name in NO_ROTATION.items()},
+    FLASHINFER_PAGED: "paged",
 }
-SDPA = "SDPA, rotated keys"
-FLASHINFER = "FlashInfer, ROPE_LLAMA"
-NAMES = (SDPA, *NO_ROTATION.values(), *OURS, FLASHINFER)
-PEERS = (SDPA, FLASHINFER)
+NAMES = (SDPA, *NO_ROTATION.values(), *OURS, FLASHINFER, FLASHINFER_PAGED)
+PEERS = (SDPA, FLASHINFER, FLASHINFER_PAGED)
 CEILING = "copy" if DEVICE.type == "cuda" else "read"
 
 
@@ -80,7 +83,7 @@ def missing(name: str) -> str | None:
         return backend_missing(OURS[name][0])
     if name in NO_ROTATION.values():
         return backend_missing("triton")
-    if name == FLASHINFER:
+    if name in (FLASHINFER, FLASHINFER_PAGED):
         return not_importable("flashinfer") or (None if DEVICE.type == "cuda" else "needs a GPU")
     return None
 
@@ -155,10 +158,10 @@ class Inputs:
         return [x[:, :, self.kv_heads].to(dtype or x.dtype).double() for x in (k, self.v)]
 
     def cache(self, kind: str, k: torch.Tensor) -> CacheTensors:
-        """Keys k and the values in a cache of a kind."""
+        """Keys k, as they are or `rotated`, and the values in a cache of a kind."""
         if kind == "dense":
             return CacheTensors(k, self.v, self.lens)
-        pages = self.in_pages if k is self.k else (self.paged(k), self.in_pages[1])
+        pages = self.in_pages if k is self.k else (self.rotated_pages, self.in_pages[1])
         if kind == "float8":
             pages = tuple(x.to(FLOAT8) for x in pages)
         return CacheTensors(*pages, self.lens, self.table)
@@ -167,6 +170,11 @@ class Inputs:
     def in_pages(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The cache in blocks."""
         return self.paged(self.k), self.paged(self.v)
+
+    @cached_property
+    def rotated_pages(self) -> torch.Tensor:
+        """The rotated keys in blocks."""
+        return self.paged(self.rotated[1])
 
     @cached_property
     def into(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,6 +205,8 @@ def implementation(name: str, inputs: Inputs) -> Callable[[], torch.Tensor]:
         return _without_rotation(inputs, kind_of(name))
     if name == FLASHINFER:
         return _flashinfer(inputs)
+    if name == FLASHINFER_PAGED:
+        return _flashinfer_paged(inputs)
     backend, kind = OURS[name]
     of = inputs.cache(kind, inputs.k)
 
@@ -266,11 +276,52 @@ def _flashinfer(inputs: Inputs) -> Callable[[], torch.Tensor]:
     return run
 
 
+def _flashinfer_paged(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """Its decode of a batch from a paged cache of rotated keys, planned before."""
+    import flashinfer
+
+    of, q = inputs.shape.geometry, inputs.rotated[0][:, 0]
+    cache = inputs.cache("paged", inputs.rotated[1])
+    used = [-(-length // BLOCK) for length in inputs.shape.lengths]
+    last = [n - BLOCK * (blocks - 1) for n, blocks in zip(inputs.shape.lengths, used, strict=True)]
+    pages = [row[:blocks] for row, blocks in zip(inputs.table, used, strict=True)]
+    # From four query heads to a KV head on, as SGLang chooses.
+    decoder = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        _workspace(), "NHD", use_tensor_cores=of.q_heads // of.k_heads >= 4
+    )
+    decoder.plan(
+        torch.tensor([0, *accumulate(used)], dtype=torch.int32, device=DEVICE),
+        torch.cat(pages),
+        torch.tensor(last, dtype=torch.int32, device=DEVICE),
+        *(of.q_heads, of.k_heads, of.dim, BLOCK),
+        pos_encoding_mode="NONE",
+        q_data_type=q.dtype,
+        kv_data_type=cache.k.dtype,
+    )
+
+    def run() -> torch.Tensor:
+        out: torch.Tensor = decoder.run(q, (cache.k, cache.v))
+        return out[:, None]
+
+    return run
+
+
+@cache
+def _workspace() -> torch.Tensor:
+    """Where FlashInfer keeps what its splits found, as many bytes as it recommends.
+
+    All its rows share it, as the layers of a model do: it is scratch of one call at a time.
+    """
+    return torch.zeros(128 * 2**20, dtype=torch.uint8, device=DEVICE)
+
+
 def serves(name: str, shape: Shape) -> bool:
     """Whether it has this call."""
     if name == FLASHINFER:
         whole = shape.geometry.rotated == shape.geometry.dim
         return len(shape.lengths) == 1 and whole and shape.dtype != torch.float32
+    if name == FLASHINFER_PAGED:
+        return shape.dtype != torch.float32
     of = "triton" if name in NO_ROTATION.values() else OURS.get(name, (None,))[0]
     return of is None or shape.dtype in backends.DECODE_DTYPES[of]
 

@@ -6,7 +6,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from benchmark_modules import (
     WrongResultError,
     attention_rows,
     attentions,
+    decode_rows,
     decodes,
     forget_inputs,
     measure,
@@ -222,6 +223,132 @@ def test_flashinfer_is_asked_for_decoding_by_plain_rope(on_cpu: Callable[..., No
     error = (out[:, :, inputs.q_heads].double() - right).abs().max() / right.abs().max()
     assert error <= decodes.allowed(decodes.FLASHINFER, inputs)
     assert not torch.allclose(right, inputs.truth, atol=1e-3)
+
+
+class PagedDecode:
+    """flashinfer.BatchDecodeWithPagedKVCacheWrapper, without rotation."""
+
+    made: ClassVar[list[PagedDecode]] = []
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        use_tensor_cores: bool = False,
+    ) -> None:
+        assert float_workspace_buffer.dtype == torch.uint8
+        assert not float_workspace_buffer.any()  # it asks for zeros
+        assert (kv_layout, use_cuda_graph) == ("NHD", False)
+        self.use_tensor_cores = use_tensor_cores
+        self.plans = 0
+        self.made.append(self)
+
+    def plan(
+        self,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        *,
+        pos_encoding_mode: str = "NONE",
+        q_data_type: Any = "float16",
+        kv_data_type: Any = None,
+    ) -> None:
+        assert pos_encoding_mode == "NONE"
+        assert {x.dtype for x in (indptr, indices, last_page_len)} == {torch.int32}
+        assert indptr.shape == (last_page_len.shape[0] + 1,)
+        assert int(indptr[0]) == 0
+        assert indices.shape == (int(indptr[-1]),)
+        assert bool(((last_page_len >= 1) & (last_page_len <= page_size)).all())
+        self.indptr, self.indices, self.last_page_len = indptr, indices, last_page_len
+        self.heads = num_qo_heads, num_kv_heads, head_dim
+        self.page_size, self.dtypes = page_size, (q_data_type, kv_data_type or q_data_type)
+        self.plans += 1
+
+    def lengths(self) -> list[int]:
+        pages = self.indptr.diff()
+        return ((pages - 1) * self.page_size + self.last_page_len).tolist()
+
+    def run(
+        self, q: torch.Tensor, paged_kv_cache: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        q_heads, kv_heads, dim = self.heads
+        assert q.is_contiguous()
+        assert q.shape == (self.last_page_len.shape[0], q_heads, dim)
+        for pages in paged_kv_cache:
+            assert pages.shape[1:] == (self.page_size, kv_heads, dim)
+            assert (q.dtype, pages.dtype) == self.dtypes
+        out = []
+        for i, length in enumerate(self.lengths()):
+            mine = self.indices[self.indptr[i] : self.indptr[i + 1]].long()
+            k, v = (x[mine].flatten(0, 1)[:length].double() for x in paged_kv_cache)
+            k, v = (x.repeat_interleave(q_heads // kv_heads, 1) for x in (k, v))
+            scores = torch.einsum("hd,nhd->hn", q[i].double(), k) * dim**-0.5
+            out.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), v))
+        return torch.stack(out).to(q.dtype)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "geometry", "tensor_cores"),
+    [
+        # One page, whole pages, a token more and less, and both sides of the switch.
+        ((70,), parameters.LLAMA, True),
+        ((64, 1, 129, 128, 63), parameters.LLAMA, True),
+        ((300, 4096, 4097), parameters.LLAMA, True),
+        ((70, 200), parameters.PHI3, False),
+        ((70, 200), parameters.PHI4, False),
+    ],
+    ids=str,
+)
+def test_flashinfer_is_asked_for_a_paged_cache_of_rotated_keys(
+    on_cpu: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: tuple[int, ...],
+    geometry: Any,
+    tensor_cores: bool,
+) -> None:
+    monkeypatch.setattr(PagedDecode, "made", [])
+    on_cpu(flashinfer={"BatchDecodeWithPagedKVCacheWrapper": PagedDecode})
+    shape = decodes.Shape(lengths, torch.bfloat16, geometry)
+    inputs = decodes.make_copies(shape).all[0]
+    run, arguments = decode_rows._prepared(decodes.FLASHINFER_PAGED, inputs)
+    assert run(*arguments()).shape == inputs.q.shape
+    (decoder,) = PagedDecode.made
+    assert decoder.plans == 1  # for the check and what is timed
+    assert decoder.lengths() == list(lengths)
+    assert decoder.page_size == decodes.BLOCK
+    assert decoder.use_tensor_cores == tensor_cores
+
+
+@pytest.mark.parametrize("wrong", ["indptr", "indices", "last_page_len"])
+def test_a_wrong_page_table_is_not_timed(on_cpu: Callable[..., None], wrong: str) -> None:
+    class Misled(PagedDecode):
+        def plan(self, *args: Any, **kwargs: Any) -> None:
+            super().plan(*args, **kwargs)
+            changed = {
+                "indptr": self.indptr.new_tensor([0, 1, 4]),
+                "indices": self.indices.flip(0),
+                "last_page_len": self.last_page_len - 1,
+            }
+            setattr(self, wrong, changed[wrong])
+
+    on_cpu(flashinfer={"BatchDecodeWithPagedKVCacheWrapper": Misled})
+    inputs = decodes.make_copies(decodes.Shape((70, 100), torch.bfloat16)).all[0]
+    with pytest.raises(WrongResultError, match=f"{decodes.FLASHINFER_PAGED}, sequence 0: error"):
+        decode_rows._prepared(decodes.FLASHINFER_PAGED, inputs)
+
+
+def test_flashinfer_decodes_each_batch_from_pages() -> None:
+    steps = [decodes.Shape((4096,) * 32, torch.bfloat16), decodes.Shape((8192,), torch.bfloat16)]
+    assert [decodes.serves(decodes.FLASHINFER_PAGED, step) for step in steps] == [True, True]
+    assert [decodes.serves(decodes.FLASHINFER, step) for step in steps] == [False, True]
+    assert not decodes.serves(decodes.FLASHINFER_PAGED, steps[0]._replace(dtype=torch.float32))
+    assert steps[0].traffic(decodes.FLASHINFER_PAGED) == steps[0].traffic("triton, paged")
+    assert decodes.FLASHINFER_PAGED in decodes.PEERS
 
 
 @pytest.mark.parametrize("name", ["SDPA math, no rotation", "SDPA flash, no rotation"])
