@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
@@ -29,9 +31,6 @@ Texts = Annotated[
 Samples = Annotated[
     int, typer.Option(min=1, help="Documents to take, the first ones (the paper: 5).")
 ]
-SkipShort = Annotated[
-    bool, typer.Option("--skip-short", help="Leave out documents that are too short.")
-]
 Tokens = Annotated[
     str | None, typer.Option(help="Folder of a tokenizer, or bytes. [default: the model's]")
 ]
@@ -44,47 +43,86 @@ Last = Annotated[
 Stride = Annotated[
     int | None, typer.Option(help="Slide a window over whole documents in steps of so many tokens.")
 ]
-Fit = Annotated[
-    str,
-    typer.Option(help="perplexity, or needle: that of the answers about hidden numbers alone."),
-]
-Optimizer = Annotated[str, typer.Option(help="evolution (LongRoPE's) or cmaes, to compare with.")]
-Population = Annotated[int, typer.Option(min=1, help="Candidates of the first iteration.")]
-Iterations = Annotated[int, typer.Option(min=1, help="How many, with the first.")]
-Mutants = Annotated[int, typer.Option(min=0, help="Made in each later iteration.")]
-Crossovers = Annotated[int, typer.Option(min=0, help="Made in each later iteration.")]
-Probability = Annotated[float, typer.Option(help="Of a mutation to draw a gene again.")]
-Parents = Annotated[int, typer.Option(min=1, help="How many of the best so far have children.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of all random choices.")]
-Monotone = Annotated[
-    bool, typer.Option(help="Whether factors must not fall from one pair to the next.")
-]
-Attention = Annotated[
-    str,
-    typer.Option(help="Attention factor: fixed (the paper's formula), searched, or a number."),
-]
-NHat = Annotated[
-    list[int] | None,
-    typer.Option(help="Threshold to try; repeat for several. [default: the paper's fourteen]"),
-]
-Racing = Annotated[
-    bool,
-    typer.Option(
-        "--race/--no-race", help="Give up on candidates that have lost for certain: same result."
-    ),
-]
-Margin = Annotated[
-    float | None,
-    typer.Option(
-        help="Also give up on candidates so many nats per token behind; may change the result."
-    ),
-]
-Batch = Annotated[int, typer.Option(min=1, help="Candidates to measure in one forward.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Out = Annotated[
     Path, typer.Option(help="Folder for the results. The same command goes on where it stopped.")
 ]
+
+
+class TextOptions(NamedTuple):
+    """Of the texts that candidates are measured on."""
+
+    samples: Samples = 5
+    skip_short: Annotated[
+        bool, typer.Option("--skip-short", help="Leave out documents that are too short.")
+    ] = False
+    tokenizer: Tokens = None
+    original_length: Original = None
+
+
+class SearchOptions(NamedTuple):
+    """Of the search itself."""
+
+    fitness: Annotated[
+        str,
+        typer.Option(help="perplexity, or needle: that of the answers about hidden numbers alone."),
+    ] = "perplexity"
+    last: Last = None
+    stride: Stride = None
+    optimizer: Annotated[
+        str, typer.Option(help="evolution (LongRoPE's) or cmaes, to compare with.")
+    ] = "evolution"
+    population: Annotated[int, typer.Option(min=1, help="Candidates of the first iteration.")] = 64
+    iterations: Annotated[int, typer.Option(min=1, help="How many, with the first.")] = 40
+    mutants: Annotated[int, typer.Option(min=0, help="Made in each later iteration.")] = 16
+    crossovers: Annotated[int, typer.Option(min=0, help="Made in each later iteration.")] = 16
+    probability: Annotated[float, typer.Option(help="Of a mutation to draw a gene again.")] = 0.3
+    parents: Annotated[
+        int, typer.Option(min=1, help="How many of the best so far have children.")
+    ] = 32
+    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0
+    monotone: Annotated[
+        bool, typer.Option(help="Whether factors must not fall from one pair to the next.")
+    ] = True
+    attention: Annotated[
+        str,
+        typer.Option(help="Attention factor: fixed (the paper's formula), searched, or a number."),
+    ] = "fixed"
+    n_hat: Annotated[
+        list[int] | None,
+        typer.Option(help="Threshold to try; repeat for several. [default: the paper's fourteen]"),
+    ] = None
+    race: Annotated[
+        bool,
+        typer.Option(
+            "--race/--no-race",
+            help="Give up on candidates that have lost for certain: same result.",
+        ),
+    ] = True
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Also give up on candidates so many nats per token behind; may change the result."
+        ),
+    ] = None
+    batch: Annotated[int, typer.Option(min=1, help="Candidates to measure in one forward.")] = 1
+
+    def options(self, critical: int | None = None) -> Options:
+        """What the search takes; ``critical`` as there."""
+        from .find import Options
+
+        given = self._asdict()
+        n_hats = given.pop("n_hat")
+        given["n_hats"] = tuple(sorted(set(n_hats))) if n_hats else None
+        given["attention"] = _attention(self.attention)
+        return Options(**given, critical=critical)
+
+
+class MachineOptions(NamedTuple):
+    """Of where the model runs, and in what."""
+
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+
 
 # ---------------------------------------------------------------------------------- the commands
 
@@ -107,29 +145,10 @@ def search(
         int | None,
         typer.Option(min=0, help="LongRoPE2: search from this pair on; 0 takes the theory's."),
     ] = None,
-    samples: Samples = 5,
-    skip_short: SkipShort = False,
-    tokenizer: Tokens = None,
-    original_length: Original = None,
-    fitness: Fit = "perplexity",
-    last: Last = None,
-    stride: Stride = None,
-    optimizer: Optimizer = "evolution",
-    population: Population = 64,
-    iterations: Iterations = 40,
-    mutants: Mutants = 16,
-    crossovers: Crossovers = 16,
-    probability: Probability = 0.3,
-    parents: Parents = 32,
-    seed: Seed = 0,
-    monotone: Monotone = True,
-    attention: Attention = "fixed",
-    n_hat: NHat = None,
-    race: Racing = True,
-    margin: Margin = None,
-    batch: Batch = 1,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    *,
+    texts: TextOptions,
+    how: SearchOptions,
+    machine: MachineOptions,
 ) -> None:
     """Find factors for a longer context by LongRoPE's search.
 
@@ -143,18 +162,8 @@ def search(
     """
     from . import commands
 
-    with _errors("search"):
-        options = _options(
-            optimizer=optimizer, population=population, iterations=iterations, mutants=mutants,
-            crossovers=crossovers, probability=probability, parents=parents, seed=seed,
-            monotone=monotone, attention=_attention(attention), critical=critical,
-            n_hats=tuple(sorted(set(n_hat))) if n_hat else None, fitness=fitness, last=last,
-            stride=stride, race=race, margin=margin, batch=batch,
-        )  # fmt: skip
-        given = commands.Given(
-            model, documents, samples, skip_short, tokenizer, original_length, device, dtype
-        )
-        commands.search(given, length, options, out, start, start_length)
+    given = commands.Given(model, documents, *texts, *machine)
+    commands.search(given, length, how.options(critical), out, start, start_length)
 
 
 def readjust(
@@ -171,29 +180,10 @@ def readjust(
         float | None,
         typer.Option(help="The largest factor. [default: the root of the long set's, >= 1.25]"),
     ] = None,
-    samples: Samples = 5,
-    skip_short: SkipShort = False,
-    tokenizer: Tokens = None,
-    original_length: Original = None,
-    fitness: Fit = "perplexity",
-    last: Last = None,
-    stride: Stride = None,
-    optimizer: Optimizer = "evolution",
-    population: Population = 64,
-    iterations: Iterations = 40,
-    mutants: Mutants = 16,
-    crossovers: Crossovers = 16,
-    probability: Probability = 0.3,
-    parents: Parents = 32,
-    seed: Seed = 0,
-    monotone: Monotone = True,
-    attention: Attention = "fixed",
-    n_hat: NHat = None,
-    race: Racing = True,
-    margin: Margin = None,
-    batch: Batch = 1,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    *,
+    texts: TextOptions,
+    how: SearchOptions,
+    machine: MachineOptions,
 ) -> None:
     """Find factors for the short lengths of a model that was extended.
 
@@ -206,18 +196,8 @@ def readjust(
     """
     from . import commands
 
-    with _errors("readjust"):
-        options = _options(
-            optimizer=optimizer, population=population, iterations=iterations, mutants=mutants,
-            crossovers=crossovers, probability=probability, parents=parents, seed=seed,
-            monotone=monotone, attention=_attention(attention),
-            n_hats=tuple(sorted(set(n_hat))) if n_hat else None, fitness=fitness, last=last,
-            stride=stride, race=race, margin=margin, batch=batch,
-        )  # fmt: skip
-        given = commands.Given(
-            model, documents, samples, skip_short, tokenizer, original_length, device, dtype
-        )
-        commands.readjust(given, rope, sorted(set(length)), upper, options, out)
+    given = commands.Given(model, documents, *texts, *machine)
+    commands.readjust(given, rope, sorted(set(length)), upper, how.options(), out)
 
 
 def extend(
@@ -260,25 +240,9 @@ def extend(
     samples: Samples = 5,
     tokenizer: Tokens = None,
     original_length: Original = None,
-    fitness: Fit = "perplexity",
-    last: Last = None,
-    stride: Stride = None,
-    optimizer: Optimizer = "evolution",
-    population: Population = 64,
-    iterations: Iterations = 40,
-    mutants: Mutants = 16,
-    crossovers: Crossovers = 16,
-    probability: Probability = 0.3,
-    parents: Parents = 32,
-    seed: Seed = 0,
-    monotone: Monotone = True,
-    attention: Attention = "fixed",
-    n_hat: NHat = None,
-    race: Racing = True,
-    margin: Margin = None,
-    batch: Batch = 1,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    *,
+    how: SearchOptions,
+    machine: MachineOptions,
 ) -> None:
     """Extend a model step by step: search, fine-tune, readjust.
 
@@ -294,30 +258,22 @@ def extend(
     from .extend import ExtendPlan, Stage
     from .tune import TuneSettings
 
-    with _errors("extend"):
-        options = _options(
-            optimizer=optimizer, population=population, iterations=iterations, mutants=mutants,
-            crossovers=crossovers, probability=probability, parents=parents, seed=seed,
-            monotone=monotone, attention=_attention(attention),
-            n_hats=tuple(sorted(set(n_hat))) if n_hat else None, fitness=fitness, last=last,
-            stride=stride, race=race, margin=margin, batch=batch,
-        )  # fmt: skip
-        plan = ExtendPlan(
-            model=str(model),
-            documents=tuple(map(str, documents)),
-            stages=tuple(Stage(*_numbers(text)) for text in stage),
-            training=tuple(map(str, train or ())),
-            short=tuple(sorted(set(short or ()))),
-            samples=samples,
-            tokenizer=tokenizer,
-            original=original_length,
-            upper=upper,
-            options=options,
-            tuning=TuneSettings(
-                rate, warmup, rows, accumulate, short_share, recompute, checkpoint_every, seed
-            ),
-        )
-        commands.extend(plan, out, device, dtype)
+    plan = ExtendPlan(
+        model=str(model),
+        documents=tuple(map(str, documents)),
+        stages=tuple(Stage(*_numbers(text)) for text in stage),
+        training=tuple(map(str, train or ())),
+        short=tuple(sorted(set(short or ()))),
+        samples=samples,
+        tokenizer=tokenizer,
+        original=original_length,
+        upper=upper,
+        options=how.options(),
+        tuning=TuneSettings(
+            rate, warmup, rows, accumulate, short_share, recompute, checkpoint_every, how.seed
+        ),
+    )
+    commands.extend(plan, out, *machine)
 
 
 def evaluate(
@@ -335,14 +291,11 @@ def evaluate(
         bool, typer.Option("--passkey", help="Also the share of hidden numbers it finds.")
     ] = False,
     out: Out = Path("longrope-evaluate"),
-    samples: Samples = 5,
-    skip_short: SkipShort = False,
-    tokenizer: Tokens = None,
-    original_length: Original = None,
+    *,
+    texts: TextOptions,
     last: Last = None,
     stride: Stride = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    machine: MachineOptions,
 ) -> None:
     """Measure perplexity at several lengths, under several ropes.
 
@@ -355,13 +308,8 @@ def evaluate(
     """
     from . import commands
 
-    with _errors("evaluate"):
-        given = commands.Given(
-            model, documents, samples, skip_short, tokenizer, original_length, device, dtype
-        )
-        commands.evaluate(
-            given, sorted(set(length)), rope or [], baselines, passkey, last, stride, out
-        )
+    given = commands.Given(model, documents, *texts, *machine)
+    commands.evaluate(given, sorted(set(length)), rope or [], baselines, passkey, last, stride, out)
 
 
 def plot(
@@ -380,17 +328,52 @@ def plot(
     """
     from . import commands
 
-    with _errors("plot"):
-        commands.plot(folder)
+    commands.plot(folder)
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``longrope``."""
     for command in (search, extend, readjust, evaluate, plot):
-        app.command()(command)
+        app.command()(_for_typer(command))
 
 
 # --------------------------------------------------------------------------------------- arguments
+
+
+def _for_typer(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, its errors as lines, and the fields of its named tuples as options, in place.
+
+    Typer reads a signature, in which each option is a parameter.
+    """
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    groups = {x.name: x.annotation for x in own if hasattr(x.annotation, "_fields")}
+    parameters = [
+        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for x in own
+        for option in (_fields(x.annotation) if x.name in groups else (x,))
+    ]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        with _errors(command.__name__):
+            for name, group in groups.items():
+                values[name] = group(**{field: values.pop(field) for field in group._fields})
+            command(**values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {x.name: x.annotation for x in parameters}
+    return run
+
+
+def _fields(group: Any) -> Iterator[inspect.Parameter]:
+    """The fields of a named tuple, all of which have a default, as parameters."""
+    for name, annotation in get_type_hints(group, include_extras=True).items():
+        yield inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=group._field_defaults[name],
+            annotation=annotation,
+        )
 
 
 @contextmanager
@@ -408,12 +391,6 @@ def _errors(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"longrope {command}: stopped; the same command goes on", err=True)
         raise typer.Exit(130) from None
-
-
-def _options(**arguments: Any) -> Options:
-    from .find import Options
-
-    return Options(**arguments)
 
 
 def _attention(text: str) -> float | str | None:
