@@ -156,7 +156,11 @@ def tune(
 @app.command()
 def report(
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write into [reports/<device>/<date>/].")
+        Path | None,
+        typer.Option(
+            help="Folder to write into [reports/<device>/<date>/]; where it has a report, its name "
+            "with -2, -3 and so on."
+        ),
     ] = None,
     budget: Annotated[
         float, typer.Option(min=1, help="Seconds for build, tests and benchmarks together.")

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from longrope_kernels import __version__, backends, cli
+from longrope_kernels.report import ROOT, machine
 
 
 def run(*arguments: str):
@@ -50,6 +51,19 @@ def test_demo_without_its_packages_is_one_line_naming_the_extra(monkeypatch, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["search", "readjust", "extend", "evaluate", "plot"])
+def test_a_search_without_its_packages_is_one_line_naming_the_extra(monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "longrope_kernels.search.commands", raising=False)
+    monkeypatch.delattr("longrope_kernels.search.commands", raising=False)
+    given = {"plot": [], "extend": ["--documents", "d", "--stage", "9"]}
+    result = run(command, "m", *given.get(command, ["--documents", "d", "--length", "9"]))
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"longrope {command}: needs tqdm: pip install 'longrope-kernels[search]'\n"
+    )
+
+
 def test_the_command_line_imports_no_optional_package():
     code = (
         "import sys, longrope_kernels.cli;"
@@ -66,6 +80,7 @@ def test_quick_demo_agrees_and_writes_its_files(tmp_path):
     assert (tmp_path / "error.png").read_bytes().startswith(b"\x89PNG")
 
     results = json.loads((tmp_path / "results.json").read_text())
+    assert results["environment"]["commit"] == machine.commit(ROOT)
     logits = results["logits"]
     assert logits["float32_kernels"] < 1e-3
     assert logits["bfloat16_kernels"] <= 2 * logits["bfloat16_untouched"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +24,7 @@ from longrope_kernels.report.results import Row
 
 MACHINE = {"cpu": "a processor", "threads": 2, "commit": "0123456789ab", "torch": "2.13.0"}
 TESTS = {"passed": ["t.py::a"], "failed": [], "skipped": [], "reasons": {}, "complete": True}
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
 
 def row(name: str, median: float, group: str = "forward", **info: Any) -> Row:
@@ -171,12 +173,20 @@ def test_tests_of_the_device_come_first(tmp_path: Path) -> None:
         "def test_at(target): pass\n"
         "@pytest.mark.gpu\n"
         "def test_marked(): pass\n"
+        "@pytest.mark.last\n"
+        "@pytest.mark.gpu\n"
+        "def test_marked_last(): pass\n"
     )
     (tmp_path / "test_b.py").write_text("DEVICE = 'cuda'\ndef test_of_module(): pass\n")
+    (tmp_path / "test_c.py").write_text(
+        "import pytest\npytestmark = pytest.mark.last\ndef test_anywhere_last(): pass\n"
+    )
+    (tmp_path / "test_d.py").write_text("def test_anywhere_too(): pass\n")
     options = ("-p", "longrope_kernels.report.order", "-p", "no:cacheprovider", str(tmp_path))
     found = runs.run_tests(tmp_path, 60, options)
     assert [name.partition("::")[2] for name in found["passed"]] == [
-        *("test_at[cuda]", "test_marked", "test_of_module", "test_anywhere", "test_at[cpu]")
+        *("test_at[cuda]", "test_marked", "test_of_module", "test_marked_last"),
+        *("test_anywhere", "test_at[cpu]", "test_anywhere_too", "test_anywhere_last"),
     ]
 
 
@@ -214,6 +224,48 @@ def test_a_copy_without_git_names_its_commit(
     assert machine.describe(tmp_path)["commit"] is None
     monkeypatch.setenv("LONGROPE_COMMIT", "0123456789ab")
     assert machine.describe(tmp_path)["commit"] == "0123456789ab"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with the package in it, and no configuration of git but its own."""
+    monkeypatch.delenv("LONGROPE_COMMIT", raising=False)
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, os.devnull)
+    for role in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{role}_NAME", "a name")
+        monkeypatch.setenv(f"GIT_{role}_EMAIL", "name@example.org")
+    package = tmp_path / "longrope_kernels"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "--message", "all of it")
+    return tmp_path
+
+
+def git(root: Path, *arguments: str) -> str:
+    command = ("git", "-C", str(root), *arguments)
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@needs_git
+def test_a_checkout_names_its_commit_and_whether_it_has_changes(repository: Path) -> None:
+    head = git(repository, "rev-parse", "HEAD")[:12]
+    assert machine.commit(repository) == head
+    (repository / "longrope_kernels" / "__init__.py").write_text("changed = True\n")
+    assert machine.commit(repository) == f"{head} with changes"
+
+
+@needs_git
+def test_an_installed_package_has_no_commit_of_the_repository_around_it(
+    repository: Path,
+) -> None:
+    packages = repository / ".venv" / "site-packages"
+    (packages / "longrope_kernels").mkdir(parents=True)
+    (packages / "longrope_kernels" / "__init__.py").touch()
+    assert machine.commit(packages) is None
 
 
 def test_python_runs_the_command_line() -> None:

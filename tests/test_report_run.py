@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from longrope_kernels import report
 from longrope_kernels.cli import app
 from longrope_kernels.report import machine, page, plots, results, runs
+from longrope_kernels.report.compare import compare
 
 BENCHMARKS = report.ROOT / "benchmarks"
 ROWS = """
@@ -203,9 +205,61 @@ def test_the_command_fails_where_a_test_did_and_all_is_written(
     text = (tmp_path / "out" / "report.md").read_text("utf-8")
     assert "## Failed\n\n- 1 test, see Tests\n" in text
     assert "- failed: `t.py::b`: is wrong" in text
-    outcome = command("--out", str(tmp_path / "out"), "--no-tests")
+    outcome = command("--out", str(tmp_path / "again"), "--no-tests")
     assert outcome.exit_code == 0
-    assert "## Failed" not in (tmp_path / "out" / "report.md").read_text("utf-8")
+    assert "## Failed" not in (tmp_path / "again" / "report.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["default", "--out"])
+def test_a_report_is_never_written_over_another(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    for folder in ("tests", "benchmarks"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(machine, "folder_name", lambda facts: "a-machine")
+    day = tmp_path / "reports" / "a-machine" / datetime.date.today().isoformat()
+    folders = [day, day.with_name(f"{day.name}-2"), day.with_name(f"{day.name}-3")]
+    day.mkdir(parents=True)
+    (day / "notes.txt").touch()  # in the way of nothing
+    for i, folder in enumerate(folders):
+        made = report.make(
+            day if named else None, 9, tests=None, benchmarks=(), builds=False, root=tmp_path
+        )
+        assert made.folder == folder
+        (folder / "report.md").write_text(f"report {i}")
+    assert [(folder / "report.md").read_text() for folder in folders] == [
+        *("report 0", "report 1", "report 2")
+    ]
+    text = compare(folders[0], folders[1])
+    assert f"before: {folders[0]} " in text
+    assert f"after:  {folders[1]} " in text
+
+
+def test_a_report_that_ended_meanwhile_keeps_its_folder(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_run, out = runs.run_benchmarks, tmp_path / "out"
+
+    def run_benchmarks(*arguments: Any) -> Any:
+        out.mkdir()
+        (out / "results.json").write_text("of the other")
+        return of_run(*arguments)
+
+    monkeypatch.setattr(runs, "run_benchmarks", run_benchmarks)
+    made = report.make(out, 9, tests=None, benchmarks=(), builds=False)
+    assert made.folder == tmp_path / "out-2"
+    assert (out / "results.json").read_text() == "of the other"
+
+
+@pytest.mark.parametrize("out", [".", "../day", ".."])
+def test_a_folder_without_a_name_gets_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    here = tmp_path / "day" / "here" if out == ".." else tmp_path / "day"
+    here.mkdir(parents=True)
+    (tmp_path / "day" / "report.md").touch()
+    monkeypatch.chdir(here)
+    assert report.vacant(Path(out)) == tmp_path / "day-2"
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(

@@ -13,6 +13,8 @@ import transformers
 from tqdm import tqdm
 
 from .. import __version__
+from ..report import ROOT
+from ..report.machine import commit
 from ..rope import Rope
 from .errors import errors_at
 from .figure import draw
@@ -115,7 +117,7 @@ def _spaced(count: int) -> list[int]:
     return [round(2 ** (8 + 23 * i / (count - 1))) - 1 for i in range(count)]
 
 
-def _environment(device: torch.device) -> dict[str, str]:
+def _environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
@@ -123,6 +125,7 @@ def _environment(device: torch.device) -> dict[str, str]:
         where = f"{platform.machine()} CPU ({capability}), {torch.get_num_threads()} threads"
     return {
         "longrope_kernels": __version__,
+        "commit": commit(ROOT),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

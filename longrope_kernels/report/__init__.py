@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import shutil
 import tempfile
@@ -50,8 +51,9 @@ def make(
     """Run everything and write report.md, results.json and PNGs into one folder.
 
     Args:
-        out: the folder, made if needed; None for reports/<device>/<date>/ in the checkout. It is
-            written at the end, all at once.
+        out: the folder, made if needed; None for reports/<device>/<date>/ in the checkout. Where
+            it has a report already, `vacant` says which comes in its place. It is written at the
+            end, all at once.
         budget: seconds for everything: the build of what `build.stale` names, the tests, and the
             benchmarks, of which the least important rows are dropped. The ceilings are measured
             even where nothing of it is left.
@@ -70,7 +72,7 @@ def make(
     facts = machine.describe(root)
     date = datetime.date.today().isoformat()
     out = out or root / "reports" / machine.folder_name(facts) / date
-    check_out(out)
+    check_out(vacant(out))
     report: dict[str, Any] = {"machine": facts, "date": date, "tests": None}
     clocks = {"before": machine.clocks()}
     failed = build.build(root) if builds else None
@@ -83,9 +85,20 @@ def make(
     facts["clocks"] = {**clocks, "during": found.pop("clocks"), "after": machine.clocks()}
     report |= found
     report["seconds"] = time.monotonic() - begin
+    out = vacant(out)  # another report may have ended since
     write(out, report, rows)
     of_tests = report["tests"]["failed"] if report["tests"] else ()
     return Written(out, len(report["failed"]) + len(of_tests))
+
+
+def vacant(out: Path) -> Path:
+    """``out``, or where it has a report, the first of ``out``-2, ``out``-3, ... that has none."""
+    folder, named = out, Path(os.path.abspath(out))  # "." and ".." have no name to add to
+    for number in itertools.count(2):
+        if not any((folder / name).is_file() for name in ("report.md", "results.json")):
+            break
+        folder = named.with_name(f"{named.name}-{number}")
+    return folder
 
 
 def check_out(out: Path) -> None:

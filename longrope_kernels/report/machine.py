@@ -26,7 +26,7 @@ def describe(root: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "transformers": _version("transformers"),
-        "commit": _commit(root),
+        "commit": commit(root),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
     }
@@ -41,6 +41,21 @@ def describe(root: Path) -> dict[str, Any]:
             **_smi(_LASTING),
         }
     return facts
+
+
+def commit(root: Path) -> str | None:
+    """The commit of the package under ``root``, with a mark where tracked files differ from it.
+
+    A copy of a checkout without git has it from LONGROPE_COMMIT; without that it is None. So it is
+    for an installed package, whatever repository its environment lies in.
+    """
+    git = ("git", "-C", str(root))
+    tracked = _output(*git, "ls-files", "--error-unmatch", "longrope_kernels/__init__.py")
+    head = tracked and _output(*git, "rev-parse", "--short=12", "HEAD")
+    if not head:
+        return os.environ.get("LONGROPE_COMMIT")
+    changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
+    return head + (" with changes" if changed else "")
 
 
 def folder_name(facts: dict[str, Any]) -> str:
@@ -103,18 +118,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _commit(root: Path) -> str | None:
-    """The commit, with a mark where tracked files differ from it.
-
-    A copy of a checkout without git has it from LONGROPE_COMMIT.
-    """
-    head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
-    if head is None:
-        return os.environ.get("LONGROPE_COMMIT")
-    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
-    return head + (" with changes" if changed else "")
 
 
 def _cpu() -> str:
