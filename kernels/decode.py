@@ -38,6 +38,7 @@ from .decode_splits import (
     tiles_of_split,
 )
 from .pieces import (
+    ROOMY,
     WIDE,
     add_dots,
     dot_rows,
@@ -169,7 +170,7 @@ def plan(
         "DIM": dim,
         "PAIRS": pairs,
         "SETS": sets,
-        "INTERLEAVED": rotation.interleaved,
+        "PAIRING": int(rotation.interleaved) + (ROOMY.value if float8 else 0),
         "WINDOW": window > 0,
         "SOFTCAP": softcap > 0,
         "ONE_QUERY": queries == 1,
@@ -239,7 +240,7 @@ def _rotate_keys(
     steps,
     below,
     PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    PAIRING: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Keys from slot j0 on, turned to their positions; positions: (pointer or None, stride)."""
@@ -247,12 +248,12 @@ def _rotate_keys(
     if PAIRS > 0:
         if positions[0] is None:
             n = (j - start).to(tl.int64)
-            pieces = turn_pieces(pieces, n, steps, None, None, None, INTERLEAVED)
+            pieces = turn_pieces(pieces, n, steps, None, None, None, PAIRING)
         else:
             n = j.to(tl.int64)
             n = tl.load(positions[0] + n * positions[1], mask=exist, other=0).to(tl.int64)
             original, a = token_rows(n, i_set, rope[1], rope[2])
-            pieces = turn_pieces(pieces, n, steps, original, below, a, INTERLEAVED)
+            pieces = turn_pieces(pieces, n, steps, original, below, a, PAIRING)
     return pieces
 
 
@@ -303,7 +304,7 @@ def decode_kernel(
     DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     SETS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    PAIRING: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ONE_QUERY: tl.constexpr,
@@ -386,15 +387,15 @@ def decode_kernel(
         j_begin = tl.maximum(part_low // BLOCK_N * BLOCK_N, begin)
 
         p_steps = rope[0] + i_set * 2 * PAIRS
-        steps = load_steps(p_steps + part * PAIRS, PAIRS, INTERLEAVED)
-        below = load_steps(p_steps, PAIRS, INTERLEAVED)
+        steps = load_steps(p_steps + part * PAIRS, PAIRS, PAIRING)
+        below = load_steps(p_steps, PAIRS, PAIRING)
         original, a = token_rows(n_q, i_set, rope[1], rope[2])
         if key_positions[0] is None and part == 1:
             # The factor of the keys, with the dimensions of q that are rotated.
             a *= tl.load(rope[2] + i_set).to(tl.float32)
         rows = q[0] + i_b * q[1] + (i_t * q[2] + i_h * q[3])[:, None]
-        b_q = load_pieces(rows, in_q[:, None], PAIRS, DIM, INTERLEAVED)
-        b_q = rotate_pieces(b_q, n_q, original, a, p_steps, PAIRS, INTERLEAVED, False)
+        b_q = load_pieces(rows, in_q[:, None], PAIRS, DIM, PAIRING)
+        b_q = rotate_pieces(b_q, n_q, original, a, p_steps, PAIRS, PAIRING, False)
         b_q = narrow_pieces(b_q, dtype)
 
         ids = block_ids(table, i_b, j_begin, low, high, BLOCK_SIZE, BLOCK_N)
@@ -406,7 +407,7 @@ def decode_kernel(
             rows_v = slot_rows(of_v, ids, j0, BLOCK_SIZE, BLOCK_N)
             # Those of the next tile, so that its keys need not wait for them.
             ids = block_ids(table, i_b, j0 + BLOCK_N, low, high, BLOCK_SIZE, BLOCK_N)
-            b_k = load_pieces(rows_k, exist[:, None], PAIRS, DIM, INTERLEAVED)
+            b_k = load_pieces(rows_k, exist[:, None], PAIRS, DIM, PAIRING)
             b_v = load_pieces(rows_v, exist[:, None], WIDE, DIM, False)
             if FLOAT8:
                 b_k = half_pieces(b_k, exist.to(tl.int8)[:, None], FLOAT8)
@@ -422,7 +423,7 @@ def decode_kernel(
                 steps,
                 below,
                 PAIRS,
-                INTERLEAVED,
+                PAIRING,
                 BLOCK_N,
             )
             s = dot_rows(b_q, narrow_pieces(b_k, dtype), None)

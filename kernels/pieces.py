@@ -9,7 +9,9 @@ of them, or four pieces 32, 32, 16, 16, and is never padded to 128. Two orders a
   instruction, share one piece of 16 (firsts, then seconds). Interleaved pairs lie as in memory.
 - plain pieces, of v and the output: as in memory.
 
-Tuples of tensors carry them; ``PAIRS``, ``DIM`` and ``INTERLEAVED`` say which they are.
+Tuples of tensors carry them; ``PAIRS``, ``DIM`` and ``PAIRING`` say which they are. PAIRING is
+whether pairs are interleaved, a bool, or with ``ROOMY`` added to it a number: then chunks have 16
+pairs at least, some of which do not exist, and no piece is put together from two.
 """
 
 import triton
@@ -29,6 +31,11 @@ from .rotation import (
 # and of 16 columns each of them would do all.
 WIDE = tl.constexpr(-1)
 
+# In ``PAIRING``. For float8: Triton up to 3.6 gives a product whose operand was joined from 8-bit
+# loads eight elements a lane in a row, of 32 columns at least, and of 16 columns takes wrong ones
+# (fixed upstream, triton-lang/triton#11691).
+ROOMY = tl.constexpr(2)
+
 
 @triton.constexpr_function
 def _powers(n, least):
@@ -38,18 +45,19 @@ def _powers(n, least):
 
 
 @triton.constexpr_function
-def _chunks(pairs, interleaved):
+def _chunks(pairs, pairing):
     """The widths of the chunks of pairs.
 
     At most 64, and 32 where pairs must be taken apart in registers, so that what belongs to a wide
     head need not be there all at once.
     """
-    widest = 32 if interleaved else 64
-    return [widest] * (pairs // widest) + _powers(pairs % widest, 8)
+    widest = 32 if pairing & 1 else 64
+    least = 16 if pairing & ROOMY.value else 8
+    return [widest] * (pairs // widest) + _powers(pairs % widest, least)
 
 
 @triton.constexpr_function
-def _list_pieces(pairs, dim, interleaved):
+def _list_pieces(pairs, dim, pairing):
     """(start, width, limit, split) of each rotated piece, in order.
 
     Columns start, start + 1, ...; those from ``limit`` on do not exist. ``split``: the second half
@@ -58,8 +66,8 @@ def _list_pieces(pairs, dim, interleaved):
     least = 32 if pairs == WIDE.value else 16
     pairs = max(pairs, 0)
     pieces, start = [], 0
-    for width in _chunks(pairs, interleaved):
-        if interleaved:
+    for width in _chunks(pairs, pairing):
+        if pairing & 1:
             pieces.append((2 * start, 2 * width, 2 * pairs, False))
         elif width == 8:
             pieces.append((start, 16, pairs, True))
@@ -75,72 +83,70 @@ def _list_pieces(pairs, dim, interleaved):
 
 
 @triton.constexpr_function
-def count_pieces(pairs, dim, interleaved):
+def count_pieces(pairs, dim, pairing):
     """How many rotated pieces a head has; with 0 pairs, how many plain ones."""
-    return len(_list_pieces(pairs, dim, interleaved))
+    return len(_list_pieces(pairs, dim, pairing))
 
 
 @triton.constexpr_function
-def _piece(pairs, dim, interleaved, index, field):
-    return _list_pieces(pairs, dim, interleaved)[index][field]
+def _piece(pairs, dim, pairing, index, field):
+    return _list_pieces(pairs, dim, pairing)[index][field]
 
 
 @triton.constexpr_function
-def _count_chunks(pairs, interleaved):
-    return len(_chunks(pairs, interleaved))
+def _count_chunks(pairs, pairing):
+    return len(_chunks(pairs, pairing))
 
 
 @triton.constexpr_function
-def _chunk(pairs, interleaved, index):
+def _chunk(pairs, pairing, index):
     """Where the pairs of a chunk begin, and how many there are."""
-    widths = _chunks(pairs, interleaved)
+    widths = _chunks(pairs, pairing)
     return sum(widths[:index]), widths[index]
 
 
 @triton.constexpr_function
-def _chunk_start(pairs, interleaved, index):
-    return _chunk(pairs, interleaved, index)[0]
+def _chunk_start(pairs, pairing, index):
+    return _chunk(pairs, pairing, index)[0]
 
 
 @triton.constexpr_function
-def _chunk_width(pairs, interleaved, index):
-    return _chunk(pairs, interleaved, index)[1]
+def _chunk_width(pairs, pairing, index):
+    return _chunk(pairs, pairing, index)[1]
 
 
 # ----------------------------------------------------------------------------- memory and matrices
 
 
 @triton.constexpr_function
-def _is_whole(pairs, dim, interleaved, index):
+def _is_whole(pairs, dim, pairing, index):
     """Whether all columns of the piece exist."""
-    start, width, limit, split = _list_pieces(pairs, dim, interleaved)[index]
+    start, width, limit, split = _list_pieces(pairs, dim, pairing)[index]
     return start + (width // 2 if split else width) <= limit
 
 
 @triton.jit
-def _columns(
-    PAIRS: tl.constexpr, DIM: tl.constexpr, INTERLEAVED: tl.constexpr, INDEX: tl.constexpr
-):
+def _columns(PAIRS: tl.constexpr, DIM: tl.constexpr, PAIRING: tl.constexpr, INDEX: tl.constexpr):
     """The columns of a piece, (1, width)."""
-    START: tl.constexpr = _piece(PAIRS, DIM, INTERLEAVED, INDEX, 0)
-    WIDTH: tl.constexpr = _piece(PAIRS, DIM, INTERLEAVED, INDEX, 1)
+    START: tl.constexpr = _piece(PAIRS, DIM, PAIRING, INDEX, 0)
+    WIDTH: tl.constexpr = _piece(PAIRS, DIM, PAIRING, INDEX, 1)
     o_d = tl.arange(0, WIDTH)[None, :]
-    if _piece(PAIRS, DIM, INTERLEAVED, INDEX, 3):
+    if _piece(PAIRS, DIM, PAIRING, INDEX, 3):
         o_d = o_d % (WIDTH // 2) + o_d // (WIDTH // 2) * PAIRS
     return START + o_d
 
 
 @triton.jit
 def _mask(
-    exist, PAIRS: tl.constexpr, DIM: tl.constexpr, INTERLEAVED: tl.constexpr, INDEX: tl.constexpr
+    exist, PAIRS: tl.constexpr, DIM: tl.constexpr, PAIRING: tl.constexpr, INDEX: tl.constexpr
 ):
     """Which elements of a piece that is not whole exist; exist: as in `load_pieces`."""
-    START: tl.constexpr = _piece(PAIRS, DIM, INTERLEAVED, INDEX, 0)
-    WIDTH: tl.constexpr = _piece(PAIRS, DIM, INTERLEAVED, INDEX, 1)
+    START: tl.constexpr = _piece(PAIRS, DIM, PAIRING, INDEX, 0)
+    WIDTH: tl.constexpr = _piece(PAIRS, DIM, PAIRING, INDEX, 1)
     o_d = tl.arange(0, WIDTH)[None, :]
-    if _piece(PAIRS, DIM, INTERLEAVED, INDEX, 3):
+    if _piece(PAIRS, DIM, PAIRING, INDEX, 3):
         o_d = o_d % (WIDTH // 2)
-    mask = START + o_d < _piece(PAIRS, DIM, INTERLEAVED, INDEX, 2)
+    mask = START + o_d < _piece(PAIRS, DIM, PAIRING, INDEX, 2)
     if exist is not None:
         mask = exist & mask
     return mask
@@ -152,12 +158,12 @@ def _load_piece(
     exist,
     PAIRS: tl.constexpr,
     DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    PAIRING: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    p = rows + _columns(PAIRS, DIM, INTERLEAVED, INDEX)
-    if not _is_whole(PAIRS, DIM, INTERLEAVED, INDEX):
-        x = tl.load(p, mask=_mask(exist, PAIRS, DIM, INTERLEAVED, INDEX), other=0.0)
+    p = rows + _columns(PAIRS, DIM, PAIRING, INDEX)
+    if not _is_whole(PAIRS, DIM, PAIRING, INDEX):
+        x = tl.load(p, mask=_mask(exist, PAIRS, DIM, PAIRING, INDEX), other=0.0)
     elif exist is not None:
         x = tl.load(p, mask=exist, other=0.0)
     else:
@@ -166,11 +172,11 @@ def _load_piece(
 
 
 @triton.jit
-def load_pieces(rows, exist, PAIRS: tl.constexpr, DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+def load_pieces(rows, exist, PAIRS: tl.constexpr, DIM: tl.constexpr, PAIRING: tl.constexpr):
     """The pieces of rows at ``rows`` (BLOCK, 1); ``exist`` (BLOCK, 1) bool, or None: all do."""
     pieces = ()
-    for i in tl.static_range(count_pieces(PAIRS, DIM, INTERLEAVED)):
-        pieces += (_load_piece(rows, exist, PAIRS, DIM, INTERLEAVED, i),)
+    for i in tl.static_range(count_pieces(PAIRS, DIM, PAIRING)):
+        pieces += (_load_piece(rows, exist, PAIRS, DIM, PAIRING, i),)
     return pieces
 
 
@@ -181,24 +187,24 @@ def _store_piece(
     x,
     PAIRS: tl.constexpr,
     DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    PAIRING: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    p = rows + _columns(PAIRS, DIM, INTERLEAVED, INDEX)
+    p = rows + _columns(PAIRS, DIM, PAIRING, INDEX)
     x = narrow(x, rows.dtype.element_ty)
-    if _is_whole(PAIRS, DIM, INTERLEAVED, INDEX):
+    if _is_whole(PAIRS, DIM, PAIRING, INDEX):
         tl.store(p, x, mask=exist)
     else:
-        tl.store(p, x, mask=_mask(exist, PAIRS, DIM, INTERLEAVED, INDEX))
+        tl.store(p, x, mask=_mask(exist, PAIRS, DIM, PAIRING, INDEX))
 
 
 @triton.jit
 def store_pieces(
-    rows, exist, pieces, PAIRS: tl.constexpr, DIM: tl.constexpr, INTERLEAVED: tl.constexpr
+    rows, exist, pieces, PAIRS: tl.constexpr, DIM: tl.constexpr, PAIRING: tl.constexpr
 ):
     """Round float32 pieces to the dtype of ``rows`` (BLOCK, 1) and store the rows that exist."""
-    for i in tl.static_range(count_pieces(PAIRS, DIM, INTERLEAVED)):
-        _store_piece(rows, exist, pieces[i], PAIRS, DIM, INTERLEAVED, i)
+    for i in tl.static_range(count_pieces(PAIRS, DIM, PAIRING)):
+        _store_piece(rows, exist, pieces[i], PAIRS, DIM, PAIRING, i)
 
 
 @triton.jit
@@ -206,21 +212,19 @@ def _zero_piece(
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
     DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    PAIRING: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    WIDTH: tl.constexpr = _piece(PAIRS, DIM, INTERLEAVED, INDEX, 1)
+    WIDTH: tl.constexpr = _piece(PAIRS, DIM, PAIRING, INDEX, 1)
     return tl.zeros((ROWS, WIDTH), tl.float32)
 
 
 @triton.jit
-def zero_pieces(
-    ROWS: tl.constexpr, PAIRS: tl.constexpr, DIM: tl.constexpr, INTERLEAVED: tl.constexpr
-):
+def zero_pieces(ROWS: tl.constexpr, PAIRS: tl.constexpr, DIM: tl.constexpr, PAIRING: tl.constexpr):
     """float32 accumulators."""
     pieces = ()
-    for i in tl.static_range(count_pieces(PAIRS, DIM, INTERLEAVED)):
-        pieces += (_zero_piece(ROWS, PAIRS, DIM, INTERLEAVED, i),)
+    for i in tl.static_range(count_pieces(PAIRS, DIM, PAIRING)):
+        pieces += (_zero_piece(ROWS, PAIRS, DIM, PAIRING, i),)
     return pieces
 
 
@@ -286,13 +290,13 @@ def _chunk_cos_sin(
     a,
     p_steps,
     PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    PAIRING: tl.constexpr,
     CONJUGATE: tl.constexpr,
     C: tl.constexpr,
 ):
     """``a cos`` and ``a sin`` of the pairs of a chunk: (BLOCK, width) float32."""
-    START: tl.constexpr = _chunk_start(PAIRS, INTERLEAVED, C)
-    WIDTH: tl.constexpr = _chunk_width(PAIRS, INTERLEAVED, C)
+    START: tl.constexpr = _chunk_start(PAIRS, PAIRING, C)
+    WIDTH: tl.constexpr = _chunk_width(PAIRS, PAIRING, C)
     o_p = START + tl.arange(0, WIDTH)
     exists = o_p < PAIRS
     # Both rows of steps, and a choice for each token: a load for each token would cost more.
@@ -317,10 +321,10 @@ def _resplit(x_i, x_j):
 
 
 @triton.jit
-def _rotate_chunk(pieces, cos, sin, INTERLEAVED: tl.constexpr, C: tl.constexpr):
+def _rotate_chunk(pieces, cos, sin, PAIRING: tl.constexpr, C: tl.constexpr):
     """The rotated pieces of chunk C, one or two, float32."""
     WIDTH: tl.constexpr = cos.shape[1]
-    if INTERLEAVED:
+    if PAIRING & 1:
         x = pieces[C]
         x_i, x_j = tl.split(tl.reshape(x, (x.shape[0], WIDTH, 2)))
         y_i, y_j = rotate(x_i, x_j, cos, sin)
@@ -342,7 +346,7 @@ def rotate_pieces(
     a,
     p_steps,
     PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    PAIRING: tl.constexpr,
     CONJUGATE: tl.constexpr,
 ):
     """Rotated pieces turned by the angles of their tokens, float32; the others as they are.
@@ -350,31 +354,31 @@ def rotate_pieces(
     n (int64), original, a: (BLOCK,), of `token_rows`. p_steps: (2, PAIRS) int64, of the set.
     """
     turned = ()
-    for c in tl.static_range(_count_chunks(PAIRS, INTERLEAVED)):
-        cos, sin = _chunk_cos_sin(n, original, a, p_steps, PAIRS, INTERLEAVED, CONJUGATE, c)
-        turned += _rotate_chunk(pieces, cos, sin, INTERLEAVED, c)
+    for c in tl.static_range(_count_chunks(PAIRS, PAIRING)):
+        cos, sin = _chunk_cos_sin(n, original, a, p_steps, PAIRS, PAIRING, CONJUGATE, c)
+        turned += _rotate_chunk(pieces, cos, sin, PAIRING, c)
     for i in tl.static_range(len(turned), len(pieces)):
         turned += (pieces[i],)
     return turned
 
 
 @triton.jit
-def _load_chunk_of_steps(p_steps, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, C: tl.constexpr):
-    o_p = _chunk_start(PAIRS, INTERLEAVED, C) + tl.arange(0, _chunk_width(PAIRS, INTERLEAVED, C))
+def _load_chunk_of_steps(p_steps, PAIRS: tl.constexpr, PAIRING: tl.constexpr, C: tl.constexpr):
+    o_p = _chunk_start(PAIRS, PAIRING, C) + tl.arange(0, _chunk_width(PAIRS, PAIRING, C))
     return tl.load(p_steps + o_p, mask=o_p < PAIRS, other=0)
 
 
 @triton.jit
-def load_steps(p_steps, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+def load_steps(p_steps, PAIRS: tl.constexpr, PAIRING: tl.constexpr):
     """The steps of each chunk of pairs: a tuple of (width,) int64. p_steps: (PAIRS,) int64."""
     steps = ()
-    for c in tl.static_range(_count_chunks(PAIRS, INTERLEAVED)):
-        steps += (_load_chunk_of_steps(p_steps, PAIRS, INTERLEAVED, c),)
+    for c in tl.static_range(_count_chunks(PAIRS, PAIRING)):
+        steps += (_load_chunk_of_steps(p_steps, PAIRS, PAIRING, c),)
     return steps
 
 
 @triton.jit
-def turn_pieces(pieces, n, steps, original, below, a, INTERLEAVED: tl.constexpr):
+def turn_pieces(pieces, n, steps, original, below, a, PAIRING: tl.constexpr):
     """As `rotate_pieces`, with steps that are in registers and `cos_sin_approx`.
 
     n: (BLOCK,) int64. steps, below: of `load_steps`. original (BLOCK,): tokens that take ``below``
@@ -389,7 +393,7 @@ def turn_pieces(pieces, n, steps, original, below, a, INTERLEAVED: tl.constexpr)
         if a is not None:
             cos = cos * a[:, None]
             sin = sin * a[:, None]
-        turned += _rotate_chunk(pieces, cos, sin, INTERLEAVED, c)
+        turned += _rotate_chunk(pieces, cos, sin, PAIRING, c)
     for i in tl.static_range(len(turned), len(pieces)):
         turned += (pieces[i],)
     return turned

@@ -184,6 +184,15 @@ def torn_copies(ttgir: str) -> int:
     return sum(box.removeprefix("1x1x") != tile for box, tile in re.findall(copy, ttgir))
 
 
+def short_products(ttgir: str) -> int:
+    """Matrix products of fewer columns than their layout has: Triton 3.6 takes wrong ones for them.
+
+    A lane holds ``kWidth`` columns in a row; up to half as many as four lanes hold may be missing.
+    """
+    product = r"tt\.dot .*: tensor<\d+x(\d+)x\w+, #ttg\.dot_op<.*?kWidth = (\d+)"
+    return sum(int(columns) < 4 * int(width) for columns, width in re.findall(product, ttgir))
+
+
 def tile_loop(dump: str) -> list[str]:
     """The instructions of one tile: of the shortest loop with matrix instructions."""
     lines = []
@@ -233,6 +242,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
         "mufu": number("MUFU"),
         "copies": number("UTMALDG"),
         "torn_copies": torn_copies(compiled.asm["ttgir"]),
+        "short_products": short_products(compiled.asm["ttgir"]),
         "consumers": len(re.findall(r"^ *partition\d+\(", compiled.asm["ttgir"], re.MULTILINE)),
         "register_moves": number("USETMAXREG"),
         "tile_instructions": len(tile),

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import triton
 from codegen import CUOBJDUMP, INSTRUCTION, compile_all, print_all, source
-from codegen_attention import tile_loop
+from codegen_attention import short_products, tile_loop
 from triton.backends.compiler import GPUTarget
 
 from longrope_kernels.calls import CacheTensors, Rotation
@@ -162,6 +162,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "local": sum(counts[name] for name in counts if name.split(".")[0] in ("LDL", "STL")),
         "instructions": counts.total(),
+        "short_products": short_products(compiled.asm["ttgir"]),
         "tile_instructions": len(tile),
         # Of each of the four schedulers of a multiprocessor.
         "key_issue": round(len(tile) * launch.warps / 4 / launch.constants["BLOCK_N"], 2),

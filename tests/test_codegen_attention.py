@@ -141,6 +141,10 @@ def test_tiles_come_by_tma(rows: list[Row]) -> None:
     assert_all(persistent, lambda row: row["copies"] > 0 and row["torn_copies"] == 0)
 
 
+def test_products_have_all_columns_of_their_layout(rows: list[Row]) -> None:
+    assert_all(rows, lambda row: row["short_products"] == 0)
+
+
 def test_warps_are_specialised_unless_pairs_are_interleaved(rows: list[Row]) -> None:
     """Two groups of consumers and the producer, and registers that move to those who need them."""
     for row in (row for row in rows if row["kernel"] == "persistent"):

@@ -71,6 +71,10 @@ def test_the_matrix_unit_does_the_products(decodes: list[Row]) -> None:
     assert_all(decodes, lambda row: row["tile_matrix"] > 0)
 
 
+def test_products_have_all_columns_of_their_layout(decodes: list[Row]) -> None:
+    assert_all(decodes, lambda row: row["short_products"] == 0)
+
+
 def test_keys_and_values_are_copied_past_the_registers_in_pieces_of_16_bytes(
     decodes: list[Row],
 ) -> None:
