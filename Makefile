@@ -11,14 +11,22 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt longrope_kernels/_version.py \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cmake')
 
-.PHONY: demo test test-newest-triton test-oldest-transformers benchmark report lint format docs clean
+.PHONY: demo test test-compiled test-newest-triton test-oldest-transformers benchmark report lint format docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
 
 # One process a core, so one thread each; what threads do is tested in processes of its own.
-test: $(VENV)/test.stamp test-newest-triton test-oldest-transformers
+test: $(VENV)/test.stamp test-newest-triton test-oldest-transformers test-compiled
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
+
+# What Triton compiles for sm_90 and sm_80, where there is no GPU to run it: tests/ptx runs it.
+COMPILED := -m pytest -q --numprocesses auto --dist worksteal -k "compiled or triton"
+test-compiled: $(VENV)/test.stamp
+	LONGROPE_PTX=90 OMP_NUM_THREADS=1 $(BIN)/python $(COMPILED) tests/test_compiled.py \
+		tests/test_triton.py tests/test_triton_decode.py tests/test_rotary_forward.py
+	LONGROPE_PTX=80 OMP_NUM_THREADS=1 $(BIN)/python $(COMPILED) tests/test_compiled.py \
+		tests/test_triton_decode.py
 
 # The kernels with the newest Triton there is, beside the pinned one.
 test-newest-triton: $(VENV)/test.stamp $(VENV)/newest-triton.stamp

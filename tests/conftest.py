@@ -1,4 +1,8 @@
-"""What every test needs: the interpreter without a GPU, poisoned memory, fixed seeds."""
+"""What every test needs: the interpreter without a GPU, poisoned memory, fixed seeds.
+
+With LONGROPE_PTX=80 or 90 what Triton compiles for that GPU runs in place of its interpreter, see
+tests/ptx.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ import torch
 
 # Triton reads it when a kernel is defined, so it must be there before anything imports triton.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    if "LONGROPE_PTX" not in os.environ:
+        os.environ["TRITON_INTERPRET"] = "1"
     os.environ["LONGROPE_CUDA_EMULATE"] = "1"
 
     import emulated
@@ -20,6 +25,11 @@ if not torch.cuda.is_available():
         emulated.build()
     except RuntimeError as error:  # then all tests of the backend fail, and no others
         warnings.warn(str(error), stacklevel=1)
+
+    if "LONGROPE_PTX" in os.environ:
+        from ptx.install import install
+
+        install(int(os.environ["LONGROPE_PTX"]))
 
 import codegen_cuda
 from hypothesis import HealthCheck, settings
@@ -43,10 +53,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what only a GPU or nvcc can run; a backend that is absent fails instead."""
+    """Deselect what only a GPU, what stands for one, or nvcc can run; an absent backend fails."""
     absent = []
     if not torch.cuda.is_available():
         absent.append("gpu")
+        if "LONGROPE_PTX" not in os.environ:
+            absent.append("compiled")
     if codegen_cuda.nvcc() is None:
         absent.append("nvcc")
 

@@ -43,7 +43,7 @@ def _cos_sin_kernel(p_phase, p_cos, p_sin, N: tl.constexpr):
     tl.store(p_sin + i, sin)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["search_step"])
 def _select_kernel(
     p_cu_seqlens,
     p_lengths,
@@ -253,7 +253,8 @@ def test_missing_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("TRITON_INTERPRET", "LONGROPE_PTX"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in str(backend.missing())
 
