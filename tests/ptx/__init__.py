@@ -7,6 +7,7 @@
 - warps.py, matrices.py: what the threads of a warp do together.
 - wgmma.py, mbarriers.py, tensor_maps.py, tensor_copies.py, fences.py: what Hopper adds to that.
 - order.py: which accesses to shared memory nothing puts in an order.
+- traffic.py: what accesses cost the memories.
 - by_hand.py: runs kernels of a few lines. launch.py, install.py: run Triton's launches.
 
 The semantics are those of NVIDIA's PTX ISA 8.7. It is strict where hardware is not: uninitialised

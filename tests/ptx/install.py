@@ -11,15 +11,16 @@ from triton.runtime.jit import JITFunction
 from longrope_kernels.backends import triton, triton_attention, triton_decode, triton_launch
 
 from .launch import Device
+from .machine import Machine
 
 # Where kernels run; None where a GPU or the interpreter runs them.
 device: Device | None = None
 
 
-def install(arch: int) -> None:
+def install(arch: int, machine: type[Machine] = Machine) -> Device:
     """From now on in this process; TRITON_INTERPRET must not be set. arch: 90 for 9.0."""
     global device
-    device = there = Device(arch)
+    device = there = Device(arch, machine=machine)
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
         there.launch(kernel, grid, *args, **named)
@@ -32,3 +33,4 @@ def install(arch: int) -> None:
     triton.interpreting = lambda: "LONGROPE_PTX" in os.environ
     for module in (triton_attention, triton_decode, triton_launch):
         module.arch_of = arch_of
+    return there

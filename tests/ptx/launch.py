@@ -46,6 +46,7 @@ class Device:
 
     arch: int
     unfenced: Collection[str] = UNFENCED
+    machine: type[Machine] = Machine
     compiled: dict[Any, Compiled] = field(default_factory=dict)
 
     def launch(self, kernel: JITFunction, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
@@ -66,7 +67,8 @@ class Device:
         machine = compiled.machine
         if machine is None:
             shared = compiled.metadata["shared"]
-            machine = Machine(compiled.program, compiled.threads, shared, memory, self.unfenced)
+            of_launch = (compiled.program, compiled.threads, shared, memory)
+            machine = self.machine(*of_launch, self.unfenced)
             compiled.machine = machine
         machine.memory = memory
         names = [name for name, _ in compiled.program.parameters]
