@@ -91,6 +91,7 @@ def test_gradients(case: Case) -> None:
 
 if ARCH == 90:  # others have no such kernel
 
+    @pytest.mark.last
     @pytest.mark.parametrize("form", ["persistent", "specialized"])
     @pytest.mark.parametrize("case", BY_TMA, ids=str)
     def test_attention_by_tma(case: Case, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
