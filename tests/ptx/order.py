@@ -25,7 +25,7 @@ import numpy as np
 # Bytes in which matrices of wgmma and boxes of the tensor memory accelerator lie together.
 CHUNK = 16
 # mbarriers that a block can have.
-AGENTS = 100
+AGENTS = 256
 # What the async proxy reads after cp.async wrote it; what it writes after the generic proxy wrote
 # or read it.
 UNFENCED = ("copied", "overwritten", "read")

@@ -131,7 +131,7 @@ def build(machine: Machine, instruction: Instruction) -> Step:
 
 def _tensor(machine: Machine, instruction: Instruction) -> Step:
     dimensions, to, of, *how = instruction.modifiers[3:]
-    loads = to == "shared::cluster" and of == "global"
+    loads = to in ("shared::cluster", "shared::cta") and of == "global"
     known = ["mbarrier::complete_tx::bytes"] if loads else ["bulk_group"]
     if how != known or not (loads or (to, of) == ("global", "shared::cta")):
         raise NotImplementedError(str(instruction))
