@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from typing import Any
 
 
 def pytest_configure(config: Any) -> None:
     path = os.environ.get("LONGROPE_RECORD")
     if path and not hasattr(config, "workerinput"):  # of pytest-xdist, the controller alone
+        # By which runs.py stops it; ignored where a shell runs a report in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         config.pluginmanager.register(_Recorder(path), "longrope-recorder")
 
 
