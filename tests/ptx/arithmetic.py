@@ -100,12 +100,8 @@ def _truncated(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _divide(machine: Machine, instruction: Instruction) -> Step:
-    if instruction.type[0] == "f":
-        # div.full errs by two units in the last place.
-        return _same(_erring(np.divide) if "full" in instruction.modifiers else np.divide, 2)(
-            machine, instruction
-        )
-    return _bits(_truncated, 2)(machine, instruction)
+    of_floats = instruction.type[0] == "f"
+    return (_rounded(np.divide, 2) if of_floats else _bits(_truncated, 2))(machine, instruction)
 
 
 def _multiply(machine: Machine, instruction: Instruction) -> Step:
@@ -315,15 +311,17 @@ def _trigonometric(function: Callable[[np.ndarray], np.ndarray]) -> Builder:
     return build
 
 
-def _reciprocal(machine: Machine, instruction: Instruction) -> Step:
-    approximate = "approx" in instruction.modifiers
-    function = _erring(np.reciprocal) if approximate else np.reciprocal
-    return _same(function, 1)(machine, instruction)
+def _rounded(function: Callable[..., np.ndarray], count: int) -> Builder:
+    """Right to the last bit, or where the instruction says so, approximate.
 
+    div.full errs by two units in the last place.
+    """
 
-def _square_root(machine: Machine, instruction: Instruction) -> Step:
-    approximate = "approx" in instruction.modifiers
-    return _same(_erring(np.sqrt) if approximate else np.sqrt, 1)(machine, instruction)
+    def build(machine: Machine, instruction: Instruction) -> Step:
+        approximate = {"approx", "full"} & set(instruction.modifiers)
+        return _same(_erring(function) if approximate else function, count)(machine, instruction)
+
+    return build
 
 
 BUILDERS: dict[str, Builder] = {
@@ -348,14 +346,14 @@ BUILDERS: dict[str, Builder] = {
     "or": _bits(np.bitwise_or, 2),
     "popc": lambda machine, ins: apply(machine, ins, _count_bits, (ins.type,), "u32"),
     "prmt": _permute,
-    "rcp": _reciprocal,
+    "rcp": _rounded(np.reciprocal, 1),
     "rem": _bits(lambda a, b: (a - _truncated(a, b) * b).astype(a.dtype), 2),
     "selp": _select,
     "setp": _compare,
     "shl": _shift,
     "shr": _shift,
     "sin": _trigonometric(np.sin),
-    "sqrt": _square_root,
+    "sqrt": _rounded(np.sqrt, 1),
     "sub": _same(np.subtract, 2),
     "tanh": _same(_erring(np.tanh), 1),
     "xor": _bits(np.bitwise_xor, 2),

@@ -64,9 +64,7 @@ class Copies:
 
 def _copy(machine: Machine, instruction: Instruction) -> Step:
     """cp.async [to], [from], size, size of what is read: the rest is 0."""
-    if machine.copies is None:
-        machine.copies = Copies(machine)
-    copies, what = machine.copies, instruction.modifiers[1]
+    copies, what = machine.part(Copies), instruction.modifiers[1]
     if what == "commit_group":
         return copies.commit
     if what == "wait_all":

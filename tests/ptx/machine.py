@@ -97,7 +97,6 @@ class Machine:
         self.divided: _DividedError | None = None
         self.waits: list[Callable[[], bool]] = []
         self.barriers: dict[int, Any] = {}
-        self.copies: Any = None
         self.parts: dict[Any, Any] = {}
         self.next: Any = 0
         self.resets: list[Callable[[], None]] = []
@@ -133,7 +132,7 @@ class Machine:
             else self._view(operand, kind)
         )
 
-    def address(self, operand: Operand, space: str = "global") -> Callable[[], np.ndarray]:
+    def address(self, operand: Operand) -> Callable[[], np.ndarray]:
         """The addresses of ``[register + offset]``, int64."""
         assert isinstance(operand, Address), operand
         kind = self.class_of(operand.base)

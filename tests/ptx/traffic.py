@@ -52,10 +52,10 @@ def of_shared(addresses: np.ndarray, size: int, thread: np.ndarray) -> Count:
     words = addresses[:, None] // 4 + np.arange(max(size // 4, 1))
     group = np.broadcast_to((thread // together)[:, None], words.shape)
     wanted = np.unique(np.stack((group.ravel(), words.ravel())), axis=1)
-    _, waiting = np.unique(wanted[0] * BANKS + wanted[1] % BANKS, return_counts=True)
-    banks = np.unique(wanted[0] * BANKS + wanted[1] % BANKS) // BANKS
-    turns = sum(int(waiting[banks == g].max()) for g in np.unique(banks))
-    return Count(asked=len(addresses) * size, turns=turns, least=len(np.unique(group)))
+    banks, waiting = np.unique(wanted[0] * BANKS + wanted[1] % BANKS, return_counts=True)
+    groups = np.unique(banks // BANKS)
+    turns = sum(int(waiting[banks // BANKS == g].max()) for g in groups)
+    return Count(asked=len(addresses) * size, turns=turns, least=len(groups))
 
 
 class CountingMachine(Machine):
@@ -85,14 +85,11 @@ class CountingMachine(Machine):
         """(space, read or written, addresses, bytes a lane, which lanes) of an instruction."""
         everyone = np.ones(self.threads, bool)
         name, operands = instruction.name, instruction.operands
-        if name in ("ld", "st") and instruction.modifiers[0].partition("::")[0] in (
-            "global",
-            "shared",
-        ):
+        space = instruction.modifiers[0].partition("::")[0] if instruction.modifiers else ""
+        if name in ("ld", "st") and space in ("global", "shared"):
             values = operands[1 - _place(operands)]
             count = len(values) if isinstance(values, tuple) else 1
             size = count * WIDTHS[instruction.type] // 8
-            space = instruction.modifiers[0].partition("::")[0]
             kind = "read" if name == "ld" else "written"
             yield space, kind, self.address(operands[_place(operands)]), size, lambda: everyone
         elif name in ("ldmatrix", "stmatrix"):
