@@ -25,7 +25,8 @@ from ropes import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from without_rotation import attend_without_rotation
 
-from longrope_kernels import attention, backends
+from longrope_kernels import attention
+from longrope_kernels.backends import choose as backends
 
 DTYPE = torch.bfloat16
 SDPA = {
@@ -287,7 +288,7 @@ def _flash_attn(
     library: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
 ) -> torch.Tensor:
     from longrope_kernels.backends import flash_attention
-    from longrope_kernels.masks import Mask
+    from longrope_kernels.calls.masks import Mask
 
     scale = q.shape[3] ** -0.5
     return flash_attention.attend(library, q, k, v, Mask(causal), scale, None, False)[0]

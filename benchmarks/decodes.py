@@ -14,9 +14,10 @@ from measure import Ceiling
 from parameters import LLAMA, Geometry
 from ropes import DEVICE, EXACT, FAST, backend_missing, normal, not_importable, plain_rope, rope
 
-from longrope_kernels import apply_rotary, backends, decode
+from longrope_kernels import apply_rotary, decode
+from longrope_kernels.backends import choose as backends
 from longrope_kernels.backends import reference
-from longrope_kernels.calls import CacheTensors, Rotation
+from longrope_kernels.calls.records import CacheTensors, Rotation
 
 BLOCK = 64
 FLOAT8 = torch.float8_e4m3fn
@@ -242,7 +243,7 @@ def _no_pairs() -> tuple[torch.Tensor, ...]:
 
 def _without_rotation(inputs: Inputs, kind: str) -> Callable[[], torch.Tensor]:
     """The same kernel, planned with no pairs, on rotated keys."""
-    from longrope_kernels.backends import triton_decode
+    from longrope_kernels.backends.triton import decode as triton_decode
 
     q, k = inputs.rotated
     rotation = Rotation(*_no_pairs())

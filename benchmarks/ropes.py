@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from parameters import Geometry
 
-from longrope_kernels import Rope, backends
+from longrope_kernels import Rope
+from longrope_kernels.backends import choose as backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -24,7 +24,8 @@ from ropes import (
     transformers_rotary,
 )
 
-from longrope_kernels import apply_rotary, backends
+from longrope_kernels import apply_rotary
+from longrope_kernels.backends import choose as backends
 
 EAGER, COMPILED = "transformers eager", "transformers torch.compile"
 XFORMERS = "xformers rope_padded, plain RoPE"

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from longrope_kernels.backends import triton_attention, triton_launch
-from longrope_kernels.calls import Rotation, Scoring
-from longrope_kernels.masks import Mask
+from longrope_kernels.backends.triton import attention as triton_attention
+from longrope_kernels.backends.triton import launch as triton_launch
+from longrope_kernels.calls.masks import Mask
+from longrope_kernels.calls.records import Rotation, Scoring
 
 
 class _WithoutRotation(torch.autograd.Function):

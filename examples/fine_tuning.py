@@ -14,8 +14,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from longrope_kernels import FactorSet, Rope, scaling
+from longrope_kernels import FactorSet, Rope
 from longrope_kernels.integrations.transformers import enable
+from longrope_kernels.rope import scaling
 
 SHORT, RATIO = 64, 4
 LONG = RATIO * SHORT

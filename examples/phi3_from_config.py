@@ -15,7 +15,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from longrope_kernels.integrations.transformers import disable, enable
-from longrope_kernels.published import published_configs
+from longrope_kernels.rope.published import published_configs
 
 PUBLISHED = published_configs()["phi-3-mini-128k"]
 SWITCH = PUBLISHED["original_max_position_embeddings"]  # 4096 tokens, the last that are short

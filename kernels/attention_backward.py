@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..calls import Scoring
+from ..calls.records import Scoring
 from .attention_gradients import delta_kernel, dk_dv_kernel, dq_kernel
 from .attention_tiles import (
     Config,

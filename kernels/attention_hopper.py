@@ -39,7 +39,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..calls import Scoring
+from ..calls.records import Scoring
 from .attention_tiles import (
     LN2,
     Launch,

@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..calls import Rotation
-from ..masks import Mask
+from ..calls.masks import Mask
+from ..calls.records import Rotation
 from .rotation import clamp_set, set_of_length
 
 LOG2E = tl.constexpr(math.log2(math.e))

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..calls import CacheTensors, Rotation
+from ..calls.records import CacheTensors, Rotation
 from .attention_tiles import (
     LN2,
     Launch,
@@ -31,12 +31,7 @@ from .attention_tiles import (
 )
 from .decode_cache import block_ids, slot_rows
 from .decode_float8 import CONVERT, SHIFT, half_pieces
-from .decode_splits import (
-    combine_kernel,
-    keys_of_sequence,
-    split_keys,
-    tiles_of_split,
-)
+from .decode_splits import combine_kernel, keys_of_sequence, split_keys, tiles_of_split
 from .pieces import (
     ROOMY,
     WIDE,

@@ -17,15 +17,7 @@ pairs at least, some of which do not exist, and no piece is put together from tw
 import triton
 import triton.language as tl
 
-from .rotation import (
-    _INTERPRETED,
-    below_threshold,
-    cos_sin,
-    cos_sin_approx,
-    narrow,
-    phase,
-    rotate,
-)
+from .rotation import _INTERPRETED, below_threshold, cos_sin, cos_sin_approx, narrow, phase, rotate
 
 # ``PAIRS`` of plain pieces 32 wide at least: where a product has 16 rows, warps share its columns,
 # and of 16 columns each of them would do all.

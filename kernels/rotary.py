@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..calls import Rotation
+from ..calls.records import Rotation
 from .rotation import (
     below_threshold,
     clamp_set,

@@ -1,14 +1,14 @@
 """LongRoPE (arXiv 2402.13753): rotary position embedding, exact at any position."""
 
 from ._version import __version__
-from .attention import attention
-from .cache import KVCache
-from .cache_rows import CacheFullError, PrefillAgain
-from .decode import decode
-from .paged_cache import PagedKVCache
-from .rerotate import rerotate_
-from .rope import FactorSet, Rope
-from .rotary import apply_rotary
+from .cache.dense import KVCache
+from .cache.paged import PagedKVCache
+from .cache.rows import CacheFullError, PrefillAgain
+from .ops.attention import attention
+from .ops.decode import decode
+from .ops.rerotate import rerotate_
+from .ops.rotary import apply_rotary
+from .rope.value import FactorSet, Rope
 
 __all__ = [
     "CacheFullError",

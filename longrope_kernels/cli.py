@@ -36,7 +36,8 @@ def info() -> None:
     """
     import torch
 
-    from . import __version__, backends
+    from . import __version__
+    from .backends import choose as backends
 
     typer.echo(f"longrope_kernels {__version__}")
     typer.echo(f"python           {platform.python_version()}")

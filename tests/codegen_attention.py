@@ -27,9 +27,9 @@ import triton
 from codegen import CUOBJDUMP, INSTRUCTION, compile_all, print_all, source
 from triton.backends.compiler import GPUTarget
 
-from longrope_kernels.calls import Rotation, Scoring
+from longrope_kernels.calls.masks import Mask
+from longrope_kernels.calls.records import Rotation, Scoring
 from longrope_kernels.kernels import attention, attention_backward, attention_hopper
-from longrope_kernels.masks import Mask
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from codegen import CUOBJDUMP, INSTRUCTION, compile_all, print_all, source
 from codegen_attention import short_products, tile_loop
 from triton.backends.compiler import GPUTarget
 
-from longrope_kernels.calls import CacheTensors, Rotation
+from longrope_kernels.calls.records import CacheTensors, Rotation
 from longrope_kernels.kernels import decode
 
 CAPACITY = 131072

@@ -57,7 +57,7 @@ def count(case: Case, folder: Path) -> dict[str, Any]:
     from ptx.traffic import CountingMachine
 
     from longrope_kernels import FactorSet, Rope, decode
-    from longrope_kernels.backends import triton_decode
+    from longrope_kernels.backends.triton import decode as triton_decode
 
     device = install(case.arch, CountingMachine)
     triton_decode.multiprocessors_of = lambda x, interpreted: 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from longrope_kernels.published import published_configs
+from longrope_kernels.rope.published import published_configs
 
 VOCABULARY = 128
 SWITCH = 32  # where the short set of the small models ends, in tokens

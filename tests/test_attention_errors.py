@@ -25,7 +25,8 @@ from test_errors import (
     several,
 )
 
-from longrope_kernels import FactorSet, Rope, attention, backends
+from longrope_kernels import FactorSet, Rope, attention
+from longrope_kernels.backends import choose as backends
 
 NAN, INF = float("nan"), float("inf")
 # Another number of keys is no mistake here, as long as key_positions come with it.

@@ -15,18 +15,13 @@ from attention_truth import PREPASS, Case, bf16, check, fp16
 from cases import CUDA
 from triton.runtime import _allocation
 
-from longrope_kernels.backends import triton_launch
-from longrope_kernels.calls import Rotation, Scoring
+from longrope_kernels.backends.triton import launch as triton_launch
+from longrope_kernels.calls.masks import Mask
+from longrope_kernels.calls.records import Rotation, Scoring
 from longrope_kernels.kernels import attention_hopper
-from longrope_kernels.kernels.attention_hopper import (
-    PersistentConfig,
-    place_of_turn,
-    plan,
-    serves,
-)
+from longrope_kernels.kernels.attention_hopper import PersistentConfig, place_of_turn, plan, serves
 from longrope_kernels.kernels.attention_tiles import tile_at
 from longrope_kernels.kernels.descriptors import row_of_head
-from longrope_kernels.masks import Mask
 
 pytestmark = pytest.mark.last
 DEVICE = "cuda" if CUDA else "cpu"

@@ -8,7 +8,9 @@ import pytest
 import torch
 from cases import CUDA, two_sets
 
-from longrope_kernels import attention, attention_ops, backends
+from longrope_kernels import attention
+from longrope_kernels.backends import choose as backends
+from longrope_kernels.ops import attention_op as attention_ops
 
 DEVICE = "cuda" if CUDA else "cpu"
 

@@ -63,7 +63,7 @@ def test_right_rows_of_each_cache_pass(step: Any, name: str) -> None:
 
 
 def test_rows_on_rotated_keys_rotate_nothing(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from longrope_kernels.backends import triton_decode
+    from longrope_kernels.backends.triton import decode as triton_decode
 
     seen: list[Any] = []
     monkeypatch.setattr(triton_decode, "decode", lambda *given: seen.append(given))

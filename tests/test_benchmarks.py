@@ -33,7 +33,7 @@ from benchmark_modules import (
     rotations,
 )
 
-from longrope_kernels.published import published_configs
+from longrope_kernels.rope.published import published_configs
 
 ROOT = Path(__file__).parents[1]
 

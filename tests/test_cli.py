@@ -8,7 +8,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from longrope_kernels import __version__, backends, cli
+from longrope_kernels import __version__, cli
+from longrope_kernels.backends import choose as backends
 from longrope_kernels.report import ROOT, machine
 
 

@@ -17,7 +17,7 @@ from decode_truth import TRITON
 from decode_truth import Case as DecodeCase
 from decode_truth import check as check_decode
 
-from longrope_kernels.backends import triton_launch
+from longrope_kernels.backends.triton import launch as triton_launch
 
 pytestmark = pytest.mark.compiled
 if CUDA:

@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding, apply_rotary_pos_emb
 
 from longrope_kernels import FactorSet, Rope
-from longrope_kernels.published import published_configs
+from longrope_kernels.rope.published import published_configs
 
 Config = dict[str, Any]
 SHORT, LONG = list(factors(8, 1.0)), list(factors(8, 9.0))

@@ -18,8 +18,9 @@ import torch
 from attention_truth import Backend, Case, bf16, check, check_grads, fp16, fp32
 from cases import CUDA, positions_for
 
-from longrope_kernels import backends
-from longrope_kernels.backends import cuda, cuda_attention
+from longrope_kernels.backends import choose as backends
+from longrope_kernels.backends.cuda import attention as cuda_attention
+from longrope_kernels.backends.cuda import device as cuda
 
 COMPILED = Backend("cuda", "cuda" if CUDA else "cpu", (bf16, fp16), smallest_dim=16)
 

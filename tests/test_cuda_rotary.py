@@ -8,7 +8,7 @@ import truth
 from cases import COMPILED, Shape, by_id, positions_for
 from tolerance import assert_close
 
-from longrope_kernels.backends import cuda
+from longrope_kernels.backends.cuda import device as cuda
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -27,7 +27,8 @@ from decode_truth import (
 from test_attention_errors import SCORES, bad
 from test_errors import FACTORS, NUMBERS, SELECTION, Arguments, Bad, by_id
 
-from longrope_kernels import FactorSet, Rope, backends, decode
+from longrope_kernels import FactorSet, Rope, decode
+from longrope_kernels.backends import choose as backends
 
 # No lengths are no mistake: a cache knows its own. Packed sequences are not served.
 SHARED = [*FACTORS, *NUMBERS]

@@ -24,7 +24,9 @@ from decode_truth import (
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from longrope_kernels import backends, decode, decode_ops
+from longrope_kernels import decode
+from longrope_kernels.backends import choose as backends
+from longrope_kernels.ops import decode_op as decode_ops
 
 KERNELS = [NATIVE, TRITON]
 every_kernel = pytest.mark.parametrize("backend", KERNELS, ids=str)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from cases import KERNELS, Target, every_target, factors, two_sets
 
-from longrope_kernels import FactorSet, Rope, apply_rotary, backends
+from longrope_kernels import FactorSet, Rope, apply_rotary
+from longrope_kernels.backends import choose as backends
 
 Arguments = dict[str, Any]
 NAN, INF = float("nan"), float("inf")

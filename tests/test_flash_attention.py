@@ -17,10 +17,11 @@ from attention_truth import Backend, Case, bf16, check, check_grads, fp16, fp32
 from flash_stand_ins import STAND_INS
 from test_attention_forward import CHUNKS, EMPTY_ROWS, LSE, SHAPES, WINDOWS
 
-from longrope_kernels import attention, backends
+from longrope_kernels import attention
+from longrope_kernels.backends import choose as backends
 from longrope_kernels.backends import flash_attention
 from longrope_kernels.backends.flash_attention import LIBRARIES
-from longrope_kernels.masks import Mask
+from longrope_kernels.calls.masks import Mask
 
 NAMES = list(LIBRARIES)
 FLASH = {name: Backend(name, "cpu", (bf16, fp16), smallest_dim=8) for name in NAMES}

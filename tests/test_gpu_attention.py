@@ -19,7 +19,7 @@ from attention_truth import (
 from cases import positions_for, two_sets
 from tolerance import assert_close
 
-from longrope_kernels import backends
+from longrope_kernels.backends import choose as backends
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longrope_kernels.memory import overlap, overlaps_itself
+from longrope_kernels.calls.memory import overlap, overlaps_itself
 
 STORAGE = 96
 

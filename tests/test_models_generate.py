@@ -21,7 +21,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from longrope_kernels import Rope
-from longrope_kernels.cache_rows import POLICIES
+from longrope_kernels.cache.rows import POLICIES
 from longrope_kernels.integrations.transformers import enable
 
 CLOSE = 2e-5

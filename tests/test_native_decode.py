@@ -11,7 +11,7 @@ import torch
 
 from longrope_kernels import FactorSet, Rope, decode
 from longrope_kernels.backends import native, native_decode
-from longrope_kernels.calls import CacheTensors
+from longrope_kernels.calls.records import CacheTensors
 
 bf16 = torch.bfloat16
 DTYPES = (torch.float32, bf16, torch.float16)

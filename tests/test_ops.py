@@ -9,7 +9,8 @@ import torch
 from cases import Shape, Target, every_kernel, every_target, factors, positions_for, two_sets
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from longrope_kernels import FactorSet, Rope, ops
+from longrope_kernels import FactorSet, Rope
+from longrope_kernels.ops import rotary_op as ops
 
 CPU = torch.device("cpu")
 HEADS = {"q-and-k": (2, 1), "no-k": (2, 0)}

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from longrope_kernels import FactorSet, Rope, scaling
-from longrope_kernels.published import published_configs
-from longrope_kernels.scaling import FactorWarning
+from longrope_kernels import FactorSet, Rope
+from longrope_kernels.rope import scaling
+from longrope_kernels.rope.published import published_configs
+from longrope_kernels.rope.scaling import FactorWarning
 
 quiet = pytest.mark.filterwarnings("ignore::longrope_kernels.scaling.FactorWarning")
 PUBLISHED = sorted(published_configs())

@@ -19,7 +19,7 @@ from cases import (
 from tolerance import assert_close
 
 from longrope_kernels import FactorSet, Rope
-from longrope_kernels.backends import choose_rotary
+from longrope_kernels.backends.choose import choose_rotary
 
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longrope_kernels import FactorSet, Rope, scaling
-from longrope_kernels.published import published_configs
-from longrope_kernels.scaling import FactorWarning
+from longrope_kernels import FactorSet, Rope
+from longrope_kernels.rope import scaling
+from longrope_kernels.rope.published import published_configs
+from longrope_kernels.rope.scaling import FactorWarning
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")

@@ -22,8 +22,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from longrope_kernels import Rope, scaling
-from longrope_kernels.published import published_configs
+from longrope_kernels import Rope
+from longrope_kernels.rope import scaling
+from longrope_kernels.rope.published import published_configs
 
 Config = dict[str, Any]
 CPU = torch.device("cpu")

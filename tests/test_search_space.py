@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from space_cases import all_spaces, small_space
 
-from longrope_kernels import Rope, scaling
+from longrope_kernels import Rope
+from longrope_kernels.rope import scaling
 from longrope_kernels.search import (
     PAPER_N_HATS,
     Candidate,

@@ -20,7 +20,7 @@ from transformers.models.phi3 import modeling_phi3
 
 from longrope_kernels import Rope
 from longrope_kernels.integrations.transformers import ExactRotaryEmbedding, disable, enable
-from longrope_kernels.published import published_configs
+from longrope_kernels.rope.published import published_configs
 
 MODELS = tuple(published_configs())
 MODES = {

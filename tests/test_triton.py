@@ -15,14 +15,9 @@ from cases import CUDA
 
 from longrope_kernels import FactorSet, Rope
 from longrope_kernels.backends import reference
-from longrope_kernels.backends import triton as backend
+from longrope_kernels.backends.triton import device as backend
 from longrope_kernels.kernels import rotary as kernels
-from longrope_kernels.kernels.rotation import (
-    cos_sin,
-    phase,
-    sequence_of_token,
-    set_of_length,
-)
+from longrope_kernels.kernels.rotation import cos_sin, phase, sequence_of_token, set_of_length
 
 DEVICE = "cuda" if CUDA else "cpu"
 

@@ -14,8 +14,8 @@ from cases import CUDA
 from decode_truth import TRITON, Case, bf16, check, fp8, fp16, same
 from test_triton import phases
 
-from longrope_kernels.backends import triton_decode
-from longrope_kernels.calls import CacheTensors
+from longrope_kernels.backends.triton import decode as triton_decode
+from longrope_kernels.calls.records import CacheTensors
 from longrope_kernels.kernels import decode as kernels
 from longrope_kernels.kernels.decode_float8 import CONVERT, SHIFT, half_of_e4m3
 from longrope_kernels.kernels.decode_splits import split_keys

@@ -16,12 +16,7 @@ from transformers import DynamicCache
 from longrope_kernels import Rope
 from longrope_kernels.integrations.transformers import enable
 from longrope_kernels.search.documents import Document
-from longrope_kernels.search.fitness import (
-    Needle,
-    NeedlePerplexity,
-    Perplexity,
-    passkey_accuracy,
-)
+from longrope_kernels.search.fitness import Needle, NeedlePerplexity, Perplexity, passkey_accuracy
 from longrope_kernels.search.model import TransformersLosses
 
 SEARCH_FILES = 4  # of the held-out ones; the others are for the tables

@@ -255,7 +255,7 @@ def _draw(content: dict[str, Any], folder: Path) -> None:
 
 
 def _formulas(pairs: int, length: int, context: int) -> dict[str, Rope]:
-    from longrope_kernels import scaling
+    from longrope_kernels.rope import scaling
 
     ratio = length / context
     return {

@@ -25,8 +25,9 @@ from page import write_page
 from text import Windows, read_corpus
 from transformers import LlamaForCausalLM
 
-from longrope_kernels import FactorSet, Rope, scaling
+from longrope_kernels import FactorSet, Rope
 from longrope_kernels.report import machine
+from longrope_kernels.rope import scaling
 from longrope_kernels.search.documents import Document
 from longrope_kernels.search.find import Options, find, read_json, write_json
 from longrope_kernels.search.readjust import readjust

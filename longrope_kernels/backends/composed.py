@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from ..masks import Mask
+from ..calls.masks import Mask
 
 
 def attend(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..masks import Mask, sequence_of_token
+from ..calls.masks import Mask, sequence_of_token
 
 
 class Library(NamedTuple):

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from ..calls import Rotation
+from ..calls.records import Rotation
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..calls import CacheTensors, Rotation
+from ..calls.records import CacheTensors, Rotation
 from .native import _GRAIN, _TYPES, _native, addresses_of, indices
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import masks
-from ..calls import CacheTensors, Rotation, Scoring
-from ..rope import sets_of_lengths
+from ..calls import masks
+from ..calls.records import CacheTensors, Rotation, Scoring
+from ..rope.value import sets_of_lengths
 
 
 def token_sets(

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..rope import Rope
-from ..rotary import apply_rotary
+from ..ops.rotary import apply_rotary
+from ..rope.value import Rope
 from .methods import Method
 
 _LOW_DTYPES = (torch.float32, torch.bfloat16)

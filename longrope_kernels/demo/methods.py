@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from .. import backends
-from ..rope import Rope
-from ..rotary import apply_rotary
+from ..backends import choose as backends
+from ..ops.rotary import apply_rotary
+from ..rope.value import Rope
 from .peers import TransformersRotary
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -8,7 +8,7 @@ import torch
 from transformers import Phi3Config
 from transformers.models.phi3 import modeling_phi3
 
-from ..published import published_configs
+from ..rope.published import published_configs
 
 
 def phi3_config(name: str, **overrides: Any) -> Any:

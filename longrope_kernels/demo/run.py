@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..report import ROOT
 from ..report.machine import commit
-from ..rope import Rope
+from ..rope.value import Rope
 from .errors import errors_at
 from .figure import draw
 from .methods import methods

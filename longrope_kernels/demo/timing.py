@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..rope import Rope
-from ..rotary import apply_rotary
+from ..ops.rotary import apply_rotary
+from ..rope.value import Rope
 from .methods import usable_backends
 from .peers import TransformersRotary
 

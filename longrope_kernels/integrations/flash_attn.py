@@ -15,9 +15,10 @@ from __future__ import annotations
 import torch
 
 from .. import apply_rotary as _apply_rotary
-from .. import arguments, attention, decode, values
-from ..masks import sequence_of_token
-from ..rope import Rope
+from ..calls import arguments, values
+from ..calls.masks import sequence_of_token
+from ..ops import attention, decode
+from ..rope.value import Rope
 
 __all__ = [
     "apply_rotary_emb",

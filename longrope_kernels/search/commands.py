@@ -12,9 +12,9 @@ from typing import Any
 import typer
 from tqdm import tqdm
 
-from .. import scaling
-from ..rope import FactorSet, Rope
-from ..rope_io import SIDECAR
+from ..rope import scaling
+from ..rope.files import SIDECAR
+from ..rope.value import FactorSet, Rope
 from . import plots
 from .base import Iteration, Search
 from .distributed import start_ranks

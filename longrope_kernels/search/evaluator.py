@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..rope import Rope
+from ..rope.value import Rope
 from .candidate import Candidate, Evaluation
 from .fitness import Measured, Race
 from .space import SearchSpace

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..rope import FactorSet, Rope
-from ..rope_io import SIDECAR
+from ..rope.files import SIDECAR
+from ..rope.value import FactorSet, Rope
 from .documents import Document, Encode, encoder, read_documents
 from .find import Options, find
 from .model import TransformersLosses

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..rope import Rope
+from ..rope.value import Rope
 from .base import Search
 from .candidate import Evaluation
 from .distributed import run_distributed

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..rope import Rope
+from ..rope.value import Rope
 from .documents import Document, Encode
 from .model import Losses
 

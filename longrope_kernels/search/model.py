@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..rope import Rope
+from ..rope.value import Rope
 
 Ropes = Rope | Sequence[Rope]
 _Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

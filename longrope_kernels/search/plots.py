@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from ..rope import Rope
+from ..rope.value import Rope
 from .base import Iteration
 
 # Colours that also differ in lightness (Okabe and Ito).

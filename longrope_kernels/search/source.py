@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from .. import hf_config, scaling
-from ..rope import FactorSet, Rope
-from ..rope_io import SIDECAR
+from ..rope import hf_config, scaling
+from ..rope.files import SIDECAR
+from ..rope.value import FactorSet, Rope
 from .documents import Document
 
 CONFIG = "config.json"

@@ -9,8 +9,8 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
-from .. import scaling_formulas as formulas
-from ..rope import FactorSet, Rope
+from ..rope import formulas
+from ..rope.value import FactorSet, Rope
 from . import moves
 from .candidate import Candidate
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..rope import Rope
+from ..rope.value import Rope
 from .documents import Document
 from .model import CHUNK_NUMBERS
 

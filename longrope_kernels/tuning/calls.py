@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..calls import Scoring
-from ..masks import Mask
-from ..rope import Rope
+from ..calls.masks import Mask
+from ..calls.records import Scoring
+from ..rope.value import Rope
 from .entries import Task
 
 if TYPE_CHECKING:

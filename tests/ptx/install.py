@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from longrope_kernels.backends import triton, triton_attention, triton_decode, triton_launch
+from longrope_kernels.backends.triton import attention as triton_attention
+from longrope_kernels.backends.triton import decode as triton_decode
+from longrope_kernels.backends.triton import device as triton
+from longrope_kernels.backends.triton import launch as triton_launch
 
 from .launch import Device
 from .machine import Machine

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ... import attention as attend
-from ... import decode, masks
-from ...decode import MAX_QUERIES
-from ...rotary import apply_rotary
-from ...values import readable
+from ...calls import masks
+from ...calls.values import readable
+from ...ops import attention as attend
+from ...ops import decode
+from ...ops.decode import MAX_QUERIES
+from ...ops.rotary import apply_rotary
 from .masks import ANY_MASK, is_slots
 from .settings import Settings
 

@@ -23,8 +23,8 @@ from transformers.cache_utils import (
 )
 from transformers.generation import GenerationMixin
 
-from ...rope import Rope, sets_of_lengths
-from ...values import readable
+from ...calls.values import readable
+from ...rope.value import Rope, sets_of_lengths
 from .attention import NAME, Enabled, last_positions
 from .settings import Settings
 

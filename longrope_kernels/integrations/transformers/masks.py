@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ...decode import MAX_QUERIES
-from ...values import readable
+from ...calls.values import readable
+from ...ops.decode import MAX_QUERIES
 
 ANY_MASK = "enable(model, cache='rotated') takes any mask"
 

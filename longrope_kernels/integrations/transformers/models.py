@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation import GenerationMixin
 
-from ... import backends
-from ...cache_rows import POLICIES, Policy
-from ...hf_config import rope_type
-from ...rope import Rope
+from ...backends import choose as backends
+from ...cache.rows import POLICIES, Policy
+from ...rope.hf_config import rope_type
+from ...rope.value import Rope
 from .architectures import SUPPORTED, Architecture, by_rotary_class, head_dim
 from .attention import NAME, Enabled, Memory, longrope_attention
 from .generation import before_forward, install_preparation

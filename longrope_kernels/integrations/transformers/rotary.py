@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...rope import Rope
-from ...rotary import apply_rotary
+from ...ops.rotary import apply_rotary
+from ...rope.value import Rope
 from .architectures import Architecture
 from .settings import Settings
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ...cache_rows import Policy
-from ...rope import Rope
+from ...cache.rows import Policy
+from ...rope.value import Rope
 
 Cache = Literal["unrotated", "rotated"]
 CACHES = ("unrotated", "rotated")

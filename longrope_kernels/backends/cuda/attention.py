@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..calls import Rotation, Scoring
-from .cuda import extension, factors_of, integers, on_device, place_of, rotary, strided
+from ...calls.records import Rotation, Scoring
+from .device import extension, factors_of, integers, on_device, place_of, rotary, strided
 
 _TYPES = {torch.bfloat16: 1, torch.float16: 2}
 

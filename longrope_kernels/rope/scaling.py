@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import scaling_formulas as formulas
-from .rope import FactorSet, Rope
-from .scaling_checks import FactorWarning, warn_about
-from .scaling_files import from_arrays, load_csv, save_csv, to_arrays
+from . import formulas
+from .checks import FactorWarning, warn_about
+from .factor_files import from_arrays, load_csv, save_csv, to_arrays
+from .value import FactorSet, Rope
 
 __all__ = [
     "FactorWarning",

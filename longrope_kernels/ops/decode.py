@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from . import arguments, backends, decode_ops, values
-from .calls import CacheTensors
-from .rope import Rope
+from ..backends import choose as backends
+from ..calls import arguments, values
+from ..calls.records import CacheTensors
+from ..rope.value import Rope
+from . import decode_op as decode_ops
 
 MAX_QUERIES = 16
 
@@ -116,7 +118,7 @@ def decode(
     scores = (softmax_scale, window or 0, softcap or 0.0)
     name = backends.choose_decode(backend, q.device.type, q.dtype, k_cache.dtype, dim)
     if name == "reference":
-        from .backends import reference
+        from ..backends import reference
 
         cache = CacheTensors(*first, kv_start)
         values.check_cache(cache, rotation)

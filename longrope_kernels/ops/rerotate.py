@@ -6,9 +6,11 @@ from functools import lru_cache
 
 import torch
 
-from . import arguments, backends, ops, values
-from .calls import Rotation
-from .rope import UNBOUNDED, Rope
+from ..backends import choose as backends
+from ..calls import arguments, values
+from ..calls.records import Rotation
+from ..rope.value import UNBOUNDED, Rope
+from . import rotary_op as ops
 from .rotary import check_writable, rotate_
 
 

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from . import arguments, backends, ops, values
-from .calls import Rotation
-from .memory import overlap, overlaps_itself
-from .rope import Rope
+from ..backends import choose as backends
+from ..calls import arguments, values
+from ..calls.memory import overlap, overlaps_itself
+from ..calls.records import Rotation
+from ..rope.value import Rope
+from . import rotary_op as ops
 
 
 def apply_rotary(
@@ -113,7 +115,7 @@ def rotated(
         rest = (*rotation[:6], cu_seqlens, rotation.interleaved, False, backend)
         return ops.rotary(q, k, positions, *rest)  # type: ignore[no-any-return]
 
-    from .backends import reference
+    from ..backends import reference
 
     values.check_values(positions, rotation, cu_seqlens)
     return reference.rotary(q, k, positions, rotation, cu_seqlens)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from . import arguments, values
-from .backends.native import ask_for_huge_pages
-from .cache_rows import Policy, Rows, check_count
-from .decode import MAX_QUERIES, decode
-from .rope import Rope, check_device
+from ..backends.native import ask_for_huge_pages
+from ..calls import arguments, values
+from ..ops.decode import MAX_QUERIES, decode
+from ..rope.value import Rope, check_device
+from .rows import Policy, Rows, check_count
 
 FLOAT8 = torch.float8_e4m3fn
 

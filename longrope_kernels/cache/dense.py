@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .cache_base import Cache
-from .cache_rows import Policy, check_count
-from .rope import Rope
+from ..rope.value import Rope
+from .base import Cache
+from .rows import Policy, check_count
 
 
 class KVCache(Cache):

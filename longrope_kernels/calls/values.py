@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from .calls import CacheTensors, Rotation
+from .records import CacheTensors, Rotation
 
 
 def check_values(

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .cache_base import Cache, as_bytes
-from .cache_rows import CacheFullError, Policy, check_count
-from .rope import Rope
+from ..rope.value import Rope
+from .base import Cache, as_bytes
+from .rows import CacheFullError, Policy, check_count
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
-from . import arguments, attention_ops, backends, ops, values
-from .calls import Rotation, Scoring
-from .masks import Mask
-from .rope import Rope
+from ..backends import choose as backends
+from ..calls import arguments, values
+from ..calls.masks import Mask
+from ..calls.records import Rotation, Scoring
+from ..rope.value import Rope
+from . import attention_op as attention_ops
+from . import rotary_op as ops
 from .rotary import rotated
 
 
@@ -128,20 +131,20 @@ def attention(
         values.check_positions("key_positions", key_positions)
     lse: torch.Tensor | None
     if name == "reference":
-        from .backends import reference
+        from ..backends import reference
 
         values.check_values(positions, rotation, None)
         scoring = Scoring(positions, of_keys, rotation, mask, softmax_scale, softcap or 0.0)
         with torch.autocast(q.device.type, enabled=False):  # q, k and v keep their dtype
             out, lse = reference.attention(q4, k4, v4, scoring)
     elif name == "composed":
-        from .backends import composed
+        from ..backends import composed
 
         q4, k4 = _rotate(q4, k4, positions, key_positions, rotation, mask)
         with torch.autocast(q.device.type, enabled=False):
             out, lse = composed.attend(q4, k4, v4, mask, softmax_scale), None
     elif name in backends.FLASH_BACKENDS:
-        from .backends import flash_attention
+        from ..backends import flash_attention
 
         q4, k4 = _rotate(q4, k4, positions, key_positions, rotation, mask)
         with torch.autocast(q.device.type, enabled=False):

@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import scaling_formulas as formulas
+from . import formulas
 
 if TYPE_CHECKING:
-    from .rope import Rope
+    from .value import Rope
 
 LONGROPE_TYPES = ("longrope", "su")  # "su" is the name of the April 2024 release of Phi-3
 _TYPES = ("default", "linear", "dynamic", "yarn", *LONGROPE_TYPES, "llama3", "proportional")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .rope import Rope
+    from .value import Rope
 
 SIDECAR = "longrope.json"
 _FORMAT, _VERSION = "longrope_kernels.Rope", 1

@@ -12,16 +12,10 @@ from typing import Literal
 
 import torch
 
-from . import ops, values
-from .calls import Rotation
-from .rope import (
-    UNBOUNDED,
-    FactorSet,
-    Rope,
-    check_attention_factor,
-    check_base,
-    check_n_hat,
-)
+from ..ops import rotary_op as ops
+from ..rope.value import UNBOUNDED, FactorSet, Rope, check_attention_factor, check_base, check_n_hat
+from . import values
+from .records import Rotation
 
 Layout = Literal["bshd", "bhsd", "thd"]
 LAYOUTS: dict[str, tuple[str, ...]] = {

@@ -7,14 +7,8 @@ from typing import Any
 
 import torch
 
-from ..calls import Rotation, Scoring
-from .triton_launch import (
-    arch_of,
-    multiprocessors_of,
-    on_device,
-    run_launch,
-    run_launch_with_scratch,
-)
+from ...calls.records import Rotation, Scoring
+from .launch import arch_of, multiprocessors_of, on_device, run_launch, run_launch_with_scratch
 
 SM90_FORMS = ("tiles", "persistent", "specialized")
 
@@ -35,7 +29,7 @@ def forward(
 
     k_rotation None is `kernels.attention.choose_rotation`.
     """
-    from ..kernels import attention as kernels
+    from ...kernels import attention as kernels
 
     _check(q, scoring.softmax_scale)
     if k_rotation not in (None, "prepass", "registers"):
@@ -79,7 +73,7 @@ def _plan_rotated(
     arch: int,
 ) -> Any:
     """The launch for rotated k: of the persistent kernel where asked for and served."""
-    from ..kernels import attention, attention_hopper
+    from ...kernels import attention, attention_hopper
 
     form = sm90_form()
     if form != "tiles" and attention_hopper.serves(q, k, v, scoring, arch):
@@ -106,7 +100,7 @@ def backward(
 
     q and k are rotated before, wherever `forward` did it.
     """
-    from ..kernels import attention_backward as kernels
+    from ...kernels import attention_backward as kernels
 
     _check(q, scoring.softmax_scale)
     if q.numel() == 0 or k.numel() == 0:
@@ -202,7 +196,7 @@ def _rotated(
     cu_seqlens: torch.Tensor | None,
 ) -> torch.Tensor:
     """x (B, S, H, D) rotated, in ``scratch`` if there is one; the tokens of a head together."""
-    from ..kernels import rotary
+    from ...kernels import rotary
 
     batch, seq, heads, dim = x.shape
     if scratch is None:

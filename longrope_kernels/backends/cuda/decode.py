@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..calls import CacheTensors, Rotation
-from ..kernels.splits import Splits, choose_splits
-from .cuda import (
-    _TYPES,
-    emulating,
-    extension,
-    factors_of,
-    integers,
-    on_device,
-    place_of,
-    strided,
-)
+from ...calls.records import CacheTensors, Rotation
+from ...kernels.splits import Splits, choose_splits
+from .device import _TYPES, emulating, extension, factors_of, integers, on_device, place_of, strided
 
 # As in csrc/cuda/decode.h: keys of a tile, and rows of a block.
 _TILE = 64

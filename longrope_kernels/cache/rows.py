@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from .rope import Rope
+from ..rope.value import Rope
 
 Policy = Literal["switch", "pin", "recompute"]
 POLICIES = ("switch", "pin", "recompute")

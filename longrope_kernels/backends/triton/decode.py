@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..calls import CacheTensors, Rotation
-from .triton_launch import arch_of, multiprocessors_of, on_device, run_launch
+from ...calls.records import CacheTensors, Rotation
+from .launch import arch_of, multiprocessors_of, on_device, run_launch
 
 # What the interpreter stands for: enough that small tests see several splits.
 _INTERPRETED_MULTIPROCESSORS = 16
@@ -26,7 +26,7 @@ def decode(
     q is bfloat16 or float16, the caches of that dtype or float8_e4m3fn. What is launched follows
     from shapes alone, so that one captured graph serves all lengths.
     """
-    from ..kernels import decode as kernels
+    from ...kernels import decode as kernels
 
     if out.numel() == 0:
         return

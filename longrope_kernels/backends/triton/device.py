@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from ..calls import Rotation
+from ...calls.records import Rotation
 
 
 def missing() -> str | None:
@@ -35,7 +35,7 @@ def rotary(
     conjugate: bool,
 ) -> None:
     """Rotate q and k into q_out and k_out by one kernel; see `run_rotary`."""
-    from ..kernels import rotary as kernels
+    from ...kernels import rotary as kernels
 
     launch = kernels.plan(q, k, q_out, k_out, positions, rotation, cu_seqlens, conjugate)
     if launch is None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import rope_io
-from .rope import FactorSet, Rope
-from .scaling_checks import warn_about
+from . import files
+from .checks import warn_about
+from .value import FactorSet, Rope
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ _SHORT, _LONG, _SINGLE = (
 
 
 def load_csv(
-    path: rope_io.FilePath,
+    path: files.FilePath,
     *,
     pairs: int | None = None,
     n_hat_first: bool = False,
@@ -49,7 +49,7 @@ def load_csv(
     Warns:
         FactorWarning: as in `scaling.check`.
     """
-    values = rope_io.read_csv(path)
+    values = files.read_csv(path)
     n_hat = 0.0
     if n_hat_first:
         n_hat, *values = values
@@ -66,7 +66,7 @@ def load_csv(
 
 
 def save_csv(
-    path: rope_io.FilePath, factors: FactorSet | Sequence[float], *, n_hat_first: bool = False
+    path: files.FilePath, factors: FactorSet | Sequence[float], *, n_hat_first: bool = False
 ) -> None:
     """Write one factor on each line, so that `load_csv` gives the same numbers.
 
@@ -84,7 +84,7 @@ def save_csv(
             f"n_hat_first: expected True for a set with n_hat = {factor_set.n_hat}, got False"
         )
     first = (factor_set.n_hat,) if n_hat_first else ()
-    rope_io.write_csv(path, (*first, *factor_set.factors))
+    files.write_csv(path, (*first, *factor_set.factors))
 
 
 def from_arrays(

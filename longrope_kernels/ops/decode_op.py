@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from . import backends
-from .calls import CacheTensors, Rotation
+from ..backends import choose as backends
+from ..calls.records import CacheTensors, Rotation
 
 _NAMESPACE = "longrope_kernels"
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")

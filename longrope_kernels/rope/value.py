@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from . import hf_config, phase, rope_io
-from .calls import Rotation
-from .scaling_checks import warn_about
-from .scaling_formulas import extension_attention_factor
+from ..calls.records import Rotation
+from . import files, hf_config, phase
+from .checks import warn_about
+from .formulas import extension_attention_factor
 
 # The bound of a set that has none. Lengths are at most 2**31, so no sequence passes it.
 UNBOUNDED = 2**62
@@ -207,7 +207,7 @@ class Rope:
         return cls((factor_set,), hf_config.read_base(config), interleaved)
 
     @classmethod
-    def load(cls, path: rope_io.FilePath) -> Rope:
+    def load(cls, path: files.FilePath) -> Rope:
         """The `Rope` that `save` wrote, number for number.
 
         Args:
@@ -220,7 +220,7 @@ class Rope:
         Warns:
             FactorWarning: the factors are odd, as in `scaling.check`.
         """
-        content = rope_io.read_sidecar(path)
+        content = files.read_sidecar(path)
         try:
             sets = tuple(FactorSet(**arguments) for arguments in content["sets"])
             rope = cls(sets, content["base"], content["interleaved"])
@@ -229,13 +229,13 @@ class Rope:
         warn_about([s.factors for s in rope.sets], where=str(path))
         return rope
 
-    def save(self, path: rope_io.FilePath) -> None:
+    def save(self, path: files.FilePath) -> None:
         """Write all of this rope as JSON: all sets, thresholds, base and pairing, exactly.
 
         Args:
             path: the file, or a folder, which gets a ``longrope.json``.
         """
-        rope_io.write_sidecar(path, self)
+        files.write_sidecar(path, self)
 
     def to_config(
         self,

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import backends
-from .calls import Rotation, Scoring
-from .masks import Mask
+from ..backends import choose as backends
+from ..calls.masks import Mask
+from ..calls.records import Rotation, Scoring
 
 _NAMESPACE = "longrope_kernels"
 _REST = (

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from . import backends, phase
-from .calls import Rotation
-from .rope import FactorSet, Rope
+from ..backends import choose as backends
+from ..calls.records import Rotation
+from ..rope import phase
+from ..rope.value import FactorSet, Rope
 
 _NAMESPACE = "longrope_kernels"
 _TABLES = (

@@ -1,0 +1,1 @@
+"""KV caches of unrotated keys, dense and paged."""

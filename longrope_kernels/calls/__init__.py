@@ -1,0 +1,1 @@
+"""What a call hands down, and the checks of what came in."""

@@ -1,0 +1,1 @@
+"""The public functions, each beside the torch.library op that it calls."""
