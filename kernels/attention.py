@@ -12,27 +12,26 @@ import torch
 import triton
 import triton.language as tl
 
-from ..calls.records import Scoring
+from ..calls.records import AttentionCall
 from .attention_tiles import (
     LN2,
     Config,
-    Launch,
     cap_scores,
     grid_of,
     keys_of_queries,
     mask_args,
     nearest,
-    rotation_args,
+    rope_args,
     score_args,
     sequence_of_tile,
     set_of_sequence,
     sizes_of,
     span,
-    tensor_args,
     tile_of_program,
     visible,
     wide,
 )
+from .launch import Launch, matrix_args, tensor_args
 from .pieces import (
     add_dots,
     dot_rows,
@@ -102,58 +101,54 @@ def choose_rotation(queries: int, sequences: int, groups: int) -> str:
 
 
 def plan(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    call: AttentionCall,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scoring: Scoring,
     rotated: bool,
     arch: int,
     config: Config | None = None,
 ) -> Launch:
     """The launch of the forward pass, for tensors that are not empty.
 
-    q, k, v, out, lse, scoring: as in `backends.run_attention`. rotated: k is already. arch: the
-    compute capability, 90 for 9.0. config: instead of that of the table. Nothing is allocated, no
-    tensor is read.
+    out, lse: as in `backends.triton.attention.forward`. rotated: k is already. arch: the compute
+    capability, 90 for 9.0. config: instead of that of the table. Nothing is allocated, no tensor is
+    read.
     """
-    positions, key_positions, rotation, mask, softmax_scale, softcap = scoring
-    sizes = sizes_of(q, k, mask)
-    sets, _, pairs = rotation.steps.shape
-    dim, window = q.shape[3], mask.window or 0
+    q, positions, keys, tables, selection, scores = call
+    sizes = sizes_of(call)
+    dim = q.shape[3]
     if config is None:
-        packed_window = sizes.packed and window > 0
+        packed_window = sizes.packed and scores.window > 0
         config = choose_config(
-            arch, dim, mask.causal, not rotated, rotation.interleaved, packed_window
+            arch, dim, scores.causal, not rotated, tables.interleaved, packed_window
         )
-    of_kv_head = 2 * sizes.keys * dim * k.element_size()
+    of_kv_head = 2 * sizes.keys * dim * q.element_size()
     programs, tiles, section = grid_of(
         sizes.queries, sizes.heads, sizes, config.block_m, of_kv_head, sizes.groups
     )
     constants = {
         "DIM": dim,
-        "PAIRS": pairs,
-        "SETS": sets,
-        "INTERLEAVED": rotation.interleaved,
-        "CAUSAL": mask.causal,
-        "WINDOW": window > 0,
-        "SOFTCAP": softcap > 0,
+        "PAIRS": tables.pairs,
+        "SETS": tables.sets,
+        "INTERLEAVED": tables.interleaved,
+        "CAUSAL": scores.causal,
+        "WINDOW": scores.window > 0,
+        "SOFTCAP": scores.cap > 0,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
     args = (
         tensor_args(q),
-        tensor_args(k),
-        tensor_args(v),
+        tensor_args(keys.k),
+        tensor_args(keys.v),
         tensor_args(out),
         (lse, *lse.stride()[:2]),
-        (positions, *positions.stride()),
-        (None, 0, 0) if rotated else (key_positions, *key_positions.stride()),
-        *rotation_args(rotation),
-        *mask_args(mask),
-        *score_args(softmax_scale, softcap),
-        min(window, sizes.queries + sizes.keys),
+        matrix_args(positions),
+        matrix_args(None if rotated else keys.positions),
+        *rope_args(tables, selection),
+        *mask_args(call),
+        *score_args(scores),
+        min(scores.window, sizes.queries + sizes.keys),
         *sizes.args(),
         tiles,
         section,

@@ -13,19 +13,19 @@ from typing import NamedTuple
 
 import torch
 
-from ..calls.records import Scoring
+from ..calls.records import AttentionCall
 from .attention_gradients import delta_kernel, dk_dv_kernel, dq_kernel
 from .attention_tiles import (
     Config,
-    Launch,
     grid_of,
     mask_args,
     nearest,
-    rotation_args,
+    rope_args,
     score_args,
     sizes_of,
-    tensor_args,
 )
+from .launch import Launch, matrix_args, tensor_args
+
 
 
 class Configs(NamedTuple):
@@ -106,61 +106,57 @@ def plan_delta(
 
 
 def plan(
+    call: AttentionCall,
     d_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     lse: torch.Tensor,
     delta: torch.Tensor,
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    scoring: Scoring,
     arch: int,
     configs: Configs | None = None,
 ) -> list[Launch]:
     """The launches for dk and dv, one or two, and for dq, for tensors that are not empty.
 
-    q and k are rotated, delta (with the strides of lse) comes from `plan_delta`; the others are
-    those of `backends.run_attention_backward`. arch: the compute capability, 90 for 9.0.
-    configs: instead of those of the table. Nothing is allocated, no tensor is read.
+    q and k of the call are rotated, delta (with the strides of lse) comes from `plan_delta`; the
+    others are those of `backends.triton.attention.backward`. arch: the compute capability, 90 for
+    9.0. configs: instead of those of the table. Nothing is allocated, no tensor is read.
     """
-    positions, key_positions, rotation, mask, softmax_scale, softcap = scoring
-    sizes = sizes_of(q, k, mask)
-    sets, _, pairs = rotation.steps.shape
-    dim, window = q.shape[3], mask.window or 0
+    q, positions, keys, tables, selection, scores = call
+    sizes = sizes_of(call)
+    dim, window = q.shape[3], scores.window
     if configs is None:
-        configs = choose_configs(arch, dim, softcap, window, sizes.packed, rotation.interleaved)
+        configs = choose_configs(arch, dim, scores.cap, window, sizes.packed, tables.interleaved)
     of_keys, of_values, of_queries = configs
     inputs = (
         tensor_args(d_out),
         tensor_args(q),
-        tensor_args(k),
-        tensor_args(v),
+        tensor_args(keys.k),
+        tensor_args(keys.v),
         (lse, *lse.stride()[:2]),
         delta,
     )
     rest = (
-        *rotation_args(rotation),
-        *mask_args(mask),
-        *score_args(softmax_scale, softcap),
-        softmax_scale,
+        *rope_args(tables, selection),
+        *mask_args(call),
+        *score_args(scores),
+        scores.scale,
         min(window, sizes.queries + sizes.keys),
         *sizes.args(),
     )
     constants = {
         "DIM": dim,
-        "PAIRS": pairs,
-        "SETS": sets,
-        "INTERLEAVED": rotation.interleaved,
-        "CAUSAL": mask.causal,
+        "PAIRS": tables.pairs,
+        "SETS": tables.sets,
+        "INTERLEAVED": tables.interleaved,
+        "CAUSAL": scores.causal,
         "WINDOW": window > 0,
-        "SOFTCAP": softcap > 0,
+        "SOFTCAP": scores.cap > 0,
     }
     row = 2 * dim * q.element_size()
     kv_heads = sizes.heads // sizes.groups
     by_keys = (
-        *(dk_dv_kernel, (tensor_args(dk), tensor_args(dv)), key_positions, sizes.keys, kv_heads),
+        *(dk_dv_kernel, (tensor_args(dk), tensor_args(dv)), keys.positions, sizes.keys, kv_heads),
         *(sizes.queries * sizes.groups * row, 1),
     )
     by_queries = (
@@ -180,7 +176,7 @@ def plan(
             Launch(
                 kernel,
                 (programs,),
-                (*inputs, *outputs, (n, *n.stride()), *rest, tiles, section),
+                (*inputs, *outputs, matrix_args(n), *rest, tiles, section),
                 {**constants, **blocks, **flags},
                 config.warps,
                 config.stages,

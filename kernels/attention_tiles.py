@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from ..calls.masks import Mask
-from ..calls.records import Rotation
+from ..calls.records import AttentionCall, Scores, Selection
+from ..rope.tables import Tables
+from .launch import vector_args
 from .rotation import clamp_set, set_of_length
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -36,17 +36,6 @@ class Config(NamedTuple):
     stages: int
 
 
-class Launch(NamedTuple):
-    """One call: ``kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)``."""
-
-    kernel: Any
-    grid: tuple[int]
-    args: tuple[Any, ...]
-    constants: dict[str, int]
-    warps: int
-    stages: int
-
-
 class Sizes(NamedTuple):
     """What follows from the shapes of a call, for all kernels."""
 
@@ -63,34 +52,22 @@ class Sizes(NamedTuple):
         return (*self[:5], search_step)
 
 
-def sizes_of(q: torch.Tensor, k: torch.Tensor, mask: Mask) -> Sizes:
-    return Sizes(
-        *(q.shape[1], k.shape[1]),
-        *(q.shape[2], q.shape[2] // k.shape[2]),
-        mask.sequences(q.shape[0]),
-        mask.cu_seqlens is not None,
-    )
+def sizes_of(call: AttentionCall) -> Sizes:
+    batch, queries, heads, _ = call.q.shape
+    packed = call.selection.borders is not None
+    sequences = call.selection.sequences(batch)
+    return Sizes(queries, call.keys.k.shape[1], heads, call.groups, sequences, packed)
 
 
-def tensor_args(x: torch.Tensor) -> tuple[Any, ...]:
-    """(pointer, batch stride, token stride, head stride) of a (B, S, H, D) tensor."""
-    return (x, *x.stride()[:3])
-
-
-def vector_args(x: torch.Tensor | None) -> tuple[Any, ...]:
-    """(pointer, stride) of a vector that may be absent."""
-    return (None, 0) if x is None else (x, x.stride(0))
-
-
-def rotation_args(rotation: Rotation) -> tuple[Any, ...]:
+def rope_args(tables: Tables, selection: Selection) -> tuple[Any, ...]:
     """The tables, lengths and sets of the kernels."""
-    return rotation[:4], vector_args(rotation.lengths), vector_args(rotation.sets)
+    return tables[:4], vector_args(selection.lengths), vector_args(selection.sets)
 
 
-def mask_args(mask: Mask) -> tuple[Any, ...]:
-    """The borders of packed sequences of q and k, and kv_start, of the kernels."""
-    borders = vector_args(mask.cu_seqlens), vector_args(mask.cu_seqlens_k)
-    return *borders, vector_args(mask.kv_start)
+def mask_args(call: AttentionCall) -> tuple[Any, ...]:
+    """The borders of packed sequences of q and k, and where keys start, of the kernels."""
+    borders = vector_args(call.selection.borders), vector_args(call.keys.borders)
+    return *borders, vector_args(call.keys.start)
 
 
 def table_of(configs: dict[int, Any], arch: int) -> Any:
@@ -108,11 +85,11 @@ def nearest(configs: dict[int, Any], arch: int, dim: int) -> Any:
     return table[min(d for d in table if d >= dim)]
 
 
-def score_args(softmax_scale: float, softcap: float) -> tuple[float, float]:
+def score_args(scores: Scores) -> tuple[float, float]:
     """(scale, cap) of `cap_scores`, whose scores are in units of log 2."""
-    if softcap > 0:
-        return 2 * LOG2E.value * softmax_scale / softcap, LOG2E.value * softcap
-    return LOG2E.value * softmax_scale, 0.0
+    if scores.cap > 0:
+        return 2 * LOG2E.value * scores.scale / scores.cap, LOG2E.value * scores.cap
+    return LOG2E.value * scores.scale, 0.0
 
 
 def grid_of(

@@ -10,28 +10,26 @@ dimensions of a pair are in one thread, and go to the matrix unit through shared
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..calls.records import CacheTensors, Rotation
+from ..calls.records import DecodeCall
 from .attention_tiles import (
     LN2,
-    Launch,
     cap_scores,
     nearest,
-    rotation_args,
+    rope_args,
     score_args,
     set_of_sequence,
-    tensor_args,
-    vector_args,
     wide,
 )
 from .decode_cache import block_ids, slot_rows
 from .decode_float8 import CONVERT, SHIFT, half_pieces
 from .decode_splits import combine_kernel, keys_of_sequence, split_keys, tiles_of_split
+from .launch import Launch, matrix_args, tensor_args, vector_args
 from .pieces import (
     ROOMY,
     WIDE,
@@ -94,80 +92,72 @@ def choose_config(arch: int, dim: int, rows: int) -> Config:
     return of_dim[int(rows > 16)]
 
 
-def config_of(q: torch.Tensor, cache: CacheTensors, arch: int) -> Config:
+def config_of(call: DecodeCall, arch: int) -> Config:
     """The tiles of a call."""
-    return choose_config(arch, q.shape[3], _rows_of_kv_head(q, cache))
+    return choose_config(arch, call.q.shape[3], _rows_of_kv_head(call))
 
 
 def splits_of(
-    q: torch.Tensor,
-    cache: CacheTensors,
-    arch: int,
-    multiprocessors: int,
-    config: Config | None = None,
+    call: DecodeCall, arch: int, multiprocessors: int, config: Config | None = None
 ) -> Splits:
     """How to split the keys of a call; ``most`` sizes the scratch of `plan`."""
     if config is None:
-        config = config_of(q, cache, arch)
-    units = q.shape[0] * cache.k.shape[2] * _row_blocks(q, cache, config)[1]
+        config = config_of(call, arch)
+    batch, keys = call.q.shape[0], call.keys
+    units = batch * keys.heads * _row_blocks(call, config)[1]
     places = multiprocessors * config.programs
     # In the interpreter a tile is worth a program.
     least_tiles = 1 if arch == 0 else max(1, _LEAST_KEYS // config.block_n)
-    return choose_splits(units, q.shape[0], cache.capacity, config.block_n, places, least_tiles)
+    return choose_splits(units, batch, keys.capacity, config.block_n, places, least_tiles)
 
 
-def _rows_of_kv_head(q: torch.Tensor, cache: CacheTensors) -> int:
-    return q.shape[1] * (q.shape[2] // cache.k.shape[2])
+def _rows_of_kv_head(call: DecodeCall) -> int:
+    return call.q.shape[1] * (call.q.shape[2] // call.keys.heads)
 
 
-def _row_blocks(q: torch.Tensor, cache: CacheTensors, config: Config) -> tuple[int, int]:
+def _row_blocks(call: DecodeCall, config: Config) -> tuple[int, int]:
     """Rows of a tile, and how many such tiles the queries of a KV head and sequence make."""
-    rows = _rows_of_kv_head(q, cache)
+    rows = _rows_of_kv_head(call)
     block_m = min(max(16, 1 << (rows - 1).bit_length()), config.block_m)
     return block_m, -(-rows // block_m)
 
 
 def plan(
-    q: torch.Tensor,
+    call: DecodeCall,
     out: torch.Tensor,
     lse: torch.Tensor,
     scratch: tuple[torch.Tensor, torch.Tensor] | None,
-    cache: CacheTensors,
-    rotation: Rotation,
-    softmax_scale: float,
-    window: int,
-    softcap: float,
     arch: int,
     splits: Splits,
     config: Config | None = None,
 ) -> list[Launch]:
     """The launches of a call, one or two, for tensors that are not empty.
 
-    The arguments are those of `backends.run_decode`. scratch: float32 (splits.most, batch, heads,
+    out, lse: as in `backends.triton.decode.decode`. scratch: float32 (splits.most, batch, heads,
     q_len, dim) and (splits.most, batch, heads, q_len), None where ``most`` is 1. arch: the compute
     capability, 90 for 9.0. splits: of `splits_of`. config: instead of that of the table. Nothing is
     allocated, no tensor is read.
     """
+    q, cache, tables, selection, scores = call
     batch, queries, heads, dim = q.shape
-    k, v, kv_heads = cache.k, cache.v, cache.k.shape[2]
-    sets, _, pairs = rotation.steps.shape
+    k, v = cache.k, cache.v
     if config is None:
-        config = config_of(q, cache, arch)
-    block_m, row_blocks = _row_blocks(q, cache, config)
+        config = config_of(call, arch)
+    block_m, row_blocks = _row_blocks(call, config)
     float8 = 0
     if k.dtype == torch.float8_e4m3fn:
         float8 = CONVERT.value if arch >= 89 else SHIFT.value
         k, v = k.view(torch.uint8), v.view(torch.uint8)
-    of_sequences = (vector_args(cache.lens), vector_args(cache.kv_start))
+    of_sequences = (vector_args(cache.lens), vector_args(cache.start))
     partial_out, partial_lse = scratch or (None, None)
-    window = min(window, 2**30)
+    window = min(scores.window, 2**30)
     constants = {
         "DIM": dim,
-        "PAIRS": pairs,
-        "SETS": sets,
-        "PAIRING": int(rotation.interleaved) + (ROOMY.value if float8 else 0),
+        "PAIRS": tables.pairs,
+        "SETS": tables.sets,
+        "PAIRING": int(tables.interleaved) + (ROOMY.value if float8 else 0),
         "WINDOW": window > 0,
-        "SOFTCAP": softcap > 0,
+        "SOFTCAP": scores.cap > 0,
         "ONE_QUERY": queries == 1,
         "BLOCK_SIZE": 0 if cache.block_table is None else k.shape[1],
         "FLOAT8": float8,
@@ -183,17 +173,17 @@ def plan(
         partial_out,
         partial_lse,
         *of_sequences,
-        _rows_args(cache.block_table),
-        _rows_args(cache.key_positions),
+        matrix_args(cache.block_table),
+        matrix_args(cache.positions),
         vector_args(cache.k_scale),
         vector_args(cache.v_scale),
-        *rotation_args(rotation),
-        *score_args(softmax_scale, softcap),
+        *rope_args(tables, selection),
+        *score_args(scores),
         window,
-        *(queries, kv_heads, heads // kv_heads, batch, row_blocks),
+        *(queries, cache.heads, heads // cache.heads, batch, row_blocks),
         *splits,
     )
-    grid = (splits.most * batch * kv_heads * row_blocks,)
+    grid = (splits.most * batch * cache.heads * row_blocks,)
     launches = [Launch(decode_kernel, grid, args, constants, config.warps, config.stages)]
     if scratch is not None:
         block_d = 1 << (dim - 1).bit_length()
@@ -213,11 +203,6 @@ def plan(
         )
         launches.append(Launch(combine_kernel, (lse.numel(),), args, constants, 4, 1))
     return launches
-
-
-def _rows_args(x: torch.Tensor | None) -> tuple[Any, ...]:
-    """(pointer, row stride, stride) of a matrix that may be absent."""
-    return (None, 0, 0) if x is None else (x, *x.stride())
 
 
 # ----------------------------------------------------------------------------------------- kernel

@@ -13,13 +13,14 @@ yet.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..calls.records import Rotation
+from ..calls.records import RotaryCall
+from .launch import Launch, matrix_args, tensor_args, vector_args
 from .rotation import (
     below_threshold,
     clamp_set,
@@ -34,6 +35,8 @@ from .rotation import (
 # Programs that fill a GPU: about 130 multiprocessors (A100 108, H100 and H200 132), four
 # programs of four warps on each.
 _FULL_GRID = 512
+# Triton's default; the loop has no product whose loads it would pipeline.
+_STAGES = 3
 
 
 # ----------------------------------------------------------------------------------------- launch
@@ -75,64 +78,40 @@ def choose_groups(programs: int, groups: int) -> int:
     return _ceil_div(groups, splits)
 
 
-class Launch(NamedTuple):
-    """One call: ``rotary_kernel[grid](*args, **constants, num_warps=warps)``."""
+def plan(call: RotaryCall, q_out: torch.Tensor, k_out: torch.Tensor) -> Launch | None:
+    """The launch that rotates q and k into q_out and k_out, which may be they.
 
-    grid: tuple[int, int]
-    args: tuple[Any, ...]
-    constants: dict[str, int]
-    warps: int
-
-
-def plan(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_out: torch.Tensor,
-    k_out: torch.Tensor,
-    positions: torch.Tensor,
-    rotation: Rotation,
-    cu_seqlens: torch.Tensor | None,
-    conjugate: bool,
-) -> Launch | None:
-    """The launch that rotates q and k, or None where there is nothing to rotate.
-
-    The arguments are those of `backends.run_rotary`. Nothing is allocated, and no tensor is read.
+    None where there is nothing to rotate. Nothing is allocated, and no tensor is read.
     """
-    shape = q.shape
-    k_heads = k.shape[2]
+    q, k, positions, tables, selection, conjugate = call
+    shape, k_heads = q.shape, k.shape[2]
     if shape[0] == 0 or shape[1] == 0 or shape[2] + k_heads == 0:
         return None
     in_place = q_out is q and k_out is k
-    sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     grid, sizes, constants, warps = _geometry(
         *shape,
         k_heads,
-        rotation.steps.shape[0],
-        rotation.steps.shape[2],
+        tables.sets,
+        tables.pairs,
         q.element_size(),
-        rotation.interleaved,
+        tables.interleaved,
         conjugate,
         in_place,
-        sequences,
+        selection.sequences(shape[0]),
     )
-    of_q, of_k = q.stride()[:3], k.stride()[:3]
-    lengths, sets = rotation.lengths, rotation.sets
     args = (
-        (q, *of_q),
-        (k, *of_k),
-        (q_out, *(of_q if in_place else q_out.stride()[:3])),
-        (k_out, *(of_k if in_place else k_out.stride()[:3])),
-        (positions, *positions.stride()),
-        *rotation[:4],
-        lengths,
-        0 if lengths is None else lengths.stride(0),
-        sets,
-        0 if sets is None else sets.stride(0),
-        cu_seqlens,
-        0 if cu_seqlens is None else cu_seqlens.stride(0),
+        tensor_args(q),
+        tensor_args(k),
+        tensor_args(q_out),
+        tensor_args(k_out),
+        matrix_args(positions),
+        tables[:4],
+        vector_args(selection.lengths),
+        vector_args(selection.sets),
+        vector_args(selection.borders),
         *sizes,
     )
-    return Launch(grid, args, constants, warps)
+    return Launch(rotary_kernel, grid, args, constants, warps, _STAGES)
 
 
 @lru_cache(maxsize=1024)
@@ -191,16 +170,10 @@ def _token_cos_sin(
     o_s,
     in_seq,
     positions,
-    p_steps,
-    p_n_hat,
-    p_attention_factor,
-    p_max_length,
-    p_lengths,
-    stride_lengths,
-    p_sets,
-    stride_sets,
-    p_cu_seqlens,
-    stride_cu_seqlens,
+    rope,
+    lengths,
+    sets,
+    borders,
     sequences,
     search_step,
     PAIRS: tl.constexpr,
@@ -213,24 +186,22 @@ def _token_cos_sin(
     n = tl.load(p_n, mask=in_seq, other=0).to(tl.int64)
 
     i_set = 0
-    if p_sets is not None or p_lengths is not None:
+    if sets[0] is not None or lengths[0] is not None:
         i_sequence = i_b
-        if p_cu_seqlens is not None:
-            i_sequence = sequence_of_token(
-                o_s, p_cu_seqlens, stride_cu_seqlens, sequences, search_step
-            )
-        if p_sets is not None:
-            i_set = clamp_set(tl.load(p_sets + i_sequence * stride_sets), SETS)
+        if borders[0] is not None:
+            i_sequence = sequence_of_token(o_s, borders[0], borders[1], sequences, search_step)
+        if sets[0] is not None:
+            i_set = clamp_set(tl.load(sets[0] + i_sequence * sets[1]), SETS)
         else:
-            length = tl.load(p_lengths + i_sequence * stride_lengths)
-            i_set = set_of_length(length, p_max_length, SETS)
+            length = tl.load(lengths[0] + i_sequence * lengths[1])
+            i_set = set_of_length(length, rope[3], SETS)
 
-    original = below_threshold(n, tl.load(p_n_hat + i_set))
-    a = tl.where(original, 1.0, tl.load(p_attention_factor + i_set).to(tl.float32))
+    original = below_threshold(n, tl.load(rope[1] + i_set))
+    a = tl.where(original, 1.0, tl.load(rope[2] + i_set).to(tl.float32))
     row = i_set * 2 + tl.where(original, 0, 1)
     o_p = tl.arange(0, BLOCK_P)
     step = tl.load(
-        p_steps + row[:, None] * PAIRS + o_p[None, :], mask=(o_p < PAIRS)[None, :], other=0
+        rope[0] + row[:, None] * PAIRS + o_p[None, :], mask=(o_p < PAIRS)[None, :], other=0
     )
     cos, sin = cos_sin(phase(n[:, None], step))
     return cos * a[:, None], sin * (-a if CONJUGATE else a)[:, None]
@@ -329,16 +300,10 @@ def rotary_kernel(
     q_out,
     k_out,
     positions,
-    p_steps,
-    p_n_hat,
-    p_attention_factor,
-    p_max_length,
-    p_lengths,
-    stride_lengths,
-    p_sets,
-    stride_sets,
-    p_cu_seqlens,
-    stride_cu_seqlens,
+    rope,
+    lengths,
+    sets,
+    borders,
     seq,
     tiles,
     groups,
@@ -360,9 +325,9 @@ def rotary_kernel(
 
     q, k, q_out, k_out: (pointer, batch stride, token stride, head stride) of (B, seq, heads,
     2 * PAIRS + REST), the last stride 1. positions: (pointer, batch stride, token stride) of
-    (B, seq) int32 or int64. p_steps: (SETS, 2, PAIRS) int64. p_n_hat, p_max_length: (SETS,)
-    int64. p_attention_factor: (SETS,) float64. p_lengths (int32 or int64) and p_sets (int32):
-    (sequences,) or None. p_cu_seqlens: (sequences + 1,) or None. Strides count elements.
+    (B, seq) int32 or int64. rope: pointers to steps (SETS, 2, PAIRS) int64, n_hat (SETS,) int64,
+    attention_factor (SETS,) float64, max_length (SETS,) int64. lengths, sets: (pointer or None,
+    stride) of (sequences,), borders of (sequences + 1,). Strides count elements.
 
     Grid: (B * tiles, all groups / ``groups``), ``tiles`` programs for the tokens of a row.
     Dimensions from 2 * PAIRS on are copied; in place, REST is 0 and they are left alone.
@@ -384,16 +349,10 @@ def rotary_kernel(
         o_s,
         in_seq,
         positions,
-        p_steps,
-        p_n_hat,
-        p_attention_factor,
-        p_max_length,
-        p_lengths,
-        stride_lengths,
-        p_sets,
-        stride_sets,
-        p_cu_seqlens,
-        stride_cu_seqlens,
+        rope,
+        lengths,
+        sets,
+        borders,
         sequences,
         search_step,
         PAIRS,

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..calls import values
-from ..calls.records import CacheTensors, Rotation, Scoring
+from ..torch_private import constant_in_graphs
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 # Our rotation before a library that has to be there; served where named, not measured faster yet.
@@ -68,9 +67,10 @@ def missing(name: str) -> str | None:
     if name in FLASH_BACKENDS:
         reason: str | None = _module("flash_attention").missing(name)
         return reason
-    return _part(name, "device").missing()  # type: ignore[no-any-return]
+    return part(name, "device").missing()  # type: ignore[no-any-return]
 
 
+@constant_in_graphs
 def choose_rotary(backend: str | None, device: str, is_float64: bool) -> str:
     """The backend for a rotation: the named one, or the first of `ROTARY_CHOICE` that can serve.
 
@@ -112,6 +112,7 @@ def _named(backend: str, device: str) -> str:
     return backend
 
 
+@constant_in_graphs
 def choose_attention(
     backend: str | None, device: str, dtype: torch.dtype, head_dim: int, asks: str
 ) -> str:
@@ -175,6 +176,7 @@ def _head_dims(backend: str) -> range:
     return CUDA_HEAD_DIMS if backend == "cuda" else FUSED_HEAD_DIMS
 
 
+@constant_in_graphs
 def choose_decode(
     backend: str | None,
     device: str,
@@ -229,127 +231,10 @@ def _unserved(
     return None
 
 
-# What torch.compiler.assume_constant_result does, without its import of torch._dynamo (a second).
-choose_rotary._dynamo_marked_constant = True  # type: ignore[attr-defined]
-choose_attention._dynamo_marked_constant = True  # type: ignore[attr-defined]
-choose_decode._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def run_rotary(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_out: torch.Tensor,
-    k_out: torch.Tensor,
-    positions: torch.Tensor,
-    rotation: Rotation,
-    cu_seqlens: torch.Tensor | None,
-    conjugate: bool,
-    backend: str,
-) -> None:
-    """Rotate q and k into q_out and k_out (which may be q and k), after checking the values.
-
-    Args:
-        q, k: (B, S, Hq, D) and (B, S, Hk, D) with a unit last stride; Hq or Hk may be 0.
-        q_out, k_out: of the same shapes.
-        positions: (B, S) int32 or int64, any strides.
-        rotation: how each sequence is rotated.
-        cu_seqlens: (sequences + 1,) or None; with it B = 1 and S counts all tokens.
-        conjugate: negate the sine: the gradient.
-        backend: of `choose_rotary`, not the reference.
-    """
-    values.check_values(positions, rotation, cu_seqlens)
-    _part(backend, "rotary").rotary(q, k, q_out, k_out, positions, rotation, cu_seqlens, conjugate)
-
-
-def run_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scoring: Scoring,
-    k_rotation: str | None,
-    backend: str,
-) -> None:
-    """Attend, with q and k rotated on the way, into out and lse, after checking the values.
-
-    Args:
-        q, out: (B, Sq, Hq, D) bfloat16 or float16, a unit last stride, any others.
-        k, v: (B, Sk, Hk, D) of that dtype; Hq is a multiple of Hk.
-        lse: (B, Hq, Sq) float32, a unit last stride: the log-sum-exp of the scores, base e; -inf
-            where a query sees no key (and 0 in out).
-        scoring: with a ``softmax_scale`` that is not negative.
-        k_rotation: "prepass", "registers", or None for the backend's own rule.
-        backend: of `choose_attention`, one whose rotation is fused.
-
-    Raises:
-        ValueError: naming the argument that the backend does not serve.
-        RuntimeError: a launch that failed, with the kernel's name and parameters.
-    """
-    values.check_values(scoring.positions, scoring.rotation, scoring.mask.cu_seqlens)
-    values.check_positions("key_positions", scoring.key_positions)
-    _part(backend, "attention").forward(q, k, v, out, lse, scoring, k_rotation)
-
-
-def run_attention_backward(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    scoring: Scoring,
-    backend: str,
-) -> None:
-    """The gradients of `run_attention`, into dq, dk and dv.
-
-    Args:
-        d_out: like out, of the dtype of q, any strides.
-        d_lse: like lse, any strides, or None; ignored where a query sees no key.
-        q, k, v, scoring, backend: as in `run_attention`.
-        out, lse: what `run_attention` wrote.
-        dq, dk, dv: like q, k and v, unit last stride.
-    """
-    tensors = (d_out, d_lse, q, k, v, out, lse, dq, dk, dv)
-    _part(backend, "attention").backward(*tensors, scoring)
-
-
-def run_decode(
-    q: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cache: CacheTensors,
-    rotation: Rotation,
-    softmax_scale: float,
-    window: int,
-    softcap: float,
-    backend: str,
-) -> None:
-    """Attend to the cache, with q and its keys rotated on the way, after checking the values.
-
-    Args:
-        q, out: (B, q_len, Hq, D) of a dtype in `DECODE_DTYPES`, a unit last stride, any others.
-        lse: (B, Hq, q_len) float32, contiguous: the log-sum-exp of the scores, base e; -inf where a
-            query sees no key (and 0 in out).
-        cache: its tensors.
-        rotation: how each sequence is rotated.
-        softmax_scale: multiplies the scores.
-        window: how many slots back a query sees; 0 for all.
-        softcap: scores become ``softcap * tanh(score / softcap)``; 0.0 for none.
-        backend: of `choose_decode`, not the reference.
-    """
-    values.check_cache(cache, rotation)
-    _part(backend, "decode").decode(q, out, lse, cache, rotation, softmax_scale, window, softcap)
-
-
 def _interprets(backend: str, device: str) -> bool:
     if backend not in _ON_CPU or device != "cpu":
         return False
-    module = _part(backend, "device")
+    module = part(backend, "device")
     return bool(module.interpreting() if backend == "triton" else module.emulating())
 
 
@@ -372,6 +257,6 @@ def _row(name: str) -> dict[str, Any]:
     return {"name": name, "devices": _DEVICES.get(name, ("any",)), "missing": missing(name)}
 
 
-def _part(backend: str, part: str) -> ModuleType:
+def part(backend: str, part: str) -> ModuleType:
     """A part of a backend; native has all of them in one module."""
     return _module("native" if backend == "native" else f"{backend}.{part}")

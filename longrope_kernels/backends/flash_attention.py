@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..calls.masks import Mask, sequence_of_token
+from ..calls.masks import sequence_of_token
+from ..calls.records import AttentionCall
 
 
 class Library(NamedTuple):
@@ -81,23 +82,13 @@ def missing(name: str) -> str | None:
 
 
 def attend(
-    name: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: Mask,
-    softmax_scale: float,
-    softcap: float | None,
-    return_lse: bool,
+    name: str, call: AttentionCall, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Softmax attention of rotated q and k.
+    """Softmax attention of q and k, bfloat16 or float16, that are rotated already.
 
     Args:
         name: a key of `LIBRARIES`.
-        q, k, v: (B, Sq, Hq, D), (B, Sk, Hk, D), (B, Sk, Hk, D) bfloat16 or float16; Hq a multiple
-            of Hk.
-        mask: which keys a query sees.
-        softmax_scale, softcap: as in `longrope_kernels.attention`.
+        call: what is attended to.
         return_lse: whether to return the log-sum-exp, which carries no gradient here.
 
     Returns:
@@ -107,117 +98,111 @@ def attend(
     Raises:
         ValueError: what the library does not serve.
     """
+    q, k, v = call.q, call.keys.k, call.keys.v
+    borders, borders_k = call.selection.borders, call.keys.borders
     if return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError(
             f"return_lse: backend {name!r} has no gradient of the log-sum-exp; expected 'triton' "
             "or 'reference', or torch.no_grad()"
         )
-    queries, keys = q.shape[1], k.shape[1]
-    given = keywords(name, mask, queries, keys, softmax_scale, softcap)
-    blind = 0 if mask.cu_seqlens is not None else _blind_queries(mask, queries, keys)
-    if blind == queries or not q.numel() or not keys:
+    queries, slots = q.shape[1], k.shape[1]
+    given = keywords(name, call)
+    blind = 0 if borders is not None else _blind_queries(call)
+    if blind == queries or not q.numel() or not slots:
         # Nothing is seen. The empty sums keep the gradients.
         out = torch.zeros_like(q) + sum(x[..., :0].sum() for x in (q, k, v))
         return out, q.new_full(_lse_shape(q), -torch.inf, dtype=torch.float32)
 
     dense, packed = functions(name)
-    call = dense if mask.cu_seqlens is None else packed
-    if return_lse and LIBRARIES[name].lse in inspect.signature(call).parameters:
+    function = dense if borders is None else packed
+    if return_lse and LIBRARIES[name].lse in inspect.signature(function).parameters:
         given[LIBRARIES[name].lse] = True
     q, k, v = (_aligned(x) for x in (q[:, blind:], k, v))
-    if mask.cu_seqlens is not None:
+    if borders is not None:
         q, k, v = (x.squeeze(0) for x in (q, k, v))
-    result = call(q, k, v, **given)
+    result = function(q, k, v, **given)
     out, lse = result[:2] if isinstance(result, tuple) else (result, None)
     if not return_lse:
         lse = None
 
-    if mask.cu_seqlens is None:
+    if borders is None:
         out = F.pad(out, (0, 0, 0, 0, blind, 0)) if blind else out
         lse = F.pad(lse, (blind, 0), value=-torch.inf) if blind and lse is not None else lse
         return out, lse
-    if mask.cu_seqlens_k is not mask.cu_seqlens:
-        hidden = _blind_tokens(mask, queries)
+    if borders_k is not borders:
+        hidden = _blind_tokens(call)
         out = out.masked_fill(hidden[:, None, None], 0)
         lse = None if lse is None else lse.masked_fill(hidden, -torch.inf)
     return out.unsqueeze(0), None if lse is None else lse.unsqueeze(0)
 
 
-def keywords(
-    name: str,
-    mask: Mask,
-    queries: int,
-    keys: int,
-    softmax_scale: float,
-    softcap: float | None,
-) -> dict[str, Any]:
-    """The keyword arguments with which the library's function does what the mask says.
-
-    Args:
-        name: a key of `LIBRARIES`.
-        mask: which keys a query sees.
-        queries, keys: tokens of a row of q and of k.
-        softmax_scale, softcap: as in `longrope_kernels.attention`.
+def keywords(name: str, call: AttentionCall) -> dict[str, Any]:
+    """The keyword arguments with which the library's function does what the call says.
 
     Raises:
         ValueError: what the library does not serve.
     """
-    library = LIBRARIES[name]
-    if mask.kv_start is not None:
+    library, (causal, scale, window, cap) = LIBRARIES[name], call.scores
+    borders, borders_k = call.selection.borders, call.keys.borders
+    queries, slots = call.q.shape[1], call.keys.k.shape[1]
+    if call.keys.start is not None:
         raise ValueError(
             f"kv_start: backend {name!r} serves no left padding; expected 'triton', 'composed' or "
             "'reference', or packed sequences (cu_seqlens)"
         )
-    if softcap is not None and not library.softcap:
+    if cap and not library.softcap:
         raise ValueError(
             f"softcap: backend {name!r} does not serve it; expected 'triton' or 'reference'"
         )
-    given: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": mask.causal}
-    if softcap is not None:
-        given["softcap"] = softcap
-    longest = max(queries, keys)
-    if mask.window is not None and mask.window < longest:
-        if mask.cu_seqlens is None and not mask.causal and keys < mask.window:
+    given: dict[str, Any] = {"softmax_scale": scale, "causal": causal}
+    if cap:
+        given["softcap"] = cap
+    longest = max(queries, slots)
+    if 0 < window < longest:
+        if borders is None and not causal and slots < window:
             # flash-attn 2 takes a side that is longer than the keys for no window at all.
             raise ValueError(
-                f"window: backend {name!r}, not causal, serves none longer than the {keys} keys "
-                f"where there are more queries, got {mask.window}; expected 'triton', 'composed' "
+                f"window: backend {name!r}, not causal, serves none longer than the {slots} keys "
+                f"where there are more queries, got {window}; expected 'triton', 'composed' "
                 "or 'reference'"
             )
-        given["window_size"] = (mask.window - 1, 0 if mask.causal else mask.window - 1)
+        given["window_size"] = (window - 1, 0 if causal else window - 1)
     if torch.are_deterministic_algorithms_enabled():
         given["deterministic"] = True
-    if mask.cu_seqlens is not None and mask.cu_seqlens_k is not None:
-        given["cu_seqlens_q"] = mask.cu_seqlens.int().contiguous()
-        given["cu_seqlens_k"] = mask.cu_seqlens_k.int().contiguous()
+    if borders is not None and borders_k is not None:
+        given["cu_seqlens_q"] = borders.int().contiguous()
+        given["cu_seqlens_k"] = borders_k.int().contiguous()
         if library.longest:
             # Reading the borders would wait for the device; no sequence is longer than all tokens.
             given["max_seqlen_q"] = given["max_seqlen_k"] = longest
     return given
 
 
-def _blind_queries(mask: Mask, queries: int, keys: int) -> int:
+def _blind_queries(call: AttentionCall) -> int:
     """How many queries, the first ones, see no key in a dense batch."""
-    if not keys:
+    queries, slots = call.q.shape[1], call.keys.k.shape[1]
+    if not slots:
         return queries
-    if not mask.causal and mask.window is None:
+    if not call.scores.causal and not call.scores.window:
         return 0
-    ahead = 0 if mask.causal or mask.window is None else mask.window - 1
-    return max(0, queries - keys - ahead)
+    ahead = 0 if call.scores.causal else call.scores.window - 1
+    return max(0, queries - slots - ahead)
 
 
-def _blind_tokens(mask: Mask, tokens: int) -> torch.Tensor:
+def _blind_tokens(call: AttentionCall) -> torch.Tensor:
     """Which queries of packed sequences see no key: (tokens,) bool."""
-    assert mask.cu_seqlens is not None
-    assert mask.cu_seqlens_k is not None
-    sequence = sequence_of_token(mask.cu_seqlens, tokens)
-    keys = mask.cu_seqlens_k.diff()[sequence]
-    if not mask.causal and mask.window is None:
-        return keys == 0
-    place = torch.arange(tokens, device=keys.device) - mask.cu_seqlens[sequence]
-    slot = place + keys - mask.cu_seqlens.diff()[sequence]
-    ahead = 0 if mask.causal or mask.window is None else mask.window - 1
-    return (slot + ahead < 0) | (keys == 0)
+    borders, borders_k = call.selection.borders, call.keys.borders
+    assert borders is not None
+    assert borders_k is not None
+    tokens = call.q.shape[1]
+    sequence = sequence_of_token(borders, tokens)
+    slots = borders_k.diff()[sequence]
+    if not call.scores.causal and not call.scores.window:
+        return slots == 0
+    place = torch.arange(tokens, device=slots.device) - borders[sequence]
+    slot = place + slots - borders.diff()[sequence]
+    ahead = 0 if call.scores.causal else call.scores.window - 1
+    return (slot + ahead < 0) | (slots == 0)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ from types import ModuleType
 
 import torch
 
-from ..calls.records import Rotation
+from ..calls.records import DecodeCall, RotaryCall
+from ..rope.tables import Tables
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -44,20 +45,12 @@ def instruction_sets() -> list[str]:
 
 
 def rotary(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_out: torch.Tensor,
-    k_out: torch.Tensor,
-    positions: torch.Tensor,
-    rotation: Rotation,
-    cu_seqlens: torch.Tensor | None,
-    conjugate: bool,
-    instruction_set: str = "",
+    call: RotaryCall, q_out: torch.Tensor, k_out: torch.Tensor, instruction_set: str = ""
 ) -> None:
-    """Rotate q and k (B, S, heads, D) into q_out and k_out; see csrc/cpu/rotary.h."""
+    """Rotate q and k into q_out and k_out, which may be they; see csrc/cpu/rotary.h."""
     assert _native is not None
+    q, k, positions, tables, selection, conjugate = call
     batch, seq, _, dim = q.shape
-    steps = rotation.steps
     elements = q.numel() + k.numel()
     if elements == 0:
         return
@@ -69,17 +62,60 @@ def rotary(
         _heads(q, q_out),
         _heads(k, k_out),
         _TYPES[q.dtype],
-        (batch, seq, dim, steps.shape[2]),
+        (batch, seq, dim, tables.pairs),
         positions.data_ptr(),
         positions.dtype == torch.int64,
         positions.stride(),
-        steps.shape[0],
-        addresses_of(rotation),
-        indices(rotation.lengths),
-        indices(rotation.sets),
-        indices(cu_seqlens),
-        rotation.interleaved,
+        tables.sets,
+        _addresses(tables),
+        _numbers(selection.lengths),
+        _numbers(selection.sets),
+        _numbers(selection.borders) if selection.chooses else [],
+        tables.interleaved,
         conjugate,
+        1 if elements < _GRAIN else torch.get_num_threads(),
+        instruction_set,
+    )
+
+
+def decode(
+    call: DecodeCall, out: torch.Tensor, lse: torch.Tensor, instruction_set: str = ""
+) -> None:
+    """Attend to the cache, into out and lse; see csrc/cpu/decode.h.
+
+    The caches have the dtype of q, float32, bfloat16 or float16; there are no scales.
+    """
+    assert _native is not None
+    q, cache, tables, selection, scores = call
+    assert cache.k_scale is None
+    assert cache.v_scale is None
+    if q.numel() == 0:
+        return
+    batch, queries, heads, dim = q.shape
+    lens = _numbers(cache.lens)
+    elements = sum(lens) * cache.heads * dim
+    _native.decode(
+        _TYPES[q.dtype],
+        (batch, queries, heads, cache.heads, dim, tables.pairs),
+        (q.data_ptr(), q.stride()[:3]),
+        (out.data_ptr(), out.stride()[:3]),
+        lse.data_ptr(),
+        (cache.k.data_ptr(), cache.k.stride()[:3]),
+        (cache.v.data_ptr(), cache.v.stride()[:3]),
+        _matrix(cache.block_table),
+        cache.k.shape[1],
+        lens,
+        _numbers(cache.start),
+        _matrix(cache.positions),
+        cache.positions is not None and cache.positions.dtype == torch.int64,
+        tables.sets,
+        _addresses(tables),
+        _numbers(selection.lengths),
+        _numbers(selection.sets),
+        tables.interleaved,
+        scores.scale,
+        scores.window,
+        scores.cap,
         1 if elements < _GRAIN else torch.get_num_threads(),
         instruction_set,
     )
@@ -92,16 +128,23 @@ def ask_for_huge_pages(x: torch.Tensor) -> None:
         _native.advise_huge_pages(x.data_ptr(), size)
 
 
-def indices(x: torch.Tensor | None) -> list[int]:
+def _numbers(x: torch.Tensor | None) -> list[int]:
     """What a tensor holds for each sequence, as the extension takes it; empty if there is none."""
     return [] if x is None else x.tolist()
 
 
-def addresses_of(rotation: Rotation) -> tuple[int, ...]:
-    """Those of the tables, as the extension takes them."""
-    steps, n_hat, attention_factor, max_length = rotation[:4]
-    return steps.data_ptr(), n_hat.data_ptr(), attention_factor.data_ptr(), max_length.data_ptr()
+def _addresses(tables: Tables) -> tuple[int, ...]:
+    return (
+        tables.steps.data_ptr(),
+        tables.n_hat.data_ptr(),
+        tables.attention_factor.data_ptr(),
+        tables.max_length.data_ptr(),
+    )
 
 
 def _heads(x: torch.Tensor, out: torch.Tensor) -> tuple[object, ...]:
     return x.data_ptr(), out.data_ptr(), x.shape[2], x.stride()[:3], out.stride()[:3]
+
+
+def _matrix(x: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
+    return (0, (0, 0)) if x is None else (x.data_ptr(), x.stride())

@@ -8,42 +8,39 @@ from __future__ import annotations
 
 import torch
 
-from ..calls import masks
-from ..calls.records import CacheTensors, Rotation, Scoring
-from ..rope.value import sets_of_lengths
+from ..calls.masks import sequence_of_token
+from ..calls.records import AttentionCall, DecodeCall, Keys, RotaryCall, Selection
+from ..rope.tables import Tables, sets_of_lengths
 
 
-def token_sets(
-    rotation: Rotation, positions: torch.Tensor, cu_seqlens: torch.Tensor | None
-) -> torch.Tensor:
+def token_sets(tables: Tables, selection: Selection, positions: torch.Tensor) -> torch.Tensor:
     """The factor set of each token: (B, S) int64.
 
     A sequence takes ``sets`` where given, else the set of its length, else the first. Packed tokens
-    (B = 1) find their sequence in ``cu_seqlens``.
+    (B = 1) find their sequence by its borders.
     """
     batch, seq = positions.shape
-    if rotation.sets is not None:
-        of_sequence = rotation.sets.long().clamp(0, rotation.max_length.shape[0] - 1)
-    elif rotation.lengths is not None:
-        of_sequence = sets_of_lengths(rotation.lengths, rotation.max_length)
+    if selection.sets is not None:
+        of_sequence = selection.sets.long().clamp(0, tables.sets - 1)
+    elif selection.lengths is not None:
+        of_sequence = sets_of_lengths(selection.lengths, tables.max_length)
     else:
         return torch.zeros((batch, seq), dtype=torch.int64, device=positions.device)
-    if cu_seqlens is None:
+    if selection.borders is None:
         return of_sequence[:, None].expand(batch, seq)
-    return of_sequence[masks.sequence_of_token(cu_seqlens, seq)][None, :]
+    return of_sequence[sequence_of_token(selection.borders, seq)][None, :]
 
 
 def cos_sin(
-    rotation: Rotation, positions: torch.Tensor, cu_seqlens: torch.Tensor | None
+    tables: Tables, selection: Selection, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``a cos(angle)`` and ``a sin(angle)`` of each token and pair: two (B, S, P) float64."""
-    assert rotation.inv_freq is not None
-    token_set = token_sets(rotation, positions, cu_seqlens)
+    token_set = token_sets(tables, selection, positions)
     n = positions.long()
-    n_hat = rotation.n_hat[token_set]
+    n_hat = tables.n_hat[token_set]
     original = (n_hat > 0) & (n < n_hat)
-    angle = n[..., None].double() * rotation.inv_freq[token_set, (~original).long()]
-    a = torch.where(original, 1.0, rotation.attention_factor[token_set])[..., None]
+    angle = n[..., None].double() * tables.inv_freq[token_set, (~original).long()]
+    a = torch.where(original, 1.0, tables.attention_factor[token_set])[..., None]
     return a * angle.cos(), a * angle.sin()
 
 
@@ -63,61 +60,42 @@ def rotate(
     return torch.cat((y.to(x.dtype), rest), -1)
 
 
-def rotary(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    positions: torch.Tensor,
-    rotation: Rotation,
-    cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate q and k.
+def rotary(call: RotaryCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q and k of any floating dtype, into two new tensors.
 
-    Args:
-        q, k: (B, S, Hq, D) and (B, S, Hk, D), any floating dtype.
-        positions: (B, S) int32 or int64.
-        rotation: how each sequence is rotated; its ``inv_freq`` is read, the steps are not.
-        cu_seqlens: (sequences + 1,) or None; with it B = 1 and S counts all tokens.
-
-    Returns:
-        Two new tensors. float64 inputs are rotated in float64, all others in float32.
+    float64 inputs are rotated in float64, all others in float32.
     """
-    cos, sin = cos_sin(rotation, positions, cu_seqlens)
+    q, k, positions, tables, selection, conjugate = call
+    cos, sin = cos_sin(tables, selection, positions)
+    if conjugate:
+        sin = -sin
     if q.dtype != torch.float64:
         cos, sin = cos.float(), sin.float()
-    return rotate(q, cos, sin, rotation.interleaved), rotate(k, cos, sin, rotation.interleaved)
+    return rotate(q, cos, sin, tables.interleaved), rotate(k, cos, sin, tables.interleaved)
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scoring: Scoring,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q and k, then exact softmax attention; the scores of all pairs lie in memory.
-
-    Args:
-        q, k, v: (B, Sq, Hq, D), (B, Sk, Hk, D), (B, Sk, Hk, D); Hq a multiple of Hk.
-        scoring: how queries score keys.
 
     Returns:
         out (B, Sq, Hq, D) of the dtype of q, and the log-sum-exp of the scores, base e,
         (B, Hq, Sq) float32 (float64 for float64). A query that sees no key gets 0 and -inf.
     """
-    positions, key_positions, rotation, mask, softmax_scale, softcap = scoring
+    q, positions, keys, tables, selection, how = call
+    assert keys.positions is not None
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    of_keys = selection._replace(borders=keys.borders)
     turned = []
-    for x, n, borders in ((q, positions, mask.cu_seqlens), (k, key_positions, mask.cu_seqlens_k)):
-        cos, sin = (t.to(compute) for t in cos_sin(rotation, n, borders))
-        turned.append(rotate(x.to(compute), cos, sin, rotation.interleaved).transpose(1, 2))
-    groups = q.shape[2] // k.shape[2]
-    q_rot, k_rot = turned[0], turned[1].repeat_interleave(groups, dim=1)
-    values = v.to(compute).transpose(1, 2).repeat_interleave(groups, dim=1)
+    for x, n, chosen in ((q, positions, selection), (keys.k, keys.positions, of_keys)):
+        cos, sin = (t.to(compute) for t in cos_sin(tables, chosen, n))
+        turned.append(rotate(x.to(compute), cos, sin, tables.interleaved).transpose(1, 2))
+    q_rot, k_rot = turned[0], turned[1].repeat_interleave(call.groups, dim=1)
+    values = keys.v.to(compute).transpose(1, 2).repeat_interleave(call.groups, dim=1)
 
-    scores = q_rot @ k_rot.transpose(-1, -2) * softmax_scale
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    seen = mask.visible(q.shape[0], q.shape[1], k.shape[1], q.device)[:, None]
-    scores = scores.masked_fill(~seen, -torch.inf)
+    scores = q_rot @ k_rot.transpose(-1, -2) * how.scale
+    if how.cap:
+        scores = how.cap * torch.tanh(scores / how.cap)
+    scores = scores.masked_fill(~call.visible()[:, None], -torch.inf)
     # Finite stand-ins keep rows that see nothing out of NaN, in the gradient too. The column of
     # -inf is for no keys at all.
     top = torch.nn.functional.pad(scores.detach(), (0, 1), value=-torch.inf).amax(-1, keepdim=True)
@@ -131,30 +109,18 @@ def attention(
     return out.transpose(1, 2).to(q.dtype), lse
 
 
-def decode(
-    q: torch.Tensor,
-    cache: CacheTensors,
-    rotation: Rotation,
-    softmax_scale: float,
-    window: int,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q and all keys of a cache, then exact softmax attention to those that are there.
-
-    Args:
-        q: (B, q_len, Hq, D).
-        cache: its tensors.
-        rotation: as in `rotary`.
-        softmax_scale: multiplies the scores.
-        window: how many slots back a query sees; 0 for all.
-        softcap: scores become ``softcap * tanh(score / softcap)``; 0.0 for none.
 
     Returns:
         As `attention`.
     """
+    q, cache, tables, selection, scores = call
+    lens, start = cache.lens, cache.start
+    assert lens is not None
     batch, queries = q.shape[:2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    block_table, kv_start = cache.block_table, cache.kv_start
+    block_table = cache.block_table
     if block_table is not None and not cache.k.shape[0]:
         block_table = block_table[:, :0]  # no blocks, and none that an entry could mean
     caches = []
@@ -166,22 +132,22 @@ def decode(
         if scale is not None:
             x = x * scale.to(compute)[:, None]
         # Slots that hold no key may hold anything, and 0 times NaN is NaN.
-        exists = torch.arange(x.shape[1], device=x.device) < cache.lens[:, None]
+        exists = torch.arange(x.shape[1], device=x.device) < lens[:, None]
         caches.append(torch.where(exists[:, :, None, None], x, 0.0))
     k, v = caches
 
-    slot = cache.lens[:, None].long() - queries + torch.arange(queries, device=q.device)
-    if cache.key_positions is None:
-        start = 0 if kv_start is None else kv_start[:, None]
-        positions = slot - start
-        key_positions = torch.arange(k.shape[1], device=q.device).expand(batch, -1) - start
+    slot = lens[:, None].long() - queries + torch.arange(queries, device=q.device)
+    if cache.positions is None:
+        first = 0 if start is None else start[:, None]
+        positions = slot - first
+        key_positions = torch.arange(k.shape[1], device=q.device).expand(batch, -1) - first
     else:
         # A query before the first slot sees nothing; any position serves it, also where none is.
-        key_positions = torch.nn.functional.pad(cache.key_positions, (0, 1))
+        key_positions = torch.nn.functional.pad(cache.positions, (0, 1))
         positions = key_positions.gather(1, slot.clamp(min=0))
         missing = k.shape[1] - key_positions.shape[1]
         key_positions = torch.nn.functional.pad(key_positions, (0, missing))
-    mask = masks.Mask(True, window or None, kv_start, cache_lens=cache.lens)
-    scoring = Scoring(positions, key_positions, rotation, mask, softmax_scale, softcap)
-    out, lse = attention(q.to(compute), k, v, scoring)
+    keys = Keys(k, v, key_positions, start, lens=lens)
+    of = AttentionCall(q.to(compute), positions, keys, tables, selection, scores)
+    out, lse = attention(of)
     return out.to(q.dtype), lse

@@ -6,16 +6,12 @@ Shapes, dtypes and devices are checked here, always; values in values.py, where 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
 from typing import Literal
 
 import torch
 
-from ..ops import rotary_op as ops
-from ..rope.value import UNBOUNDED, FactorSet, Rope, check_attention_factor, check_base, check_n_hat
-from . import values
-from .records import Rotation
+from ..rope.tables import Tables
+from .records import Scores, Selection
 
 Layout = Literal["bshd", "bhsd", "thd"]
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -25,108 +21,6 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
-
-
-# ------------------------------------------------------------------------------------------ rope
-
-
-def resolve_rope(
-    factors: torch.Tensor | Sequence[float] | Rope,
-    n_hat: int | None,
-    base: float,
-    interleaved: bool,
-    attention_factor: float,
-    q: torch.Tensor,
-) -> Rotation:
-    """The rotation on the device of q, no set chosen, from a `Rope` or from raw factors.
-
-    Raw factors on the host go through a cached `Rope`, in extended precision; factors on a device
-    go through float64 there, without a sync.
-    """
-    device = q.device
-    if isinstance(factors, Rope):
-        if n_hat is not None or base != 10000.0 or interleaved or attention_factor != 1.0:
-            raise ValueError(
-                "factors: got a Rope, which holds n_hat, base, interleaved and attention_factor; "
-                "expected none of them beside it"
-            )
-        if _capturing_without(factors, device):
-            raise RuntimeError(
-                f"factors: this Rope has no tables on {device} yet and a CUDA graph is being "
-                f"captured; call rope.to({str(device)!r}) before the capture"
-            )
-        return _like(factors.tables(device), q)
-
-    if n_hat is None:
-        raise TypeError("n_hat: expected an int beside raw factors (0 for no threshold), got None")
-    if isinstance(factors, torch.Tensor):
-        _check_factors_tensor(factors)
-    else:
-        factors = torch.tensor(_listed("factors", factors), dtype=torch.float64, device="cpu")
-        _check_factors_tensor(factors)
-    if factors.device.type == "cpu" and not torch.compiler.is_compiling():
-        rope = _rope_of(tuple(factors.tolist()), n_hat, base, interleaved, attention_factor)
-        return _like(rope.tables(device), q)
-
-    check_n_hat(n_hat)
-    check_base(base)
-    check_attention_factor(attention_factor)
-    if factors.device.type != "cpu" and factors.device != device:
-        raise ValueError(f"factors: expected them on the host or on {device}, got {factors.device}")
-    values.check_factors(factors)
-    inv_freq, steps = ops.frequencies(factors, float(base))
-    return Rotation(
-        steps.to(device),
-        torch.full((1,), n_hat, dtype=torch.int64, device=device),
-        torch.full((1,), attention_factor, dtype=torch.float64, device=device),
-        torch.full((1,), UNBOUNDED, dtype=torch.int64, device=device),
-        interleaved=interleaved,
-        inv_freq=inv_freq.to(device),
-    )
-
-
-@lru_cache(maxsize=256)
-def _rope_of(
-    factors: tuple[float, ...], n_hat: int, base: float, interleaved: bool, attention_factor: float
-) -> Rope:
-    return Rope((FactorSet(factors, n_hat, attention_factor),), base, interleaved)
-
-
-def _like(rotation: Rotation, q: torch.Tensor) -> Rotation:
-    """The rotation with fake tensors where q is one."""
-    if torch.compiler.is_compiling() or type(q) is torch.Tensor:
-        return rotation
-    mode = getattr(q, "fake_mode", None)
-    return rotation if mode is None else rotation.convert(mode.from_tensor)
-
-
-def _capturing_without(rope: Rope, device: torch.device) -> bool:
-    if device.type != "cuda" or torch.compiler.is_compiling() or rope.has_tables(device):
-        return False
-    return torch.cuda.is_current_stream_capturing()
-
-
-def _check_factors_tensor(factors: torch.Tensor) -> None:
-    if factors.dim() != 1 or factors.shape[0] == 0:
-        raise ValueError(
-            f"factors: expected shape (P,) with one factor per pair, got {tuple(factors.shape)}"
-        )
-    if not factors.dtype.is_floating_point:
-        raise TypeError(f"factors: expected a floating dtype, got {factors.dtype}")
-    if factors.requires_grad:
-        raise ValueError("factors: expected a tensor without grad; no gradient reaches factors")
-
-
-def _listed(name: str, values: Sequence[float]) -> list[float]:
-    try:
-        return [float(value) for value in values]
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{name}: expected a Rope, a tensor or a sequence of numbers, got {values!r}"
-        ) from None
-
-
-# ----------------------------------------------------------------------------------- q, k and co.
 
 
 def check_tensor(name: str, x: object) -> torch.Tensor:
@@ -233,16 +127,16 @@ def check_borders(name: str, cu_seqlens: torch.Tensor, q: torch.Tensor, layout: 
     return cu_seqlens.shape[0] - 1
 
 
-def choose_sets(
-    rotation: Rotation,
+def select(
+    tables: Tables,
     q: torch.Tensor,
     batch: int,
     layout: str,
     lengths: torch.Tensor | None,
     sets: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-) -> Rotation:
-    """The rotation with ``lengths`` or ``sets``, checked; with one factor set it needs neither."""
+) -> Selection:
+    """``lengths`` or ``sets``, checked; with one factor set it needs neither, and has none."""
     if cu_seqlens is not None:
         batch = check_borders("cu_seqlens", cu_seqlens, q, layout)
     for name, x in (("lengths", lengths), ("sets", sets)):
@@ -250,15 +144,14 @@ def choose_sets(
             check_per_sequence(name, x, batch, q)
     if sets is not None and sets.dtype != torch.int32:
         raise TypeError(f"sets: expected int32, got {sets.dtype}")
-    count = rotation.max_length.shape[0]
-    if count == 1:
-        return rotation
+    if tables.sets == 1:
+        return Selection(borders=cu_seqlens)
     if lengths is None and sets is None:
         raise ValueError(
             f"lengths: expected lengths= or sets= of shape ({batch},) with a Rope of "
-            f"{count} factor sets, got neither"
+            f"{tables.sets} factor sets, got neither"
         )
-    return Rotation(*rotation[:4], None if sets is not None else lengths, sets, *rotation[6:])
+    return Selection(None if sets is not None else lengths, sets, cu_seqlens)
 
 
 def check_per_sequence(name: str, x: torch.Tensor, count: int, q: torch.Tensor) -> None:
@@ -269,10 +162,20 @@ def check_per_sequence(name: str, x: torch.Tensor, count: int, q: torch.Tensor) 
         )
 
 
+def check_groups(name: str, heads: int, kv_heads: int) -> None:
+    """Each KV head serves the same number of query heads."""
+    if heads % max(kv_heads, 1) or (heads and not kv_heads):
+        raise ValueError(f"{name}: expected heads that divide the {heads} of q, got {kv_heads}")
+
+
 def check_scores(
-    softmax_scale: float | None, window: int | None, softcap: float | None, dim: int
-) -> float:
-    """The softmax scale, once all three are what they should be."""
+    causal: bool,
+    softmax_scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    dim: int,
+) -> Scores:
+    """How queries score keys, once all of it is what it should be."""
     if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
         raise TypeError(f"window: expected a whole number of tokens or None, got {window!r}")
     if window is not None and window < 1:
@@ -284,4 +187,5 @@ def check_scores(
             raise TypeError(f"{name}: expected a number or None, got {value!r}")
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: expected a finite number above 0, got {value}")
-    return dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    return Scores(causal, scale, window or 0, float(softcap or 0.0))

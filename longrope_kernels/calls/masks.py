@@ -2,75 +2,77 @@
 
 Query i of Sq queries against Sk keys has slot ``i + Sk - Sq``, so that the last query stands at the
 last key; key j has slot j. Causal is ``j <= s``, a window w ``s - j < w`` (not causal:
-``|s - j| < w``), and ``kv_start`` hides the slots below it (left padding).
+``|s - j| < w``), and a start hides the slots below it (left padding).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 
-class Mask(NamedTuple):
-    """What hides keys from queries, of a dense batch or of packed sequences (a batch of one).
+def visible(
+    sizes: tuple[int, int, int],
+    causal: bool,
+    window: int,
+    start: torch.Tensor | None,
+    borders: torch.Tensor | None,
+    borders_k: torch.Tensor | None,
+    lens: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Which keys each query sees, of a dense batch or of packed sequences (a batch of one).
 
-    ``cu_seqlens`` and ``cu_seqlens_k`` (sequences + 1,) say where packed sequences of queries and
-    keys begin, both or neither; ``kv_start`` is (sequences,) or None. ``cache_lens`` (batch,): only
-    so many of the keys are there, and the last query stands at the last of them.
+    Args:
+        sizes: B, Sq, Sk.
+        causal: a query sees no key behind it.
+        window: in slots; 0 for none.
+        start: (sequences,), the first slot that is seen.
+        borders: (sequences + 1,), where packed sequences of queries begin.
+        borders_k: the same of keys; both or neither.
+        lens: (B,), how many of the keys are there; the last query stands at the last of them.
+        device: of the result.
+
+    Returns:
+        (B, Sq, Sk) bool.
     """
-
-    causal: bool
-    window: int | None = None
-    kv_start: torch.Tensor | None = None
-    cu_seqlens: torch.Tensor | None = None
-    cu_seqlens_k: torch.Tensor | None = None
-    cache_lens: torch.Tensor | None = None
-
-    def sequences(self, batch: int) -> int:
-        """How many sequences there are in ``batch`` rows."""
-        return batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-
-    def visible(self, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
-        """Which keys each query sees: (batch, queries, keys) bool."""
-        slot, of_query = _slots(batch, queries, self.cu_seqlens, device)
-        key, of_key = _slots(batch, keys, self.cu_seqlens_k, device)
-        if self.cache_lens is not None:
-            slot = slot + self.cache_lens[:, None] - queries
-        elif self.cu_seqlens is None or self.cu_seqlens_k is None:
-            slot = slot + keys - queries
-        else:
-            counts = self.cu_seqlens_k.diff() - self.cu_seqlens.diff()
-            slot = slot + counts[of_query]
-        distance = slot[:, :, None] - key[:, None, :]
-        seen = of_query[:, :, None] == of_key[:, None, :]
-        if self.causal:
-            seen = seen & (distance >= 0)
-        if self.window is not None:
-            seen = seen & ((distance if self.causal else distance.abs()) < self.window)
-        if self.cache_lens is not None:
-            seen = seen & (key < self.cache_lens[:, None])[:, None, :]
-        if self.kv_start is not None:
-            seen = seen & (key >= self.kv_start[of_key])[:, None, :]
-        return seen
+    batch, queries, keys = sizes
+    slot, of_query = _slots(batch, queries, borders, device)
+    key, of_key = _slots(batch, keys, borders_k, device)
+    if lens is not None:
+        slot = slot + lens[:, None] - queries
+    elif borders is None or borders_k is None:
+        slot = slot + keys - queries
+    else:
+        slot = slot + (borders_k.diff() - borders.diff())[of_query]
+    distance = slot[:, :, None] - key[:, None, :]
+    seen = of_query[:, :, None] == of_key[:, None, :]
+    if causal:
+        seen = seen & (distance >= 0)
+    if window:
+        seen = seen & ((distance if causal else distance.abs()) < window)
+    if lens is not None:
+        seen = seen & (key < lens[:, None])[:, None, :]
+    if start is not None:
+        seen = seen & (key >= start[of_key])[:, None, :]
+    return seen
 
 
-def sequence_of_token(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+def sequence_of_token(borders: torch.Tensor, tokens: int) -> torch.Tensor:
     """The packed sequence of each of ``tokens`` tokens; those past the end belong to the last.
 
-    cu_seqlens: (sequences + 1,) int32 or int64, ascending from 0. Returns (tokens,) int64.
+    borders: (sequences + 1,) int32 or int64, ascending from 0. Returns (tokens,) int64.
     """
-    index = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
-    return sequence.clamp(max=cu_seqlens.shape[0] - 2)
+    index = torch.arange(tokens, device=borders.device, dtype=borders.dtype)
+    sequence = torch.searchsorted(borders[1:].contiguous(), index, right=True)
+    return sequence.clamp(max=borders.shape[0] - 2)
 
 
 def _slots(
-    batch: int, tokens: int, cu_seqlens: torch.Tensor | None, device: torch.device
+    batch: int, tokens: int, borders: torch.Tensor | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The place of each token in its sequence, and the sequence: two (batch, tokens) int64."""
     place = torch.arange(tokens, device=device).expand(batch, tokens)
-    if cu_seqlens is None:
+    if borders is None:
         return place, torch.arange(batch, device=device)[:, None].expand(batch, tokens)
-    sequence = sequence_of_token(cu_seqlens, tokens).expand(batch, tokens)
-    return place - cu_seqlens[sequence], sequence
+    sequence = sequence_of_token(borders, tokens).expand(batch, tokens)
+    return place - borders[sequence], sequence

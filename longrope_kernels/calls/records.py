@@ -1,77 +1,69 @@
-"""What a call hands down from the public function to the kernels, in three tuples.
+"""What a call hands down from the public function to the kernels: one record for each function.
 
-The schemas of torch.library know tensors and numbers alone: an op takes each of them by itself and
-packs them once, for everything below it.
+A record is a named tuple of tensors, numbers and other records. The schema of an op, its flat
+arguments and the records that a backend gets are all made from these fields (schema.py), so that a
+new argument is a field here, its check, and what the backends do with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from .masks import Mask
+from ..rope.tables import Tables
+from . import masks
 
 
-class Rotation(NamedTuple):
-    """A `Rope` on one device, some kilobytes, and what chooses a factor set for each sequence.
+class Selection(NamedTuple):
+    """Which factor set each sequence takes: the first of several, without lengths or sets."""
 
-    ``S`` sets of ``P`` pairs; no pairs: q and k are rotated already. Row 0 of the second dimension
-    of ``steps``, which kernels read, and of ``inv_freq``, which only the reference reads and ops
-    know nothing of, serves tokens below ``n_hat``, row 1 all others. With neither ``lengths`` nor
-    ``sets`` every sequence takes the first set.
-    """
-
-    steps: torch.Tensor  # (S, 2, P) int64, 2**-64 turns per token
-    n_hat: torch.Tensor  # (S,) int64
-    attention_factor: torch.Tensor  # (S,) float64
-    max_length: torch.Tensor  # (S,) int64
     lengths: torch.Tensor | None = None  # (sequences,) int32 or int64, each chooses a set
     sets: torch.Tensor | None = None  # (sequences,) int32, the sets themselves; they win
-    interleaved: bool = False  # as in `Rope`
-    inv_freq: torch.Tensor | None = None  # (S, 2, P) float64, radians per token
+    borders: torch.Tensor | None = None  # (sequences + 1,), where packed sequences begin; B = 1
 
     @property
     def chooses(self) -> bool:
         """Whether sequences may take different sets. If not, their borders make no difference."""
         return self.lengths is not None or self.sets is not None
 
-    def convert(self, to: Callable[[torch.Tensor], torch.Tensor]) -> Rotation:
-        """The same with each of its tensors replaced."""
-        return Rotation(*(to(x) if isinstance(x, torch.Tensor) else x for x in self))  # type: ignore[arg-type]
+    def sequences(self, batch: int) -> int:
+        """How many sequences there are in ``batch`` rows."""
+        return batch if self.borders is None else self.borders.shape[0] - 1
 
 
-class Scoring(NamedTuple):
-    """How queries score keys, with (B, Sq, Hq, D) of q and (B, Sk, Hk, D) of k.
+class Scores(NamedTuple):
+    """How queries score keys, and which they see; 0 is none everywhere."""
 
-    Packed sequences are those of ``mask``: then B = 1, and Sq and Sk count all tokens.
+    causal: bool
+    scale: float  # multiplies the scores
+    window: int = 0  # how many slots back a query sees
+    cap: float = 0.0  # scores become cap * tanh(score / cap)
+
+
+class Keys(NamedTuple):
+    """Keys and values, all unrotated, on the device of q; indices are int32 or int64.
+
+    Of a call: (B, Sk, Hk, D), of the dtype of q. Of a cache: (B, slots, Hk, D), or with a block
+    table (blocks, block_size, Hk, D), of the dtype of q or float8_e4m3fn. A unit last stride, any
+    others. By a block table, slot j of a sequence is row ``j % block_size`` of block
+    ``block_table[sequence, j // block_size]``.
     """
 
-    positions: torch.Tensor  # (B, Sq) int32 or int64, any strides
-    key_positions: torch.Tensor  # (B, Sk) int32 or int64, any strides
-    rotation: Rotation
-    mask: Mask
-    softmax_scale: float  # multiplies the scores
-    softcap: float  # scores become softcap * tanh(score / softcap); 0.0 for none
-
-
-class CacheTensors(NamedTuple):
-    """A cache of unrotated keys, as decoding reads it, on the device of q (B, q_len, Hq, D).
-
-    ``k`` and ``v`` have the dtype of q or float8_e4m3fn, a unit last stride and any others; Hq is a
-    multiple of Hk. Indices are int32 or int64, but for the block table: by it, slot j of a sequence
-    is row ``j % block_size`` of block ``block_table[sequence, j // block_size]``.
-    """
-
-    k: torch.Tensor  # (B, slots, Hk, D), or with a block table (blocks, block_size, Hk, D)
+    k: torch.Tensor
     v: torch.Tensor  # like k
-    lens: torch.Tensor  # (B,), how many keys each sequence has
+    positions: torch.Tensor | None = None  # (B, slots); None, of a cache alone: slot - start
+    start: torch.Tensor | None = None  # (sequences,); keys at slots below it are hidden
+    borders: torch.Tensor | None = None  # (sequences + 1,), where packed sequences begin; B = 1
+    lens: torch.Tensor | None = None  # (B,), how many keys each sequence has, of a cache
     block_table: torch.Tensor | None = None  # (B, max_blocks) int32
-    key_positions: torch.Tensor | None = None  # (B, slots), of slot j; None: j - kv_start
     k_scale: torch.Tensor | None = None  # (Hk,) float32, multiplies a float8 cache
     v_scale: torch.Tensor | None = None  # (Hk,) float32
-    kv_start: torch.Tensor | None = None  # (B,); keys at slots below it are hidden
+
+    @property
+    def heads(self) -> int:
+        """Hk."""
+        return self.k.shape[2]
 
     @property
     def capacity(self) -> int:
@@ -85,3 +77,54 @@ class CacheTensors(NamedTuple):
         return self.k.numel() == 0 or (
             self.block_table is not None and self.block_table.numel() == 0
         )
+
+
+class RotaryCall(NamedTuple):
+    """Rotate q and k."""
+
+    q: torch.Tensor  # (B, S, Hq, D), a unit last stride, any others
+    k: torch.Tensor  # (B, S, Hk, D); Hk may be 0, and so may Hq
+    positions: torch.Tensor  # (B, S) int32 or int64, any strides
+    tables: Tables
+    selection: Selection
+    conjugate: bool = False  # negate the sine: the gradient
+
+
+class AttentionCall(NamedTuple):
+    """Attend to keys that come with the queries."""
+
+    q: torch.Tensor  # (B, Sq, Hq, D), unrotated, Hq a multiple of Hk; a unit last stride
+    positions: torch.Tensor  # (B, Sq) int32 or int64, any strides
+    keys: Keys
+    tables: Tables
+    selection: Selection
+    scores: Scores
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a KV head."""
+        return self.q.shape[2] // self.keys.heads
+
+    def visible(self) -> torch.Tensor:
+        """Which keys each query sees: (B, Sq, Sk) bool."""
+        (batch, queries), keys = self.q.shape[:2], self.keys
+        return masks.visible(
+            (batch, queries, keys.k.shape[1]),
+            self.scores.causal,
+            self.scores.window,
+            keys.start,
+            self.selection.borders,
+            keys.borders,
+            keys.lens,
+            self.q.device,
+        )
+
+
+class DecodeCall(NamedTuple):
+    """Attend to a cache, whose newest keys are those of the queries."""
+
+    q: torch.Tensor  # (B, q_len, Hq, D), unrotated, Hq a multiple of Hk; a unit last stride
+    keys: Keys  # with ``lens``
+    tables: Tables
+    selection: Selection
+    scores: Scores

@@ -6,38 +6,40 @@ import os
 
 import torch
 
-from .records import CacheTensors, Rotation
+from ..rope.tables import Tables
+from .records import AttentionCall, DecodeCall, RotaryCall, Selection
 
 
-def check_values(
-    positions: torch.Tensor, rotation: Rotation, cu_seqlens: torch.Tensor | None
-) -> None:
-    """Check what lies on the host, and on a device under ``LONGROPE_CHECK=1``.
+def check_rotary(call: RotaryCall) -> None:
+    """Check what a rotation reads from index tensors, where reading is free."""
+    if readable(call.positions):
+        _check_32_bits("positions", call.positions)
+        _check_selection(call.tables, call.selection, call.positions.shape[1])
 
-    Args:
-        positions: (B, S).
-        rotation: what chooses factor sets.
-        cu_seqlens: as in `apply_rotary`, or None.
-    """
-    if not readable(positions):
+
+def check_attention(call: AttentionCall) -> None:
+    """Check what attention reads from index tensors, where reading is free."""
+    if not readable(call.positions):
         return
-    _check_32_bits("positions", positions)
-    check_selection(rotation)
-    if cu_seqlens is not None:
-        check_borders("cu_seqlens", cu_seqlens, positions.shape[1])
+    _check_32_bits("positions", call.positions)
+    _check_selection(call.tables, call.selection, call.positions.shape[1])
+    keys = call.keys
+    if keys.positions is not None and keys.positions is not call.positions:
+        _check_32_bits("key_positions", keys.positions)
+    if keys.borders is not None and keys.borders is not call.selection.borders:
+        _check_borders("cu_seqlens_k", keys.borders, keys.k.shape[1])
+    if keys.start is not None:
+        _check_start(keys.start)
 
 
-def check_cache(cache: CacheTensors, rotation: Rotation) -> None:
-    """Check what `decode` reads from index tensors, where reading is free.
-
-    Args:
-        cache: its tensors.
-        rotation: what chooses factor sets.
-    """
-    lens, block_table, key_positions = cache.lens, cache.block_table, cache.key_positions
+def check_decode(call: DecodeCall) -> None:
+    """Check what `decode` reads from index tensors, where reading is free."""
+    keys = call.keys
+    lens, block_table, key_positions = keys.lens, keys.block_table, keys.positions
+    assert lens is not None
     if not readable(lens):
         return
-    slots = cache.capacity
+    slots = keys.capacity
     if key_positions is not None:
         held = torch.arange(key_positions.shape[1], device=key_positions.device)
         unused = held >= lens[:, None]
@@ -49,11 +51,11 @@ def check_cache(cache: CacheTensors, rotation: Rotation) -> None:
                 f"cache_lens: expected from 0 to {slots} (the slots there are), got {length} for "
                 f"sequence {i}"
             )
-    check_selection(rotation)
-    if cache.kv_start is not None:
-        check_kv_start(cache.kv_start)
+    _check_selection(call.tables, call.selection, 0)
+    if keys.start is not None:
+        _check_start(keys.start)
     if block_table is not None:
-        blocks, block_size = cache.k.shape[:2]
+        blocks, block_size = keys.k.shape[:2]
         first = torch.arange(block_table.shape[1], device=block_table.device) * block_size
         used = first < lens[:, None]
         bad = (used & ((block_table < 0) | (block_table >= blocks))).nonzero()
@@ -65,13 +67,14 @@ def check_cache(cache: CacheTensors, rotation: Rotation) -> None:
             )
 
 
-def check_selection(rotation: Rotation) -> None:
-    """Check what chooses factor sets, on the host."""
-    lengths, sets = rotation.lengths, rotation.sets
-    if lengths is not None and (least := min(lengths.tolist(), default=0)) < 0:
+def _check_selection(tables: Tables, selection: Selection, tokens: int) -> None:
+    lengths, sets, borders = selection
+    if lengths is not None and (least := min(lengths.flatten().tolist(), default=0)) < 0:
         raise ValueError(f"lengths: expected token counts from 0, got {least}")
     if sets is not None:
-        check_sets("sets", rotation.n_hat.shape[0], sets)
+        check_sets("sets", tables.sets, sets)
+    if borders is not None:
+        _check_borders("cu_seqlens", borders, tokens)
 
 
 def check_sets(name: str, count: int, sets: torch.Tensor) -> None:
@@ -83,12 +86,6 @@ def check_sets(name: str, count: int, sets: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected indices from 0 to {count - 1}, got {low} to {high}")
 
 
-def check_positions(name: str, positions: torch.Tensor) -> None:
-    """Check that positions fit 32 bits, where reading is free."""
-    if readable(positions):
-        _check_32_bits(name, positions)
-
-
 def _check_32_bits(name: str, positions: torch.Tensor) -> None:
     if positions.dtype != torch.int64 or not positions.numel():
         return
@@ -97,16 +94,12 @@ def _check_32_bits(name: str, positions: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected values from -2**31 to 2**31 - 1, got {low} to {high}")
 
 
-def check_kv_start(kv_start: torch.Tensor) -> None:
-    """Check that slots are not negative, where reading is free."""
-    if readable(kv_start) and (least := min(kv_start.tolist(), default=0)) < 0:
+def _check_start(kv_start: torch.Tensor) -> None:
+    if (least := min(kv_start.tolist(), default=0)) < 0:
         raise ValueError(f"kv_start: expected slots from 0, got {least}")
 
 
-def check_borders(name: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
-    """Check that packed sequences ascend from 0 to ``tokens``, where reading is free."""
-    if not readable(cu_seqlens):
-        return
+def _check_borders(name: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]

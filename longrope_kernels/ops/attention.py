@@ -1,20 +1,22 @@
-"""`attention`: check, choose a backend, rotate and attend."""
+"""`attention` and its op: check, choose a backend, rotate and attend."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from ..backends import choose as backends
-from ..calls import arguments, values
-from ..calls.masks import Mask
-from ..calls.records import Rotation, Scoring
+from ..backends import choose, composed, reference
+from ..calls import arguments, schema, values
+from ..calls.records import AttentionCall, Keys, RotaryCall, Selection
 from ..rope.value import Rope
-from . import attention_op as attention_ops
-from . import rotary_op as ops
-from .rotary import rotated
+from ..torch_private import below_autograd, unwatched
+from . import library
+from .factors import resolve
+from .rotary import no_heads, rotate
 
 
 def attention(
@@ -99,77 +101,43 @@ def attention(
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {flag!r}")
     arguments.check_tensor("q", q)
-    rotation = arguments.resolve_rope(factors, n_hat, base, interleaved, attention_factor, q)
-    rotary_dim = 2 * rotation.steps.shape[-1]
+    tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        arguments.check_heads(name, arguments.check_tensor(name, x), layout, rotary_dim)
+        arguments.check_heads(name, arguments.check_tensor(name, x), layout, 2 * tables.pairs)
     arguments.check_like("k", k, "q", q, layout, free=("heads", "seq", "tokens"))
     arguments.check_like("v", v, "k", k, layout, free=())
     q4, k4, v4 = (arguments.as_bshd(x, layout) for x in (q, k, v))
-    (batch, queries, heads, dim), (keys, kv_heads) = q4.shape, k4.shape[1:3]
-    if heads % max(kv_heads, 1) or (heads and not kv_heads):
-        raise ValueError(f"k: expected heads that divide the {heads} of q, got {kv_heads}")
-    softmax_scale = arguments.check_scores(softmax_scale, window, softcap, dim)
-
+    (batch, queries, heads, dim), (slots, kv_heads) = q4.shape, k4.shape[1:3]
+    arguments.check_groups("k", heads, kv_heads)
+    scores = arguments.check_scores(causal, softmax_scale, window, softcap, dim)
+    selection = arguments.select(tables, q, batch, layout, lengths, sets, cu_seqlens)
+    sequences = selection.sequences(batch)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
-    mask = _check_mask(causal, window, kv_start, cu_seqlens, cu_seqlens_k, q4, k4, layout)
-    rotation = arguments.choose_sets(rotation, q, batch, layout, lengths, sets, cu_seqlens)
+    elif cu_seqlens is None:
+        raise ValueError("cu_seqlens: expected beside cu_seqlens_k, got None")
+    elif arguments.check_borders("cu_seqlens_k", cu_seqlens_k, q, layout) != sequences:
+        raise ValueError(
+            f"cu_seqlens_k: expected {sequences} sequences as in cu_seqlens, "
+            f"got shape {tuple(cu_seqlens_k.shape)}"
+        )
+    if kv_start is not None:
+        arguments.check_per_sequence("kv_start", kv_start, sequences, q)
     positions = arguments.check_positions("positions", positions, batch, queries, q)
     if key_positions is not None:
-        key_positions = arguments.check_positions("key_positions", key_positions, batch, keys, q)
-    elif queries != keys or cu_seqlens_k is not cu_seqlens:
+        key_positions = arguments.check_positions("key_positions", key_positions, batch, slots, q)
+    elif queries != slots or cu_seqlens_k is not cu_seqlens:
         raise ValueError(
-            f"key_positions: expected them where keys are not those of the queries ({keys} keys, "
+            f"key_positions: expected them where keys are not those of the queries ({slots} keys, "
             f"{queries} queries), got None"
         )
-
-    name = _choose(backend, k_rotation, q, mask, softcap is not None or return_lse)
-    of_keys = positions
-    if key_positions is not None:
-        of_keys = key_positions
-        values.check_positions("key_positions", key_positions)
-    lse: torch.Tensor | None
-    if name == "reference":
-        from ..backends import reference
-
-        values.check_values(positions, rotation, None)
-        scoring = Scoring(positions, of_keys, rotation, mask, softmax_scale, softcap or 0.0)
-        with torch.autocast(q.device.type, enabled=False):  # q, k and v keep their dtype
-            out, lse = reference.attention(q4, k4, v4, scoring)
-    elif name == "composed":
-        from ..backends import composed
-
-        q4, k4 = _rotate(q4, k4, positions, key_positions, rotation, mask)
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse = composed.attend(q4, k4, v4, mask, softmax_scale), None
-    elif name in backends.FLASH_BACKENDS:
-        from ..backends import flash_attention
-
-        q4, k4 = _rotate(q4, k4, positions, key_positions, rotation, mask)
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse = flash_attention.attend(
-                name, q4, k4, v4, mask, softmax_scale, softcap, return_lse
-            )
     else:
-        out, lse = attention_ops.attention(
-            q4,
-            k4,
-            v4,
-            positions,
-            of_keys,
-            *rotation[:6],
-            mask.cu_seqlens,
-            mask.cu_seqlens_k,
-            mask.kv_start,
-            rotation.interleaved,
-            causal,
-            softmax_scale,
-            window or 0,
-            softcap or 0.0,
-            k_rotation,
-            name,
-        )
+        key_positions = positions
+
+    keys = Keys(k4, v4, key_positions, kv_start, cu_seqlens_k)
+    call = AttentionCall(q4, positions, keys, tables, selection, scores)
+    name = _choose(backend, k_rotation, call, return_lse)
+    out, lse = _attend(call, name, k_rotation, return_lse)
     out = arguments.from_bshd(out, layout)
     if lse is None or not return_lse:
         return out
@@ -177,63 +145,147 @@ def attention(
 
 
 def _choose(
-    backend: str | None, k_rotation: str | None, q: torch.Tensor, mask: Mask, scored: bool
+    backend: str | None, k_rotation: str | None, call: AttentionCall, return_lse: bool
 ) -> str:
     if k_rotation not in (None, "prepass", "registers"):
         raise ValueError(f"k_rotation: expected 'prepass', 'registers' or None, got {k_rotation!r}")
     if k_rotation is not None and backend != "triton":
         raise ValueError(f"k_rotation: expected backend='triton' beside it, got {backend!r}")
-    masked = any(x is not None for x in (mask.window, mask.kv_start, mask.cu_seqlens))
-    asks = "scored" if scored else "masked" if masked else "plain"
+    needs = "plain"
+    if call.scores.cap or return_lse:
+        needs = "scored"
+    elif call.scores.window or call.keys.start is not None or call.keys.borders is not None:
+        needs = "masked"
+    q = call.q
     dim = operator.index(q.shape[-1])  # a constant, also where a graph is traced with dynamic sizes
-    return backends.choose_attention(backend, q.device.type, q.dtype, dim, asks)
+    return choose.choose_attention(backend, q.device.type, q.dtype, dim, needs)
 
 
-def _rotate(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    positions: torch.Tensor,
-    key_positions: torch.Tensor | None,
-    rotation: Rotation,
-    mask: Mask,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend(
+    call: AttentionCall, backend: str, k_rotation: str | None, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The output, and the log-sum-exp where the backend has it."""
+    q, keys = call.q, call.keys
+    if backend in ("triton", "cuda"):
+        if unwatched(q, keys.k, keys.v):
+            return _run(call, k_rotation, backend)
+        return _attention(*schema.flatten(call), k_rotation, backend)  # type: ignore[no-any-return]
+    values.check_attention(call)
+    with torch.autocast(q.device.type, enabled=False):  # q, k and v keep their dtype
+        if backend == "reference":
+            return reference.attention(call)
+        call = _rotated(call)
+        if backend == "composed":
+            return composed.attend(call), None
+        from ..backends import flash_attention
+
+        return flash_attention.attend(backend, call, return_lse)
+
+
+def _rotated(call: AttentionCall) -> AttentionCall:
     """q and k by the fastest rotation there is: one launch where they stand at the same places."""
-    name = backends.choose_rotary(None, q.device.type, q.dtype == torch.float64)
-    borders = borders_k = None
-    if rotation.chooses:
-        borders, borders_k = mask.cu_seqlens, mask.cu_seqlens_k
-    if key_positions is None:
-        return rotated(q, k, positions, rotation, borders, name)
-    no_q, no_k = ops.no_heads(k), ops.no_heads(q)
-    q, _ = rotated(q, no_k, positions, rotation, borders, name)
-    _, k = rotated(no_q, k, key_positions, rotation, borders_k, name)
-    return q, k
+    q, positions, keys, tables, selection, _ = call
+    assert keys.positions is not None
+    name = choose.choose_rotary(None, q.device.type, q.dtype == torch.float64)
+    of_q = selection if selection.chooses else Selection()
+    of_k = of_q._replace(borders=keys.borders) if selection.chooses else of_q
+    if keys.positions is positions:
+        q, k = rotate(RotaryCall(q, keys.k, positions, tables, of_q), name)
+    else:
+        no_q, no_k = no_heads(keys.k), no_heads(q)
+        q, _ = rotate(RotaryCall(q, no_k, positions, tables, of_q), name)
+        _, k = rotate(RotaryCall(no_q, keys.k, keys.positions, tables, of_k), name)
+    return call._replace(q=q, keys=keys._replace(k=k))
 
 
-def _check_mask(
-    causal: bool,
-    window: int | None,
-    kv_start: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    layout: str,
-) -> Mask:
-    """The mask of q (B, Sq, ...) and k (B, Sk, ...), its tensors checked."""
-    sequences = q.shape[0]
-    if cu_seqlens is not None and cu_seqlens_k is not None:
-        sequences = arguments.check_borders("cu_seqlens", cu_seqlens, q, layout)
-        if arguments.check_borders("cu_seqlens_k", cu_seqlens_k, q, layout) != sequences:
-            raise ValueError(
-                f"cu_seqlens_k: expected {sequences} sequences as in cu_seqlens, "
-                f"got shape {tuple(cu_seqlens_k.shape)}"
-            )
-        values.check_borders("cu_seqlens", cu_seqlens, q.shape[1])
-        values.check_borders("cu_seqlens_k", cu_seqlens_k, k.shape[1])
-    elif cu_seqlens_k is not None:
-        raise ValueError("cu_seqlens: expected beside cu_seqlens_k, got None")
-    if kv_start is not None:
-        arguments.check_per_sequence("kv_start", kv_start, sequences, q)
-        values.check_kv_start(kv_start)
-    return Mask(causal, window, kv_start, cu_seqlens, cu_seqlens_k)
+# -------------------------------------------------------------------------------------------- op
+
+
+def _fake(
+    call: AttentionCall, k_rotation: str | None, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, queries, heads, _ = call.q.shape
+    lse = call.q.new_empty((batch, heads, queries), dtype=torch.float32)
+    return torch.empty_like(call.q), lse
+
+
+def _run(
+    call: AttentionCall, k_rotation: str | None, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _fake(call, k_rotation, backend)
+    values.check_attention(call)
+    choose.part(backend, "attention").forward(call, out, lse, k_rotation)
+    return out, lse
+
+
+def _fake_backward(
+    d_out: torch.Tensor, d_lse: Any, out: Any, lse: Any, call: AttentionCall, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(call.q), torch.empty_like(call.keys.k), torch.empty_like(call.keys.v)
+
+
+def _run_backward(
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    call: AttentionCall,
+    k_rotation: str | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = _fake_backward(d_out, d_lse, out, lse, call)
+    choose.part(backend, "attention").backward(call, d_out, d_lse, out, lse, *grads)
+    return grads
+
+
+_EXTRA = "str? k_rotation, str backend"
+_attention = library.define(
+    "attention", AttentionCall, "(Tensor out, Tensor lse)", _run, _fake, _EXTRA
+)
+_backward = library.define(
+    "attention_backward",
+    AttentionCall,
+    "(Tensor dq, Tensor dk, Tensor dv)",
+    _run_backward,
+    _fake_backward,
+    _EXTRA,
+    before="Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse",
+)
+_GRADIENTS = tuple(
+    [name for name, _ in schema.fields(AttentionCall)].index(x) for x in ("q", "keys_k", "keys_v")
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *flat: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with below_autograd():
+            out, lse = _attention(*flat)
+        library.save(ctx, (out, lse, *flat))
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Any, d_lse: Any) -> tuple[Any, ...]:
+        out, lse, *flat = library.saved(ctx)
+        if d_out is None:
+            d_out = torch.zeros_like(out)
+        elif d_out.stride(-1) != 1:
+            d_out = d_out.contiguous()
+        if d_lse is not None:
+            d_lse = d_lse.contiguous()
+        grads: list[Any] = [None] * len(flat)
+        found = _backward(d_out, d_lse, out, lse, *flat)
+        for at, gradient in zip(_GRADIENTS, found, strict=True):
+            grads[at] = gradient
+        return tuple(grads)
+
+
+def _differentiable(*flat: Any) -> Any:
+    if torch.is_grad_enabled() and any(flat[i].requires_grad for i in _GRADIENTS):
+        return _Attention.apply(*flat)  # type: ignore[no-untyped-call]
+    with below_autograd():
+        return _attention(*flat)
+
+
+library.LIBRARY.impl("attention", _differentiable, "Autograd")

@@ -1,4 +1,4 @@
-"""`decode`: check, choose a backend, and attend to a cache of unrotated keys."""
+"""`decode` and its op: check, choose a backend, and attend to a cache of unrotated keys."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ..backends import choose as backends
-from ..calls import arguments, values
-from ..calls.records import CacheTensors
+from ..backends import choose, reference
+from ..calls import arguments, schema, values
+from ..calls.records import DecodeCall, Keys
 from ..rope.value import Rope
-from . import decode_op as decode_ops
+from ..torch_private import unwatched
+from . import library
+from .factors import resolve
 
 MAX_QUERIES = 16
 
@@ -93,15 +95,13 @@ def decode(
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: expected a bool, got {return_lse!r}")
     arguments.check_tensor("q", q)
-    rotation = arguments.resolve_rope(factors, n_hat, base, interleaved, attention_factor, q)
-    _check_q(q, 2 * rotation.steps.shape[-1])
+    tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
+    _check_q(q, 2 * tables.pairs)
     batch, _, heads, _ = q.shape
     dim = operator.index(q.shape[3])  # a constant, also where a graph is traced with dynamic sizes
     _check_caches(q, k_cache, v_cache, block_table)
-    kv_heads = k_cache.shape[2]
-    if heads % max(kv_heads, 1) or (heads and not kv_heads):
-        raise ValueError(f"k_cache: expected heads that divide the {heads} of q, got {kv_heads}")
-    softmax_scale = arguments.check_scores(softmax_scale, window, softcap, dim)
+    arguments.check_groups("k_cache", heads, k_cache.shape[2])
+    scores = arguments.check_scores(True, softmax_scale, window, softcap, dim)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
             _check_scale(name, scale, k_cache, q)
@@ -110,24 +110,27 @@ def decode(
         arguments.check_per_sequence("kv_start", kv_start, batch, q)
     if key_positions is not None:
         _check_key_positions(key_positions, batch, q)
-    if rotation.max_length.shape[0] > 1 and lengths is None and sets is None:
+    if tables.sets > 1 and lengths is None and sets is None:
         lengths = cache_lens if kv_start is None else (cache_lens - kv_start).clamp(min=0)
-    rotation = arguments.choose_sets(rotation, q, batch, "bshd", lengths, sets, None)
+    selection = arguments.select(tables, q, batch, "bshd", lengths, sets, None)
 
-    first = (k_cache, v_cache, cache_lens, block_table, key_positions, k_scale, v_scale)
-    scores = (softmax_scale, window or 0, softcap or 0.0)
-    name = backends.choose_decode(backend, q.device.type, q.dtype, k_cache.dtype, dim)
+    keys = Keys(
+        *(k_cache, v_cache, key_positions, kv_start),
+        lens=cache_lens,
+        block_table=block_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+    call = DecodeCall(q, keys, tables, selection, scores)
+    name = choose.choose_decode(backend, q.device.type, q.dtype, k_cache.dtype, dim)
     if name == "reference":
-        from ..backends import reference
-
-        cache = CacheTensors(*first, kv_start)
-        values.check_cache(cache, rotation)
+        values.check_decode(call)
         with torch.autocast(q.device.type, enabled=False):  # q and the caches keep their dtype
-            out, lse = reference.decode(q, cache, rotation, *scores)
+            out, lse = reference.decode(call)
+    elif unwatched(q, k_cache, v_cache):
+        out, lse = _run(call, name)
     else:
-        out, lse = decode_ops.decode(
-            q, *first, *rotation[:6], kv_start, rotation.interleaved, *scores, name
-        )
+        out, lse = _decode(*schema.flatten(call), name)
     return (out, lse) if return_lse else out
 
 
@@ -222,3 +225,22 @@ def _check_key_positions(key_positions: torch.Tensor, batch: int, q: torch.Tenso
         raise ValueError(
             f"key_positions: expected shape ({batch}, slots), got {tuple(key_positions.shape)}"
         )
+
+
+# -------------------------------------------------------------------------------------------- op
+
+
+def _fake(call: DecodeCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, queries, heads, _ = call.q.shape
+    lse = call.q.new_empty((batch, heads, queries), dtype=torch.float32)
+    return torch.empty_like(call.q), lse
+
+
+def _run(call: DecodeCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _fake(call, backend)
+    values.check_decode(call)
+    choose.part(backend, "decode").decode(call, out, lse)
+    return out, lse
+
+
+_decode = library.define("decode", DecodeCall, "(Tensor out, Tensor lse)", _run, _fake)

@@ -6,12 +6,12 @@ from functools import lru_cache
 
 import torch
 
-from ..backends import choose as backends
+from ..backends import choose
 from ..calls import arguments, values
-from ..calls.records import Rotation
-from ..rope.value import UNBOUNDED, Rope
-from . import rotary_op as ops
-from .rotary import check_writable, rotate_
+from ..calls.records import RotaryCall, Selection
+from ..rope.tables import UNBOUNDED, Tables
+from ..rope.value import Rope
+from .rotary import check_writable, no_heads, rotate_
 
 
 def rerotate_(
@@ -71,10 +71,10 @@ def rerotate_(
     sets = new_index
     if old_index is not None:
         sets = old_index * len(new.sets) + (0 if new_index is None else new_index)
-    name = backends.choose_rotary(backend, k.device.type, k.dtype == torch.float64)
+    name = choose.choose_rotary(backend, k.device.type, k.dtype == torch.float64)
     check_writable("k_cache", k_cache)
-    for rotation in _rotations(old, new, k.device):
-        rotate_(ops.no_heads(k), k, positions, rotation._replace(sets=sets), None, name)
+    for tables in _turns(old, new, k.device):
+        rotate_(RotaryCall(no_heads(k), k, positions, tables, Selection(sets=sets)), name)
     return k_cache
 
 
@@ -96,13 +96,13 @@ def _check_sets(
     return sets.clamp(0, count - 1)
 
 
-def _rotations(old: Rope, new: Rope, device: torch.device) -> tuple[Rotation, ...]:
+def _turns(old: Rope, new: Rope, device: torch.device) -> tuple[Tables, ...]:
     if torch.compiler.is_compiling():
-        return _make_rotations(old, new, device)
-    return _kept_rotations(old, new, device)
+        return _make_turns(old, new, device)
+    return _kept_turns(old, new, device)
 
 
-def _make_rotations(old: Rope, new: Rope, device: torch.device) -> tuple[Rotation, ...]:
+def _make_turns(old: Rope, new: Rope, device: torch.device) -> tuple[Tables, ...]:
     """The rotations from each set of ``old`` to each of ``new``: one for each pair, or two.
 
     Between their thresholds one set keeps the original embedding and the other does not, so tokens
@@ -110,7 +110,7 @@ def _make_rotations(old: Rope, new: Rope, device: torch.device) -> tuple[Rotatio
     what is left for tokens above it. Set ``i * len(new.sets) + j`` leads from set i to set j.
     """
     of_old, of_new = old.tables(torch.device("cpu")), new.tables(torch.device("cpu"))
-    rotations = []
+    found = []
     for upper in (False, True):
         rows: dict[str, list[torch.Tensor]] = {"inv_freq": [], "steps": []}
         n_hats, ratios = [], []
@@ -131,17 +131,17 @@ def _make_rotations(old: Rope, new: Rope, device: torch.device) -> tuple[Rotatio
                 ]
                 ratios.append(scales[1] / scales[0] if upper else scales[1])
                 n_hats.append(max(a.n_hat, b.n_hat) if upper else min(a.n_hat, b.n_hat))
-        rotation = Rotation(
+        tables = Tables(
             torch.stack(rows["steps"]),
             torch.tensor(n_hats),
             torch.tensor(ratios, dtype=torch.float64),
             torch.full((len(n_hats),), UNBOUNDED),
-            interleaved=old.interleaved,
-            inv_freq=torch.stack(rows["inv_freq"]),
+            torch.stack(rows["inv_freq"]),
+            old.interleaved,
         )
-        rotations.append(rotation.convert(lambda x: x.to(device)))
+        found.append(tables.convert(lambda x: x.to(device)))
     thresholds = {(a.n_hat, b.n_hat) for a in old.sets for b in new.sets}
-    return tuple(rotations) if any(x != y for x, y in thresholds) else (rotations[0],)
+    return tuple(found) if any(x != y for x, y in thresholds) else (found[0],)
 
 
-_kept_rotations = lru_cache(maxsize=64)(_make_rotations)
+_kept_turns = lru_cache(maxsize=64)(_make_turns)

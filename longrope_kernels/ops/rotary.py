@@ -1,17 +1,24 @@
-"""`apply_rotary`: check, choose a backend, call the op."""
+"""`apply_rotary` and its op: check, choose a backend, rotate.
+
+A rotation is linear and orthogonal up to its scale, so its gradient is the same op with the sine
+negated (``conjugate``), for every backend and to any order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ..backends import choose as backends
-from ..calls import arguments, values
+from ..backends import choose, reference
+from ..calls import arguments, schema, values
 from ..calls.memory import overlap, overlaps_itself
-from ..calls.records import Rotation
+from ..calls.records import RotaryCall, Selection
 from ..rope.value import Rope
-from . import rotary_op as ops
+from ..torch_private import below_autograd, unwatched
+from . import library
+from .factors import resolve
 
 
 def apply_rotary(
@@ -73,19 +80,20 @@ def apply_rotary(
         RuntimeError: the named backend is not available.
     """
     arguments.check_tensor("q", q)
-    rotation = arguments.resolve_rope(factors, n_hat, base, interleaved, attention_factor, q)
-    rotary_dim = 2 * rotation.steps.shape[-1]
+    tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
+    rotary_dim = 2 * tables.pairs
     arguments.check_heads("q", q, layout, rotary_dim)
     if k is not None:
         arguments.check_heads("k", arguments.check_tensor("k", k), layout, rotary_dim)
         arguments.check_like("k", k, "q", q, layout)
     q4 = arguments.as_bshd(q, layout)
-    k4 = ops.no_heads(q4) if k is None else arguments.as_bshd(k, layout)
+    k4 = no_heads(q4) if k is None else arguments.as_bshd(k, layout)
     batch, seq = q4.shape[:2]
     positions = arguments.check_positions("positions", positions, batch, seq, q)
-    rotation = arguments.choose_sets(rotation, q, batch, layout, lengths, sets, cu_seqlens)
-    rest = (positions, rotation, cu_seqlens if rotation.chooses else None)
-    name = backends.choose_rotary(backend, q.device.type, q.dtype == torch.float64)
+    selection = arguments.select(tables, q, batch, layout, lengths, sets, cu_seqlens)
+    # Borders make no difference where all sequences take one set.
+    call = RotaryCall(q4, k4, positions, tables, selection if selection.chooses else Selection())
+    name = choose.choose_rotary(backend, q.device.type, q.dtype == torch.float64)
     if inplace:
         check_writable("q", q)
         if k is not None:
@@ -93,51 +101,49 @@ def apply_rotary(
             # A graph being traced has no addresses yet.
             if not torch.compiler.is_compiling() and overlap(q, k):
                 raise ValueError("inplace: q and k overlap in memory; expected separate elements")
-        rotate_(q4, k4, *rest, name)
+        rotate_(call, name)
         return q, k
-    q_out, k_out = rotated(q4, k4, *rest, name)
+    q_out, k_out = rotate(call, name)
     return (
         arguments.from_bshd(q_out, layout),
         None if k is None else arguments.from_bshd(k_out, layout),
     )
 
 
-def rotated(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    positions: torch.Tensor,
-    rotation: Rotation,
-    cu_seqlens: torch.Tensor | None,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate checked q (B, S, Hq, D) and k (B, S, Hk, D), out of place, by a chosen backend."""
-    if backend != "reference":
-        rest = (*rotation[:6], cu_seqlens, rotation.interleaved, False, backend)
-        return ops.rotary(q, k, positions, *rest)  # type: ignore[no-any-return]
-
-    from ..backends import reference
-
-    values.check_values(positions, rotation, cu_seqlens)
-    return reference.rotary(q, k, positions, rotation, cu_seqlens)
+def rotate(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k of a checked call, rotated by a chosen backend into new tensors."""
+    if backend == "reference":
+        values.check_rotary(call)
+        return reference.rotary(call)
+    if unwatched(call.q, call.k):
+        return _run(call, backend)
+    return _rotary(*schema.flatten(call), backend)  # type: ignore[no-any-return]
 
 
-def rotate_(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    positions: torch.Tensor,
-    rotation: Rotation,
-    cu_seqlens: torch.Tensor | None,
-    backend: str,
-) -> None:
-    """Rotate checked q (B, S, Hq, D) and k (B, S, Hk, D) in place, by a chosen backend."""
-    recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    if backend != "reference" and not (recorded and torch.compiler.is_compiling()):
-        rest = (*rotation[:6], cu_seqlens, rotation.interleaved, False, backend)
-        ops.rotary_inplace(q, k, positions, *rest)
+def rotate_(call: RotaryCall, backend: str) -> None:
+    """Rotate q and k of a checked call in place, by a chosen backend."""
+    q, k = call.q, call.k
+    if backend != "reference" and unwatched(q, k):
+        _run_inplace(call, backend)
+        torch.autograd.graph.increment_version((q, k))
         return
-    q_out, k_out = rotated(q, k, positions, rotation, cu_seqlens, backend)
-    q.copy_(q_out)
-    k.copy_(k_out)
+    recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if backend == "reference" or (recorded and torch.compiler.is_compiling()):
+        q_out, k_out = rotate(call, backend)
+        q.copy_(q_out)
+        k.copy_(k_out)
+    elif recorded:
+        # One tensor at a time: autograd lets a function that writes into a view return one output.
+        for x in (q, k):
+            rest = schema.flatten(call._replace(q=x, k=no_heads(x)))[1:]
+            _RotaryInplace.apply(x, *rest, backend)  # type: ignore[no-untyped-call]
+    else:
+        _rotary_(*schema.flatten(call), backend)
+
+
+def no_heads(x: torch.Tensor) -> torch.Tensor:
+    """A stand-in for an absent q or k: that of x with no heads."""
+    return x.new_empty((x.shape[0], x.shape[1], 0, x.shape[3]))
 
 
 def check_writable(name: str, x: torch.Tensor) -> None:
@@ -152,3 +158,89 @@ def check_writable(name: str, x: torch.Tensor) -> None:
             f"inplace: elements of {name} share memory (shape {tuple(x.shape)}, strides "
             f"{x.stride()}); pass {name}.contiguous()"
         )
+
+
+# -------------------------------------------------------------------------------------------- op
+
+
+def _run(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    out = _fake(call, backend)
+    values.check_rotary(call)
+    choose.part(backend, "rotary").rotary(call, *out)
+    return out
+
+
+def _run_inplace(call: RotaryCall, backend: str) -> None:
+    values.check_rotary(call)
+    choose.part(backend, "rotary").rotary(call, call.q, call.k)
+
+
+def _fake(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(call.q), torch.empty_like(call.k)
+
+
+_rotary = library.define("rotary", RotaryCall, "(Tensor, Tensor)", _run, _fake)
+_rotary_ = library.define(
+    "rotary_", RotaryCall, "()", _run_inplace, lambda *_: None, mutable=("q", "k")
+)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *flat: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with below_autograd():
+            out = _rotary(*flat)
+        library.save(ctx, flat[2:])
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Any, grad_k: Any) -> tuple[Any, ...]:
+        back = _rotate_back(grad_q, grad_k, library.saved(ctx))
+        return *back, *(None,) * (len(ctx.needs_input_grad) - 2)
+
+
+class _RotaryInplace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
+        with below_autograd():
+            _rotary_(x, k, *rest)
+        ctx.mark_dirty(x)
+        library.save(ctx, rest)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
+        back = _rotate_back(grad, None, library.saved(ctx))
+        return back[0], *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+def _rotate_back(
+    grad_q: torch.Tensor | None, grad_k: torch.Tensor | None, rest: list[Any]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of both inputs by one launch; None where the incoming one is None."""
+    one = grad_k if grad_q is None else grad_q
+    if one is None:
+        return None, None
+    grads = [no_heads(one) if g is None else g for g in (grad_q, grad_k)]
+    grads = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]
+    *rest, backend = rest
+    call = schema.build(RotaryCall, (*grads, *rest))
+    back = _rotary(*schema.flatten(call._replace(conjugate=not call.conjugate)), backend)
+    return None if grad_q is None else back[0], None if grad_k is None else back[1]
+
+
+def _differentiable(*flat: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if torch.is_grad_enabled() and (flat[0].requires_grad or flat[1].requires_grad):
+        return _Rotary.apply(*flat)  # type: ignore[no-any-return,no-untyped-call]
+    with below_autograd():
+        return _rotary(*flat)  # type: ignore[no-any-return]
+
+
+def _versioned(*flat: Any) -> None:
+    with below_autograd():
+        _rotary_(*flat)
+    torch.autograd.graph.increment_version(flat[:2])
+
+
+library.LIBRARY.impl("rotary", _differentiable, "Autograd")
+library.LIBRARY.impl("rotary_", _versioned, "Autograd")

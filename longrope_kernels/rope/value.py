@@ -9,13 +9,10 @@ from typing import Any
 
 import torch
 
-from ..calls.records import Rotation
-from . import files, hf_config, phase
+from . import files, hf_config
 from .checks import warn_about
 from .formulas import extension_attention_factor
-
-# The bound of a set that has none. Lengths are at most 2**31, so no sequence passes it.
-UNBOUNDED = 2**62
+from .tables import UNBOUNDED, Tables, make_tables
 
 _HOST = torch.device("cpu")
 
@@ -75,7 +72,7 @@ class Rope:
     sets: tuple[FactorSet, ...]
     base: float = 10000.0
     interleaved: bool = False
-    _tables: dict[torch.device, Rotation] = field(
+    _tables: dict[torch.device, Tables] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -334,7 +331,7 @@ class Rope:
         self.tables(check_device(device))
         return self
 
-    def tables(self, device: torch.device) -> Rotation:
+    def tables(self, device: torch.device) -> Tables:
         """What the backends read, on ``device``, no set chosen; copied there once and kept.
 
         A graph that is traced before `to` was called on that device copies them on each run:
@@ -342,13 +339,12 @@ class Rope:
         """
         tables = self._tables.get(device)
         if tables is None:
-            host = self._tables.get(_HOST) or self._make_tables()
+            host = self._tables.get(_HOST) or make_tables(self.sets, self.base, self.interleaved)
             tables = host.convert(lambda table: table.to(device))
             if type(tables.steps) is torch.Tensor and not torch.compiler.is_compiling():
-                for table in (*tables[:4], tables.inv_freq):
+                for table in tables[:-1]:
                     # torch._dynamo.mark_static without its import (a second): or else a graph
                     # with dynamic shapes takes a batch of two and two sets for one symbol.
-                    assert table is not None
                     table._dynamo_static_indices = set(range(table.dim()))  # type: ignore[attr-defined]
                 self._tables[device] = tables
         return tables
@@ -357,35 +353,8 @@ class Rope:
         """Whether a call on ``device`` finds its tables there."""
         return device in self._tables
 
-    def _make_tables(self) -> Rotation:
-        inv_freq, steps = [], []
-        original = phase.frequencies(self.base, (1.0,) * self.pairs)
-        for factor_set in self.sets:
-            scaled = phase.frequencies(self.base, factor_set.factors)
-            inv_freq.append([[float(f) for f in row] for row in (original, scaled)])
-            steps.append([[phase.fixed_point_step(f) for f in row] for row in (original, scaled)])
-        bounds = [UNBOUNDED if s.max_length is None else s.max_length for s in self.sets]
-        factors = [s.attention_factor for s in self.sets]
-        return Rotation(
-            torch.tensor(steps, dtype=torch.int64, device=_HOST),
-            torch.tensor([s.n_hat for s in self.sets], dtype=torch.int64, device=_HOST),
-            torch.tensor(factors, dtype=torch.float64, device=_HOST),
-            torch.tensor(bounds, dtype=torch.int64, device=_HOST),
-            interleaved=self.interleaved,
-            inv_freq=torch.tensor(inv_freq, dtype=torch.float64, device=_HOST),
-        )
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Rope, (self.sets, self.base, self.interleaved)
-
-
-def sets_of_lengths(lengths: torch.Tensor, max_length: torch.Tensor) -> torch.Tensor:
-    """As `Rope.set_index`, on the device: the set of each sequence, (sequences,) int64.
-
-    lengths: (sequences,) int32 or int64. max_length: (S,), of `Rotation`.
-    """
-    too_long = lengths.long()[:, None] > max_length
-    return too_long.sum(1).clamp(max=max_length.shape[0] - 1)
 
 
 def check_base(base: float) -> None:

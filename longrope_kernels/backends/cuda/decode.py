@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from ...calls.records import CacheTensors, Rotation
+from ...calls.records import DecodeCall
 from ...kernels.splits import Splits, choose_splits
-from .device import _TYPES, emulating, extension, factors_of, integers, on_device, place_of, strided
+from .device import (
+    TYPES,
+    emulating,
+    extension,
+    integers,
+    matrix,
+    on_device,
+    place_of,
+    rope_of,
+    strided,
+)
 
 # As in csrc/cuda/decode.h: keys of a tile, and rows of a block.
 _TILE = 64
@@ -19,33 +29,25 @@ _LEAST_TILES = 2
 _EMULATED_MULTIPROCESSORS = 16
 
 
-def _splits_of(q: torch.Tensor, cache: CacheTensors) -> Splits:
-    batch, queries, heads, dim = q.shape
-    kv_heads, capacity = cache.k.shape[2], cache.capacity
+def _splits_of(call: DecodeCall) -> Splits:
+    (batch, queries, heads, dim), kv_heads = call.q.shape, call.keys.heads
+    capacity = call.keys.capacity
     units = batch * kv_heads * -(-queries * (heads // kv_heads) // _ROWS)
     blocks = next(count for most, count in _BLOCKS.items() if dim <= most)
     if emulating():
         return choose_splits(units, batch, capacity, _TILE, _EMULATED_MULTIPROCESSORS, 1)
-    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    multiprocessors = torch.cuda.get_device_properties(call.q.device).multi_processor_count
     places = multiprocessors * blocks
     return choose_splits(units, batch, capacity, _TILE, places, _LEAST_TILES)
 
 
-def decode(
-    q: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cache: CacheTensors,
-    rotation: Rotation,
-    softmax_scale: float,
-    window: int,
-    softcap: float,
-) -> None:
-    """Attend to the cache, into out and lse; see `run_decode`.
+def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Attend to the cache, into out (B, q_len, Hq, D) and lse (B, Hq, q_len) float32, contiguous.
 
     q is bfloat16 or float16, the caches of that dtype or float8_e4m3fn. What is launched follows
     from shapes and strides alone, so that one captured graph serves all lengths.
     """
+    q, cache, tables, selection, scores = call
     if out.numel() == 0:
         return
     if cache.empty:
@@ -53,39 +55,35 @@ def decode(
         lse.fill_(float("-inf"))
         return
     batch, queries, heads, dim = q.shape
-    splits = _splits_of(q, cache)
+    splits = _splits_of(call)
     scratch = None
     if splits.most > 1:
         shape = (splits.most, *lse.shape)
         scratch = lse.new_empty(*shape, dim), lse.new_empty(shape)
     with on_device(q):
         extension().decode(
-            (_TYPES[q.dtype], cache.k.dtype == torch.float8_e4m3fn),
-            (batch, queries, heads, cache.k.shape[2], dim),
+            (TYPES[q.dtype], cache.k.dtype == torch.float8_e4m3fn),
+            (batch, queries, heads, cache.heads, dim),
             strided(q),
             strided(out),
             lse.data_ptr(),
             strided(cache.k),
             strided(cache.v),
-            (*_rows(cache.block_table), cache.k.shape[1]),
+            (*matrix(cache.block_table), cache.k.shape[1]),
             (*_vector(cache.k_scale), *_vector(cache.v_scale)),
             integers(cache.lens),
-            integers(cache.kv_start),
-            (*_rows(cache.key_positions), _is_int64(cache.key_positions)),
-            factors_of(rotation),
-            (integers(rotation.lengths), integers(rotation.sets)),
-            rotation.interleaved,
-            softmax_scale,
-            min(window, 2**30),
-            softcap,
+            integers(cache.start),
+            (*matrix(cache.positions), _is_int64(cache.positions)),
+            rope_of(tables),
+            (integers(selection.lengths), integers(selection.sets)),
+            tables.interleaved,
+            scores.scale,
+            min(scores.window, 2**30),
+            scores.cap,
             splits,
             (0, 0) if scratch is None else (scratch[0].data_ptr(), scratch[1].data_ptr()),
             place_of(q),
         )
-
-
-def _rows(x: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
-    return (0, (0, 0)) if x is None else (x.data_ptr(), x.stride())
 
 
 def _vector(x: torch.Tensor | None) -> tuple[int, int]:

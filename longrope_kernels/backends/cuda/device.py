@@ -14,9 +14,9 @@ from types import ModuleType
 
 import torch
 
-from ...calls.records import Rotation
+from ...rope.tables import Tables
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def emulating() -> bool:
@@ -56,51 +56,20 @@ def missing() -> str | None:
     return None
 
 
-def rotary(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_out: torch.Tensor,
-    k_out: torch.Tensor,
-    positions: torch.Tensor,
-    rotation: Rotation,
-    cu_seqlens: torch.Tensor | None,
-    conjugate: bool,
-) -> None:
-    """Rotate q and k (B, S, heads, D) into q_out and k_out; see csrc/cuda/rotary.h."""
-    batch, seq, _, dim = q.shape
-    with on_device(q):
-        extension().rotary(
-            _heads(q, q_out),
-            _heads(k, k_out),
-            _TYPES[q.dtype],
-            (batch, seq, dim),
-            positions.data_ptr(),
-            positions.dtype == torch.int64,
-            positions.stride(),
-            factors_of(rotation),
-            integers(rotation.lengths),
-            integers(rotation.sets),
-            integers(cu_seqlens),
-            batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-            rotation.interleaved,
-            conjugate,
-            place_of(q),
-        )
-
-
-def _heads(x: torch.Tensor, out: torch.Tensor) -> tuple[object, ...]:
-    return x.data_ptr(), out.data_ptr(), x.shape[2], x.stride()[:3], out.stride()[:3]
-
-
-def factors_of(rotation: Rotation) -> tuple[int, ...]:
+def rope_of(tables: Tables) -> tuple[int, ...]:
     """The sets, the pairs and the tables, as the extension takes them."""
-    sets, _, pairs = rotation.steps.shape
-    return sets, pairs, *(x.data_ptr() for x in rotation[:4])
+    pointers = (tables.steps, tables.n_hat, tables.attention_factor, tables.max_length)
+    return tables.sets, tables.pairs, *(x.data_ptr() for x in pointers)
 
 
 def strided(x: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     """x (B, S, H, D), a unit last stride, as the extension takes it."""
     return x.data_ptr(), x.stride()[:3]
+
+
+def matrix(x: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
+    """A matrix that may be absent, as the extension takes it."""
+    return (0, (0, 0)) if x is None else (x.data_ptr(), x.stride())
 
 
 def integers(x: torch.Tensor | None) -> tuple[int, int, bool]:

@@ -2,181 +2,107 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 import torch
 
-from ...calls.records import Rotation, Scoring
-from .launch import arch_of, multiprocessors_of, on_device, run_launch, run_launch_with_scratch
-
-SM90_FORMS = ("tiles", "persistent", "specialized")
+from ...calls.records import AttentionCall, RotaryCall, Selection
+from ...rope.tables import Tables
+from .launch import arch_of, on_device, run_launch
+from .rotary import rotary
 
 # Rotated copies larger than this are made for one KV head at a time.
 _SCRATCH_BYTES = 256 * 2**20
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scoring: Scoring,
-    k_rotation: str | None,
+    call: AttentionCall, out: torch.Tensor, lse: torch.Tensor, k_rotation: str | None
 ) -> None:
-    """Attend, with q and k rotated on the way, into out and lse; see `run_attention`.
+    """Attend into out, like q, and lse (B, Hq, Sq) float32, base e.
 
-    k_rotation None is `kernels.attention.choose_rotation`.
+    A query that sees no key gets 0 and -inf. k_rotation: "prepass", "registers", or None for
+    `kernels.attention.choose_rotation`.
     """
     from ...kernels import attention as kernels
 
-    _check(q, scoring.softmax_scale)
-    if k_rotation not in (None, "prepass", "registers"):
-        raise ValueError(f"k_rotation: expected 'prepass', 'registers' or None, got {k_rotation!r}")
     if out.numel() == 0:
         return
+    q, k = call.q, call.keys.k
     if k.shape[1] == 0:
         out.zero_()
         lse.fill_(float("-inf"))
         return
-    groups, mask = q.shape[2] // k.shape[2], scoring.mask
     if k_rotation is None:
-        sequences = mask.sequences(q.shape[0])
-        k_rotation = kernels.choose_rotation(q.shape[0] * q.shape[1], sequences, groups)
+        sequences = call.selection.sequences(q.shape[0])
+        k_rotation = kernels.choose_rotation(q.shape[0] * q.shape[1], sequences, call.groups)
     arch = arch_of(q)
-    v = _short_strides(v)
+    call = _with(call, q, k, _short_strides(call.keys.v))
 
     with on_device(q):
         if k_rotation == "registers":
-            k = _short_strides(k)
-            run_launch(kernels.plan(q, k, v, out, lse, scoring, rotated=False, arch=arch))
+            call = _with(call, q, _short_strides(k), call.keys.v)
+            run_launch(kernels.plan(call, out, lse, rotated=False, arch=arch))
             return
-        step = _kv_heads_at_once(k.numel() // k.shape[2] * k.element_size(), k.shape[2])
-        of_k = (scoring.key_positions, scoring.rotation, mask.cu_seqlens_k)
         scratch = None
-        for head in range(0, k.shape[2], step):
-            kv = slice(head, min(head + step, k.shape[2]))
-            heads = slice(kv.start * groups, kv.stop * groups)
-            scratch = _rotated(k[:, :, kv], scratch, *of_k)
-            of_heads = (q[:, :, heads], scratch, v[:, :, kv], out[:, :, heads], lse[:, heads])
-            run_launch_with_scratch(_plan_rotated(*of_heads, scoring, arch), q.device)
-
-
-def _plan_rotated(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scoring: Scoring,
-    arch: int,
-) -> Any:
-    """The launch for rotated k: of the persistent kernel where asked for and served."""
-    from ...kernels import attention, attention_hopper
-
-    form = sm90_form()
-    if form != "tiles" and attention_hopper.serves(q, k, v, scoring, arch):
-        multiprocessors = multiprocessors_of(q, interpreted=3)
-        specialize = form == "specialized"
-        return attention_hopper.plan(q, k, v, out, lse, scoring, arch, multiprocessors, specialize)
-    return attention.plan(q, k, v, out, lse, scoring, rotated=True, arch=arch)
+        for heads, kv in _heads_at_once(call, k.numel() // k.shape[2] * k.element_size()):
+            scratch = _rotated_keys(call, kv, scratch)
+            part = _with(call, q[:, :, heads], scratch, call.keys.v[:, :, kv])
+            run_launch(kernels.plan(part, out[:, :, heads], lse[:, heads], rotated=True, arch=arch))
 
 
 def backward(
+    call: AttentionCall,
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    scoring: Scoring,
 ) -> None:
-    """The gradients of `forward`, the same in every run; see `run_attention_backward`.
+    """The gradients of `forward` into dq, dk and dv, the same in every run.
 
-    q and k are rotated before, wherever `forward` did it.
+    d_out: like out, any strides. d_lse: like lse, or None; ignored where a query sees no key. q and
+    k are rotated before, wherever `forward` did it.
     """
     from ...kernels import attention_backward as kernels
 
-    _check(q, scoring.softmax_scale)
+    q, k = call.q, call.keys.k
     if q.numel() == 0 or k.numel() == 0:
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    groups = q.shape[2] // k.shape[2]
-    of_k = (scoring.key_positions, scoring.rotation, scoring.mask.cu_seqlens_k)
-    of_q = (scoring.positions, scoring.rotation, scoring.mask.cu_seqlens)
     arch = arch_of(q)
     if d_out.stride(3) != 1:
         d_out = d_out.contiguous()
-    d_out, v = _short_strides(d_out), _short_strides(v)
+    d_out, v = _short_strides(d_out), _short_strides(call.keys.v)
     delta = torch.empty_like(lse)
 
     with on_device(q):
         run_launch(kernels.plan_delta(d_out, d_lse, out, lse, delta))
-        bytes_of_head = (k.numel() + q.numel()) // k.shape[2] * k.element_size()
-        step = _kv_heads_at_once(bytes_of_head, k.shape[2])
         k_scratch = q_scratch = None
-        for head in range(0, k.shape[2], step):
-            kv = slice(head, min(head + step, k.shape[2]))
-            heads = slice(kv.start * groups, kv.stop * groups)
-            k_scratch = _rotated(k[:, :, kv], k_scratch, *of_k)
-            q_scratch = _rotated(q[:, :, heads], q_scratch, *of_q)
+        both = (k.numel() + q.numel()) // k.shape[2] * k.element_size()
+        for heads, kv in _heads_at_once(call, both):
+            k_scratch = _rotated_keys(call, kv, k_scratch)
+            q_scratch = _rotated(
+                q[:, :, heads], q_scratch, call.positions, call.tables, call.selection
+            )
+            part = _with(call, q_scratch, k_scratch, v[:, :, kv])
             launches = kernels.plan(
+                part,
                 d_out[:, :, heads],
-                q_scratch,
-                k_scratch,
-                v[:, :, kv],
                 lse[:, heads],
                 delta[:, heads],
                 dq[:, :, heads],
                 dk[:, :, kv],
                 dv[:, :, kv],
-                scoring,
                 arch,
             )
             for launch in launches:
                 run_launch(launch)
 
 
-def _check(q: torch.Tensor, softmax_scale: float) -> None:
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"q: backend 'triton' serves bfloat16 and float16, got {q.dtype}; "
-            "'composed' and 'reference' serve others"
-        )
-    if not 16 <= q.shape[3] <= 256:
-        raise ValueError(
-            f"q: backend 'triton' serves a head_dim from 16 to 256, got {q.shape[3]}; "
-            "'composed' and 'reference' serve others"
-        )
-    if softmax_scale < 0:
-        raise ValueError(
-            f"softmax_scale: backend 'triton' serves none below 0, got {softmax_scale}; "
-            "'composed' and 'reference' do"
-        )
-
-
-def sm90_form() -> str:
-    """The form of the forward kernel on compute capability 9.0, of ``LONGROPE_SM90_ATTENTION``.
-
-    "tiles" (the default): a program for each tile, as elsewhere. "persistent": a program for each
-    multiprocessor, tiles by TMA. "specialized": the same with specialised warps. The last two rest
-    on compiler passes whose results nobody has run yet, so they are not taken unasked.
-
-    Raises:
-        ValueError: another value.
-    """
-    form = os.environ.get("LONGROPE_SM90_ATTENTION", "tiles")
-    if form not in SM90_FORMS:
-        raise ValueError(
-            f"LONGROPE_SM90_ATTENTION: expected one of {', '.join(SM90_FORMS)}, got {form!r}"
-        )
-    return form
+def _with(call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionCall:
+    """The call with other tensors, of some of its heads."""
+    return call._replace(q=q, keys=call.keys._replace(k=k, v=v))
 
 
 def _short_strides(x: torch.Tensor) -> torch.Tensor:
@@ -184,25 +110,32 @@ def _short_strides(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous() if x.stride(1) >= 2**23 else x
 
 
-def _kv_heads_at_once(bytes_of_head: int, kv_heads: int) -> int:
-    return min(max(1, _SCRATCH_BYTES // bytes_of_head), kv_heads)
+def _heads_at_once(call: AttentionCall, bytes_of_head: int) -> list[tuple[slice, slice]]:
+    """Heads of q and their KV heads, so many at a time that the scratch stays within its bound."""
+    kv_heads, groups = call.keys.heads, call.groups
+    step = min(max(1, _SCRATCH_BYTES // bytes_of_head), kv_heads)
+    parts = [slice(kv, min(kv + step, kv_heads)) for kv in range(0, kv_heads, step)]
+    return [(slice(kv.start * groups, kv.stop * groups), kv) for kv in parts]
+
+
+def _rotated_keys(call: AttentionCall, kv: slice, scratch: torch.Tensor | None) -> torch.Tensor:
+    keys = call.keys
+    assert keys.positions is not None
+    selection = call.selection._replace(borders=keys.borders)
+    return _rotated(keys.k[:, :, kv], scratch, keys.positions, call.tables, selection)
 
 
 def _rotated(
     x: torch.Tensor,
     scratch: torch.Tensor | None,
     positions: torch.Tensor,
-    rotation: Rotation,
-    cu_seqlens: torch.Tensor | None,
+    tables: Tables,
+    selection: Selection,
 ) -> torch.Tensor:
     """x (B, S, H, D) rotated, in ``scratch`` if there is one; the tokens of a head together."""
-    from ...kernels import rotary
-
     batch, seq, heads, dim = x.shape
     if scratch is None:
         scratch = x.new_empty(batch, heads, seq, dim).transpose(1, 2)
     y = scratch[:, :, :heads]
-    launch = rotary.plan(x, x[:, :, :0], y, y[:, :, :0], positions, rotation, cu_seqlens, False)
-    if launch is not None:
-        rotary.rotary_kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.warps)
+    rotary(RotaryCall(x, x[:, :, :0], positions, tables, selection), y, y[:, :, :0])
     return y

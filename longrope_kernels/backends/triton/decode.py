@@ -4,57 +4,37 @@ from __future__ import annotations
 
 import torch
 
-from ...calls.records import CacheTensors, Rotation
+from ...calls.records import DecodeCall
 from .launch import arch_of, multiprocessors_of, on_device, run_launch
 
 # What the interpreter stands for: enough that small tests see several splits.
 _INTERPRETED_MULTIPROCESSORS = 16
 
 
-def decode(
-    q: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cache: CacheTensors,
-    rotation: Rotation,
-    softmax_scale: float,
-    window: int,
-    softcap: float,
-) -> None:
-    """Attend to the cache, into out and lse; see `run_decode`.
+def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Attend to the cache, into out (B, q_len, Hq, D) and lse (B, Hq, q_len) float32.
 
-    q is bfloat16 or float16, the caches of that dtype or float8_e4m3fn. What is launched follows
-    from shapes alone, so that one captured graph serves all lengths.
+    q is bfloat16 or float16, the caches of that dtype or float8_e4m3fn. lse is contiguous, base e;
+    a query that sees no key gets 0 and -inf. What is launched follows from shapes alone, so that
+    one captured graph serves all lengths.
     """
     from ...kernels import decode as kernels
 
     if out.numel() == 0:
         return
-    if cache.empty:
+    if call.keys.empty:
         out.zero_()
         lse.fill_(float("-inf"))
         return
+    q = call.q
     arch = arch_of(q)
     multiprocessors = multiprocessors_of(q, _INTERPRETED_MULTIPROCESSORS)
-    config = kernels.config_of(q, cache, arch)
-    splits = kernels.splits_of(q, cache, arch, multiprocessors, config)
+    config = kernels.config_of(call, arch)
+    splits = kernels.splits_of(call, arch, multiprocessors, config)
     scratch = None
     if splits.most > 1:
         shape = (splits.most, *lse.shape)
         scratch = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape)
     with on_device(q):
-        for launch in kernels.plan(
-            q,
-            out,
-            lse,
-            scratch,
-            cache,
-            rotation,
-            softmax_scale,
-            window,
-            softcap,
-            arch,
-            splits,
-            config,
-        ):
+        for launch in kernels.plan(call, out, lse, scratch, arch, splits, config):
             run_launch(launch)

@@ -32,7 +32,7 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def run_launch(plan: Any) -> None:
-    """Launch a `kernels.attention_tiles.Launch`."""
+    """Launch a `kernels.launch.Launch`."""
     plan.kernel[plan.grid](
         *plan.args, **plan.constants, num_warps=plan.warps, num_stages=plan.stages
     )

@@ -1,0 +1,71 @@
+"""torch.library ops of call records: one definition for the schema, the body and the fake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..calls import schema
+
+NAMESPACE = "longrope_kernels"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+
+
+def define(
+    name: str,
+    record: type[tuple[Any, ...]],
+    returns: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    extra: str = "str backend",
+    before: str = "",
+    mutable: Sequence[str] = (),
+) -> Any:
+    """An op of the fields of ``record``, on CPU and CUDA tensors.
+
+    Args:
+        name: of the op.
+        record: the call it takes, field by field.
+        returns: of its schema.
+        run: takes the arguments in ``before``, the record, and those in ``extra``.
+        fake: the same on tensors without values.
+        extra: arguments that follow the record's.
+        before: arguments that stand before them.
+        mutable: fields that it writes into.
+
+    Returns:
+        The op; it takes flat arguments, as `schema.flatten` makes them.
+    """
+    first = len(before.split(",")) if before else 0
+    count = first + len(schema.fields(record))
+
+    def packed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def body(*flat: Any) -> Any:
+            call = schema.build(record, flat[first:count])
+            return function(*flat[:first], call, *flat[count:])
+
+        return body
+
+    parts = filter(None, (before, schema.arguments(record, mutable), extra))
+    LIBRARY.define(f"{name}({', '.join(parts)}) -> {returns}", tags=TAGS)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, packed(run), key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", packed(fake), lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def save(ctx: Any, flat: Sequence[Any]) -> None:
+    """Keep flat arguments for a backward pass."""
+    ctx.set_materialize_grads(False)
+    ctx.are_tensors = [isinstance(x, torch.Tensor) for x in flat]
+    ctx.save_for_backward(*(x for x in flat if isinstance(x, torch.Tensor)))
+    ctx.others = [x for x in flat if not isinstance(x, torch.Tensor)]
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What `save` kept; read once, since activation checkpointing allows no more."""
+    tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+    return [next(tensors if is_tensor else others) for is_tensor in ctx.are_tensors]

@@ -1,0 +1,56 @@
+"""What this package takes of torch that is not public, each with its reason and its own test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def below_autograd() -> Any:
+    """A context in which ops do not come to their autograd rule: inside that rule."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """What `torch.compiler.assume_constant_result` does, without its import of torch._dynamo.
+
+    That one takes a second, which everybody who imports this package would wait for.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def static_in_graphs(x: torch.Tensor) -> None:
+    """What ``torch._dynamo.mark_static`` does, without its import.
+
+    Else a graph with dynamic shapes takes a batch of two and two factor sets for one symbol.
+    """
+    x._dynamo_static_indices = set(range(x.dim()))  # type: ignore[attr-defined]
+
+
+def fake_mode_of(x: torch.Tensor) -> Any:
+    """The mode that a fake tensor belongs to, or None for any other tensor."""
+    return getattr(x, "fake_mode", None)
+
+
+def unwatched(*tensors: torch.Tensor) -> bool:
+    """Whether nobody would see a call of an op on these tensors: it may be left out then.
+
+    Nothing records gradients (backward or forward mode), traces, vectorises or profiles, no mode is
+    on the stack, and the tensors are torch's own. An op costs some 10 us of the host beside what it
+    does, a third of the rotation of one token on a CPU.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or any(type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter for x in tensors)
+        or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
