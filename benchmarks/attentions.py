@@ -23,7 +23,7 @@ from ropes import (
     transformers_rotary,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from without_rotation import attend_without_rotation
+from without_rotation import attend_without_rotation, unrotated
 
 from longrope_kernels import attention
 from longrope_kernels.backends import choose as backends
@@ -288,10 +288,8 @@ def _flash_attn(
     library: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
 ) -> torch.Tensor:
     from longrope_kernels.backends import flash_attention
-    from longrope_kernels.calls.masks import Mask
 
-    scale = q.shape[3] ** -0.5
-    return flash_attention.attend(library, q, k, v, Mask(causal), scale, None, False)[0]
+    return flash_attention.attend(library, unrotated(q, k, v, causal), False)[0]
 
 
 def _flashinfer(causal: bool) -> Attention:

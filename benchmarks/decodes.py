@@ -13,11 +13,12 @@ from copies import Copies
 from measure import Ceiling
 from parameters import LLAMA, Geometry
 from ropes import DEVICE, EXACT, FAST, backend_missing, normal, not_importable, plain_rope, rope
+from without_rotation import no_pairs
 
 from longrope_kernels import apply_rotary, decode
 from longrope_kernels.backends import choose as backends
 from longrope_kernels.backends import reference
-from longrope_kernels.calls.records import CacheTensors, Rotation
+from longrope_kernels.calls.records import DecodeCall, Keys, Scores, Selection
 
 BLOCK = 64
 FLOAT8 = torch.float8_e4m3fn
@@ -137,10 +138,8 @@ class Inputs:
     def truth_of_rotated_float8(self) -> torch.Tensor:
         """The same of a float8 cache of keys that were rotated before, so that nothing turns."""
         q, k = self.rotated
-        unturned = Rotation(*_no_pairs(), inv_freq=torch.empty(1, 2, 0, device=DEVICE).double())
-        of = CacheTensors(*self._checked(k, FLOAT8), self.lens)
-        q = q[:, :, self.q_heads].double()
-        return reference.decode(q, of, unturned, q.shape[3] ** -0.5, 0, 0.0)[0]
+        keys = Keys(*self._checked(k, FLOAT8), lens=self.lens)
+        return reference.decode(_unrotated(q[:, :, self.q_heads].double(), keys))[0]
 
     def truth_of(self, name: str) -> torch.Tensor:
         """What is right of a row."""
@@ -158,14 +157,14 @@ class Inputs:
         """k and v of `kv_heads` in float64, rounded to ``dtype`` before."""
         return [x[:, :, self.kv_heads].to(dtype or x.dtype).double() for x in (k, self.v)]
 
-    def cache(self, kind: str, k: torch.Tensor) -> CacheTensors:
+    def cache(self, kind: str, k: torch.Tensor) -> Keys:
         """Keys k, as they are or `rotated`, and the values in a cache of a kind."""
         if kind == "dense":
-            return CacheTensors(k, self.v, self.lens)
+            return Keys(k, self.v, lens=self.lens)
         pages = self.in_pages if k is self.k else (self.rotated_pages, self.in_pages[1])
         if kind == "float8":
             pages = tuple(x.to(FLOAT8) for x in pages)
-        return CacheTensors(*pages, self.lens, self.table)
+        return Keys(*pages, lens=self.lens, block_table=self.table)
 
     @cached_property
     def in_pages(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,10 +234,9 @@ def _sdpa(inputs: Inputs) -> Callable[[], torch.Tensor]:
     return run
 
 
-def _no_pairs() -> tuple[torch.Tensor, ...]:
-    """What a `Rotation` is made of that turns nothing."""
-    none = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    return none.new_empty((1, 2, 0)), none, none.double(), none
+def _unrotated(q: torch.Tensor, keys: Keys) -> DecodeCall:
+    """A call that turns nothing."""
+    return DecodeCall(q, keys, no_pairs(q.device), Selection(), Scores(True, q.shape[3] ** -0.5))
 
 
 def _without_rotation(inputs: Inputs, kind: str) -> Callable[[], torch.Tensor]:
@@ -246,13 +244,12 @@ def _without_rotation(inputs: Inputs, kind: str) -> Callable[[], torch.Tensor]:
     from longrope_kernels.backends.triton import decode as triton_decode
 
     q, k = inputs.rotated
-    rotation = Rotation(*_no_pairs())
-    cache, scale = inputs.cache(kind, k), q.shape[3] ** -0.5
+    call = _unrotated(q, inputs.cache(kind, k))
     lse = q.new_empty((q.shape[0], q.shape[2], 1), dtype=torch.float32)
 
     def run() -> torch.Tensor:
         out = torch.empty_like(q)
-        triton_decode.decode(q, out, lse, cache, rotation, scale, 0, 0.0)
+        triton_decode.decode(call, out, lse)
         return out
 
     return run

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
-from longrope_kernels.backends.triton import attention as triton_attention
 from longrope_kernels.backends.triton import launch as triton_launch
-from longrope_kernels.calls.masks import Mask
-from longrope_kernels.calls.records import Rotation, Scoring
+from longrope_kernels.calls.records import AttentionCall, Keys, Scores, Selection
+from longrope_kernels.rope.tables import Tables
 
 
 class _WithoutRotation(torch.autograd.Function):
-    """The launches of `backends.triton_attention`, for a rope of no pairs; no pre-passes."""
+    """The launches of `backends.triton.attention`, for a rope of no pairs; no pre-passes."""
 
     @staticmethod
     def forward(
@@ -21,9 +20,10 @@ class _WithoutRotation(torch.autograd.Function):
     ) -> torch.Tensor:
         out = torch.empty_like(q)
         lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-        rest = (_scoring(q, causal), triton_launch.arch_of(q))
-        launch = triton_attention._plan_rotated(q, k, v, out, lse, *rest)
-        triton_launch.run_launch_with_scratch(launch, q.device)
+        from longrope_kernels.kernels import attention
+
+        call, arch = unrotated(q, k, v, causal), triton_launch.arch_of(q)
+        triton_launch.run_launch(attention.plan(call, out, lse, rotated=True, arch=arch))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.causal = causal
         return out
@@ -35,9 +35,8 @@ class _WithoutRotation(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in (q, k, v)]
         delta = torch.empty_like(lse)
-        tensors = (d_out, q, k, v, lse, delta, *gradients)
-        rest = (_scoring(q, ctx.causal), triton_launch.arch_of(q))
-        launches = attention_backward.plan(*tensors, *rest)
+        call, arch = unrotated(q, k, v, ctx.causal), triton_launch.arch_of(q)
+        launches = attention_backward.plan(call, d_out, lse, delta, *gradients, arch)
         for launch in (attention_backward.plan_delta(d_out, None, out, lse, delta), *launches):
             triton_launch.run_launch(launch)
         return (*gradients, None)
@@ -50,9 +49,15 @@ def attend_without_rotation(
     return _WithoutRotation.apply(q, k, v, causal)  # type: ignore[no-any-return]
 
 
-def _scoring(q: torch.Tensor, causal: bool) -> Scoring:
+def unrotated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> AttentionCall:
     """Of tokens at position 0 with no pairs to rotate."""
     positions = torch.zeros(1, 1, dtype=torch.int64, device=q.device).expand(q.shape[:2])
-    none = torch.zeros(1, dtype=torch.int64, device=q.device)
-    rotation = Rotation(none.new_empty((1, 2, 0)), none, none.double(), none)
-    return Scoring(positions, positions, rotation, Mask(causal), q.shape[3] ** -0.5, 0.0)
+    keys, scores = Keys(k, v, positions), Scores(causal, q.shape[3] ** -0.5)
+    return AttentionCall(q, positions, keys, no_pairs(q.device), Selection(), scores)
+
+
+def no_pairs(device: torch.device) -> Tables:
+    """Tables that turn nothing."""
+    none = torch.zeros(1, dtype=torch.int64, device=device)
+    steps = none.new_empty((1, 2, 0))
+    return Tables(steps, none, none.double(), none, steps.double(), False)

@@ -35,8 +35,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import native_specialize_impl
 
-from longrope_kernels.calls.records import Rotation
+from longrope_kernels.calls.records import RotaryCall, Selection
 from longrope_kernels.kernels import rotary
+from longrope_kernels.rope.tables import Tables
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -78,23 +79,22 @@ class Case:
         sets = 1 if self.select == "none" else 2
         packed = self.select == "packed"
         sequences = 16 if packed else self.batch
-        launch = rotary.plan(
-            q,
-            k,
-            *out,
-            positions=empty(self.seq).expand(self.batch, self.seq),
-            rotation=Rotation(
-                empty(sets, 2, self.pairs),
-                empty(sets),
-                empty(sets, dtype=torch.float64),
-                empty(sets),
-                empty(sequences) if packed or self.select == "lengths" else None,
-                empty(sequences, dtype=torch.int32) if self.select == "sets" else None,
-                self.interleaved,
-            ),
-            cu_seqlens=empty(sequences + 1, dtype=torch.int32) if packed else None,
-            conjugate=self.backward,
+        tables = Tables(
+            empty(sets, 2, self.pairs),
+            empty(sets),
+            empty(sets, dtype=torch.float64),
+            empty(sets),
+            empty(sets, 2, self.pairs, dtype=torch.float64),
+            self.interleaved,
         )
+        selection = Selection(
+            empty(sequences) if packed or self.select == "lengths" else None,
+            empty(sequences, dtype=torch.int32) if self.select == "sets" else None,
+            empty(sequences + 1, dtype=torch.int32) if packed else None,
+        )
+        positions = empty(self.seq).expand(self.batch, self.seq)
+        call = RotaryCall(q, k, positions, tables, selection, self.backward)
+        launch = rotary.plan(call, *out)
         assert launch is not None
         return launch
 

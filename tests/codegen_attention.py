@@ -27,9 +27,9 @@ import triton
 from codegen import CUOBJDUMP, INSTRUCTION, compile_all, print_all, source
 from triton.backends.compiler import GPUTarget
 
-from longrope_kernels.calls.masks import Mask
-from longrope_kernels.calls.records import Rotation, Scoring
+from longrope_kernels.calls.records import AttentionCall, Keys, Scores, Selection
 from longrope_kernels.kernels import attention, attention_backward, attention_hopper
+from longrope_kernels.rope.tables import Tables
 
 
 @dataclass(frozen=True)
@@ -66,38 +66,35 @@ class Case:
 
         q, k, v, out = heads(32), heads(8), heads(8), heads(32)
         positions = empty(seq).expand(1, seq)
-        rotation = Rotation(
+        tables = Tables(
             *(empty(2, 2, pairs), empty(2), empty(2, dtype=torch.float64), empty(2)),
-            lengths=empty(8 if self.packed else 1),
-            interleaved=self.interleaved,
+            empty(2, 2, pairs, dtype=torch.float64),
+            self.interleaved,
         )
         cu = empty(9, dtype=torch.int32) if self.packed else None
         kv_start = empty(1) if self.padded else None
-        mask = Mask(self.causal, self.window or None, kv_start, cu, cu)
-        scoring = Scoring(positions, positions, rotation, mask, self.dim**-0.5, self.softcap)
+        selection = Selection(empty(8 if self.packed else 1), None, cu)
+        scores = Scores(self.causal, self.dim**-0.5, self.window, self.softcap)
+
+        def call(q: torch.Tensor, k: torch.Tensor) -> AttentionCall:
+            keys = Keys(k, v, positions, kv_start, cu)
+            return AttentionCall(q, positions, keys, tables, selection, scores)
+
         lse = empty(1, 32, seq, dtype=torch.float32)
         if self.kernel == "prepass":
-            return attention.plan(q, rotated(8), v, out, lse, scoring, True, self.arch)
+            return attention.plan(call(q, rotated(8)), out, lse, True, self.arch)
         if self.kernel == "persistent":
             tensors = (q, rotated(8), v)
             assert attention_hopper.serves(*tensors, scoring, self.arch)
             return attention_hopper.plan(*tensors, out, lse, scoring, self.arch, 132)
         if self.kernel == "registers":
-            return attention.plan(q, k, v, out, lse, scoring, False, self.arch)
+            return attention.plan(call(q, k), out, lse, False, self.arch)
         delta = torch.empty_like(lse)
         if self.kernel == "delta":
             return attention_backward.plan_delta(out, None, out, lse, delta)
         gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         launches = attention_backward.plan(
-            out,
-            rotated(32),
-            rotated(8),
-            v,
-            lse,
-            delta,
-            *gradients,
-            scoring,
-            self.arch,
+            call(rotated(32), rotated(8)), out, lse, delta, *gradients, self.arch
         )
         names = ("dk_dv", "dq") if len(launches) == 2 else ("dk", "dv", "dq")
         return dict(zip(names, launches, strict=True))[self.kernel]

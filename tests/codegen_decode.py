@@ -28,8 +28,9 @@ from codegen import CUOBJDUMP, INSTRUCTION, compile_all, print_all, source
 from codegen_attention import short_products, tile_loop
 from triton.backends.compiler import GPUTarget
 
-from longrope_kernels.calls.records import CacheTensors, Rotation
+from longrope_kernels.calls.records import DecodeCall, Keys, Scores, Selection
 from longrope_kernels.kernels import decode
+from longrope_kernels.rope.tables import Tables
 
 CAPACITY = 131072
 MULTIPROCESSORS = {80: 108, 90: 132}
@@ -73,28 +74,28 @@ class Case:
         scale = empty(kv_heads, dtype=torch.float32) if self.float8 else None
         q = empty(batch, self.queries, heads, self.dim, dtype=dtype)
         lse = empty(batch, heads, self.queries, dtype=torch.float32)
-        cache = CacheTensors(
-            *(k, v, empty(batch, dtype=torch.int32), table),
-            *(empty(batch, CAPACITY) if self.positions else None, scale, scale),
+        keys = Keys(
+            *(k, v, empty(batch, CAPACITY) if self.positions else None),
+            lens=empty(batch, dtype=torch.int32),
+            block_table=table,
+            k_scale=scale,
+            v_scale=scale,
         )
-        rotation = Rotation(
-            empty(2, 2, pairs if self.rotate else 0),
-            *(empty(2), empty(2, dtype=torch.float64), empty(2)),
-            lengths=empty(batch, dtype=torch.int32),
-            interleaved=self.interleaved,
+        shape = (2, 2, pairs if self.rotate else 0)
+        tables = Tables(
+            *(empty(*shape), empty(2), empty(2, dtype=torch.float64), empty(2)),
+            empty(*shape, dtype=torch.float64),
+            self.interleaved,
         )
-        splits = decode.splits_of(q, cache, self.arch, MULTIPROCESSORS[self.arch])
+        scores = Scores(True, self.dim**-0.5, self.window, self.softcap)
+        call = DecodeCall(q, keys, tables, Selection(empty(batch, dtype=torch.int32)), scores)
+        splits = decode.splits_of(call, self.arch, MULTIPROCESSORS[self.arch])
         of_splits = empty(splits.most, *lse.shape, self.dim, dtype=torch.float32)
         launches = decode.plan(
-            q,
+            call,
             torch.empty_like(q),
             lse,
             (of_splits, of_splits[..., 0].contiguous()),
-            cache,
-            rotation,
-            self.dim**-0.5,
-            self.window,
-            self.softcap,
             self.arch,
             splits,
         )

@@ -10,33 +10,31 @@ from cases import CUDA, two_sets
 
 from longrope_kernels import attention
 from longrope_kernels.backends import choose as backends
-from longrope_kernels.ops import attention_op as attention_ops
+from longrope_kernels.calls import schema
+from longrope_kernels.calls.records import AttentionCall, Keys, Scores, Selection
 
+ops = torch.ops.longrope_kernels
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-def op_arguments(packed: bool, **change: Any) -> tuple[Any, ...]:
+QKV = ("q", "keys_k", "keys_v")
+
+
+def op_arguments(packed: bool, k_rotation: str | None = None) -> tuple[Any, ...]:
     """Canonical arguments of the op: 2 rows of 5 tokens, or 2 packed sequences of 3 and 7."""
     shape = (1, 10) if packed else (2, 5)
     q, k, v = (torch.randn(*shape, h, 16, device=DEVICE).bfloat16() for h in (4, 2, 2))
     positions = torch.arange(shape[1], device=DEVICE).expand(shape)
     cu_seqlens = torch.tensor([0, 3, 10], device=DEVICE) if packed else None
-    rest = {
-        "lengths": torch.tensor([5, 5000], device=DEVICE),
-        "sets": None,
-        "cu_seqlens": cu_seqlens,
-        "cu_seqlens_k": cu_seqlens,
-        "kv_start": None if packed else torch.tensor([0, 1], device=DEVICE),
-        "interleaved": False,
-        "causal": True,
-        "softmax_scale": 0.25,
-        "window": 3,
-        "softcap": 0.0,
-        "k_rotation": None,
-        "backend": "triton",
-    }
-    tables = two_sets(8).tables(q.device)[:4]
-    return (q, k, v, positions, positions, *tables, *(rest | change).values())
+    start = None if packed else torch.tensor([0, 1], device=DEVICE)
+    keys = Keys(k, v, positions, start, cu_seqlens)
+    selection = Selection(torch.tensor([5, 5000], device=DEVICE), None, cu_seqlens)
+    tables, scores = two_sets(8).tables(q.device), Scores(True, 0.25, 3)
+    call = AttentionCall(q, positions, keys, tables, selection, scores)
+    return (*schema.flatten(call), k_rotation, "triton")
+
+
+TENSORS = [[name for name, _ in schema.fields(AttentionCall)].index(x) for x in QKV]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -44,25 +42,23 @@ def op_arguments(packed: bool, **change: Any) -> tuple[Any, ...]:
 def test_opcheck_forward(packed: bool, gradient: bool) -> None:
     arguments = op_arguments(packed)
     if gradient:
-        for x in arguments[:3]:
-            x.requires_grad_()
-    torch.library.opcheck(attention_ops.attention, arguments)
+        for i in TENSORS:
+            arguments[i].requires_grad_()
+    torch.library.opcheck(ops.attention.default, arguments)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_opcheck_backward(packed: bool) -> None:
     arguments = op_arguments(packed)
-    out, lse = attention_ops.attention(*arguments)
+    out, lse = ops.attention(*arguments)
     gradients = torch.randn_like(out), torch.randn_like(lse)
-    torch.library.opcheck(
-        attention_ops.attention_backward, (*gradients, *arguments[:3], out, lse, *arguments[3:])
-    )
+    torch.library.opcheck(ops.attention_backward.default, (*gradients, out, lse, *arguments))
 
 
 def test_a_second_backward_is_refused() -> None:
     arguments = op_arguments(False)
     q = arguments[0].requires_grad_()
-    out, _ = attention_ops.attention(*arguments)
+    out, _ = ops.attention(*arguments)
     (dq,) = torch.autograd.grad(out.float().square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.float().sum().backward()
@@ -71,7 +67,7 @@ def test_a_second_backward_is_refused() -> None:
 def test_only_the_lse_has_a_gradient() -> None:
     arguments = op_arguments(False)
     q = arguments[0].requires_grad_()
-    _, lse = attention_ops.attention(*arguments)
+    _, lse = ops.attention(*arguments)
     (dq,) = torch.autograd.grad(lse[lse.isfinite()].sum(), q)
     assert dq.isfinite().all()
     assert dq.abs().max() > 0
@@ -80,9 +76,11 @@ def test_only_the_lse_has_a_gradient() -> None:
 @pytest.mark.parametrize("k_rotation", ["prepass", "registers"])
 def test_rotations_of_k_agree(k_rotation: str) -> None:
     arguments = op_arguments(False)
-    named = op_arguments(False, k_rotation=k_rotation)
-    out, lse = attention_ops.attention(*arguments)
-    same, same_lse = attention_ops.attention(*arguments[:3], *named[3:])
+    named = list(op_arguments(False, k_rotation=k_rotation))
+    out, lse = ops.attention(*arguments)
+    for i in TENSORS:
+        named[i] = arguments[i]
+    same, same_lse = ops.attention(*named)
     torch.testing.assert_close(same, out, rtol=0, atol=2**-7)
     torch.testing.assert_close(same_lse, lse, rtol=0, atol=1e-2)
 

@@ -26,8 +26,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from longrope_kernels import decode
 from longrope_kernels.backends import choose as backends
-from longrope_kernels.ops import decode_op as decode_ops
+from longrope_kernels.calls import schema
+from longrope_kernels.calls.records import DecodeCall, Keys, Scores, Selection
 
+DECODE = torch.ops.longrope_kernels.decode.default
 KERNELS = [NATIVE, TRITON]
 every_kernel = pytest.mark.parametrize("backend", KERNELS, ids=str)
 on_device = pytest.mark.parametrize(
@@ -52,12 +54,16 @@ def op_arguments(backend: Backend, case: Case) -> tuple[Any, ...]:
     """Canonical arguments of the op."""
     case = backend.nearest(case)
     given = {name: backend.move(x) for name, x in case.call().arguments.items()}
-    tables = given["factors"].tables(given["q"].device)[:4]
-    first = ("q", "k_cache", "v_cache", "cache_lens", "block_table", "key_positions")
-    named = [given.get(name) for name in (*first, "k_scale", "v_scale")]
-    chosen = [given.get(name) for name in ("lengths", "sets", "kv_start")]
-    scores = (case.scale or 0.25, case.window or 0, case.softcap or 0.0)
-    return (*named, *tables, *chosen, case.interleaved, *scores, backend.backend)
+    q, tables = given["q"], given["factors"].tables(given["q"].device)
+    keys = Keys(
+        *(given.get(name) for name in ("k_cache", "v_cache", "key_positions", "kv_start")),
+        lens=given["cache_lens"],
+        **{name: given.get(name) for name in ("block_table", "k_scale", "v_scale")},
+    )
+    selection = Selection(given.get("lengths"), given.get("sets"))
+    scores = Scores(True, case.scale or 0.25, case.window or 0, case.softcap or 0.0)
+    call = DecodeCall(q, keys, tables, selection, scores)
+    return (*schema.flatten(call), backend.backend)
 
 
 CASES = [
@@ -70,23 +76,24 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 @every_kernel
 def test_opcheck(backend: Backend, case: Case) -> None:
-    torch.library.opcheck(decode_ops.decode, op_arguments(backend, case))
+    torch.library.opcheck(DECODE, op_arguments(backend, case))
 
 
 def test_opcheck_float8() -> None:
     """But for the schema: that check compares arguments by arithmetic that float8 has not."""
     case = Case((9,), 1, 2, 1, block=16, float8=True)
     utilities = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(decode_ops.decode, op_arguments(TRITON, case), test_utils=utilities)
+    torch.library.opcheck(DECODE, op_arguments(TRITON, case), test_utils=utilities)
 
 
 @every_kernel
 def test_the_op_is_what_decode_calls(backend: Backend) -> None:
     case = backend.nearest(Case((20, 9), 2, block=16, scale=0.25, window=7))
     arguments = op_arguments(backend, case)
-    given = {name: arguments[i] for i, name in enumerate(("q", "k_cache", "v_cache", "cache_lens"))}
-    more = {"block_table": arguments[4], "softmax_scale": 0.25, "window": 7}
-    wanted = backend.decode(**given, factors=case.rope(), **more, return_lse=True)
+    call = schema.build(DecodeCall, arguments)
+    given = (call.q, call.keys.k, call.keys.v, call.keys.lens, case.rope())
+    more = {"block_table": call.keys.block_table, "softmax_scale": 0.25, "window": 7}
+    wanted = backend.decode(*given, **more, return_lse=True)
     for got, one in zip(torch.ops.longrope_kernels.decode(*arguments), wanted, strict=True):
         assert torch.equal(got, one)
 

@@ -7,7 +7,7 @@ a GPU that has them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,11 +17,11 @@ from attention_truth import Backend, Case, bf16, check, check_grads, fp16, fp32
 from flash_stand_ins import STAND_INS
 from test_attention_forward import CHUNKS, EMPTY_ROWS, LSE, SHAPES, WINDOWS
 
-from longrope_kernels import attention
+from longrope_kernels import Rope, attention
 from longrope_kernels.backends import choose as backends
 from longrope_kernels.backends import flash_attention
 from longrope_kernels.backends.flash_attention import LIBRARIES
-from longrope_kernels.calls.masks import Mask
+from longrope_kernels.calls.records import AttentionCall, Keys, Scores, Selection
 
 NAMES = list(LIBRARIES)
 FLASH = {name: Backend(name, "cpu", (bf16, fp16), smallest_dim=8) for name in NAMES}
@@ -150,40 +150,55 @@ def test_old_versions_return_the_log_sum_exp_unasked(
 
 # ----------------------------------------------------------------------------------- the keywords
 
-BORDERS = Mask(True, cu_seqlens=torch.tensor([0, 2, 5]), cu_seqlens_k=torch.tensor([0, 3, 7]))
+
+def call_of(
+    queries: int,
+    slots: int,
+    causal: bool = True,
+    window: int = 0,
+    borders: Sequence[torch.Tensor | None] = (None, None),
+) -> AttentionCall:
+    """A call as a backend gets it, of tensors without values."""
+    q, k = (torch.empty(1, n, 1, 16, device="meta") for n in (queries, slots))
+    keys = Keys(k, k, borders=borders[1])
+    tables = Rope.plain(16).tables(torch.device("cpu"))
+    selection, scores = Selection(borders=borders[0]), Scores(causal, 0.25, window)
+    return AttentionCall(q, torch.empty(1, queries), keys, tables, selection, scores)
+
+
+BORDERS = (torch.tensor([0, 2, 5]), torch.tensor([0, 3, 7]))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("mask", "sizes", "window"),
+    ("causal", "given", "sizes", "window"),
     [
-        (Mask(True), (5, 5), None),
-        (Mask(False), (5, 9), None),
-        (Mask(True, 3), (5, 9), (2, 0)),
-        (Mask(False, 3), (5, 9), (2, 2)),
-        (Mask(False, 3), (9, 3), (2, 2)),
-        (Mask(True, 1), (5, 5), (0, 0)),
-        (Mask(True, 9), (5, 9), None),
-        (Mask(False, 2**40), (9, 5), None),
-        (Mask(True, 8), (9, 5), (7, 0)),
+        (True, 0, (5, 5), None),
+        (False, 0, (5, 9), None),
+        (True, 3, (5, 9), (2, 0)),
+        (False, 3, (5, 9), (2, 2)),
+        (False, 3, (9, 3), (2, 2)),
+        (True, 1, (5, 5), (0, 0)),
+        (True, 9, (5, 9), None),
+        (False, 2**40, (9, 5), None),
+        (True, 8, (9, 5), (7, 0)),
     ],
     ids=str,
 )
 def test_the_window_of_the_libraries_counts_keys_on_either_side(
-    name: str, mask: Mask, sizes: tuple[int, int], window: tuple[int, int] | None
+    name: str, causal: bool, given: int, sizes: tuple[int, int], window: tuple[int, int] | None
 ) -> None:
     """Not the query's own, where ours does; one that hides nothing is left out."""
-    given = flash_attention.keywords(name, mask, *sizes, 0.25, None)
-    assert given.pop("window_size", None) == window
-    assert given == {"softmax_scale": 0.25, "causal": mask.causal, "deterministic": True}
+    keywords = flash_attention.keywords(name, call_of(*sizes, causal, given))
+    assert keywords.pop("window_size", None) == window
+    assert keywords == {"softmax_scale": 0.25, "causal": causal, "deterministic": True}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_borders_are_not_read(name: str) -> None:
     """Meta tensors have no values: the longest sequence is bounded by all tokens."""
-    borders = (torch.empty(3, dtype=torch.int64, device="meta") for _ in range(2))
-    mask = Mask(True, 4, None, *borders)
-    given = flash_attention.keywords(name, mask, 5, 7, 0.25, None)
+    borders = [torch.empty(3, dtype=torch.int64, device="meta") for _ in range(2)]
+    given = flash_attention.keywords(name, call_of(5, 7, True, 4, borders))
     assert given["cu_seqlens_q"].dtype == given["cu_seqlens_k"].dtype == torch.int32
     longest = [given.get("max_seqlen_q"), given.get("max_seqlen_k")]
     assert longest == ([7, 7] if LIBRARIES[name].longest else [None, None])
@@ -192,7 +207,7 @@ def test_borders_are_not_read(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_deterministic_where_torch_is(name: str) -> None:
     torch.use_deterministic_algorithms(False)  # the fixture in conftest.py turns it back on
-    assert "deterministic" not in flash_attention.keywords(name, Mask(True), 5, 5, 1.0, None)
+    assert "deterministic" not in flash_attention.keywords(name, call_of(5, 5))
 
 
 # ------------------------------------------------------------------------------- what is refused

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from longrope_kernels import FactorSet, Rope, decode
-from longrope_kernels.backends import native, native_decode
-from longrope_kernels.calls.records import CacheTensors
+from longrope_kernels.backends import native
+from longrope_kernels.calls.records import DecodeCall, Keys, Scores, Selection
 
 bf16 = torch.bfloat16
 DTYPES = (torch.float32, bf16, torch.float16)
@@ -46,10 +46,10 @@ def run(
     batch, queries, heads, dim = q.shape
     out = torch.full_like(q, torch.nan)
     lse = torch.full((batch, heads, queries), torch.nan)
-    cache = CacheTensors(k, v, lens, block_table, key_positions)
-    rotation = rope.tables(q.device)
-    scores = (dim**-0.5, window or 0, softcap or 0.0)
-    native_decode.decode(q, out, lse, cache, rotation, *scores, instruction_set)
+    keys = Keys(k, v, key_positions, lens=lens, block_table=block_table)
+    scores = Scores(True, dim**-0.5, window or 0, softcap or 0.0)
+    call = DecodeCall(q, keys, rope.tables(q.device), Selection(), scores)
+    native.decode(call, out, lse, instruction_set)
     return out, lse
 
 
@@ -188,7 +188,7 @@ def test_small_calls_stay_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None
             seen.append(arguments[-2])
             extension.decode(*arguments)
 
-    monkeypatch.setattr(native_decode, "_native", Spy)
+    monkeypatch.setattr(native, "_native", Spy)
     for keys in (8, 4096):
         run(*random_cache((keys,), 1, 1, 1, 16, torch.float32), Rope.plain(16))
     assert seen == [1, torch.get_num_threads()]

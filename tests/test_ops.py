@@ -10,8 +10,10 @@ from cases import Shape, Target, every_kernel, every_target, factors, positions_
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from longrope_kernels import FactorSet, Rope
-from longrope_kernels.ops import rotary_op as ops
+from longrope_kernels.calls import schema
+from longrope_kernels.calls.records import RotaryCall, Selection
 
+ops = torch.ops.longrope_kernels
 CPU = torch.device("cpu")
 HEADS = {"q-and-k": (2, 1), "no-k": (2, 0)}
 
@@ -22,12 +24,12 @@ def op_arguments(
     """What the public function hands to the ops, by hand."""
     q, k = torch.randn(2, 5, 2, 16), torch.randn(2, 5, kv_heads, 16)
     q, k = (target.move(x).requires_grad_(requires_grad) for x in (q, k))
-    tables = two_sets(6).tables(torch.device(target.device))[:4]
+    tables = two_sets(6).tables(torch.device(target.device))
     lengths = target.move(torch.tensor([5, 5000])) if selection == "lengths" else None
     sets = target.move(torch.tensor([1, 0], dtype=torch.int32)) if selection == "sets" else None
     positions = target.move(positions_for(10, 7).reshape(2, 5))
-    name = target.backend
-    return (q, k, positions, *tables, lengths, sets, None, False, conjugate, name)
+    call = RotaryCall(q, k, positions, tables, Selection(lengths, sets), conjugate)
+    return (*schema.flatten(call), target.backend)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
@@ -38,21 +40,21 @@ def test_opcheck_rotary(
     target: Target, kv_heads: tuple[int, int], selection: str, requires_grad: bool
 ) -> None:
     arguments = op_arguments(target, kv_heads[1], requires_grad, selection, requires_grad)
-    torch.library.opcheck(ops.rotary, arguments)
+    torch.library.opcheck(ops.rotary.default, arguments)
 
 
 @pytest.mark.parametrize("kv_heads", HEADS.values(), ids=HEADS)
 @every_kernel
 def test_opcheck_rotary_inplace(target: Target, kv_heads: tuple[int, int]) -> None:
     arguments = op_arguments(target, kv_heads[1], False, "lengths")
-    torch.library.opcheck(ops.rotary_, arguments)
+    torch.library.opcheck(ops.rotary_.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @every_kernel
 def test_opcheck_frequencies(target: Target, dtype: torch.dtype) -> None:
     values = target.move(torch.tensor(factors(6), dtype=dtype))
-    torch.library.opcheck(ops.frequencies, (values, 10000.0))
+    torch.library.opcheck(ops.frequencies.default, (values, 10000.0))
 
 
 @every_target

@@ -15,7 +15,8 @@ from cases import CUDA
 
 from longrope_kernels import FactorSet, Rope
 from longrope_kernels.backends import reference
-from longrope_kernels.backends.triton import device as backend
+from longrope_kernels.backends.triton import device, rotary
+from longrope_kernels.calls.records import RotaryCall, Selection
 from longrope_kernels.kernels import rotary as kernels
 from longrope_kernels.kernels.rotation import cos_sin, phase, sequence_of_token, set_of_length
 
@@ -127,8 +128,8 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The backend without the public function."""
     out = (q, k) if inplace else (torch.empty_like(q), torch.empty_like(k))
-    rotation = rope.tables(q.device)
-    backend.rotary(q, k, *out, positions, rotation, None, False)
+    call = RotaryCall(q, k, positions, rope.tables(q.device), Selection())
+    rotary.rotary(call, *out)
     return out
 
 
@@ -228,11 +229,11 @@ def test_offsets_above_2_31_elements(
     positions = torch.randint(0, 2**31, shape[:2]).to(DEVICE)
     rope = Rope((FactorSet((1.5,) * 16),), interleaved=interleaved)
     k = far[:, :, :0]
-    rotation = rope.tables(far.device)
-    expected, _ = reference.rotary(near, near[:, :, :0], positions, rotation, None)
+    rest = (positions, rope.tables(far.device), Selection())
+    expected, _ = reference.rotary(RotaryCall(near, near[:, :, :0], *rest))
 
     out = torch.empty_like(near, memory_format=torch.contiguous_format)
-    backend.rotary(far, k, out, k, positions, rotation, None, False)
+    rotary.rotary(RotaryCall(far, k, *rest), out, k)
     torch.testing.assert_close(out, expected)
     assert torch.equal(far, near)
     rotate(far, k, rope, positions, inplace=True)
@@ -244,21 +245,21 @@ def test_offsets_above_2_31_elements(
 
 def test_missing_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install longrope-kernels[triton]" in str(backend.missing())
+    assert "pip install longrope-kernels[triton]" in str(device.missing())
 
 
 def test_missing_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TRITON_INTERPRET", "LONGROPE_PTX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device" in str(backend.missing())
+    assert "no CUDA device" in str(device.missing())
 
 
 def test_the_interpreter_needs_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert backend.missing() is None
-    assert backend.interpreting()
+    assert device.missing() is None
+    assert device.interpreting()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -15,7 +15,7 @@ from decode_truth import TRITON, Case, bf16, check, fp8, fp16, same
 from test_triton import phases
 
 from longrope_kernels.backends.triton import decode as triton_decode
-from longrope_kernels.calls.records import CacheTensors
+from longrope_kernels.calls.records import DecodeCall, Keys, Scores, Selection
 from longrope_kernels.kernels import decode as kernels
 from longrope_kernels.kernels.decode_float8 import CONVERT, SHIFT, half_of_e4m3
 from longrope_kernels.kernels.decode_splits import split_keys
@@ -123,10 +123,12 @@ def test_splits_cover_the_keys_once() -> None:
 
 
 def splits_of(case: Case) -> Any:
-    call = case.call().arguments
-    cache = (call[name] for name in ("k_cache", "v_cache", "cache_lens"))
-    cache = CacheTensors(*cache, call.get("block_table"))
-    return kernels.splits_of(call["q"], cache, 0, 16)
+    given = case.call().arguments
+    k, v, lens = (given[name] for name in ("k_cache", "v_cache", "cache_lens"))
+    keys = Keys(k, v, lens=lens, block_table=given.get("block_table"))
+    tables = given["factors"].tables(k.device)
+    call = DecodeCall(given["q"], keys, tables, Selection(), Scores(True, 1.0))
+    return kernels.splits_of(call, 0, 16)
 
 
 @pytest.mark.parametrize(

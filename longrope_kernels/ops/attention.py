@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..backends import choose, composed, reference
+from ..backends import choose, reference
 from ..calls import arguments, schema, values
 from ..calls.records import AttentionCall, Keys, RotaryCall, Selection
 from ..rope.value import Rope
@@ -176,6 +176,8 @@ def _attend(
             return reference.attention(call)
         call = _rotated(call)
         if backend == "composed":
+            from ..backends import composed  # torch's own imports take a second
+
             return composed.attend(call), None
         from ..backends import flash_attention
 
