@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from longrope_kernels.backends import triton_attention, triton_launch
+from longrope_kernels.backends import triton_launch
 from longrope_kernels.calls import Rotation, Scoring
 from longrope_kernels.masks import Mask
 
@@ -18,11 +18,13 @@ class _WithoutRotation(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
     ) -> torch.Tensor:
+        from longrope_kernels.kernels import attention
+
         out = torch.empty_like(q)
         lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-        rest = (_scoring(q, causal), triton_launch.arch_of(q))
-        launch = triton_attention._plan_rotated(q, k, v, out, lse, *rest)
-        triton_launch.run_launch_with_scratch(launch, q.device)
+        scoring, arch = _scoring(q, causal), triton_launch.arch_of(q)
+        launch = attention.plan(q, k, v, out, lse, scoring, rotated=True, arch=arch)
+        triton_launch.run_launch(launch)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.causal = causal
         return out

@@ -365,13 +365,6 @@ def sentences() -> Iterator[tuple[str, str]]:
         f"a tile of {tile} takes {with_rotation} instructions where k is rotated in the loop, and "
         f"{without} without rotation",
     )
-    tile, persistent = of_tile("attention", kernel="persistent")
-    same, plain = of_tile("attention", kernel="prepass")
-    assert tile == same
-    yield (
-        "docs/performance.md",
-        f"for a tile of {tile} its loop has {persistent} instructions beside {plain}",
-    )
     tile, rotating = of_tile("decode")
     _, rotated = of_tile("decode", variant="rotated keys")
     yield (

@@ -173,20 +173,14 @@ def test_tests_of_the_device_come_first(tmp_path: Path) -> None:
         "def test_at(target): pass\n"
         "@pytest.mark.gpu\n"
         "def test_marked(): pass\n"
-        "@pytest.mark.last\n"
-        "@pytest.mark.gpu\n"
-        "def test_marked_last(): pass\n"
     )
     (tmp_path / "test_b.py").write_text("DEVICE = 'cuda'\ndef test_of_module(): pass\n")
-    (tmp_path / "test_c.py").write_text(
-        "import pytest\npytestmark = pytest.mark.last\ndef test_anywhere_last(): pass\n"
-    )
-    (tmp_path / "test_d.py").write_text("def test_anywhere_too(): pass\n")
+    (tmp_path / "test_c.py").write_text("def test_anywhere_too(): pass\n")
     options = ("-p", "longrope_kernels.report.order", "-p", "no:cacheprovider", str(tmp_path))
     found = runs.run_tests(tmp_path, 60, options)
     assert [name.partition("::")[2] for name in found["passed"]] == [
-        *("test_at[cuda]", "test_marked", "test_of_module", "test_marked_last"),
-        *("test_anywhere", "test_at[cpu]", "test_anywhere_too", "test_anywhere_last"),
+        *("test_at[cuda]", "test_marked", "test_of_module"),
+        *("test_anywhere", "test_at[cpu]", "test_anywhere_too"),
     ]
 
 

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 import torch
 
 from ..calls import Rotation, Scoring
-from .triton_launch import (
-    arch_of,
-    multiprocessors_of,
-    on_device,
-    run_launch,
-    run_launch_with_scratch,
-)
-
-SM90_FORMS = ("tiles", "persistent", "specialized")
+from .triton_launch import arch_of, on_device, run_launch
 
 # Rotated copies larger than this are made for one KV head at a time.
 _SCRATCH_BYTES = 256 * 2**20
@@ -66,27 +55,7 @@ def forward(
             heads = slice(kv.start * groups, kv.stop * groups)
             scratch = _rotated(k[:, :, kv], scratch, *of_k)
             of_heads = (q[:, :, heads], scratch, v[:, :, kv], out[:, :, heads], lse[:, heads])
-            run_launch_with_scratch(_plan_rotated(*of_heads, scoring, arch), q.device)
-
-
-def _plan_rotated(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scoring: Scoring,
-    arch: int,
-) -> Any:
-    """The launch for rotated k: of the persistent kernel where asked for and served."""
-    from ..kernels import attention, attention_hopper
-
-    form = sm90_form()
-    if form != "tiles" and attention_hopper.serves(q, k, v, scoring, arch):
-        multiprocessors = multiprocessors_of(q, interpreted=3)
-        specialize = form == "specialized"
-        return attention_hopper.plan(q, k, v, out, lse, scoring, arch, multiprocessors, specialize)
-    return attention.plan(q, k, v, out, lse, scoring, rotated=True, arch=arch)
+            run_launch(kernels.plan(*of_heads, scoring, rotated=True, arch=arch))
 
 
 def backward(
@@ -165,24 +134,6 @@ def _check(q: torch.Tensor, softmax_scale: float) -> None:
             f"softmax_scale: backend 'triton' serves none below 0, got {softmax_scale}; "
             "'composed' and 'reference' do"
         )
-
-
-def sm90_form() -> str:
-    """The form of the forward kernel on compute capability 9.0, of ``LONGROPE_SM90_ATTENTION``.
-
-    "tiles" (the default): a program for each tile, as elsewhere. "persistent": a program for each
-    multiprocessor, tiles by TMA. "specialized": the same with specialised warps. The last two rest
-    on compiler passes whose results nobody has run yet, so they are not taken unasked.
-
-    Raises:
-        ValueError: another value.
-    """
-    form = os.environ.get("LONGROPE_SM90_ATTENTION", "tiles")
-    if form not in SM90_FORMS:
-        raise ValueError(
-            f"LONGROPE_SM90_ATTENTION: expected one of {', '.join(SM90_FORMS)}, got {form!r}"
-        )
-    return form
 
 
 def _short_strides(x: torch.Tensor) -> torch.Tensor:
