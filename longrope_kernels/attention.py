@@ -121,7 +121,8 @@ def attention(
             f"{queries} queries), got None"
         )
 
-    name = _choose(backend, k_rotation, q, mask, softcap is not None or return_lse)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    name = _choose(backend, k_rotation, q, mask, softcap is not None or return_lse, trains)
     of_keys = positions
     if key_positions is not None:
         of_keys = key_positions
@@ -174,7 +175,12 @@ def attention(
 
 
 def _choose(
-    backend: str | None, k_rotation: str | None, q: torch.Tensor, mask: Mask, scored: bool
+    backend: str | None,
+    k_rotation: str | None,
+    q: torch.Tensor,
+    mask: Mask,
+    scored: bool,
+    trains: bool,
 ) -> str:
     if k_rotation not in (None, "prepass", "registers"):
         raise ValueError(f"k_rotation: expected 'prepass', 'registers' or None, got {k_rotation!r}")
@@ -183,7 +189,7 @@ def _choose(
     masked = any(x is not None for x in (mask.window, mask.kv_start, mask.cu_seqlens))
     asks = "scored" if scored else "masked" if masked else "plain"
     dim = operator.index(q.shape[-1])  # a constant, also where a graph is traced with dynamic sizes
-    return backends.choose_attention(backend, q.device.type, q.dtype, dim, asks)
+    return backends.choose_attention(backend, q.device.type, q.dtype, dim, asks, trains)
 
 
 def _rotate(

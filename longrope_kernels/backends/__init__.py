@@ -45,6 +45,8 @@ DECODE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 FUSED_HEAD_DIMS = range(16, 257)
 CUDA_HEAD_DIMS = range(8, 129, 8)
+# Of attention.
+WITHOUT_GRADIENTS = ("cuda",)
 
 # Device types each compiled backend serves.
 _DEVICES = {
@@ -113,7 +115,12 @@ def _named(backend: str, device: str) -> str:
 
 
 def choose_attention(
-    backend: str | None, device: str, dtype: torch.dtype, head_dim: int, asks: str
+    backend: str | None,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    asks: str,
+    trains: bool = False,
 ) -> str:
     """The backend for attention: the named one, or the first of `ATTENTION_CHOICE` that can serve.
 
@@ -123,6 +130,7 @@ def choose_attention(
         dtype: of q, k and v.
         head_dim: of q, k and v.
         asks: "plain", "masked" or "scored", the columns of the table.
+        trains: whether gradients are wanted.
 
     Raises:
         ValueError: an unknown name, or one that does not serve this call.
@@ -135,12 +143,19 @@ def choose_attention(
         for name in names:
             if name in ("reference", "composed"):
                 return name
+            if trains and name in WITHOUT_GRADIENTS:
+                continue
             if dtype in FUSED_DTYPES and head_dim in _head_dims(name) and missing(name) is None:
                 return name
         return "reference"
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(
             f"backend: expected one of {', '.join(ATTENTION_BACKENDS)} or None, got {backend!r}"
+        )
+    if trains and backend in WITHOUT_GRADIENTS:
+        raise ValueError(
+            f"backend: {backend!r} makes no gradients of q, k and v; expected 'triton', 'composed',"
+            " 'flash-attn-2', 'flash-attn-3' or 'flash-attn-4', or torch.no_grad()"
         )
     if backend == "composed" and dtype == torch.float64:
         raise ValueError("backend: 'composed' does not serve float64; expected 'reference'")

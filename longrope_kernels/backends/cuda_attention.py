@@ -1,7 +1,6 @@
-"""Attention by the compiled CUDA kernel: the pre-pass over k, its scratch, and the gradients.
+"""Attention by the compiled CUDA kernel: the pre-pass over k, and its scratch; no gradients.
 
-q is rotated by the kernel itself. The gradients are matrix products of PyTorch in float32, a tile
-of queries at a time, over q and k that the standalone rotation has turned.
+q is rotated by the kernel itself.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ _TYPES = {torch.bfloat16: 1, torch.float16: 2}
 
 # Rotated copies larger than this are made for one KV head at a time.
 _SCRATCH_BYTES = 256 * 2**20
-# Scores that the backward makes at once.
-_SCORES = 2**26
 # Tiles of k and v that the kernel keeps in shared memory, 2 to 4; 0 is its own choice.
 _STAGES = 0
 
@@ -59,7 +56,7 @@ def forward(
             of_k = slice(first, min(first + at_once, kv_heads))
             of_q = slice(first * groups, of_k.stop * groups)
             rotated = scratch[:, :, : of_k.stop - first]
-            _rotate(k[:, :, of_k], rotated, key_positions, rotation, mask.cu_seqlens_k, False)
+            _rotate(k[:, :, of_k], rotated, key_positions, rotation, mask.cu_seqlens_k)
             of_lse = lse[:, of_q]
             extension().attention(
                 _TYPES[q.dtype],
@@ -79,75 +76,15 @@ def forward(
             )
 
 
-def backward(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    scoring: Scoring,
-) -> None:
-    """The gradients of `forward`; see `run_attention_backward`."""
-    if q.numel() == 0 or k.numel() == 0:
-        for gradient in (dq, dk, dv):
-            gradient.zero_()
-        return
-    positions, key_positions, rotation, mask, softmax_scale, softcap = scoring
-    of_q = (positions, rotation, mask.cu_seqlens)
-    of_k = (key_positions, rotation, mask.cu_seqlens_k)
-    (batch, queries), (keys, kv_heads) = q.shape[:2], k.shape[1:3]
-    groups = q.shape[2] // kv_heads
-    seen = mask.visible(batch, queries, keys, q.device)[:, None]
-    some = lse > -torch.inf
-    top = torch.where(some, lse, 0.0)[..., None]
-    with on_device(q):
-        q_rot, k_rot = torch.empty_like(q), torch.empty_like(k)
-        _rotate(q, q_rot, *of_q, False)
-        _rotate(k, k_rot, *of_k, False)
-        at_once = max(1, _SCORES // (batch * groups * keys))
-        for head in range(kv_heads):
-            heads = slice(head * groups, (head + 1) * groups)
-            y, z = (x[:, None, :, head].float() for x in (k_rot, v))  # (B, 1, Sk, D)
-            d_y, d_z = torch.zeros_like(y), torch.zeros_like(z)
-            for first in range(0, queries, at_once):
-                tile = slice(first, first + at_once)
-                x, o, d_o = (
-                    t[:, tile, heads].transpose(1, 2).float() for t in (q_rot, out, d_out)
-                )  # (B, G, tile, D)
-                scores = softmax_scale * (x @ y.mT)
-                if softcap > 0:
-                    scores = softcap * torch.tanh(scores / softcap)
-                p = torch.where(seen[:, :, tile], torch.exp(scores - top[:, heads, tile]), 0.0)
-                delta = (o * d_o).sum(-1)
-                if d_lse is not None:
-                    delta -= torch.where(some[:, heads, tile], d_lse[:, heads, tile], 0.0)
-                d_scores = p * (d_o @ z.mT - delta[..., None])
-                if softcap > 0:
-                    d_scores *= 1 - (scores / softcap) ** 2
-                dq[:, tile, heads] = (softmax_scale * (d_scores @ y)).transpose(1, 2).to(dq.dtype)
-                d_y += (d_scores.mT @ x).sum(1, keepdim=True)
-                d_z += (p.mT @ d_o).sum(1, keepdim=True)
-            dk[:, :, head] = (softmax_scale * d_y[:, 0]).to(dk.dtype)
-            dv[:, :, head] = d_z[:, 0].to(dv.dtype)
-        _rotate(dq, dq, *of_q, True)
-        _rotate(dk, dk, *of_k, True)
-
-
 def _rotate(
     x: torch.Tensor,
     y: torch.Tensor,
     positions: torch.Tensor,
     rotation: Rotation,
     cu_seqlens: torch.Tensor | None,
-    conjugate: bool,
 ) -> None:
     """x (B, S, H, D) into y."""
-    rotary(x, x[:, :, :0], y, y[:, :, :0], positions, rotation, cu_seqlens, conjugate)
+    rotary(x, x[:, :, :0], y, y[:, :, :0], positions, rotation, cu_seqlens, False)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
