@@ -78,7 +78,7 @@ def attention(
         return_lse: also return the log-sum-exp of the scores, base e.
         backend: "reference", "composed" (our rotation, then torch's scaled_dot_product_attention),
             "triton" or "cuda" (CUDA; the rotation fused; bfloat16 and float16; "cuda" without
-            Triton, up to a head dim of 128, with gradients by PyTorch's products),
+            Triton, up to a head dim of 128, and without gradients),
             "flash-attn-2", "flash-attn-3" or "flash-attn-4" (our rotation, then that library where
             installed), or None for the first that can serve in `longrope info`'s table. A named
             backend runs or raises.

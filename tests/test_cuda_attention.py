@@ -105,7 +105,7 @@ def test_gradients_are_refused_before_anything_runs(
     at, rope = positions_for(9, 128), case.rope()
     with torch.no_grad():
         assert not COMPILED.attend(*tensors, at, rope).requires_grad
-    monkeypatch.setattr(cuda, "extension", lambda: pytest.fail("ran"))
+    monkeypatch.setattr(cuda_attention, "extension", lambda: pytest.fail("ran"))
     message = (
         r"^backend: 'cuda' makes no gradients .* expected 'triton', 'composed', 'flash-attn-2'"
     )
