@@ -322,11 +322,6 @@ def huge_pages() -> Iterator[tuple[str, str]]:
         f"A rotation takes {with_them} with the advice, {without} without, where `clone` takes "
         f"{clone} (`{path}`",
     )
-    yield (
-        "docs/performance.md",
-        f"a step over 32768 bfloat16 keys takes {span('decode', 'with_huge_pages')} ms with them, "
-        f"{span('decode', 'without')} without",
-    )
 
 
 def sentences() -> Iterator[tuple[str, str]]:
