@@ -153,53 +153,6 @@ def tune(
     typer.echo(table.source(outcomes, machine.arch), nl=False)
 
 
-@app.command()
-def report(
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder to write into [reports/<device>/<date>/]; where it has a report, its name "
-            "with -2, -3 and so on."
-        ),
-    ] = None,
-    budget: Annotated[
-        float, typer.Option(min=1, help="Seconds for build, tests and benchmarks together.")
-    ] = 420,
-    tests: Annotated[
-        bool, typer.Option("--tests/--no-tests", help="Run the tests before the benchmarks.")
-    ] = True,
-    compare: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option(metavar="BEFORE AFTER", help="Compare two reports and run nothing."),
-    ] = None,
-) -> None:
-    """Run the tests and benchmarks here, and write a report.
-
-    The report is report.md, results.json and plots. It needs a checkout. Each function is checked
-    before it is timed; the limits of the machine (a copy, a matrix product) are measured in the
-    same run. When the budget ends, the least important rows are left out and named. Fails, once
-    all is written, where a test or a benchmark failed. With --compare, print what changed between
-    two reports.
-    """
-    from . import report as reports
-    from .report.compare import compare as compared
-
-    try:
-        if compare is not None:
-            typer.echo(compared(*compare))
-            return
-        _require("report", "pytest", "pytest_benchmark")
-        chosen = ("tests",) if tests else None
-        made = reports.make(out, budget, tests=chosen, benchmarks=("benchmarks",))
-    except (ValueError, RuntimeError, OSError) as error:
-        typer.echo(f"longrope report: {error}", err=True)
-        raise typer.Exit(1) from None
-    typer.echo(f"\nwritten: {made.folder}/report.md")
-    if made.failed:
-        typer.echo(f"longrope report: {made.failed} failed, which the page lists", err=True)
-        raise typer.Exit(1)
-
-
 search_commands.register(app)
 
 

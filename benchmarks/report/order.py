@@ -1,6 +1,6 @@
 """A pytest plugin: the tests that the device runs come first, the others where time is left.
 
-``python -m pytest -p longrope_kernels.report.order``
+``python -m pytest -p report.order``
 """
 
 from __future__ import annotations
