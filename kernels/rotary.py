@@ -47,6 +47,15 @@ class Tile(NamedTuple):
     warps: int
 
 
+# What benchmarks/tune.py tries beside that of `choose_tile`.
+CANDIDATES = tuple(
+    Tile(tokens, heads, warps)
+    for tokens in (4, 8, 16, 32)
+    for heads in (1, 2, 4, 8)
+    for warps in (2, 4, 8)
+)
+
+
 def choose_tile(
     seq: int, heads: int, pairs: int, rest: int, itemsize: int, interleaved: bool
 ) -> Tile:
@@ -93,10 +102,12 @@ def plan(
     rotation: Rotation,
     cu_seqlens: torch.Tensor | None,
     conjugate: bool,
+    tile: Tile | None = None,
 ) -> Launch | None:
     """The launch that rotates q and k, or None where there is nothing to rotate.
 
-    The arguments are those of `backends.run_rotary`. Nothing is allocated, and no tensor is read.
+    The arguments are those of `backends.run_rotary`. tile: instead of that of `choose_tile`.
+    Nothing is allocated, and no tensor is read.
     """
     shape = q.shape
     k_heads = k.shape[2]
@@ -114,6 +125,7 @@ def plan(
         conjugate,
         in_place,
         sequences,
+        tile,
     )
     of_q, of_k = q.stride()[:3], k.stride()[:3]
     lengths, sets = rotation.lengths, rotation.sets
@@ -149,10 +161,12 @@ def _geometry(
     conjugate: bool,
     in_place: bool,
     sequences: int,
+    tile: Tile | None,
 ) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int], int]:
     """What follows from shapes: the grid, the kernel's sizes and its constants, and the warps."""
     rest = 0 if in_place else dim - 2 * pairs
-    tile = choose_tile(seq, max(q_heads, k_heads), pairs, rest, itemsize, interleaved)
+    if tile is None:
+        tile = choose_tile(seq, max(q_heads, k_heads), pairs, rest, itemsize, interleaved)
     tiles = _ceil_div(seq, tile.tokens)
     groups = _ceil_div(q_heads, tile.heads) + _ceil_div(k_heads, tile.heads)
     of_program = choose_groups(batch * tiles, groups)

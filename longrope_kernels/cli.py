@@ -91,68 +91,6 @@ def demo(
         raise typer.Exit(1)
 
 
-@app.command()
-def tune(
-    head_dim: Annotated[
-        list[int], typer.Option(help="Repeat for several; 16 to 256, a multiple of 16.")
-    ] = [64, 80, 96, 128, 256],  # noqa: B006  Typer reads the default and copies it
-    kernel: Annotated[
-        list[str] | None,
-        typer.Option(help="forward-prepass, forward-registers, backward; all by default."),
-    ] = None,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens.")] = 8192,
-    heads: Annotated[int, typer.Option(min=1, help="Of q.")] = 32,
-    kv_heads: Annotated[int, typer.Option(min=1, help="Of k and v; divides --heads.")] = 8,
-    causal: Annotated[
-        bool | None, typer.Option("--causal/--no-causal", help="One mask; both by default.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
-    budget: Annotated[float, typer.Option(min=0, help="Seconds for everything.")] = 600.0,
-    out: Annotated[
-        Path | None, typer.Option(help="JSON file for every timing, written at the end.")
-    ] = None,
-) -> None:
-    """Search the fastest tiles of the attention kernels on this GPU.
-
-    Candidates that do not fit or spill are dropped, those that compute something else than the
-    present table are reported, the rest is timed with a cold L2 cache. Prints the tables as Python
-    source, for CONFIGS in kernels/attention.py and kernels/attention_backward.py; progress goes to
-    stderr.
-    """
-    import torch
-
-    from .tuning import device, search, table
-    from .tuning.entries import KERNELS, Task
-
-    for name, value, served in (
-        *(("--head-dim", dim, range(16, 257, 16)) for dim in head_dim),
-        *(("--kernel", name, tuple(KERNELS)) for name in kernel or ()),
-        ("--dtype", dtype, ("bfloat16", "float16")),
-    ):
-        if value not in served:
-            raise typer.BadParameter(f"{name}: expected one of {list(served)}, got {value!r}")
-    if heads % kv_heads:
-        raise typer.BadParameter(f"--kv-heads: expected a divisor of {heads}, got {kv_heads}")
-    if out is not None and not out.parent.is_dir():
-        raise typer.BadParameter(f"--out: there is no folder {out.parent}")
-    missing = device.missing()
-    if missing is not None:
-        typer.echo(f"longrope tune: {missing}", err=True)
-        raise typer.Exit(1)
-    task = Task(
-        tuple(sorted(set(head_dim))),
-        tuple(name for name in KERNELS if not kernel or name in kernel),
-        (False, True) if causal is None else (causal,),
-        *(seq, heads, kv_heads),
-        *(getattr(torch, dtype), budget),
-    )
-    machine = device.CudaMachine()
-    outcomes = search.tune(task, machine, say=lambda line: typer.echo(line, err=True))
-    if out is not None:
-        table.write(out, table.report(task, machine, outcomes))
-    typer.echo(table.source(outcomes, machine.arch), nl=False)
-
-
 search_commands.register(app)
 
 
