@@ -42,7 +42,7 @@ benchmark: $(VENV)/test.stamp
 
 # Tests, benchmarks and a page about this machine, under reports/.
 report: $(VENV)/test.stamp
-	$(BIN)/longrope report
+	$(BIN)/python -m benchmarks.report
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

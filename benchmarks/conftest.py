@@ -16,11 +16,11 @@ import test_models
 import test_rotary
 import test_search
 import torch
+from report import facts, recorder
 from ropes import DEVICE
 from table import lines
 
 import longrope_kernels
-from longrope_kernels.report import machine, recorder
 
 # Rows of attention take longest: of one rank they come after those of the rotation and decoding.
 BENCHMARKS = (test_rotary, test_decode, test_attention, test_models, test_search)
@@ -106,7 +106,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    """What `longrope_kernels.report.recorder` is told of the row."""
+    """What `report.recorder` is told of the row."""
     benchmark = item.funcargs.get("benchmark")
     if call.when != "call" or benchmark is None or not measure.is_row(item):
         return
@@ -170,11 +170,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _notes() -> dict[str, Any]:
-    """What a report says beside the rows; see `longrope_kernels.report.results.benchmarks_of`."""
+    """What a report says beside the rows; see `report.results.benchmarks_of`."""
     return {
         "not_measured": {**_not_timed(), **measure.REASONS},
         "dropped": _dropped(),
-        "clocks": machine.spread(measure.CLOCKS),
+        "clocks": facts.spread(measure.CLOCKS),
     }
 
 

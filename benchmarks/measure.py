@@ -14,9 +14,8 @@ import pytest
 import torch
 from clock import CLOCK, Clock, seconds
 from memory import available, peak_bytes
+from report.facts import Asked
 from ropes import DEVICE, WrongResultError
-
-from longrope_kernels.report.machine import Asked
 
 FEWEST, MOST = 5, 60  # rounds
 REASONS: dict[str, str] = {}  # why a row of a group could not be timed

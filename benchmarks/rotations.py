@@ -26,6 +26,7 @@ from ropes import (
 
 from longrope_kernels import apply_rotary
 from longrope_kernels.backends import choose as backends
+from longrope_kernels.backends import native
 
 EAGER, COMPILED = "transformers eager", "transformers torch.compile"
 XFORMERS = "xformers rope_padded, plain RoPE"
@@ -35,11 +36,12 @@ PACKAGES = {  # of the peers that need a GPU: the module that rotates
     "flashinfer": "flashinfer.rope",
     XFORMERS: "xformers.ops",
 }
-COPIES = ("clone", "copy_")
+HUGE = "clone in huge pages"  # as "native" asks for them, on a CPU
+COPIES = ("clone", HUGE, "copy_")
 # Eager comes first: other rows are told against it.
 IN_PLACE = tuple(name for name in backends.BACKENDS if name != "reference")
 VARIANTS = {
-    "forward": (EAGER, COMPILED, "flash-attn", "flashinfer", *backends.BACKENDS, "clone"),
+    "forward": (EAGER, COMPILED, "flash-attn", "flashinfer", *backends.BACKENDS, "clone", HUGE),
     "in place": ("liger", "flash-attn", "flashinfer", *IN_PLACE, "copy_"),
     "backward": (EAGER, COMPILED, "liger", "flash-attn", *backends.BACKENDS, "clone"),
     # The rotation of q, and of k into a cache of rotated keys, with v beside it.
@@ -137,6 +139,8 @@ def missing(name: str) -> str | None:
     """Why an implementation cannot be timed here, or None."""
     if name in backends.BACKENDS:
         return backend_missing(name)
+    if name == HUGE:
+        return backend_missing("native") if DEVICE.type == "cpu" else "needs a CPU"
     if name in COPIES:
         return None
     reason = not_importable(PACKAGES.get(name, "transformers"))
@@ -244,16 +248,24 @@ def _flashinfer(inputs: Inputs, inplace: bool) -> Callable[..., Tensors]:
 
 
 def copy(name: str, kind: str, inputs: Inputs) -> Ceiling:
-    """The copy that bounds a rotation: "clone" into fresh memory, "copy_" in place."""
+    """A copy of what is rotated: by "clone" or `HUGE` into fresh memory, by "copy_" in place."""
     given = [inputs.q, inputs.k, *([inputs.v] if kind == "cache write" else [])]
     if name == "clone":
         return Ceiling(name, lambda: [x.clone() for x in given], inputs.traffic(kind))
+    if name == HUGE:
+        return Ceiling(name, lambda: [_in_huge_pages(x) for x in given], inputs.traffic(kind))
     into = inputs.into[: len(given)]
     return Ceiling(
         name,
         lambda: [a.copy_(b) for a, b in zip(into, given, strict=True)],
         inputs.traffic(kind),
     )
+
+
+def _in_huge_pages(x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty_like(x)
+    native.ask_for_huge_pages(y)
+    return y.copy_(x)
 
 
 @lru_cache(maxsize=1)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from measure import Measured
-
-from longrope_kernels.report import results
+from report import results
 
 # What the ceilings of this run reached, told before all rows: bytes or FLOP a second, by name.
 REACHED: dict[str, float] = {}

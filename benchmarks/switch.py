@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report.facts import describe
 from transformers import Phi3ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from longrope_kernels.demo.peers import phi3_config
 from longrope_kernels.integrations.transformers import disable, enable
-from longrope_kernels.report import machine
 
 ROOT = Path(__file__).parents[1]
 NEIGHBOURS = 8  # tokens on each side of the crossing that its time is compared with
@@ -268,7 +268,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(sizes, device, getattr(torch, chosen.dtype))
     results = {
-        "machine": machine.describe(ROOT),
+        "machine": describe(ROOT),
         "dtype": chosen.dtype,
         "sizes": asdict(sizes),
         "crossing": crossing(model, sizes),

@@ -86,7 +86,8 @@ def test_rotary(
         copies = make_copies(tokens, dtype, geometry)
         ceiling = copies.ceiling(lambda inputs: copy(copy_name, direction, inputs))
         if name in COPIES:
-            return Timed(ceiling.run, tuple, ceiling, ceiling.amount)
+            copying = copies.ceiling(lambda inputs: copy(name, direction, inputs))
+            return Timed(copying.run, tuple, ceiling, copying.amount)
         timed = copies.in_turn(lambda inputs: _prepared(direction, name, inputs))
         return Timed(*timed, ceiling, ceiling.amount)
 

@@ -18,10 +18,10 @@ class _WithoutRotation(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
     ) -> torch.Tensor:
-        out = torch.empty_like(q)
-        lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
         from longrope_kernels.kernels import attention
 
+        out = torch.empty_like(q)
+        lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
         call, arch = unrotated(q, k, v, causal), triton_launch.arch_of(q)
         triton_launch.run_launch(attention.plan(call, out, lse, rotated=True, arch=arch))
         ctx.save_for_backward(q, k, v, out, lse)

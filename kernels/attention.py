@@ -70,6 +70,14 @@ CONFIGS = {
         256: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
     },
 }
+# What benchmarks/tune.py tries beside them.
+CANDIDATES = tuple(
+    Config(block_m, block_n, warps, stages)
+    for block_m in (64, 128)
+    for block_n in (16, 32, 64, 128)
+    for warps in (4, 8)
+    for stages in (2, 3)
+)
 
 
 def choose_config(

@@ -27,7 +27,6 @@ from .attention_tiles import (
 from .launch import Launch, matrix_args, tensor_args
 
 
-
 class Configs(NamedTuple):
     """The tiles for dk, dv and dq; dv None: dk and dv in one kernel, which shares a product."""
 
@@ -55,6 +54,14 @@ CONFIGS = {
         256: Configs(Config(32, 32, 8, 1), None, Config(32, 32, 4, 2)),
     },
 }
+# What benchmarks/tune.py tries beside them.
+CANDIDATES = tuple(
+    Config(block_m, block_n, warps, stages)
+    for block_m in (16, 32, 64, 128)
+    for block_n in (32, 64, 128)
+    for warps in (4, 8)
+    for stages in (1, 2, 3)
+)
 _DELTA_TOKENS = 32
 
 

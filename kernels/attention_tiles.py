@@ -111,13 +111,11 @@ def grid_of(
 
 @triton.jit
 def tile_of_program(tiles, section, heads_of_all):
-    """The tile and the head (of all batch rows) of a program. Grid: (tiles * heads_of_all,)."""
-    return tile_at(tl.program_id(0), tiles, section, heads_of_all)
+    """The tile and the head (of all batch rows) of a program. Grid: (tiles * heads_of_all,).
 
-
-@triton.jit
-def tile_at(place, tiles, section, heads_of_all):
-    """The tile and the head at a place in the order: sections, tiles from the last, heads."""
+    The order of programs: sections, tiles from the last, heads.
+    """
+    place = tl.program_id(0)
     i_section = place // (tiles * section)
     in_section = place % (tiles * section)
     width = tl.minimum(section, heads_of_all - i_section * section)

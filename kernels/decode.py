@@ -81,6 +81,15 @@ CONFIGS = {
         256: (Config(16, 32, 8, 3, 1), Config(32, 32, 8, 3, 1)),
     },
 }
+# What benchmarks/tune.py tries beside them.
+CANDIDATES = tuple(
+    Config(block_m, block_n, warps, stages, programs)
+    for block_m in (16, 64)
+    for block_n in (32, 64, 128)
+    for warps in (4, 8)
+    for stages in (2, 3, 4)
+    for programs in (1, 2)
+)
 
 
 def choose_config(arch: int, dim: int, rows: int) -> Config:

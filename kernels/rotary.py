@@ -50,6 +50,15 @@ class Tile(NamedTuple):
     warps: int
 
 
+# What benchmarks/tune.py tries beside that of `choose_tile`.
+CANDIDATES = tuple(
+    Tile(tokens, heads, warps)
+    for tokens in (4, 8, 16, 32)
+    for heads in (1, 2, 4, 8)
+    for warps in (2, 4, 8)
+)
+
+
 def choose_tile(
     seq: int, heads: int, pairs: int, rest: int, itemsize: int, interleaved: bool
 ) -> Tile:
@@ -78,10 +87,13 @@ def choose_groups(programs: int, groups: int) -> int:
     return _ceil_div(groups, splits)
 
 
-def plan(call: RotaryCall, q_out: torch.Tensor, k_out: torch.Tensor) -> Launch | None:
+def plan(
+    call: RotaryCall, q_out: torch.Tensor, k_out: torch.Tensor, tile: Tile | None = None
+) -> Launch | None:
     """The launch that rotates q and k into q_out and k_out, which may be they.
 
-    None where there is nothing to rotate. Nothing is allocated, and no tensor is read.
+    tile: instead of that of `choose_tile`. None where there is nothing to rotate. Nothing is
+    allocated, and no tensor is read.
     """
     q, k, positions, tables, selection, conjugate = call
     shape, k_heads = q.shape, k.shape[2]
@@ -98,6 +110,7 @@ def plan(call: RotaryCall, q_out: torch.Tensor, k_out: torch.Tensor) -> Launch |
         conjugate,
         in_place,
         selection.sequences(shape[0]),
+        tile,
     )
     args = (
         tensor_args(q),
@@ -128,10 +141,12 @@ def _geometry(
     conjugate: bool,
     in_place: bool,
     sequences: int,
+    tile: Tile | None,
 ) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int], int]:
     """What follows from shapes: the grid, the kernel's sizes and its constants, and the warps."""
     rest = 0 if in_place else dim - 2 * pairs
-    tile = choose_tile(seq, max(q_heads, k_heads), pairs, rest, itemsize, interleaved)
+    if tile is None:
+        tile = choose_tile(seq, max(q_heads, k_heads), pairs, rest, itemsize, interleaved)
     tiles = _ceil_div(seq, tile.tokens)
     groups = _ceil_div(q_heads, tile.heads) + _ceil_div(k_heads, tile.heads)
     of_program = choose_groups(batch * tiles, groups)

@@ -28,7 +28,7 @@ from codegen import CUOBJDUMP, INSTRUCTION, compile_all, print_all, source
 from triton.backends.compiler import GPUTarget
 
 from longrope_kernels.calls.records import AttentionCall, Keys, Scores, Selection
-from longrope_kernels.kernels import attention, attention_backward, attention_hopper
+from longrope_kernels.kernels import attention, attention_backward
 from longrope_kernels.rope.tables import Tables
 
 
@@ -83,10 +83,6 @@ class Case:
         lse = empty(1, 32, seq, dtype=torch.float32)
         if self.kernel == "prepass":
             return attention.plan(call(q, rotated(8)), out, lse, True, self.arch)
-        if self.kernel == "persistent":
-            tensors = (q, rotated(8), v)
-            assert attention_hopper.serves(*tensors, scoring, self.arch)
-            return attention_hopper.plan(*tensors, out, lse, scoring, self.arch, 132)
         if self.kernel == "registers":
             return attention.plan(call(q, k), out, lse, False, self.arch)
         delta = torch.empty_like(lse)
@@ -135,22 +131,6 @@ DEMANDING_80 = (
     Case(96, 80, "dk", softcap=50.0, packed=True),
     Case(256, 80, "dq", softcap=50.0),
 )
-# What attention_hopper.py serves; 40 pairs of a head of 80 in the half pairing it does not.
-PERSISTENT = (
-    *({"dim": dim, "causal": causal} for dim in (32, 64, 96, 128) for causal in (True, False)),
-    {"dim": 80, "pairs": 16},
-    {"dim": 80, "interleaved": True},
-    {"dim": 64, "interleaved": True},
-    {"dim": 96, "interleaved": True},
-    {"dim": 128, "interleaved": True},
-    {"dim": 128, "interleaved": True, "causal": False},
-    {"dim": 128, "pairs": 48},
-    {"dim": 128, "pairs": 0},
-    {"dim": 128, "window": 1024},
-    {"dim": 128, "window": 1024, "causal": False},
-    {"dim": 128, "window": 1024, "interleaved": True},
-    {"dim": 128, "dtype": "float16"},
-)
 
 
 def cases() -> Iterator[Case]:
@@ -172,13 +152,6 @@ def cases() -> Iterator[Case]:
     yield from DEMANDING_80
     for kernel in ("prepass", "registers", "dk", "dv", "dq"):
         yield Case(128, 100, kernel)
-    yield from (Case(arch=90, kernel="persistent", **of_call) for of_call in PERSISTENT)
-
-
-def torn_copies(ttgir: str) -> int:
-    """Copies by TMA that bring another tile than the one they are waited for."""
-    copy = r"async_tma_copy_global_to_local .*tensordesc<tensor<([\dx]+)x\D.*memdesc<([\dx]+)x\D"
-    return sum(box.removeprefix("1x1x") != tile for box, tile in re.findall(copy, ttgir))
 
 
 def short_products(ttgir: str) -> int:
@@ -237,11 +210,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
         "hgmma": number("HGMMA"),
         "hmma": number("HMMA"),
         "mufu": number("MUFU"),
-        "copies": number("UTMALDG"),
-        "torn_copies": torn_copies(compiled.asm["ttgir"]),
         "short_products": short_products(compiled.asm["ttgir"]),
-        "consumers": len(re.findall(r"^ *partition\d+\(", compiled.asm["ttgir"], re.MULTILINE)),
-        "register_moves": number("USETMAXREG"),
         "tile_instructions": len(tile),
         "tile_matrix": sum("MMA" in name for name in tile),
         "tile_mufu": sum(name.startswith("MUFU") for name in tile),

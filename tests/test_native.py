@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from longrope_kernels import FactorSet, KVCache, Rope, apply_rotary
+from longrope_kernels import FactorSet, Rope, apply_rotary
 from longrope_kernels.backends import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,22 +100,6 @@ print(len(os.listdir("/proc/self/task")) - before)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(out.stdout) == threads - 1
-
-
-def test_large_caches_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    class Spy:
-        @staticmethod
-        def advise_huge_pages(address: int, size: int) -> None:
-            asked.append((address, size))
-
-    monkeypatch.setattr(native, "_native", Spy)
-    for capacity in (4096, 64):
-        cache = KVCache(Rope.plain(64), 1, capacity, 8, 64, dtype=torch.float32)
-        if capacity == 4096:
-            pools = (*cache._k, *cache._v)
-    assert asked == [(pool.data_ptr(), pool.numel() * 4) for pool in pools]
 
 
 def test_small_calls_stay_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

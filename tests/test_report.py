@@ -1,4 +1,4 @@
-"""`longrope report`: rows of the recorder, the page, the comparison, and what goes wrong."""
+"""benchmarks/report: rows of the recorder, the page, the comparison, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import benchmark_modules  # noqa: F401  whose folder has the report
 import pytest
 import torch
-from typer.testing import CliRunner
-
-from longrope_kernels import report
-from longrope_kernels.cli import app
-from longrope_kernels.report import build, machine, page, plots, results, runs
-from longrope_kernels.report.compare import compare
-from longrope_kernels.report.results import Row
+from report import build, facts, page, results, runs
+from report.__main__ import main
+from report.compare import compare
+from report.make import ROOT, make
+from report.results import Row
 
 MACHINE = {"cpu": "a processor", "threads": 2, "commit": "0123456789ab", "torch": "2.13.0"}
 TESTS = {"passed": ["t.py::a"], "failed": [], "skipped": [], "reasons": {}, "complete": True}
@@ -130,7 +129,7 @@ def test_tests_cut_short_keep_what_they_showed(
     found = runs.run_tests(tmp_path, 17, ("-p", "no:cacheprovider", str(tmp_path)))
     assert not found["complete"]
     assert found["passed"] == ["test_it.py::test_quick"]
-    text = page.render(_report(tests=found), rows(), [])
+    text = page.render(_report(tests=found), rows())
     assert "1 passed, 0 failed, 0 skipped; cut short by the budget" in text
 
 
@@ -173,20 +172,14 @@ def test_tests_of_the_device_come_first(tmp_path: Path) -> None:
         "def test_at(target): pass\n"
         "@pytest.mark.gpu\n"
         "def test_marked(): pass\n"
-        "@pytest.mark.last\n"
-        "@pytest.mark.gpu\n"
-        "def test_marked_last(): pass\n"
     )
     (tmp_path / "test_b.py").write_text("DEVICE = 'cuda'\ndef test_of_module(): pass\n")
-    (tmp_path / "test_c.py").write_text(
-        "import pytest\npytestmark = pytest.mark.last\ndef test_anywhere_last(): pass\n"
-    )
-    (tmp_path / "test_d.py").write_text("def test_anywhere_too(): pass\n")
-    options = ("-p", "longrope_kernels.report.order", "-p", "no:cacheprovider", str(tmp_path))
+    (tmp_path / "test_c.py").write_text("def test_anywhere_too(): pass\n")
+    options = ("-p", "report.order", "-p", "no:cacheprovider", str(tmp_path))
     found = runs.run_tests(tmp_path, 60, options)
     assert [name.partition("::")[2] for name in found["passed"]] == [
-        *("test_at[cuda]", "test_marked", "test_of_module", "test_marked_last"),
-        *("test_anywhere", "test_at[cpu]", "test_anywhere_too", "test_anywhere_last"),
+        *("test_at[cuda]", "test_marked", "test_of_module"),
+        *("test_anywhere", "test_at[cpu]", "test_anywhere_too"),
     ]
 
 
@@ -221,9 +214,9 @@ def test_a_copy_without_git_names_its_commit(
 ) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.delenv("LONGROPE_COMMIT", raising=False)
-    assert machine.describe(tmp_path)["commit"] is None
+    assert facts.describe(tmp_path)["commit"] is None
     monkeypatch.setenv("LONGROPE_COMMIT", "0123456789ab")
-    assert machine.describe(tmp_path)["commit"] == "0123456789ab"
+    assert facts.describe(tmp_path)["commit"] == "0123456789ab"
 
 
 @pytest.fixture
@@ -253,9 +246,9 @@ def git(root: Path, *arguments: str) -> str:
 @needs_git
 def test_a_checkout_names_its_commit_and_whether_it_has_changes(repository: Path) -> None:
     head = git(repository, "rev-parse", "HEAD")[:12]
-    assert machine.commit(repository) == head
+    assert facts.commit(repository) == head
     (repository / "longrope_kernels" / "__init__.py").write_text("changed = True\n")
-    assert machine.commit(repository) == f"{head} with changes"
+    assert facts.commit(repository) == f"{head} with changes"
 
 
 @needs_git
@@ -265,12 +258,13 @@ def test_an_installed_package_has_no_commit_of_the_repository_around_it(
     packages = repository / ".venv" / "site-packages"
     (packages / "longrope_kernels").mkdir(parents=True)
     (packages / "longrope_kernels" / "__init__.py").touch()
-    assert machine.commit(packages) is None
+    assert facts.commit(packages) is None
 
 
-def test_python_runs_the_command_line() -> None:
-    command = [sys.executable, "-m", "longrope_kernels", "report", "--help"]
-    done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=True)
+def test_python_runs_the_command_line_of_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    command = [sys.executable, "-m", "benchmarks.report", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "--compare" in done.stdout
 
 
@@ -320,7 +314,7 @@ def test_what_cannot_be_built_is_told(checkout: Path) -> None:
     failed = build.build(checkout)
     assert failed == "setup.py --quiet build_ext --inplace ended with 3"
     built = {"failed": failed, "seconds": 2.4}
-    lines = page.render(_report(build=built, seconds=71.2), rows(), []).splitlines()
+    lines = page.render(_report(build=built, seconds=71.2), rows()).splitlines()
     assert "This took 71 s, of which 2 s to build what was not built." in lines
     assert f"The compiled backends could not be built: {failed}." in lines
 
@@ -334,7 +328,7 @@ def _report(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_page() -> None:
-    text = page.render(_report(not_measured={"liger": "not installed"}), rows(), ["roofline.png"])
+    text = page.render(_report(not_measured={"liger": "not installed"}), rows())
     lines = text.splitlines()
     assert lines[0] == "# longrope_kernels on a processor"
     assert "- copy: 200 GB/s" in lines
@@ -345,17 +339,8 @@ def test_the_page() -> None:
         *("1.0", "0.9", "1.1", "0.977", "0.01", "2.5", "2.00", "")
     ]
     assert "- liger: not installed" in lines
-    assert "![roofline](roofline.png)" in lines
     assert "1 passed, 0 failed, 0 skipped." in lines
     assert "t.py::a" in lines
-
-
-def test_pictures(tmp_path: Path) -> None:
-    names = plots.draw(rows(), tmp_path)
-    assert names == ["roofline.png", "prefill.png"]
-    for name in names:
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert plots.draw([row("a", 1.0)], tmp_path) == []
 
 
 def test_compare_says_what_is_more_than_noise(tmp_path: Path) -> None:
@@ -422,28 +407,23 @@ def test_round_trip(tmp_path: Path) -> None:
         ('{"format": 1}', "expected a results.json .*rows"),
     ],
 )
-def test_what_is_no_report(tmp_path: Path, content: str | None, message: str) -> None:
+def test_what_is_no_report(
+    tmp_path: Path, content: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if content is not None:
         (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         results.load(tmp_path)
-    outcome = CliRunner().invoke(app, ["report", "--compare", str(tmp_path), str(tmp_path)])
-    assert outcome.exit_code == 1
-    assert "results.json" in outcome.output
-
-
-def test_an_installed_package_has_nothing_to_report(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="run it from a checkout"):
-        report.make(tmp_path / "out", 1, tests=None, benchmarks=(), root=tmp_path)
-    assert not (tmp_path / "out").exists()
+    assert main(["--compare", str(tmp_path), str(tmp_path)]) == 1
+    assert "results.json" in capsys.readouterr().err
 
 
 def test_from_a_checkout_to_a_page(tmp_path: Path) -> None:
-    out, failed = report.make(
+    out, failed = make(
         tmp_path / "out", 60, tests=None, benchmarks=("benchmarks/test_ceilings.py",), builds=False
     )
     assert failed == 0
-    assert {file.name for file in out.iterdir()} >= {"report.md", "results.json"}
+    assert {file.name for file in out.iterdir()} == {"report.md", "results.json"}
     content, members = results.load(out)
     assert [member.name for member in members] == ["copy", "matmul"]
     assert all(member.median > 0 and member.rounds >= 5 for member in members)
@@ -456,7 +436,7 @@ def test_from_a_checkout_to_a_page(tmp_path: Path) -> None:
 def test_a_row_that_the_budget_drops_is_skipped() -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks/test_ceilings.py", "-q", "--budget=0"]
     command += ["benchmarks/test_search.py", "-k", "ceiling or evaluator"]
-    done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "[2] benchmarks" in done.stdout
     assert "2 passed, 2 skipped" in done.stdout
     assert "the budget was spent" in done.stdout

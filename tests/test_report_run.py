@@ -1,4 +1,4 @@
-"""A run of `longrope report` in which something goes wrong: what is left of it is written."""
+"""A report in whose making something goes wrong: what is left of it is written."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import benchmark_modules  # noqa: F401  whose folder has the report
 import pytest
-from typer.testing import CliRunner
+from report import build, facts, make, page, results, runs
+from report.__main__ import BUDGET, main
+from report.compare import compare
 
-from longrope_kernels import report
-from longrope_kernels.cli import app
-from longrope_kernels.report import machine, page, plots, results, runs
-from longrope_kernels.report.compare import compare
-
-BENCHMARKS = report.ROOT / "benchmarks"
+BENCHMARKS = make.ROOT / "benchmarks"
 ROWS = """
 import os, signal, time
 from pathlib import Path
@@ -59,7 +57,7 @@ def checkout(tmp_path: Path) -> Path:
     (root / "tests").mkdir(parents=True)
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(BENCHMARKS, root / "benchmarks", ignore=ignored)
-    (root / "longrope_kernels").symlink_to(report.ROOT / "longrope_kernels")
+    (root / "longrope_kernels").symlink_to(make.ROOT / "longrope_kernels")
     (root / "pytest.ini").write_text("[pytest]\nmarkers =\n    less_important\n")
     return root
 
@@ -69,14 +67,14 @@ def write(root: Path, *names: tuple[str, str], file: str = "test_rows.py") -> st
     return f"benchmarks/{file}"
 
 
-def make(root: Path, budget: float, *benchmarks: str, tests: Any = None) -> report.Written:
+def report(root: Path, budget: float, *benchmarks: str, tests: Any = None) -> make.Written:
     options = {"tests": tests, "benchmarks": ("-p", "no:cacheprovider", *benchmarks)}
-    return report.make(root / "out", budget, **options, builds=False, root=root)
+    return make.make(root / "out", budget, **options, builds=False, root=root)
 
 
 def test_a_benchmark_that_failed_is_told(checkout: Path) -> None:
     names = [("1", name) for name in ("right", "wrong", "ours", "peer")]
-    made = make(checkout, 100, write(checkout, *names))
+    made = report(checkout, 100, write(checkout, *names))
     content, rows = results.load(made.folder)
     assert [row.key for row in rows] == [("group of 1", "right")]
     assert (rows[0].rounds >= 5, rows[0].info) == (True, {"amount": 1})
@@ -93,7 +91,7 @@ def test_a_benchmark_that_failed_is_told(checkout: Path) -> None:
 
 
 def test_a_crash_leaves_what_was_measured(checkout: Path) -> None:
-    made = make(checkout, 100, write(checkout, ("1", "right"), ("2", "crash"), ("3", "right")))
+    made = report(checkout, 100, write(checkout, ("1", "right"), ("2", "crash"), ("3", "right")))
     content, rows = results.load(made.folder)
     assert [row.key for row in rows] == [("group of 1", "right")]
     assert content["failed"] == {"the benchmarks": "pytest ended with -9; its output tells why"}
@@ -115,7 +113,7 @@ def test_a_row_that_does_not_end_is_stopped(
     write(checkout, ("1", "right"), ("2", "hang"), ("3", "right"))
     # With a budget that is spent; the first row is of a file whose rows are measured still.
     shutil.copy(checkout / "benchmarks" / "test_rows.py", checkout / "benchmarks/test_ceilings.py")
-    made = make(checkout, 0, "benchmarks/test_ceilings.py")
+    made = report(checkout, 0, "benchmarks/test_ceilings.py")
     content, rows = results.load(made.folder)
     assert [row.key for row in rows] == [("group of 1", "right")]
     assert content["dropped"] == {"ceilings": {"2": 1, "3": 1}}
@@ -127,7 +125,7 @@ def test_a_row_that_does_not_end_is_stopped(
 def test_where_no_time_is_left_the_ceilings_are_measured(checkout: Path) -> None:
     names = [(size, name) for size in ("1 x 8", "2 x 8") for name in ("a", "b", "c")]
     file = write(checkout, *names)
-    made = make(checkout, 0, "benchmarks/test_ceilings.py", file, tests=("tests",))
+    made = report(checkout, 0, "benchmarks/test_ceilings.py", file, tests=("tests",))
     content, rows = results.load(made.folder)
     assert [row.name for row in rows] == ["copy", "matmul"]
     assert content["dropped"] == {"rows": {"1 x 8": 3, "2 x 8": 3}}
@@ -140,7 +138,7 @@ def test_where_no_time_is_left_the_ceilings_are_measured(checkout: Path) -> None
 
 def test_benchmarks_that_cannot_be_collected_leave_the_rest(checkout: Path) -> None:
     (checkout / "benchmarks" / "conftest.py").write_text("raise OSError('is not there')")
-    made = make(checkout, 100, "benchmarks/test_ceilings.py")
+    made = report(checkout, 100, "benchmarks/test_ceilings.py")
     content, rows = results.load(made.folder)
     assert rows == []
     assert content["failed"] == {"the benchmarks": "pytest ended with 4; its output tells why"}
@@ -150,7 +148,7 @@ def test_benchmarks_that_cannot_be_collected_leave_the_rest(checkout: Path) -> N
 
 def test_a_file_that_cannot_be_collected_has_failed(checkout: Path) -> None:
     (checkout / "benchmarks" / "test_broken.py").write_text("raise OSError('is not there')")
-    content, rows = results.load(make(checkout, 0, "benchmarks/test_broken.py").folder)
+    content, rows = results.load(report(checkout, 0, "benchmarks/test_broken.py").folder)
     assert rows == []
     assert content["failed"]["benchmarks/test_broken.py"].endswith("OSError: is not there")
 
@@ -189,22 +187,19 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def command(*options: str) -> Any:
-    return CliRunner().invoke(app, ["report", *options])
-
-
 def test_the_command_fails_where_a_test_did_and_all_is_written(
-    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    measured: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(report.build, "build", lambda root: None)
-    outcome = command("--out", str(tmp_path / "out"))
-    assert outcome.exit_code == 1
-    assert "1 failed, which the page lists" in outcome.output
+    monkeypatch.setattr(build, "build", lambda root: None)
+    assert main(["--out", str(tmp_path / "out")]) == 1
+    assert "1 failed, which the page lists" in capsys.readouterr().err
     text = (tmp_path / "out" / "report.md").read_text("utf-8")
     assert "## Failed\n\n- 1 test, see Tests\n" in text
     assert "- failed: `t.py::b`: is wrong" in text
-    outcome = command("--out", str(tmp_path / "again"), "--no-tests")
-    assert outcome.exit_code == 0
+    assert main(["--out", str(tmp_path / "again"), "--no-tests"]) == 0
     assert "## Failed" not in (tmp_path / "again" / "report.md").read_text("utf-8")
 
 
@@ -214,13 +209,13 @@ def test_a_report_is_never_written_over_another(
 ) -> None:
     for folder in ("tests", "benchmarks"):
         (tmp_path / folder).mkdir()
-    monkeypatch.setattr(machine, "folder_name", lambda facts: "a-machine")
+    monkeypatch.setattr(facts, "folder_name", lambda facts: "a-machine")
     day = tmp_path / "reports" / "a-machine" / datetime.date.today().isoformat()
     folders = [day, day.with_name(f"{day.name}-2"), day.with_name(f"{day.name}-3")]
     day.mkdir(parents=True)
     (day / "notes.txt").touch()  # in the way of nothing
     for i, folder in enumerate(folders):
-        made = report.make(
+        made = make.make(
             day if named else None, 9, tests=None, benchmarks=(), builds=False, root=tmp_path
         )
         assert made.folder == folder
@@ -244,7 +239,7 @@ def test_a_report_that_ended_meanwhile_keeps_its_folder(
         return of_run(*arguments)
 
     monkeypatch.setattr(runs, "run_benchmarks", run_benchmarks)
-    made = report.make(out, 9, tests=None, benchmarks=(), builds=False)
+    made = make.make(out, 9, tests=None, benchmarks=(), builds=False)
     assert made.folder == tmp_path / "out-2"
     assert (out / "results.json").read_text() == "of the other"
 
@@ -257,62 +252,49 @@ def test_a_folder_without_a_name_gets_one(
     here.mkdir(parents=True)
     (tmp_path / "day" / "report.md").touch()
     monkeypatch.chdir(here)
-    assert report.vacant(Path(out)) == tmp_path / "day-2"
+    assert make.vacant(Path(out)) == tmp_path / "day-2"
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(
-    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    measured: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "file"
     file.touch()
     for out in (file, file / "below"):
-        outcome = command("--out", str(out))
-        assert outcome.exit_code == 1
-        assert f"--out: expected a folder or a path to make one at, {file} is" in outcome.output
-    monkeypatch.setattr(report.os, "access", lambda path, mode: path != tmp_path)
-    outcome = command("--out", str(tmp_path / "a" / "b"))
-    assert outcome.exit_code == 1
-    assert f"--out: expected a folder that can be written, {tmp_path} cannot be" in outcome.output
+        assert main(["--out", str(out)]) == 1
+        told = capsys.readouterr().err
+        assert f"--out: expected a folder or a path to make one at, {file} is" in told
+    monkeypatch.setattr(make.os, "access", lambda path, mode: path != tmp_path)
+    assert main(["--out", str(tmp_path / "a" / "b")]) == 1
+    told = capsys.readouterr().err
+    assert f"--out: expected a folder that can be written, {tmp_path} cannot be" in told
+    assert main(["--budget", "0"]) == 1
+    assert "--budget: expected a second at least, got 0" in capsys.readouterr().err
     assert measured == []
 
 
 def test_what_cannot_be_written_in_the_end_is_kept_elsewhere(
-    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    measured: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     kept = tmp_path / "kept"
-    monkeypatch.setattr(report.tempfile, "mkdtemp", lambda prefix: kept.mkdir() or str(kept))
-    monkeypatch.setattr(report.build, "build", lambda root: None)
+    monkeypatch.setattr(make.tempfile, "mkdtemp", lambda prefix: kept.mkdir() or str(kept))
+    monkeypatch.setattr(build, "build", lambda root: None)
     (tmp_path / "out" / "report.md").mkdir(parents=True)
     (tmp_path / "out" / "report.md" / "report.md").mkdir()
-    outcome = command("--out", str(tmp_path / "out"))
-    assert outcome.exit_code == 1
-    assert f"the report is in {kept}" in outcome.output
+    assert main(["--out", str(tmp_path / "out")]) == 1
+    assert f"the report is in {kept}" in capsys.readouterr().err
     assert results.load(kept)[1] == [results.Row("g", "a", 1.0, 1.0, 1.0, 5)]
     assert (kept / "report.md").exists()
 
 
-def test_pictures_that_fail_cost_no_numbers(
-    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def draw(*arguments: Any) -> Any:
-        raise KeyError("gb_per_s")
-
-    monkeypatch.setattr(plots, "draw", draw)
-    made = report.make(tmp_path / "out", 9, tests=None, benchmarks=(), builds=False)
-    content, rows = results.load(made.folder)
-    assert len(rows) == made.failed == 1
-    assert content["failed"] == {"the pictures": "KeyError: 'gb_per_s'"}
-
-
 def test_the_time_for_everything_is_under_eight_minutes() -> None:
-    (default,) = (p.default for p in _report_options() if p.name == "budget")
-    assert default + runs.LATE + report.WRITING < 8 * 60
-
-
-def _report_options() -> Any:
-    import typer
-
-    return typer.main.get_command(app).commands["report"].params  # type: ignore[attr-defined]
+    assert BUDGET + runs.LATE < 8 * 60
 
 
 # ------------------------------------------------------------------------------------------ clocks
@@ -337,17 +319,17 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_clocks_under_load_are_what_was_answered_in_time(smi: Path) -> None:
-    late = machine.Asked()
+    late = facts.Asked()
     assert late.answer() == {}
     smi.write_text("1755 MHz, 2619 MHz, 640.50 W, 61\n")
-    asked = machine.Asked()
+    asked = facts.Asked()
     assert asked._process is not None
     asked._process.wait()
     sample = asked.answer()
     assert list(sample.values()) == ["1755 MHz", "2619 MHz", "640.50 W", "61"]
     smi.write_text("1980 MHz, [N/A], 650.50 W, 63\n")
-    other = machine._smi(machine._CHANGING)
-    spread = machine.spread([sample, {}, other, other])
+    other = facts._smi(facts._CHANGING)
+    spread = facts.spread([sample, {}, other, other])
     assert spread == {
         "clocks.sm": {"min": 1755, "median": 1980, "max": 1980, "unit": "MHz", "samples": 3},
         "clocks.mem": {"min": 2619, "median": 2619, "max": 2619, "unit": "MHz", "samples": 1},
@@ -363,37 +345,37 @@ def test_clocks_are_those_of_the_first_device_that_torch_sees(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert machine._question(("clocks.sm",))[-1] == f"--id={asked}"
+    assert facts._question(("clocks.sm",))[-1] == f"--id={asked}"
 
 
 def test_without_nvidia_smi_there_are_no_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert machine.Asked().answer() == {}
-    assert machine.spread([{}]) == {}
+    assert facts.Asked().answer() == {}
+    assert facts.spread([{}]) == {}
 
 
 def test_the_page_says_when_clocks_were_seen(
     tmp_path: Path, measured: list[str], smi: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smi.write_text("345 MHz, 2619 MHz, 71.20 W, 40\n")
-    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(facts.torch.cuda, "is_available", lambda: True)
     gpu = {"name": "NVIDIA H100", "driver_version": "580.1", "clocks.max.sm": "1980 MHz"}
-    assert machine._smi(machine._LASTING)["driver_version"] == "580.1"
-    monkeypatch.setattr(machine, "describe", lambda root: {"cpu": "a processor", "gpu": gpu})
+    assert facts._smi(facts._LASTING)["driver_version"] == "580.1"
+    monkeypatch.setattr(facts, "describe", lambda root: {"cpu": "a processor", "gpu": gpu})
     of_run = runs.run_benchmarks
 
     def run_benchmarks(*arguments: Any) -> Any:
         rows, found = of_run(*arguments)
         samples = [{"clocks.sm": "1755 MHz"}, {"clocks.sm": "1980 MHz"}, {"clocks.sm": "1980 MHz"}]
         smi.write_text("1410 MHz, 2619 MHz, 300.00 W, 66\n")
-        return rows, {**found, "clocks": machine.spread(samples)}
+        return rows, {**found, "clocks": facts.spread(samples)}
 
     monkeypatch.setattr(runs, "run_benchmarks", run_benchmarks)
-    made = report.make(tmp_path / "out", 9, tests=None, benchmarks=(), builds=False)
+    made = make.make(tmp_path / "out", 9, tests=None, benchmarks=(), builds=False)
     lines = (made.folder / "report.md").read_text("utf-8").splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines if "|" in line]
-    facts = [fact for fact, _ in cells]
-    assert len(facts) == len(set(facts))
+    names = [fact for fact, _ in cells]
+    assert len(names) == len(set(names))
     values = dict(cells)
     assert values["gpu driver version"] == "580.1"
     assert values["gpu clocks.sm before the run"] == "345 MHz"
@@ -411,6 +393,6 @@ def test_the_page_says_when_clocks_were_seen(
 def test_each_reason_is_told_once() -> None:
     missing = {"liger": "not installed", "a": "no GPU", "b, paged": "no GPU"}
     content = {"machine": {"cpu": "c"}, "date": "", "tests": None, "not_measured": missing}
-    text = page.render(content, [], [])
+    text = page.render(content, [])
     assert "\n## Not measured\n\n- liger: not installed\n- a; b, paged: no GPU\n" in text
-    assert "## Not measured" not in page.render({**content, "not_measured": {}}, [], [])
+    assert "## Not measured" not in page.render({**content, "not_measured": {}}, [])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +27,6 @@ from text import Windows, read_corpus
 from transformers import LlamaForCausalLM
 
 from longrope_kernels import FactorSet, Rope
-from longrope_kernels.report import machine
 from longrope_kernels.rope import scaling
 from longrope_kernels.search.documents import Document
 from longrope_kernels.search.find import Options, find, read_json, write_json
@@ -34,6 +34,10 @@ from longrope_kernels.search.readjust import readjust
 from longrope_kernels.search.source import fingerprint
 from longrope_kernels.search.space import SearchSpace
 from longrope_kernels.search.tune import TuneSettings, tune
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+from report import facts  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Experiment:
         self.book = Book(
             out / "results.json",
             {
-                "machine": machine.describe(Path(__file__).parents[2]),
+                "machine": facts.describe(ROOT),
                 "text": self.corpus.digest,
                 "sizes": asdict(sizes),
                 "files": {

@@ -1,4 +1,4 @@
-"""Which backend serves a call, and the calls into them. Backends never import one another."""
+"""Which backend serves a call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROTARY_CHOICE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference"),
 }
 
-# By device type and by what a call asks for; the reference serves the rest, and float64.
+# By device type and by what a call needs; the reference serves the rest, and float64.
 #   plain: causal or not, at most. torch's SDPA has its fastest kernels for these.
 #   masked: also a window, left padding or packed sequences, for which SDPA takes a mask in memory.
 #   scored: also softcap or the log-sum-exp, which SDPA has not.
@@ -44,6 +44,8 @@ DECODE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 FUSED_HEAD_DIMS = range(16, 257)
 CUDA_HEAD_DIMS = range(8, 129, 8)
+# Of attention.
+WITHOUT_GRADIENTS = ("cuda",)
 
 # Device types each compiled backend serves.
 _DEVICES = {
@@ -114,7 +116,12 @@ def _named(backend: str, device: str) -> str:
 
 @constant_in_graphs
 def choose_attention(
-    backend: str | None, device: str, dtype: torch.dtype, head_dim: int, asks: str
+    backend: str | None,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    needs: str,
+    trains: bool = False,
 ) -> str:
     """The backend for attention: the named one, or the first of `ATTENTION_CHOICE` that can serve.
 
@@ -123,7 +130,8 @@ def choose_attention(
         device: the type of the device the tensors are on.
         dtype: of q, k and v.
         head_dim: of q, k and v.
-        asks: "plain", "masked" or "scored", the columns of the table.
+        needs: "plain", "masked" or "scored", the columns of the table.
+        trains: whether gradients are wanted.
 
     Raises:
         ValueError: an unknown name, or one that does not serve this call.
@@ -132,10 +140,12 @@ def choose_attention(
     if backend is None:
         if dtype == torch.float64:
             return "reference"
-        names = ATTENTION_CHOICE.get(device, ATTENTION_CHOICE["cpu"])[asks]
+        names = ATTENTION_CHOICE.get(device, ATTENTION_CHOICE["cpu"])[needs]
         for name in names:
             if name in ("reference", "composed"):
                 return name
+            if trains and name in WITHOUT_GRADIENTS:
+                continue
             if dtype in FUSED_DTYPES and head_dim in _head_dims(name) and missing(name) is None:
                 return name
         return "reference"
@@ -143,9 +153,14 @@ def choose_attention(
         raise ValueError(
             f"backend: expected one of {', '.join(ATTENTION_BACKENDS)} or None, got {backend!r}"
         )
+    if trains and backend in WITHOUT_GRADIENTS:
+        raise ValueError(
+            f"backend: {backend!r} makes no gradients of q, k and v; expected 'triton', 'composed',"
+            " 'flash-attn-2', 'flash-attn-3' or 'flash-attn-4', or torch.no_grad()"
+        )
     if backend == "composed" and dtype == torch.float64:
         raise ValueError("backend: 'composed' does not serve float64; expected 'reference'")
-    if backend == "composed" and asks == "scored":
+    if backend == "composed" and needs == "scored":
         raise ValueError(
             "backend: 'composed' serves neither softcap nor return_lse; expected 'reference' or "
             "'triton'"

@@ -122,9 +122,9 @@ def decode(
 
 
 def ask_for_huge_pages(x: torch.Tensor) -> None:
-    """Before anything touches x, fresh memory; where that is on the host, and worth it."""
+    """Before anything touches x, fresh memory on the host; where that is worth it."""
     size = x.numel() * x.element_size()
-    if _native is not None and x.device.type == "cpu" and size >= _HUGE:
+    if _native is not None and size >= _HUGE:
         _native.advise_huge_pages(x.data_ptr(), size)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..backends.native import ask_for_huge_pages
 from ..calls import arguments, values
 from ..ops.decode import MAX_QUERIES, decode
 from ..rope.value import Rope, check_device
@@ -434,9 +433,7 @@ class Cache(ABC):
 
 def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Memory of one layer's keys or values, not initialised."""
-    pool = torch.empty(shape, dtype=dtype, device=device)
-    ask_for_huge_pages(pool)
-    return pool
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:

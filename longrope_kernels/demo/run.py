@@ -13,8 +13,6 @@ import transformers
 from tqdm import tqdm
 
 from .. import __version__
-from ..report import ROOT
-from ..report.machine import commit
 from ..rope.value import Rope
 from .errors import errors_at
 from .figure import draw
@@ -125,7 +123,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
         where = f"{platform.machine()} CPU ({capability}), {torch.get_num_threads()} threads"
     return {
         "longrope_kernels": __version__,
-        "commit": commit(ROOT),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

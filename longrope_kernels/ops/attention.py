@@ -83,7 +83,7 @@ def attention(
         return_lse: also return the log-sum-exp of the scores, base e.
         backend: "reference", "composed" (our rotation, then torch's scaled_dot_product_attention),
             "triton" or "cuda" (CUDA; the rotation fused; bfloat16 and float16; "cuda" without
-            Triton, up to a head dim of 128, with gradients by PyTorch's products),
+            Triton, up to a head dim of 128, and without gradients),
             "flash-attn-2", "flash-attn-3" or "flash-attn-4" (our rotation, then that library where
             installed), or None for the first that can serve in `longrope info`'s table. A named
             backend runs or raises.
@@ -156,9 +156,10 @@ def _choose(
         needs = "scored"
     elif call.scores.window or call.keys.start is not None or call.keys.borders is not None:
         needs = "masked"
-    q = call.q
+    q, keys = call.q, call.keys
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys.k, keys.v))
     dim = operator.index(q.shape[-1])  # a constant, also where a graph is traced with dynamic sizes
-    return choose.choose_attention(backend, q.device.type, q.dtype, dim, needs)
+    return choose.choose_attention(backend, q.device.type, q.dtype, dim, needs, trains)
 
 
 def _attend(

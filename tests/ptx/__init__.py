@@ -5,7 +5,7 @@
 - arithmetic.py, conversions.py: what a thread does by itself.
 - memory.py, copies.py: global and shared memory, copies between them that end later.
 - warps.py, matrices.py: what the threads of a warp do together.
-- wgmma.py, mbarriers.py, tensor_maps.py, tensor_copies.py, fences.py: what Hopper adds to that.
+- wgmma.py, fences.py: what Hopper adds to that.
 - order.py: which accesses to shared memory nothing puts in an order.
 - traffic.py: what accesses cost the memories.
 - by_hand.py: runs kernels of a few lines. launch.py, install.py: run Triton's launches.

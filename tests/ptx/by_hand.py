@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 
 from .machine import Machine
@@ -11,11 +9,11 @@ from .memory import GlobalMemory
 from .program import parse
 
 # Bytes of shared memory that they have.
-SHARED = 66048 + 128
+SHARED = 65536
 
 
 def run(
-    body: str, *tensors: torch.Tensor, threads: int = 128, unfenced: Collection[str] = ()
+    body: str, *tensors: torch.Tensor, threads: int = 128, unfenced_copies: bool = False
 ) -> Machine:
     """Run a block: %rd1 and up are the addresses of the tensors, %r1 is %tid.x, %r2 16 times it."""
     parameters = ",\n".join(f".param .u64 .ptr .global .align 1 k_param_{i}" for i in range(9))
@@ -43,7 +41,7 @@ ret;
     memory = GlobalMemory()
     for tensor in tensors:
         memory.add(tensor)
-    machine = Machine(parse(text), threads, SHARED, memory, unfenced)
+    machine = Machine(parse(text), threads, SHARED, memory, unfenced_copies)
     machine.parameters = {f"k_param_{i}": x.data_ptr() for i, x in enumerate(tensors)}
     machine.run((0, 0, 0), (1, 1, 1))
     return machine

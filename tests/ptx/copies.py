@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import tensor_copies
 from .arithmetic import Builder
 from .machine import Machine, Mask, Step
 from .memory import check, shared_places
@@ -94,10 +93,8 @@ def _copy(machine: Machine, instruction: Instruction) -> Step:
 
 
 def build(machine: Machine, instruction: Instruction) -> Step:
-    if instruction.modifiers[0] != "async":
+    if instruction.modifiers[0] != "async" or "bulk" in instruction.modifiers:
         raise NotImplementedError(str(instruction))
-    if "bulk" in instruction.modifiers:
-        return tensor_copies.build(machine, instruction)
     return _copy(machine, instruction)
 
 

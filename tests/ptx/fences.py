@@ -7,7 +7,6 @@ import numpy as np
 from .arithmetic import Builder
 from .machine import Machine, Mask, Step
 from .program import Instruction
-from .tensor_maps import TensorMaps
 
 
 def _fence(machine: Machine, instruction: Instruction) -> Step:
@@ -15,22 +14,13 @@ def _fence(machine: Machine, instruction: Instruction) -> Step:
     if kinds[0] != "proxy":
         # fence.acq_rel, fence.mbarrier_init: the steps of a block are in order.
         return lambda mask: None
-    if kinds[1] == "async":
+    if kinds[1] != "async":
+        raise NotImplementedError(str(instruction))
 
-        def run(mask: Mask) -> None:
-            machine.order.fence(np.unique(machine.warp[machine.active(mask)]))
+    def run(mask: Mask) -> None:
+        machine.order.fence(np.unique(machine.warp[machine.active(mask)]))
 
-        return run
-    if kinds[1] == "tensormap::generic" and "acquire" in kinds:
-        addresses = machine.address(instruction.operands[0])
-        maps = machine.part(TensorMaps)
-
-        def acquire(mask: Mask) -> None:
-            active = machine.active(mask)
-            maps.acquire(np.unique(addresses()[active]), np.unique(machine.warp[active]))
-
-        return acquire
-    raise NotImplementedError(str(instruction))
+    return run
 
 
 BUILDERS: dict[str, Builder] = {"fence": _fence}

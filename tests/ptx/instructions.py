@@ -8,9 +8,7 @@ from . import (
     copies,
     fences,
     matrices,
-    mbarriers,
     memory,
-    tensor_maps,
     warps,
     wgmma,
 )
@@ -23,9 +21,7 @@ BUILDERS = {
     **copies.BUILDERS,
     **fences.BUILDERS,
     **matrices.BUILDERS,
-    **mbarriers.BUILDERS,
     **memory.BUILDERS,
-    **tensor_maps.BUILDERS,
     **warps.BUILDERS,
     **wgmma.BUILDERS,
 }
@@ -40,4 +36,4 @@ def build(machine: Machine, instruction: Instruction) -> Step:
 
 def parts_threads(instruction: Instruction) -> bool:
     """Whether threads may go on from it at different times or places."""
-    return instruction.name in warps.PARTING or instruction.name in mbarriers.PARTING
+    return instruction.name in warps.PARTING

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from triton.runtime.jit import JITFunction
 
 from .machine import Machine
 from .memory import GlobalMemory
-from .order import UNFENCED
 from .program import Program, parse
 
 
@@ -31,7 +30,7 @@ class Compiled:
 
     @property
     def threads(self) -> int:
-        """Of a block; with specialised warps more than what a launch asks for."""
+        """Of a block."""
         return self.program.threads or 32 * int(self.metadata["num_warps"])
 
 
@@ -39,13 +38,12 @@ class Compiled:
 class Device:
     """A GPU that is not there, of compute capability ``arch`` (90 for 9.0).
 
-    unfenced: of `Order`, by default what Triton 3.6 leaves out and no kernel can put in. It fences
-    no cp.async before wgmma (mended by triton-lang/triton #9610), and nothing between the groups
-    of warps of a specialised kernel.
+    unfenced_copies: of `Order`, by default as Triton 3.6 leaves them and no kernel can mend: it
+    fences no cp.async before wgmma (mended by triton-lang/triton #9610).
     """
 
     arch: int
-    unfenced: Collection[str] = UNFENCED
+    unfenced_copies: bool = True
     machine: type[Machine] = Machine
     compiled: dict[Any, Compiled] = field(default_factory=dict)
 
@@ -68,7 +66,7 @@ class Device:
         if machine is None:
             shared = compiled.metadata["shared"]
             of_launch = (compiled.program, compiled.threads, shared, memory)
-            machine = self.machine(*of_launch, self.unfenced)
+            machine = self.machine(*of_launch, self.unfenced_copies)
             compiled.machine = machine
         machine.memory = memory
         names = [name for name, _ in compiled.program.parameters]

@@ -9,7 +9,7 @@ the others. Who waits for a barrier does not run.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -56,8 +56,8 @@ class _DividedError(MachineError):
 class Machine:
     """A block of a program: `run` runs one of them.
 
-    threads: of the block. shared: bytes of shared memory. memory: the global one. unfenced: of
-    `Order`.
+    threads: of the block. shared: bytes of shared memory. memory: the global one.
+    unfenced_copies: of `Order`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Machine:
         threads: int,
         shared: int,
         memory: Any,
-        unfenced: Collection[str] = (),
+        unfenced_copies: bool = False,
     ) -> None:
         from . import instructions  # which need this module's names
 
@@ -77,7 +77,7 @@ class Machine:
         self.registers: dict[str, np.ndarray] = {}
         self.parameters: dict[str, int | float] = {}
         self.shared = np.zeros(shared, np.uint8)
-        self.order = Order(self.warps, shared, unfenced)
+        self.order = Order(self.warps, shared, unfenced_copies)
         self.special = {
             f"%{name}.{axis}": np.zeros(threads, np.uint32)
             for name in ("tid", "ctaid", "ntid", "nctaid")
@@ -100,10 +100,6 @@ class Machine:
         self.parts: dict[Any, Any] = {}
         self.next: Any = 0
         self.resets: list[Callable[[], None]] = []
-        # What ends only when no thread can go on without it, and says whether something did.
-        self.landings: list[Callable[[], bool]] = []
-        # What must hold at the end of a block.
-        self.ends: list[Callable[[], None]] = []
         self.executed = np.zeros(len(program.instructions), np.int64)
         self.now: Instruction | None = None
         self.steps = [self._guarded(i, instructions.build(self, i)) for i in program.instructions]
@@ -215,8 +211,6 @@ class Machine:
         with np.errstate(all="ignore"):
             for mask, at in self._turns():
                 self._run_from(at, mask)
-        for end in self.ends:
-            end()
 
     def _turns(self) -> Iterator[tuple[Mask, int]]:
         """Who runs next, and from where."""
@@ -224,8 +218,6 @@ class Machine:
             self.waits = [wait for wait in self.waits if not wait()]
             ready = ~(self.blocked | self.exited | self.apart)
             if not ready.any():
-                if any(land() for land in self.landings):
-                    continue
                 if self.divided is not None and self.apart.any():
                     raise self.divided
                 at = sorted(

@@ -4,43 +4,35 @@ Vector clocks: a warp counts its own steps from one meeting to the next and know
 one, how far it had come when they last met. An access to a byte is in order where its warp knows of
 the last one that it must not overtake. The threads of a warp are in step here.
 
-Copies of the tensor memory accelerator end on behalf of no warp, but of an agent: one for each
-mbarrier, of which those know who waited for it.
-
-Products of wgmma and copies of the tensor memory accelerator reach shared memory through the async
-proxy, all other accesses through the generic one. An access by the async proxy comes after one by
-the generic proxy only where fence.proxy.async stands on the way from one to the other (PTX ISA 8.7,
-memory consistency model, proxy-preserved base causality order); any warp on that way may execute
-it. A second clock counts up to where the steps of each warp are fenced so. The other way round none
-is needed: who waits for the async proxy waits for a fence, too.
+Products of wgmma read shared memory through the async proxy, all other accesses go through the
+generic one. An access by the async proxy comes after one by the generic proxy only where
+fence.proxy.async stands on the way from one to the other (PTX ISA 8.7, memory consistency model,
+proxy-preserved base causality order); any warp on that way may execute it. A second clock counts up
+to where the steps of each warp are fenced so. The other way round none is needed: who waits for the
+async proxy waits for a fence, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
-# Bytes in which matrices of wgmma and boxes of the tensor memory accelerator lie together.
+# Bytes in which matrices of wgmma lie together.
 CHUNK = 16
-# mbarriers that a block can have.
-AGENTS = 256
-# What the async proxy reads after cp.async wrote it; what it writes after the generic proxy wrote
-# or read it.
-UNFENCED = ("copied", "overwritten", "read")
 
 
 class Order:
     """Of ``warps`` warps over ``size`` bytes.
 
-    unfenced: what passes without a proxy fence although the PTX ISA asks for one, of `UNFENCED`.
+    unfenced_copies: what cp.async wrote passes to the async proxy without a proxy fence, although
+    the PTX ISA asks for one.
     """
 
-    def __init__(self, warps: int, size: int, unfenced: Collection[str] = ()) -> None:
+    def __init__(self, warps: int, size: int, unfenced_copies: bool = False) -> None:
         size = -(-size // CHUNK) * CHUNK
-        self.warps, self.unfenced = warps, unfenced
-        self.known = np.zeros((warps, warps + AGENTS), np.int32)
+        self.warps, self.unfenced_copies = warps, unfenced_copies
+        self.known = np.zeros((warps, warps), np.int32)
         self.fenced = np.zeros_like(self.known)
         self.writer = np.zeros(size, np.int16)
         self.written = np.zeros(size, np.int32)
@@ -53,15 +45,14 @@ class Order:
         self.in_use = np.zeros(size, np.int16)
         # The last one to write was cp.async.
         self.by_copy = np.zeros(size, bool)
-        self.landed = np.zeros(AGENTS, np.int32)
         self.own = np.arange(warps)
-        # Of `unfenced`: what there was, in all blocks so far.
-        self.passed: set[str] = set()
+        # Whether there was one, in any block so far.
+        self.passed = False
 
     def reset(self) -> None:
         self.known[:] = 0
         self.known[self.own, self.own] = 1
-        for x in (self.fenced, self.writer, self.written, self.read, self.landed):
+        for x in (self.fenced, self.writer, self.written, self.read):
             x[:] = 0
         if self.uses:
             self.used[:] = 0
@@ -73,20 +64,6 @@ class Order:
         self.known[warps] = self.known[warps].max(0)
         self.fenced[warps] = self.fenced[warps].max(0)
         self._step(warps)
-
-    def clock(self) -> np.ndarray:
-        """Where `give` leaves what warps know."""
-        return np.zeros((2, self.warps + AGENTS), np.int32)
-
-    def give(self, warps: Any, to: np.ndarray) -> None:
-        """Warps leave what they know in ``to``, of `clock`; `take` gets it from there."""
-        np.maximum(to[0], self.known[warps].max(0), out=to[0])
-        np.maximum(to[1], self.fenced[warps].max(0), out=to[1])
-        self._step(warps)
-
-    def take(self, warps: Any, of: np.ndarray) -> None:
-        self.known[warps] = np.maximum(self.known[warps], of[0])
-        self.fenced[warps] = np.maximum(self.fenced[warps], of[1])
 
     def fence(self, warps: Any) -> None:
         """fence.proxy.async by warps: of all writes they know of, their own among them."""
@@ -112,10 +89,10 @@ class Order:
         if self.copied[places].any():
             return "writes where a copy that was not waited for is going on"
         if self.in_use[places].any():
-            return "writes what a product or copy that was not waited for may still read"
+            return "writes what a product that was not waited for may still read"
         if (self.written[places] > self.known[warp, self.writer[places]]).any():
             return "writes what another warp wrote, with no barrier between"
-        known = self.known[warp, : self.warps]
+        known = self.known[warp]
         for clock in (self.read, self.used) if self.uses else (self.read,):
             if (clock[:, places] > np.moveaxis(known, -1, 0)).any():
                 return "writes what another warp reads, with no barrier between"
@@ -134,13 +111,6 @@ class Order:
 
     # -------------------------------------------------------------------- of the async proxy
 
-    def _forbids(self, what: str, where: np.ndarray) -> bool:
-        """Whether something of `UNFENCED`, if it is anywhere, is an error; else it is noted."""
-        if not where.any():
-            return False
-        self.passed.add(what)
-        return what not in self.unfenced
-
     def begin_use(self, chunks: np.ndarray, warps: np.ndarray) -> str | None:
         """Warps have the async proxy read chunks, each once, from now to `end_use`."""
         if _of(self.copied, chunks).any():
@@ -148,9 +118,10 @@ class Order:
         writer, written = _of(self.writer, chunks), _of(self.written, chunks)
         if (written > self.known[warps].min(0)[writer]).any():
             return "reads what another warp wrote, with no barrier between"
-        bare = (writer < self.warps) & (written > self.fenced[warps].min(0)[writer])
+        bare = written > self.fenced[warps].min(0)[writer]
         copied = bare & _of(self.by_copy, chunks)
-        if self._forbids("copied", copied) or (bare & ~copied).any():
+        self.passed |= bool(copied.any())
+        if ((bare & ~copied) if self.unfenced_copies else bare).any():
             return "reads what the generic proxy wrote, with no fence.proxy.async between"
         self.in_use.reshape(-1, CHUNK)[chunks] += 1
         return None
@@ -161,36 +132,6 @@ class Order:
         for warp in warps:
             self.used[warp].reshape(-1, CHUNK)[chunks] = self.known[warp, warp]
         self.uses = True
-
-    def begin_copy(self, chunks: np.ndarray, warp: int) -> str | None:
-        """A warp has the async proxy write chunks, until `land`."""
-        if _of(self.copied, chunks).any():
-            return "writes where a copy that was not waited for is going on"
-        if _of(self.in_use, chunks).any():
-            return "writes what a product or copy that was not waited for may still read"
-        writer, written = _of(self.writer, chunks), _of(self.written, chunks)
-        if (written > self.known[warp][writer]).any():
-            return "writes what another warp wrote, with no barrier between"
-        bare = (writer < self.warps) & (written > self.fenced[warp][writer])
-        if self._forbids("overwritten", bare):
-            return "writes what the generic proxy wrote, with no fence.proxy.async between"
-        known = self.known[warp, : self.warps, None, None]
-        read, used = (x.reshape(self.warps, -1, CHUNK)[:, chunks] for x in (self.read, self.used))
-        if (np.maximum(read, used) > known).any():
-            return "writes what another warp reads, with no barrier between"
-        if self._forbids("read", read > self.fenced[warp, : self.warps, None, None]):
-            return "writes what the generic proxy read, with no fence.proxy.async between"
-        self.copied.reshape(-1, CHUNK)[chunks] = True
-        return None
-
-    def land(self, chunks: np.ndarray, agent: int, to: np.ndarray) -> None:
-        """A copy has ended: those know who `take` from ``to``."""
-        self.landed[agent] += 1
-        self.copied.reshape(-1, CHUNK)[chunks] = False
-        self.by_copy.reshape(-1, CHUNK)[chunks] = False
-        self.writer.reshape(-1, CHUNK)[chunks] = self.warps + agent
-        self.written.reshape(-1, CHUNK)[chunks] = self.landed[agent]
-        to[:, self.warps + agent] = self.landed[agent]
 
 
 def _of(x: np.ndarray, chunks: np.ndarray) -> np.ndarray:

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 
 class Address(NamedTuple):
-    """``[base + offset]``; of a tensor map ``[base, {coordinates}]``."""
+    """``[base + offset]``."""
 
     base: str
     offset: int = 0
-    coordinates: tuple[str, ...] = ()
 
 
 # A register, a number or a symbol; several of them in braces; an address.
@@ -150,12 +149,8 @@ class _Parser:
         if text.startswith("{"):
             return tuple(self._known(x) for x in _split(text[1:-1]))
         if text.startswith("["):
-            base, *coordinates = _split(text[1:-1])
-            base, _, offset = base.partition("+")
-            inner = _split(coordinates[0][1:-1]) if coordinates else []
-            return Address(
-                self._known(base.strip()), int(offset or "0"), tuple(map(self._known, inner))
-            )
+            base, _, offset = text[1:-1].partition("+")
+            return Address(self._known(base.strip()), int(offset or "0"))
         return self._known(text)
 
 

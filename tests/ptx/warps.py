@@ -133,19 +133,6 @@ def _reduce(machine: Machine, instruction: Instruction) -> Step:
     return run
 
 
-def _elect(machine: Machine, instruction: Instruction) -> Step:
-    """elect.sync: one lane of the warp, the first one."""
-    lane, _, elected = str(instruction.operands[0]).partition("|")
-    result, chosen = machine.target(lane, "b32"), machine.target(elected, "pred")
-
-    def run(mask: Mask) -> None:
-        machine.whole_warps(mask)
-        np.copyto(result, np.uint32(0), where=mask)
-        np.copyto(chosen, machine.thread % WARP == 0, where=mask)
-
-    return run
-
-
 def _nothing(machine: Machine, instruction: Instruction) -> Step:
     return lambda mask: None
 
@@ -155,12 +142,10 @@ BUILDERS: dict[str, Builder] = {
     "bar": _barrier,
     "barrier": _barrier,
     "bra": _branch,
-    "elect": _elect,
     "exit": _leave,
     "griddepcontrol": _nothing,
     "membar": _nothing,
     "redux": _reduce,
     "ret": _leave,
-    "setmaxnreg": _nothing,
     "shfl": _shuffle,
 }

@@ -1,9 +1,8 @@
-"""What every launch of a Triton kernel needs: the device, its numbers, memory for descriptors."""
+"""What every launch of a Triton kernel needs: the device and its numbers."""
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from typing import Any
 
 import torch
@@ -36,22 +35,3 @@ def run_launch(plan: Any) -> None:
     plan.kernel[plan.grid](
         *plan.args, **plan.constants, num_warps=plan.warps, num_stages=plan.stages
     )
-
-
-def run_launch_with_scratch(plan: Any, device: torch.device) -> None:
-    """Launch what may ask Triton for memory (descriptors made on the device).
-
-    Triton keeps its allocator in a context variable: set in a copy of the context, it does not
-    replace the caller's. The memory belongs to the current stream, as that of every tensor does,
-    also while a CUDA graph is captured.
-    """
-    import triton
-
-    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int8, device=device)
-
-    def run() -> None:
-        triton.set_allocator(allocate)
-        run_launch(plan)
-
-    contextvars.copy_context().run(run)

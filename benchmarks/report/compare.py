@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .page import table
 from .results import Row, load
-from .text import table
 
 ENOUGH = 3  # rounds, of which the times at 20 and 80 % are not all one
 

@@ -1,4 +1,4 @@
-"""`longrope report`: tests, then benchmarks, then a page with what this machine showed."""
+"""A report from beginning to end."""
 
 from __future__ import annotations
 
@@ -11,25 +11,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import build, machine, page, plots, results, runs
+from . import build, facts, page, results, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS_SHARE = 0.45  # of the budget, at most; what the tests leave goes to the benchmarks
-WRITING = 5  # seconds for the page and its pictures
-
-
-def check_checkout(root: Path = ROOT) -> None:
-    """The tests and benchmarks are part of the repository, not of an installed package.
-
-    Raises:
-        RuntimeError: they are not there.
-    """
-    for folder in ("tests", "benchmarks"):
-        if not (root / folder).is_dir():
-            raise RuntimeError(
-                f"a report needs the repository's {folder}/, and {root} has none: run it from a "
-                "checkout (git clone, then python -m longrope_kernels report)"
-            )
 
 
 class Written(NamedTuple):
@@ -48,7 +33,7 @@ def make(
     builds: bool = True,
     root: Path = ROOT,
 ) -> Written:
-    """Run everything and write report.md, results.json and PNGs into one folder.
+    """Run everything and write report.md and results.json into one folder.
 
     Args:
         out: the folder, made if needed; None for reports/<device>/<date>/ in the checkout. Where
@@ -63,26 +48,24 @@ def make(
         root: the checkout.
 
     Raises:
-        RuntimeError: there is no checkout.
         ValueError: nothing can be written into ``out``; nothing was run.
         OSError: nor could it be in the end. The message says where the report is.
     """
-    check_checkout(root)
     begin = time.monotonic()
-    facts = machine.describe(root)
+    machine = facts.describe(root)
     date = datetime.date.today().isoformat()
-    out = out or root / "reports" / machine.folder_name(facts) / date
+    out = out or root / "reports" / facts.folder_name(machine) / date
     check_out(vacant(out))
-    report: dict[str, Any] = {"machine": facts, "date": date, "tests": None}
-    clocks = {"before": machine.clocks()}
+    report: dict[str, Any] = {"machine": machine, "date": date, "tests": None}
+    clocks = {"before": facts.clocks()}
     failed = build.build(root) if builds else None
     report["build"] = {"failed": failed, "seconds": time.monotonic() - begin}
     if tests is not None:
         share = TESTS_SHARE * (budget - report["build"]["seconds"])
         report["tests"] = runs.run_tests(root, share, (*runs.options_here(), *tests))
-    left = budget - WRITING - (time.monotonic() - begin)
+    left = budget - (time.monotonic() - begin)
     rows, found = runs.run_benchmarks(root, left, benchmarks)
-    facts["clocks"] = {**clocks, "during": found.pop("clocks"), "after": machine.clocks()}
+    machine["clocks"] = {**clocks, "during": found.pop("clocks"), "after": facts.clocks()}
     report |= found
     report["seconds"] = time.monotonic() - begin
     out = vacant(out)  # another report may have ended since
@@ -111,19 +94,14 @@ def check_out(out: Path) -> None:
 
 
 def write(out: Path, report: dict[str, Any], rows: list[results.Row]) -> None:
-    """All files of a report, whose "failed" is told of pictures that could not be drawn.
+    """Both files of a report.
 
     Raises:
         OSError: they cannot be put into ``out``; the message says where they are.
     """
     folder = Path(tempfile.mkdtemp(prefix="longrope-report-"))
-    try:
-        pictures = plots.draw(rows, folder)
-    except Exception as error:  # the numbers are worth more than their pictures
-        pictures = []
-        report["failed"]["the pictures"] = f"{type(error).__name__}: {error}"
     results.save(folder / "results.json", report, rows)
-    (folder / "report.md").write_text(page.render(report, rows, pictures), encoding="utf-8")
+    (folder / "report.md").write_text(page.render(report, rows), encoding="utf-8")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for file in folder.iterdir():

@@ -1,9 +1,6 @@
 """A pytest plugin: the tests that the device runs come first, the others where time is left.
 
-Those marked ``last``, of forms that are off by default, are the last of the first: should one hang,
-the rest is done.
-
-``python -m pytest -p longrope_kernels.report.order``
+``python -m pytest -p report.order``
 """
 
 from __future__ import annotations
@@ -15,11 +12,7 @@ PLACES = {"CUDA", "DEVICE", "TRITON", "COMPILED"}
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    items.sort(key=lambda item: (not _on_device(item), _is_last(item)))
-
-
-def _is_last(item: Any) -> bool:
-    return item.get_closest_marker("last") is not None
+    items.sort(key=lambda item: not _on_device(item))
 
 
 def _on_device(item: Any) -> bool:

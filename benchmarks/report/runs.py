@@ -21,7 +21,8 @@ MOST_PROCESSES = 16  # that share a GPU; each has a context there
 LATE = 5  # seconds that a row may take beyond the budget before the benchmarks are stopped
 CEILINGS = 45  # seconds that they have at least, in which they measure the ceilings
 ENDED = (0, 1, None)  # pytest: all passed, some failed, or it was stopped when its time was over
-RECORDER = ("-p", "longrope_kernels.report.recorder", "-q", "--no-header")
+RECORDER = ("-p", "report.recorder", "-q", "--no-header")
+PLUGINS = Path(__file__).resolve().parents[1]  # where that is found
 
 
 def options_here() -> tuple[str, ...]:
@@ -32,7 +33,7 @@ def options_here() -> tuple[str, ...]:
     """
     if not torch.cuda.is_available():
         return ()
-    options: tuple[str, ...] = ("-p", "longrope_kernels.report.order", "-m", "gpu or not slow")
+    options: tuple[str, ...] = ("-p", "report.order", "-m", "gpu or not slow")
     if importlib.util.find_spec("xdist") is not None:
         options += ("-n", str(min(os.cpu_count() or 1, MOST_PROCESSES)), "--dist", "loadgroup")
     return options
@@ -97,7 +98,8 @@ def _pytest(
     command = [sys.executable, "-m", "pytest", *arguments]
     # Not those of a pytest around this one: under xdist it would time nothing.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    inherited_path = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join(filter(None, [str(root), str(PLUGINS), inherited_path]))
     # A session of its own: nothing that it started may go on beside the benchmarks.
     process = subprocess.Popen(
         command,

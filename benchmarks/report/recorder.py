@@ -1,6 +1,6 @@
 """A pytest plugin: one JSON line a finished test, so that a run cut short has told what it knew.
 
-``python -m pytest -p longrope_kernels.report.recorder`` with ``LONGROPE_RECORD`` naming the file.
+``python -m pytest -p report.recorder`` with ``LONGROPE_RECORD`` naming the file.
 A benchmark's line has its row; see benchmarks/conftest.py.
 """
 

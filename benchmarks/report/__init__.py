@@ -1,0 +1,1 @@
+"""``python -m benchmarks.report``: tests, then benchmarks, then a page about this machine."""
