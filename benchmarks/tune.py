@@ -23,14 +23,21 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from longrope_kernels.masks import Mask
 
 from longrope_kernels import Rope
-from longrope_kernels.backends import triton_launch
-from longrope_kernels.calls import CacheTensors, Scoring
+from longrope_kernels.backends.triton import launch as triton_launch
+from longrope_kernels.calls.records import (
+    AttentionCall,
+    DecodeCall,
+    Keys,
+    RotaryCall,
+    Scores,
+    Selection,
+)
 from longrope_kernels.kernels import attention, attention_backward, decode, rotary
 from longrope_kernels.kernels.attention_backward import Configs
-from longrope_kernels.kernels.attention_tiles import Launch, table_of
+from longrope_kernels.kernels.attention_tiles import table_of
+from longrope_kernels.kernels.launch import Launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -75,13 +82,13 @@ def forward(dim: int, shape: Shape, arch: int) -> Iterator[Job]:
             for heads, tokens in ((shape.heads, queries), *[(shape.kv_heads, shape.seq)] * 2)
         )
         out, lse = torch.empty_like(q), q.new_empty(1, shape.heads, queries, dtype=torch.float32)
-        tensors = (q, k, v, out, lse, _scoring(dim, shape, causal, queries))
+        call = _call(q, k, v, causal)
         in_registers = name == "registers"
         yield Job(
             name,
             attention.choose_config(arch, dim, causal, in_registers),
-            lambda config, tensors=tensors, rotated=not in_registers: [
-                attention.plan(*tensors, rotated, arch, config)
+            lambda config, given=(call, out, lse, not in_registers): [
+                attention.plan(*given, arch, config)
             ],
             (out, lse),
         )
@@ -92,11 +99,11 @@ def backward(dim: int, shape: Shape, arch: int) -> Iterator[Job]:
     q, out, d_out = (shape.random(shape.heads, dim) for _ in range(3))
     k, v = (shape.random(shape.kv_heads, dim) for _ in range(2))
     lse = q.new_empty(1, shape.heads, shape.seq, dtype=torch.float32)
-    delta, scoring = torch.empty_like(lse), _scoring(dim, shape, True, shape.seq)
-    _run([attention.plan(q, k, v, out, lse, scoring, True, arch)])
+    delta, call = torch.empty_like(lse), _call(q, k, v, True)
+    _run([attention.plan(call, out, lse, True, arch)])
     _run([attention_backward.plan_delta(d_out, None, out, lse, delta)])
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    tensors = (d_out, q, k, v, lse, delta, dq, dk, dv, scoring, arch)
+    given = (call, d_out, lse, delta, dq, dk, dv, arch)
     present = attention_backward.choose_configs(arch, dim)
     for name, entry, which, filled in (
         ("dk_dv", present.dk, 0, (dk, dv)),
@@ -108,9 +115,9 @@ def backward(dim: int, shape: Shape, arch: int) -> Iterator[Job]:
             name,
             entry,
             lambda config, which=which, fused=name == "dk_dv": [
-                attention_backward.plan(
-                    *tensors, Configs(config, None if fused else config, config)
-                )[which]
+                attention_backward.plan(*given, Configs(config, None if fused else config, config))[
+                    which
+                ]
             ],
             filled,
         )
@@ -120,19 +127,23 @@ def decoding(dim: int, shape: Shape, arch: int) -> Iterator[Job]:
     """One query of each head, and as many as make more than 16 rows for a KV head."""
     groups = shape.heads // shape.kv_heads
     k, v = (shape.random(shape.kv_heads, dim) for _ in range(2))
-    cache = CacheTensors(k, v, torch.full((1,), shape.seq, device=DEVICE))
-    rotation = Rope.plain(dim).tables(DEVICE)
+    keys = Keys(k, v, lens=torch.full((1,), shape.seq, device=DEVICE))
+    tables, scores = Rope.plain(dim).tables(DEVICE), Scores(True, dim**-0.5)
     for name, queries in (("up to 16 rows", 1), ("more rows", 16 // groups + 1)):
         q = shape.random(shape.heads, dim, queries)
         out, lse = torch.empty_like(q), q.new_empty(1, shape.heads, queries, dtype=torch.float32)
 
-        def launches(config: Any, q: Any = q, out: Any = out, lse: Any = lse) -> list[Launch]:
-            multiprocessors = triton_launch.multiprocessors_of(q, 16)
-            splits = decode.splits_of(q, cache, arch, multiprocessors, config)
+        call = DecodeCall(q, keys, tables, Selection(), scores)
+
+        def launches(
+            config: Any, call: DecodeCall = call, out: Any = out, lse: Any = lse
+        ) -> list[Launch]:
+            multiprocessors = triton_launch.multiprocessors_of(call.q, 16)
+            splits = decode.splits_of(call, arch, multiprocessors, config)
             of_splits = (splits.most, *lse.shape)
             scratch = (lse.new_empty(*of_splits, dim), lse.new_empty(of_splits))
-            rest = (cache, rotation, dim**-0.5, 0, 0.0, arch, splits, config)
-            return decode.plan(q, out, lse, scratch if splits.most > 1 else None, *rest)
+            rest = (scratch if splits.most > 1 else None, arch, splits, config)
+            return decode.plan(call, out, lse, *rest)
 
         rows = queries * groups
         yield Job(name, decode.choose_config(arch, dim, rows), launches, (out, lse))
@@ -142,12 +153,13 @@ def rotating(dim: int, shape: Shape, arch: int) -> Iterator[Job]:
     """q and k out of place."""
     q, k = shape.random(shape.heads, dim), shape.random(shape.kv_heads, dim)
     outputs = torch.empty_like(q), torch.empty_like(k)
-    rest = (torch.arange(shape.seq, device=DEVICE)[None], Rope.plain(dim).tables(DEVICE), None)
+    positions, tables = torch.arange(shape.seq, device=DEVICE)[None], Rope.plain(dim).tables(DEVICE)
+    call = RotaryCall(q, k, positions, tables, Selection())
 
     def launches(tile: Any) -> list[Launch]:
-        made = rotary.plan(q, k, *outputs, *rest, False, tile)
+        made = rotary.plan(call, *outputs, tile)
         assert made is not None
-        return [Launch(rotary.rotary_kernel, made.grid, made.args, made.constants, made.warps, 3)]
+        return [made]
 
     most = max(shape.heads, shape.kv_heads)
     present = rotary.choose_tile(shape.seq, most, dim // 2, 0, shape.dtype.itemsize, False)
@@ -157,10 +169,12 @@ def rotating(dim: int, shape: Shape, arch: int) -> Iterator[Job]:
 JOBS = {"forward": forward, "backward": backward, "decode": decoding, "rotary": rotating}
 
 
-def _scoring(dim: int, shape: Shape, causal: bool, queries: int) -> Scoring:
-    at = torch.arange(shape.seq, device=DEVICE)[None]
-    rotation = Rope.plain(dim).tables(DEVICE)
-    return Scoring(at[:, shape.seq - queries :], at, rotation, Mask(causal), dim**-0.5, 0.0)
+def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> AttentionCall:
+    """The queries are the last tokens."""
+    (queries, dim), tokens = (q.shape[1], q.shape[3]), k.shape[1]
+    at = torch.arange(tokens, device=DEVICE)[None]
+    tables, scores = Rope.plain(dim).tables(DEVICE), Scores(causal, dim**-0.5)
+    return AttentionCall(q, at[:, tokens - queries :], Keys(k, v, at), tables, Selection(), scores)
 
 
 def _run(launches: Sequence[Launch]) -> None:

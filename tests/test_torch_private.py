@@ -1,0 +1,136 @@
+"""What is taken of torch that is not public: each still does what the package takes it for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longrope_kernels import Rope, apply_rotary, torch_private
+from longrope_kernels.torch_private import unwatched
+
+
+class Watcher(TorchDispatchMode):
+    """Sees every op that is called, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+def test_plain_tensors_are_unwatched() -> None:
+    x = torch.zeros(2)
+    assert unwatched(x, torch.nn.Parameter(x, requires_grad=False))
+    with torch.no_grad():
+        assert unwatched(x.clone().requires_grad_())
+    with torch.inference_mode():
+        assert unwatched(torch.zeros(2))
+
+
+WATCHED: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "a dispatch mode": Watcher,
+    "fake tensors": FakeTensorMode,
+    "the profiler": lambda: torch.profiler.profile(),
+    "forward-mode derivatives": torch.autograd.forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("context", WATCHED.values(), ids=WATCHED)
+def test_who_watches_is_seen(context: Callable[[], AbstractContextManager[object]]) -> None:
+    x = torch.zeros(2)
+    with context():
+        assert not unwatched(x)
+    assert unwatched(x)
+
+
+def test_recording_tracing_and_vectorising_are_seen() -> None:
+    seen: list[bool] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(unwatched(x))
+        return x + 1
+
+    look(torch.zeros(2, requires_grad=True))
+    torch.vmap(look)(torch.zeros(2, 2))
+    torch.func.grad(lambda x: look(x).sum())(torch.zeros(2))
+    torch.jit.trace(look, torch.zeros(2), check_trace=False)
+
+    class Own(torch.Tensor):
+        pass
+
+    look(torch.zeros(2).as_subclass(Own))
+    assert seen == [False] * 5
+
+
+def test_a_mode_sees_the_op() -> None:
+    """The short way is not taken where somebody counts ops."""
+    q = torch.randn(1, 4, 2, 8)
+    with Watcher() as watcher:
+        apply_rotary(q, None, torch.arange(4), Rope.plain(8), backend="native")
+    assert "longrope_kernels.rotary.default" in watcher.seen
+
+
+def test_in_place_counts_as_a_change() -> None:
+    """What autograd saved before is refused after, on the short way too."""
+    q = torch.randn(1, 4, 2, 8)
+    weight = torch.ones_like(q, requires_grad=True)
+    product = weight * q
+    apply_rotary(q, None, torch.arange(4), Rope.plain(8), inplace=True, backend="native")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+def test_below_autograd() -> None:
+    """An op inside that context does not come to its rule for gradients."""
+    flags = []
+    with torch_private.below_autograd():
+        x = torch.ones(2, requires_grad=True)
+        flags.append((x * 2).requires_grad)
+    flags.append((x * 2).requires_grad)
+    assert flags == [False, True]
+
+
+def test_constants_and_static_sizes_in_graphs() -> None:
+    """A marked function is called once, while tracing; a marked tensor has no symbolic size."""
+    calls = []
+
+    @torch_private.constant_in_graphs
+    def chosen() -> str:
+        calls.append(1)
+        return "native"
+
+    table = torch.zeros(2, 3)
+    torch_private.static_in_graphs(table)
+    sizes = []
+
+    def backend(graph, inputs):  # type: ignore[no-untyped-def]
+        seen = (node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder"))
+        sizes.extend(x.shape for x in seen if isinstance(x, torch.Tensor))
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, t: (x * 2 if chosen() == "native" else x) + t.sum(),
+        backend=backend,
+        dynamic=True,
+        fullgraph=True,
+    )
+    compiled(torch.zeros(4), table)
+    compiled(torch.zeros(5), table)
+    assert len(calls) == 1
+    assert [[isinstance(n, int) for n in size] for size in sizes] == [[False], [True, True]]
+
+
+def test_fake_mode() -> None:
+    with FakeTensorMode() as mode:
+        x = torch.zeros(2)
+    assert torch_private.fake_mode_of(x) is mode
+    assert torch_private.fake_mode_of(torch.zeros(2)) is None
