@@ -12,10 +12,17 @@ import torch
 from . import hf_config, phase, rope_io
 from .calls import Rotation
 from .scaling_checks import warn_about
-from .scaling_formulas import extension_attention_factor
+from .scaling_formulas import LARGEST, extension_attention_factor
 
 # The bound of a set that has none. Lengths are at most 2**31, so no sequence passes it.
 UNBOUNDED = 2**62
+# Radians per token. A float64 keeps 53 bits of a frequency and the farthest position takes 31 of
+# them: up to 2**24 what is left still says to 2**31 * 2**-54 * 2**24 = 2 rad where the pair stands.
+# Above it the low bits of a step are no angle, they are what was rounded.
+FASTEST = 2.0**24
+# A pair turns by at most 1 / lambda rad, for any base of 1 or more. There is no upper bound: large
+# factors have a step of 0, and their pairs stand still.
+LEAST_FACTOR = 1 / FASTEST
 
 _HOST = torch.device("cpu")
 
@@ -25,7 +32,7 @@ class FactorSet:
     """One factor per pair of dimensions, and where they hold.
 
     Attributes:
-        factors: ``lambda_i``, P finite numbers above 0; pair ``i`` turns by
+        factors: ``lambda_i``, P finite numbers of 2**-24 or more; pair ``i`` turns by
             ``n * base**(-i / P) / lambda_i`` at position ``n``.
         n_hat: tokens at positions below it keep the original embedding, neither scaled nor
             multiplied by ``attention_factor``. 0 means no threshold.
@@ -42,7 +49,7 @@ class FactorSet:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", _as_factors("factors", self.factors))
+        object.__setattr__(self, "factors", as_factors("factors", self.factors))
         check_n_hat(self.n_hat)
         check_attention_factor(self.attention_factor)
         if self.max_length is not None and (
@@ -95,6 +102,8 @@ class Rope:
         if sorted(set(bounds)) != bounds:
             shown = [s.max_length for s in sets]
             raise ValueError(f"sets: expected ascending max_length (None last), got {shown}")
+        for factor_set in sets:
+            _check_frequencies(self.base, factor_set.factors)
         self.tables(_HOST)
 
     @classmethod
@@ -137,7 +146,13 @@ class Rope:
             base: as in `Rope`.
             interleaved: as in `Rope`.
         """
-        _check_length("original_max_position_embeddings", original_max_position_embeddings, 2)
+        original = original_max_position_embeddings
+        _check_length("original_max_position_embeddings", original, 2)
+        if not _is_int(original) or original > 2**31:
+            raise ValueError(
+                "original_max_position_embeddings: expected a whole number of tokens up to 2**31, "
+                f"got {original}"
+            )
         if max_position_embeddings is not None:
             _check_length("max_position_embeddings", max_position_embeddings, 1)
         if attention_factor is None:
@@ -151,8 +166,8 @@ class Rope:
             )
         short_a, long_a = _pair("attention_factor", attention_factor)
         short_n, long_n = _pair("n_hat", n_hat)
-        short = _as_factors("short_factor", short_factor)
-        long = _as_factors("long_factor", long_factor)
+        short = as_factors("short_factor", short_factor)
+        long = as_factors("long_factor", long_factor)
         if len(short) != len(long):
             raise ValueError(
                 f"long_factor: expected {len(short)} factors as in short_factor, got {len(long)}"
@@ -175,7 +190,8 @@ class Rope:
         """The `Rope` of a Hugging Face config, of any type of transformers but axial.
 
         Types: default, linear, dynamic, yarn, llama3, proportional (one set each), longrope and
-        its old name "su" (two sets).
+        its old names "su" and, in Phi-3's files of May 2024, "yarn" (two sets). An original length
+        that the config does not have is found as in transformers: 4096 for Phi-3, else the maximum.
 
         Args:
             config: a config object or dict with ``rope_parameters`` (transformers 5) or
@@ -341,17 +357,24 @@ class Rope:
         what is made inside a graph cannot be kept beyond it.
         """
         tables = self._tables.get(device)
-        if tables is None:
-            host = self._tables.get(_HOST) or self._make_tables()
-            tables = host.convert(lambda table: table.to(device))
-            if type(tables.steps) is torch.Tensor and not torch.compiler.is_compiling():
-                for table in (*tables[:4], tables.inv_freq):
-                    # torch._dynamo.mark_static without its import (a second): or else a graph
-                    # with dynamic shapes takes a batch of two and two sets for one symbol.
-                    assert table is not None
-                    table._dynamo_static_indices = set(range(table.dim()))  # type: ignore[attr-defined]
-                self._tables[device] = tables
+        if tables is not None:
+            return tables
+        if torch.compiler.is_compiling():
+            return self._tables_on(device)
+        with torch.inference_mode(False):  # what is kept may be saved for a backward later
+            tables = self._tables_on(device)
+        if type(tables.steps) is torch.Tensor:
+            for table in (*tables[:4], tables.inv_freq):
+                # torch._dynamo.mark_static without its import (a second): or else a graph
+                # with dynamic shapes takes a batch of two and two sets for one symbol.
+                assert table is not None
+                table._dynamo_static_indices = set(range(table.dim()))  # type: ignore[attr-defined]
+            self._tables[device] = tables
         return tables
+
+    def _tables_on(self, device: torch.device) -> Rotation:
+        host = self._tables.get(_HOST) or self._make_tables()
+        return host.convert(lambda table: table.to(device))
 
     def has_tables(self, device: torch.device) -> bool:
         """Whether a call on ``device`` finds its tables there."""
@@ -389,10 +412,23 @@ def sets_of_lengths(lengths: torch.Tensor, max_length: torch.Tensor) -> torch.Te
 
 
 def check_base(base: float) -> None:
-    if isinstance(base, bool) or not isinstance(base, int | float):
+    if not is_number(base):
         raise TypeError(f"base: expected a number, got {base!r}")
-    if not (math.isfinite(base) and base > 0):
+    if not 0 < base < LARGEST:
         raise ValueError(f"base: expected a finite number above 0, got {base}")
+
+
+def _check_frequencies(base: float, factors: tuple[float, ...]) -> None:
+    """A base below 1 makes later pairs faster than the first, by up to ``1 / base``."""
+    if base >= 1:
+        return
+    for i, factor in enumerate(factors):
+        # In logarithms: neither the power nor the quotient need be in float64's range.
+        if -i / len(factors) * math.log(base) - math.log(factor) > math.log(FASTEST):
+            raise ValueError(
+                f"base: expected a number by which no pair turns by more than 2**24 rad a token, "
+                f"got {base}, with the factor {factor} of pair {i}"
+            )
 
 
 def check_n_hat(n_hat: int) -> None:
@@ -403,9 +439,9 @@ def check_n_hat(n_hat: int) -> None:
 
 
 def check_attention_factor(attention_factor: float) -> None:
-    if isinstance(attention_factor, bool) or not isinstance(attention_factor, int | float):
+    if not is_number(attention_factor):
         raise TypeError(f"attention_factor: expected a number, got {attention_factor!r}")
-    if not (math.isfinite(attention_factor) and attention_factor > 0):
+    if not 0 < attention_factor < LARGEST:
         raise ValueError(
             f"attention_factor: expected a finite number above 0, got {attention_factor}"
         )
@@ -421,29 +457,55 @@ def check_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device: expected one that is here, got {device!r}: {why}") from error
 
 
+def is_number(value: object) -> bool:
+    """Whether it is an int or a float, or what stands for one in a graph; no bool, no string."""
+    kinds = int | float | torch.SymInt | torch.SymFloat
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def floats(values: Any) -> tuple[float, ...]:
+    """The numbers of a sequence or tensor as float64, of whatever type they are.
+
+    Raises:
+        TypeError: it is no sequence, or something in it is no number; a string is none.
+        OverflowError: an integer beyond all of float64.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().tolist()
+    values = tuple(values)
+    if any(isinstance(value, str | bytes | bool) for value in values):
+        raise TypeError("expected numbers")
+    return tuple(float(value) for value in values)
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_length(name: str, value: float, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise TypeError(f"{name}: expected a number of tokens, got {value!r}")
-    if not least <= value < math.inf:
+    if not least <= value < LARGEST:
         raise ValueError(f"{name}: expected at least {least} tokens, got {value}")
 
 
-def _as_factors(name: str, values: Any) -> tuple[float, ...]:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().tolist()
+def as_factors(name: str, values: Any) -> tuple[float, ...]:
     try:
-        factors = tuple(float(value) for value in values)
+        factors = floats(values)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a sequence of numbers, got {values!r}") from None
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected finite numbers above 0, got {error}") from None
     if not factors:
         raise ValueError(f"{name}: expected at least one factor, got none")
     for i, factor in enumerate(factors):
-        if not (math.isfinite(factor) and factor > 0):
+        if not 0 < factor < math.inf:
             raise ValueError(f"{name}: expected finite numbers above 0, got {factor} for pair {i}")
+        if factor < LEAST_FACTOR:
+            raise ValueError(
+                f"{name}: expected at least 2**-24, below which float64 does not say any more "
+                f"where a pair stands at position 2**31, got {factor} for pair {i}"
+            )
     return factors
 
 

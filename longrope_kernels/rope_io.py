@@ -59,7 +59,7 @@ def read_sidecar(path: FilePath) -> dict[str, Any]:
     source = _sidecar_path(path)
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of digits, characters and depth too
         raise ValueError(f"{source}: expected JSON, got {error}") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f'{source}: expected "format": "{_FORMAT}", a file written by Rope.save')
@@ -95,7 +95,10 @@ def read_csv(path: FilePath) -> list[float]:
             the first.
     """
     rows: list[tuple[int, list[float]]] = []
-    text = Path(path).read_text(encoding="utf-8-sig")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text, got {error}") from None
     header_allowed = True
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):

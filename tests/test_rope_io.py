@@ -283,7 +283,7 @@ def test_no_sidecar(tmp_path: Path) -> None:
 
 
 @quiet
-@given(st.lists(st.floats(1e-300, 1e300), min_size=1, max_size=6), n_hats)
+@given(st.lists(st.floats(2.0**-24, 1e300), min_size=1, max_size=6), n_hats)
 def test_csv_round_trip(
     tmp_path_factory: pytest.TempPathFactory, factors: list[float], n_hat: int
 ) -> None:
@@ -451,7 +451,6 @@ def test_arrays_of_different_lengths() -> None:
         ("one or two sets, got 3", Rope(tuple(FactorSet((1.0,), max_length=n) for n in (4, 8, 9)))),
         (r"n_hat = 0.*\[5\]", Rope(FactorSet((1.0,), 5))),
         ("float32's range", Rope(FactorSet((1e39,)))),
-        ("float32's range", Rope(FactorSet((1e-50,)))),
     ],
 )
 def test_what_no_array_can_say(says: str, rope: Rope) -> None:
