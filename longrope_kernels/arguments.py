@@ -5,8 +5,8 @@ Shapes, dtypes and devices are checked here, always; values in values.py, where 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Literal
 
@@ -21,7 +21,10 @@ from .rope import (
     check_attention_factor,
     check_base,
     check_n_hat,
+    floats,
+    is_number,
 )
+from .scaling_formulas import LARGEST
 
 Layout = Literal["bshd", "bhsd", "thd"]
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -30,6 +33,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "thd": ("tokens", "heads", "dim"),
 }
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+AUTOCAST_DTYPES = FLOAT_DTYPES[:3]
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
@@ -61,19 +65,21 @@ def resolve_rope(
                 f"factors: this Rope has no tables on {device} yet and a CUDA graph is being "
                 f"captured; call rope.to({str(device)!r}) before the capture"
             )
-        return _like(factors.tables(device), q)
+        return like(factors.tables(device), q)
 
     if n_hat is None:
         raise TypeError("n_hat: expected an int beside raw factors (0 for no threshold), got None")
     if isinstance(factors, torch.Tensor):
         _check_factors_tensor(factors)
+        on_host = factors.device.type == "cpu" and values.is_plain(factors)
     else:
-        factors = torch.tensor(_listed("factors", factors), dtype=torch.float64, device="cpu")
-        _check_factors_tensor(factors)
-    if factors.device.type == "cpu" and not torch.compiler.is_compiling():
-        rope = _rope_of(tuple(factors.tolist()), n_hat, base, interleaved, attention_factor)
-        return _like(rope.tables(device), q)
+        factors, on_host = _listed("factors", factors), True
+    if on_host and not torch.compiler.is_compiling():
+        rope = _rope_of(floats(factors), n_hat, base, interleaved, attention_factor)
+        return like(rope.tables(device), q)
 
+    if not isinstance(factors, torch.Tensor):
+        factors = torch.tensor(factors, dtype=torch.float64, device="cpu")
     check_n_hat(n_hat)
     check_base(base)
     check_attention_factor(attention_factor)
@@ -91,14 +97,14 @@ def resolve_rope(
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)
 def _rope_of(
     factors: tuple[float, ...], n_hat: int, base: float, interleaved: bool, attention_factor: float
 ) -> Rope:
     return Rope((FactorSet(factors, n_hat, attention_factor),), base, interleaved)
 
 
-def _like(rotation: Rotation, q: torch.Tensor) -> Rotation:
+def like(rotation: Rotation, q: torch.Tensor) -> Rotation:
     """The rotation with fake tensors where q is one."""
     if torch.compiler.is_compiling() or type(q) is torch.Tensor:
         return rotation
@@ -123,13 +129,57 @@ def _check_factors_tensor(factors: torch.Tensor) -> None:
         raise ValueError("factors: expected a tensor without grad; no gradient reaches factors")
 
 
-def _listed(name: str, values: Sequence[float]) -> list[float]:
+def _listed(name: str, values: Sequence[float]) -> tuple[float, ...]:
     try:
-        return [float(value) for value in values]
+        numbers = floats(values)
     except (TypeError, ValueError):
         raise TypeError(
             f"{name}: expected a Rope, a tensor or a sequence of numbers, got {values!r}"
         ) from None
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected finite numbers above 0, got {error}") from None
+    if not numbers:
+        raise ValueError(f"{name}: expected shape (P,) with one factor per pair, got (0,)")
+    return numbers
+
+
+# -------------------------------------------------------------------------------------- autocast
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast makes of x: None outside of it, and for what it leaves alone, as float64."""
+    if x.dtype not in AUTOCAST_DTYPES or not torch.amp.is_autocast_available(x.device.type):
+        return None
+    if not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of autocast where it is on, as torch casts for its own attention."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
+
+
+def autocast_like(x: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of what is stored where autocast is on.
+
+    A cache keeps its dtype: to cast all of it at each step would cost more than the step. Beside
+    float8 x is in the dtype of autocast.
+    """
+    if autocast_dtype(x) is None:
+        return x
+    if stored.dtype == torch.float8_e4m3fn:
+        return autocast(x)
+    return x.to(stored.dtype) if stored.dtype in AUTOCAST_DTYPES else x
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Where torch's own operators keep the dtypes they are given, on the device of x."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 # ----------------------------------------------------------------------------------- q, k and co.
@@ -177,8 +227,8 @@ def check_like(
     layout: str,
     free: tuple[str, ...] = ("heads",),
 ) -> None:
-    """x goes with the other: same dtype, device and sizes but for the axes in ``free``."""
-    if x.dtype != other.dtype:
+    """x goes with the other: same device, dtype ("dtype") and sizes, but for what is ``free``."""
+    if x.dtype != other.dtype and "dtype" not in free:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {x.dtype}")
     if x.device != other.device:
         raise ValueError(
@@ -286,8 +336,8 @@ def check_scores(
     for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_number(value):
             raise TypeError(f"{name}: expected a number or None, got {value!r}")
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < LARGEST:
             raise ValueError(f"{name}: expected a finite number above 0, got {value}")
     return dim**-0.5 if softmax_scale is None else float(softmax_scale)

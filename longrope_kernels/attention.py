@@ -88,6 +88,9 @@ def attention(
         (batch, heads, Sq) or (heads, tokens), float32 (float64 for float64). A query that sees no
         key gets 0 and -inf.
 
+    Under autocast q, k and v are cast to its dtype first, as torch does for its own attention
+    (float64 is left alone); the output has that dtype.
+
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected.
         RuntimeError: the named backend is not available.
@@ -95,11 +98,14 @@ def attention(
     for name, flag in (("causal", causal), ("return_lse", return_lse)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {flag!r}")
-    arguments.check_tensor("q", q)
+    q, k, v = (
+        arguments.autocast(arguments.check_tensor(name, x))
+        for name, x in (("q", q), ("k", k), ("v", v))
+    )
     rotation = arguments.resolve_rope(factors, n_hat, base, interleaved, attention_factor, q)
     rotary_dim = 2 * rotation.steps.shape[-1]
     for name, x in (("q", q), ("k", k), ("v", v)):
-        arguments.check_heads(name, arguments.check_tensor(name, x), layout, rotary_dim)
+        arguments.check_heads(name, x, layout, rotary_dim)
     arguments.check_like("k", k, "q", q, layout, free=("heads", "seq", "tokens"))
     arguments.check_like("v", v, "k", k, layout, free=())
     q4, k4, v4 = (arguments.as_bshd(x, layout) for x in (q, k, v))
@@ -132,19 +138,19 @@ def attention(
 
         values.check_values(positions, rotation, None)
         scoring = Scoring(positions, of_keys, rotation, mask, softmax_scale, softcap or 0.0)
-        with torch.autocast(q.device.type, enabled=False):  # q, k and v keep their dtype
+        with arguments.without_autocast(q):
             out, lse = reference.attention(q4, k4, v4, scoring)
     elif name == "composed":
         from .backends import composed
 
         q4, k4 = _rotate(q4, k4, positions, key_positions, rotation, mask)
-        with torch.autocast(q.device.type, enabled=False):
+        with arguments.without_autocast(q):
             out, lse = composed.attend(q4, k4, v4, mask, softmax_scale), None
     elif name in backends.FLASH_BACKENDS:
         from .backends import flash_attention
 
         q4, k4 = _rotate(q4, k4, positions, key_positions, rotation, mask)
-        with torch.autocast(q.device.type, enabled=False):
+        with arguments.without_autocast(q):
             out, lse = flash_attention.attend(
                 name, q4, k4, v4, mask, softmax_scale, softcap, return_lse
             )

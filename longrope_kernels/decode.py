@@ -83,6 +83,9 @@ def decode(
         (batch, heads, q_len) float32 (float64 for float64). A query that sees no key gets 0 and
         -inf.
 
+    Under autocast q takes the dtype of the caches, which are never cast, and beside float8 caches
+    that of autocast.
+
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected. Values of
             tensors on a device (block ids among them) are checked only under ``LONGROPE_CHECK=1``.
@@ -91,6 +94,7 @@ def decode(
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: expected a bool, got {return_lse!r}")
     arguments.check_tensor("q", q)
+    q = arguments.autocast_like(q, arguments.check_tensor("k_cache", k_cache))
     rotation = arguments.resolve_rope(factors, n_hat, base, interleaved, attention_factor, q)
     _check_q(q, 2 * rotation.steps.shape[-1])
     batch, _, heads, _ = q.shape
@@ -120,7 +124,7 @@ def decode(
 
         cache = CacheTensors(*first, kv_start)
         values.check_cache(cache, rotation)
-        with torch.autocast(q.device.type, enabled=False):  # q and the caches keep their dtype
+        with arguments.without_autocast(q):
             out, lse = reference.decode(q, cache, rotation, *scores)
     else:
         out, lse = decode_ops.decode(

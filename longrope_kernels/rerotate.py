@@ -71,7 +71,7 @@ def rerotate_(
         sets = old_index * len(new.sets) + (0 if new_index is None else new_index)
     name = backends.choose_rotary(backend, k.device.type, k.dtype == torch.float64)
     check_writable("k_cache", k_cache)
-    for rotation in _rotations(old, new, k.device):
+    for rotation in _rotations(old, new, k):
         rotate_(ops.no_heads(k), k, positions, rotation._replace(sets=sets), None, name)
     return k_cache
 
@@ -94,20 +94,27 @@ def _check_sets(
     return sets.clamp(0, count - 1)
 
 
-def _rotations(old: Rope, new: Rope, device: torch.device) -> tuple[Rotation, ...]:
-    if torch.compiler.is_compiling():
-        return _make_rotations(old, new, device)
-    return _kept_rotations(old, new, device)
+def _rotations(old: Rope, new: Rope, k: torch.Tensor) -> tuple[Rotation, ...]:
+    if torch.compiler.is_compiling() or not values.is_plain(k):
+        return _make_rotations(old, new, k)
+    return _kept_rotations(old, new, k.device)
 
 
-def _make_rotations(old: Rope, new: Rope, device: torch.device) -> tuple[Rotation, ...]:
+@lru_cache(maxsize=64)
+def _kept_rotations(old: Rope, new: Rope, device: torch.device) -> tuple[Rotation, ...]:
+    with torch.inference_mode(False):
+        return _make_rotations(old, new, torch.empty(0, device=device))
+
+
+def _make_rotations(old: Rope, new: Rope, like: torch.Tensor) -> tuple[Rotation, ...]:
     """The rotations from each set of ``old`` to each of ``new``: one for each pair, or two.
 
     Between their thresholds one set keeps the original embedding and the other does not, so tokens
     turn by one of three angles: the first table has those below the upper threshold, the second
     what is left for tokens above it. Set ``i * len(new.sets) + j`` leads from set i to set j.
     """
-    of_old, of_new = old.tables(torch.device("cpu")), new.tables(torch.device("cpu"))
+    host = torch.device("cpu")
+    of_old, of_new = (arguments.like(rope.tables(host), like) for rope in (old, new))
     rotations = []
     for upper in (False, True):
         rows: dict[str, list[torch.Tensor]] = {"inv_freq": [], "steps": []}
@@ -131,15 +138,12 @@ def _make_rotations(old: Rope, new: Rope, device: torch.device) -> tuple[Rotatio
                 n_hats.append(max(a.n_hat, b.n_hat) if upper else min(a.n_hat, b.n_hat))
         rotation = Rotation(
             torch.stack(rows["steps"]),
-            torch.tensor(n_hats),
-            torch.tensor(ratios, dtype=torch.float64),
-            torch.full((len(n_hats),), UNBOUNDED),
+            torch.tensor(n_hats, device=host),
+            torch.tensor(ratios, dtype=torch.float64, device=host),
+            torch.full((len(n_hats),), UNBOUNDED, device=host),
             interleaved=old.interleaved,
             inv_freq=torch.stack(rows["inv_freq"]),
         )
-        rotations.append(rotation.convert(lambda x: x.to(device)))
+        rotations.append(rotation.convert(lambda x: x.to(like.device)))
     thresholds = {(a.n_hat, b.n_hat) for a in old.sets for b in new.sets}
     return tuple(rotations) if any(x != y for x, y in thresholds) else (rotations[0],)
-
-
-_kept_rotations = lru_cache(maxsize=64)(_make_rotations)

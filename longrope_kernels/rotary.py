@@ -65,6 +65,8 @@ def apply_rotary(
     Returns:
         The rotated q and k (None where k is), of the shapes and dtypes given.
 
+    Autocast changes nothing, but that q and k may differ in dtype under it.
+
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected. Values of
             tensors on a device are checked only under ``LONGROPE_CHECK=1``.
@@ -76,7 +78,9 @@ def apply_rotary(
     arguments.check_heads("q", q, layout, rotary_dim)
     if k is not None:
         arguments.check_heads("k", arguments.check_tensor("k", k), layout, rotary_dim)
-        arguments.check_like("k", k, "q", q, layout)
+        under_autocast = arguments.autocast_dtype(q) and arguments.autocast_dtype(k)
+        free = ("heads", "dtype") if under_autocast else ("heads",)
+        arguments.check_like("k", k, "q", q, layout, free)
     q4 = arguments.as_bshd(q, layout)
     k4 = ops.no_heads(q4) if k is None else arguments.as_bshd(k, layout)
     batch, seq = q4.shape[:2]
@@ -109,6 +113,10 @@ def rotated(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate checked q (B, S, Hq, D) and k (B, S, Hk, D), out of place, by a chosen backend."""
+    if q.dtype != k.dtype:  # under autocast: a launch for each
+        q_out, _ = rotated(q, ops.no_heads(q), positions, rotation, cu_seqlens, backend)
+        _, k_out = rotated(ops.no_heads(k), k, positions, rotation, cu_seqlens, backend)
+        return q_out, k_out
     if backend != "reference":
         rest = (*rotation[:6], cu_seqlens, rotation.interleaved, False, backend)
         return ops.rotary(q, k, positions, *rest)  # type: ignore[no-any-return]
@@ -116,7 +124,8 @@ def rotated(
     from .backends import reference
 
     values.check_values(positions, rotation, cu_seqlens)
-    return reference.rotary(q, k, positions, rotation, cu_seqlens)
+    with arguments.without_autocast(q):
+        return reference.rotary(q, k, positions, rotation, cu_seqlens)
 
 
 def rotate_(
@@ -128,6 +137,10 @@ def rotate_(
     backend: str,
 ) -> None:
     """Rotate checked q (B, S, Hq, D) and k (B, S, Hk, D) in place, by a chosen backend."""
+    if q.dtype != k.dtype:
+        rotate_(q, ops.no_heads(q), positions, rotation, cu_seqlens, backend)
+        rotate_(ops.no_heads(k), k, positions, rotation, cu_seqlens, backend)
+        return
     recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     if backend != "reference" and not (recorded and torch.compiler.is_compiling()):
         rest = (*rotation[:6], cu_seqlens, rotation.interleaved, False, backend)

@@ -131,3 +131,20 @@ assert kernels.HUB
 
 def test_the_package_is_typed() -> None:
     assert (Path(longrope_kernels.__file__).parent / "py.typed").is_file()
+
+
+def test_without_numpy_nothing_is_said() -> None:
+    run(
+        """
+import warnings
+warnings.simplefilter("error")
+from longrope_kernels import Rope, apply_rotary, attention, decode
+import torch
+q, n = torch.randn(1, 3, 2, 16), torch.tensor([3])
+apply_rotary(q, None, torch.arange(3), [1.0] * 8, 0)
+apply_rotary(q, None, torch.arange(3), torch.ones(8), 0)
+attention(q, q, q, torch.arange(3), Rope.plain(16))
+decode(q, q, q, n, Rope.plain(16))
+""",
+        ("numpy",),
+    )
