@@ -1,5 +1,6 @@
 """LongRoPE (arXiv 2402.13753): rotary position embedding, exact at any position."""
 
+from . import _without_numpy  # noqa: F401  before all that imports torch
 from ._version import __version__
 from .cache.dense import KVCache
 from .cache.paged import PagedKVCache

@@ -22,7 +22,7 @@ from cases import positions_for, two_sets
 from tolerance import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from longrope_kernels import attention
+from longrope_kernels import Rope, attention
 
 
 @pytest.fixture(autouse=True)
@@ -174,21 +174,50 @@ EAGER_OR_COMPILED = [
 
 
 @pytest.mark.parametrize(("backend", "compile_it"), EAGER_OR_COMPILED)
-def test_autocast_leaves_dtypes_and_precision(backend: Backend, compile_it: bool) -> None:
-    """As the rotation: inside autocast q, k and v keep their dtype, and so does the output."""
-    case = Case(2, 19, dtype=backend.dtypes[0])
+def test_autocast_casts_as_torch_does_for_its_own(backend: Backend, compile_it: bool) -> None:
+    """q, k and v of any dtype are bf16 in there, and so is the output; gradients have their own."""
+    case = Case(2, 19, dtype=torch.float32)
     tensors, arguments = case.tensors(), case.arguments()
     at, rope = arguments.pop("positions"), case.rope()
-    reference = Call(*tensors, at, rope, **arguments)
+    given = [
+        x.to(dtype) for x, dtype in zip(tensors, (torch.float32, bf16, torch.float16), strict=True)
+    ]
+    reference = Call(*(x.to(bf16) for x in given), at, rope, **arguments)
     call = compiled(backend.attend) if compile_it else backend.attend
-    leaves = [backend.move(x.clone()).requires_grad_() for x in tensors]
+    leaves = [backend.move(x.clone()).requires_grad_() for x in given]
     with torch.autocast(backend.device, dtype=bf16):
         out = call(*leaves, at, rope, **arguments)
     assert_close(out, reference.expected().out)
     grad_out = torch.randn(out.shape).to(out.dtype)
     grads = torch.autograd.grad(out, leaves, backend.move(grad_out))
     for name, grad, wanted in zip("qkv", grads, reference.expected_grads(grad_out), strict=True):
-        assert_close(grad, wanted, f"grad of {name}")
+        assert_close(grad.to(bf16), wanted, f"grad of {name}")
+    assert [x.dtype for x in grads] == [x.dtype for x in given]
+
+
+def test_autocast_leaves_float64_and_other_devices_alone() -> None:
+    q = torch.randn(1, 5, 2, 16, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=bf16):
+        assert attention(q, q, q, torch.arange(5), Rope.plain(16)).dtype == torch.float64
+        with pytest.raises(TypeError, match="v: expected the dtype of k"):
+            attention(q, q, q.float(), torch.arange(5), Rope.plain(16))
+    with pytest.raises(TypeError, match="k: expected the dtype of q"):
+        attention(q, q.float(), q, torch.arange(5), Rope.plain(16))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap", "window"])
+def test_numbers_that_are_arguments_of_the_graph(name: str, dynamic: bool | None) -> None:
+    """Symbolic under dynamic=True, and after the second value: no break, what eager gives."""
+    q, k, v = Case(2, 19).tensors()
+    rope = Case().rope()
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, value: float) -> torch.Tensor:
+        return attention(q, k, v, torch.arange(19), rope, **{name: value})
+
+    run = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for value in (2, 3, 5) if name == "window" else (0.25, 0.5, 1.75):
+        torch.testing.assert_close(run(q, k, v, value), call(q, k, v, value))
 
 
 def test_errors_survive_compilation() -> None:

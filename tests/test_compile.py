@@ -241,3 +241,16 @@ def test_inductor() -> None:
         return [x.transpose(1, 2) for x in outs]
 
     assert equal(compiled(call, "inductor")(q, k), call(q, k))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", ["attention_factor", "base"])
+def test_numbers_that_are_arguments_of_the_graph(name: str, dynamic: bool | None) -> None:
+    q, at, raw = torch.randn(1, 5, 2, 16), torch.arange(5), factors(8)
+
+    def call(q: torch.Tensor, value: float) -> torch.Tensor:
+        return apply_rotary(q, None, at, raw, 0, **{name: value})[0]
+
+    run = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for value in (1.5, 2.0, 7.25):
+        torch.testing.assert_close(run(q, value), call(q, value))

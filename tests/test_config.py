@@ -22,7 +22,7 @@ SHORT, LONG = list(factors(8, 1.0)), list(factors(8, 9.0))
 A = math.sqrt(1 + math.log(32) / math.log(4096))
 PUBLISHED = sorted(published_configs())
 
-pytestmark = pytest.mark.filterwarnings("ignore::longrope_kernels.scaling.FactorWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::longrope_kernels.rope.scaling.FactorWarning")
 
 
 def config_5(**parameters: Any) -> Config:
@@ -154,10 +154,6 @@ def test_factor_lists_missing_or_of_the_wrong_length(make: Any, name: str) -> No
 
 def test_missing_fields() -> None:
     config = config_5()
-    del config["rope_parameters"]["original_max_position_embeddings"]
-    with pytest.raises(ValueError, match=r"config.*\boriginal_max_position_embeddings"):
-        Rope.from_config(config)
-    config = config_5()
     del config["max_position_embeddings"]
     with pytest.raises(ValueError, match=r"config.*\bmax_position_embeddings"):
         Rope.from_config(config)
@@ -236,3 +232,39 @@ def test_parity_with_phi3_at_short_positions(target: Target, name: str, length: 
     for mine, theirs in zip(got, wanted, strict=True):
         bound = (64 * 4 + 4) * eps * theirs.abs().max()
         assert (mine.cpu() - theirs).abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+@pytest.mark.parametrize("original", [4096, 64, None])
+def test_old_phi3_files_as_transformers_reads_them(kind: str, original: int | None) -> None:
+    """May 2024 said "yarn" and meant longrope; without an original length it is 4096."""
+    file = {
+        **config_4(type=kind),
+        "model_type": "phi3",
+        "original_max_position_embeddings": original,
+    }
+    if original is None:
+        del file["original_max_position_embeddings"]
+    read = Phi3Config(**copy.deepcopy(file), vocab_size=64, pad_token_id=0)
+    module = Phi3RotaryEmbedding(read)
+    for given in (file, read):
+        rope = Rope.from_config(given)
+        assert [s.max_length for s in rope.sets] == [original or 4096, None]
+        assert [s.factors for s in rope.sets] == [tuple(SHORT), tuple(LONG)]
+        assert {s.attention_factor for s in rope.sets} == {module.attention_scaling}
+        assert rope.base == 5e5
+
+
+def test_yarn_with_lists_is_yarn_in_other_models() -> None:
+    config = {**config_4(type="yarn", factor=4.0), "model_type": "llama"}
+    plain = {**config_4(), "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    assert Rope.from_config(config) == Rope.from_config(plain)
+    assert len(Rope.from_config({**config, "model_type": None}).sets) == 2
+
+
+def test_no_original_length_is_the_maximum() -> None:
+    """As transformers: nothing is extended, and the long list is for what is beyond."""
+    config = config_5()
+    del config["rope_parameters"]["original_max_position_embeddings"]
+    rope = Rope.from_config(config)
+    assert [(s.max_length, s.attention_factor) for s in rope.sets] == [(131072, 1.0), (None, 1.0)]

@@ -55,8 +55,8 @@ def test_without_anything_compiled_the_default_is_the_reference() -> None:
     names = ("triton", "transformers", "longrope_kernels._native")
     run(ROTATE, names, backend=None)
     run(
-        "from longrope_kernels import backends\n"
-        "assert backends.choose_rotary(None, 'cpu', False) == 'reference'\n",
+        "from longrope_kernels.backends import choose\n"
+        "assert choose.choose_rotary(None, 'cpu', False) == 'reference'\n",
         names,
     )
 
@@ -65,7 +65,8 @@ def test_a_missing_backend_says_how_to_get_it() -> None:
     out = run(
         """
 import torch
-from longrope_kernels import Rope, apply_rotary, backends
+from longrope_kernels import Rope, apply_rotary
+from longrope_kernels.backends import choose as backends
 for name in ("native", "triton"):
     reason = backends.missing(name)
     assert isinstance(reason, str)
@@ -131,3 +132,20 @@ assert kernels.HUB
 
 def test_the_package_is_typed() -> None:
     assert (Path(longrope_kernels.__file__).parent / "py.typed").is_file()
+
+
+def test_without_numpy_nothing_is_said() -> None:
+    run(
+        """
+import warnings
+warnings.simplefilter("error")
+from longrope_kernels import Rope, apply_rotary, attention, decode
+import torch
+q, n = torch.randn(1, 3, 2, 16), torch.tensor([3])
+apply_rotary(q, None, torch.arange(3), [1.0] * 8, 0)
+apply_rotary(q, None, torch.arange(3), torch.ones(8), 0)
+attention(q, q, q, torch.arange(3), Rope.plain(16))
+decode(q, q, q, n, Rope.plain(16))
+""",
+        ("numpy",),
+    )

@@ -9,7 +9,7 @@ import torch
 from cases import Shape, Target, every_kernel, every_target, factors, positions_for, two_sets
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from longrope_kernels import FactorSet, Rope
+from longrope_kernels import FactorSet, Rope, apply_rotary
 from longrope_kernels.calls import schema
 from longrope_kernels.calls.records import RotaryCall, Selection
 
@@ -125,3 +125,32 @@ def test_projection_under_autocast(target: Target) -> None:
     assert weight.grad.dtype == torch.float32
     assert weight.grad.isfinite().all()
     assert weight.grad.any()
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out", "inplace"])
+@every_target
+def test_q_and_k_of_two_dtypes_under_autocast(target: Target, inplace: bool) -> None:
+    """A norm makes float32 of one of them: each keeps its dtype, and what it gives alone."""
+    shape = Shape(1, 18, 2, 1, 32)
+    q, k = shape.qk()
+    pairs = [(q, k.to(torch.bfloat16)), (q.to(torch.float16), k)]
+    at, rope = positions_for(18, 128), shape.rope()
+    for q, k in pairs:
+        wanted = [target.rotary(x.clone(), None, at, rope)[0] for x in (q, k)]
+        with torch.autocast(target.device, dtype=torch.bfloat16):
+            got = target.rotary(q.clone(), k.clone(), at, rope, inplace=inplace)
+        for mine, other in zip(got, wanted, strict=True):
+            assert mine.dtype == other.dtype
+            assert torch.equal(mine, other)
+        with pytest.raises(TypeError, match="k: expected the dtype of q"):
+            target.rotary(q, k, at, rope)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
+def test_the_reference_under_autocast(dtype: torch.dtype) -> None:
+    q = torch.randn(1, 18, 2, 32).to(dtype)
+    args = (q, q, positions_for(18, 128), Shape(1, 18, 2, 1, 32).rope())
+    wanted = apply_rotary(*args, backend="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = apply_rotary(*args, backend="reference")
+    assert all(map(torch.equal, got, wanted))

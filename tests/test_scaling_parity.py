@@ -32,7 +32,7 @@ U = 2.0**-24
 LISTS = json.loads((Path(__file__).parent / "data" / "factor_lists.json").read_text("utf-8"))
 CONFIGS: dict[str, Config] = {**published_configs(), **LISTS["configs"]}
 
-pytestmark = pytest.mark.filterwarnings("ignore::longrope_kernels.scaling.FactorWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::longrope_kernels.rope.scaling.FactorWarning")
 
 GEOMETRY = [(64, 1.0), (128, 0.75), (80, 0.5), (8, 1.0)]
 BASES = [1e4, 5e5, 1e6]

@@ -185,7 +185,7 @@ def test_a_second_stage_multiplies_the_first(work, searched, tmp_path):
     assert "--start-length: expected" in search(work, tmp_path, "--start", searched).stderr
 
 
-@pytest.mark.filterwarnings("ignore::longrope_kernels.scaling.FactorWarning")
+@pytest.mark.filterwarnings("ignore::longrope_kernels.rope.scaling.FactorWarning")
 def test_options_reach_the_space(work, tmp_path):
     wanted = [
         "--no-monotone",

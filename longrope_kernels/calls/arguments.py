@@ -5,11 +5,12 @@ Shapes, dtypes and devices are checked here, always; values in values.py, where 
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 
+from ..rope.factor_set import is_number
+from ..rope.formulas import LARGEST
 from ..rope.tables import Tables
 from .records import Scores, Selection
 
@@ -65,8 +66,8 @@ def check_like(
     layout: str,
     free: tuple[str, ...] = ("heads",),
 ) -> None:
-    """x goes with the other: same dtype, device and sizes but for the axes in ``free``."""
-    if x.dtype != other.dtype:
+    """x goes with the other: same device, dtype ("dtype") and sizes, but for what is ``free``."""
+    if x.dtype != other.dtype and "dtype" not in free:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {x.dtype}")
     if x.device != other.device:
         raise ValueError(
@@ -183,9 +184,9 @@ def check_scores(
     for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_number(value):
             raise TypeError(f"{name}: expected a number or None, got {value!r}")
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < LARGEST:
             raise ValueError(f"{name}: expected a finite number above 0, got {value}")
     scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
     return Scores(causal, scale, window or 0, float(softcap or 0.0))

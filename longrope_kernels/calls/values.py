@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from ..rope.factor_set import as_factors
 from ..rope.tables import Tables
 from .records import AttentionCall, DecodeCall, RotaryCall, Selection
 
@@ -109,9 +110,9 @@ def _check_borders(name: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
 
 
 def check_factors(factors: torch.Tensor) -> None:
-    """Check that raw factors are finite and above 0, where reading is free."""
-    if readable(factors) and not bool((factors.isfinite() & (factors > 0)).all()):
-        raise ValueError(f"factors: expected finite numbers above 0, got {factors.tolist()}")
+    """Check raw factors as `FactorSet` does, where reading is free."""
+    if readable(factors):
+        as_factors("factors", factors)
 
 
 def readable(x: torch.Tensor) -> bool:
@@ -119,6 +120,11 @@ def readable(x: torch.Tensor) -> bool:
 
     Never while a graph is traced, and never those of a fake tensor, which has none.
     """
-    if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or not is_plain(x):
         return False
     return x.device.type == "cpu" or os.environ.get("LONGROPE_CHECK") == "1"
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether x is torch's own class, which has data, and no stand-in such as a fake tensor."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter)

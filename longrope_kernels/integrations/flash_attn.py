@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import torch
 
-from .. import apply_rotary as _apply_rotary
 from ..calls import arguments, values
 from ..calls.masks import sequence_of_token
-from ..ops import attention, decode
+from ..ops.attention import attention
+from ..ops.decode import decode
+from ..ops.rotary import apply_rotary as _apply_rotary
 from ..rope.value import Rope
 
 __all__ = [

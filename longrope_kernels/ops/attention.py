@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..backends import choose, reference
-from ..calls import arguments, schema, values
+from ..calls import arguments, autocast, schema, values
 from ..calls.records import AttentionCall, Keys, RotaryCall, Selection
 from ..rope.value import Rope
 from ..torch_private import below_autograd, unwatched
@@ -93,6 +93,9 @@ def attention(
         (batch, heads, Sq) or (heads, tokens), float32 (float64 for float64). A query that sees no
         key gets 0 and -inf.
 
+    Under autocast q, k and v are cast to its dtype first, as torch does for its own attention
+    (float64 is left alone); the output has that dtype.
+
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected.
         RuntimeError: the named backend is not available.
@@ -100,10 +103,12 @@ def attention(
     for name, flag in (("causal", causal), ("return_lse", return_lse)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {flag!r}")
-    arguments.check_tensor("q", q)
+    q, k, v = (
+        autocast.cast(arguments.check_tensor(name, x)) for name, x in (("q", q), ("k", k), ("v", v))
+    )
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        arguments.check_heads(name, arguments.check_tensor(name, x), layout, 2 * tables.pairs)
+        arguments.check_heads(name, x, layout, 2 * tables.pairs)
     arguments.check_like("k", k, "q", q, layout, free=("heads", "seq", "tokens"))
     arguments.check_like("v", v, "k", k, layout, free=())
     q4, k4, v4 = (arguments.as_bshd(x, layout) for x in (q, k, v))
@@ -172,7 +177,7 @@ def _attend(
             return _run(call, k_rotation, backend)
         return _attention(*schema.flatten(call), k_rotation, backend)  # type: ignore[no-any-return]
     values.check_attention(call)
-    with torch.autocast(q.device.type, enabled=False):  # q, k and v keep their dtype
+    with autocast.off(q):
         if backend == "reference":
             return reference.attention(call)
         call = _rotated(call)

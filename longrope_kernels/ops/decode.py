@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..backends import choose, reference
-from ..calls import arguments, schema, values
+from ..calls import arguments, autocast, schema, values
 from ..calls.records import DecodeCall, Keys
 from ..rope.value import Rope
 from ..torch_private import unwatched
@@ -87,6 +87,9 @@ def decode(
         (batch, heads, q_len) float32 (float64 for float64). A query that sees no key gets 0 and
         -inf.
 
+    Under autocast q takes the dtype of the caches, which are never cast, and beside float8 caches
+    that of autocast.
+
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected. Values of
             tensors on a device (block ids among them) are checked only under ``LONGROPE_CHECK=1``.
@@ -95,6 +98,7 @@ def decode(
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: expected a bool, got {return_lse!r}")
     arguments.check_tensor("q", q)
+    q = autocast.like_cache(q, arguments.check_tensor("k_cache", k_cache))
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
     _check_q(q, 2 * tables.pairs)
     batch, _, heads, _ = q.shape
@@ -125,7 +129,7 @@ def decode(
     name = choose.choose_decode(backend, q.device.type, q.dtype, k_cache.dtype, dim)
     if name == "reference":
         values.check_decode(call)
-        with torch.autocast(q.device.type, enabled=False):  # q and the caches keep their dtype
+        with autocast.off(q):
             out, lse = reference.decode(call)
     elif unwatched(q, k_cache, v_cache):
         out, lse = _run(call, name)

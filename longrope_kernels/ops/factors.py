@@ -9,8 +9,9 @@ import torch
 
 from ..calls import values
 from ..rope import phase
+from ..rope.factor_set import FactorSet, check_attention_factor, check_n_hat, floats
 from ..rope.tables import UNBOUNDED, Tables
-from ..rope.value import FactorSet, Rope, check_attention_factor, check_base, check_n_hat
+from ..rope.value import Rope, check_base
 from ..torch_private import fake_mode_of
 from .library import LIBRARY, NAMESPACE, TAGS
 
@@ -40,19 +41,21 @@ def resolve(
                 f"factors: this Rope has no tables on {device} yet and a CUDA graph is being "
                 f"captured; call rope.to({str(device)!r}) before the capture"
             )
-        return _like(factors.tables(device), q)
+        return like(factors.tables(device), q)
 
     if n_hat is None:
         raise TypeError("n_hat: expected an int beside raw factors (0 for no threshold), got None")
     if isinstance(factors, torch.Tensor):
         _check_factors_tensor(factors)
+        on_host = factors.device.type == "cpu" and values.is_plain(factors)
     else:
-        factors = torch.tensor(_listed("factors", factors), dtype=torch.float64, device="cpu")
-        _check_factors_tensor(factors)
-    if factors.device.type == "cpu" and not torch.compiler.is_compiling():
-        rope = _rope_of(tuple(factors.tolist()), n_hat, base, interleaved, attention_factor)
-        return _like(rope.tables(device), q)
+        factors, on_host = _listed("factors", factors), True
+    if on_host and not torch.compiler.is_compiling():
+        rope = _rope_of(floats(factors), n_hat, base, interleaved, attention_factor)
+        return like(rope.tables(device), q)
 
+    if not isinstance(factors, torch.Tensor):
+        factors = torch.tensor(factors, dtype=torch.float64, device="cpu")
     check_n_hat(n_hat)
     check_base(base)
     check_attention_factor(attention_factor)
@@ -70,14 +73,14 @@ def resolve(
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)
 def _rope_of(
     factors: tuple[float, ...], n_hat: int, base: float, interleaved: bool, attention_factor: float
 ) -> Rope:
     return Rope((FactorSet(factors, n_hat, attention_factor),), base, interleaved)
 
 
-def _like(tables: Tables, q: torch.Tensor) -> Tables:
+def like(tables: Tables, q: torch.Tensor) -> Tables:
     """The tables as fake tensors where q is one."""
     if torch.compiler.is_compiling() or type(q) is torch.Tensor:
         return tables
@@ -102,13 +105,18 @@ def _check_factors_tensor(factors: torch.Tensor) -> None:
         raise ValueError("factors: expected a tensor without grad; no gradient reaches factors")
 
 
-def _listed(name: str, values: Sequence[float]) -> list[float]:
+def _listed(name: str, values: Sequence[float]) -> tuple[float, ...]:
     try:
-        return [float(value) for value in values]
+        numbers = floats(values)
     except (TypeError, ValueError):
         raise TypeError(
             f"{name}: expected a Rope, a tensor or a sequence of numbers, got {values!r}"
         ) from None
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected finite numbers above 0, got {error}") from None
+    if not numbers:
+        raise ValueError(f"{name}: expected shape (P,) with one factor per pair, got (0,)")
+    return numbers
 
 
 # -------------------------------------------------------------------------------------------- op

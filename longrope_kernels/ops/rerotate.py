@@ -11,6 +11,7 @@ from ..calls import arguments, values
 from ..calls.records import RotaryCall, Selection
 from ..rope.tables import UNBOUNDED, Tables
 from ..rope.value import Rope
+from .factors import like
 from .rotary import check_writable, no_heads, rotate_
 
 
@@ -73,7 +74,7 @@ def rerotate_(
         sets = old_index * len(new.sets) + (0 if new_index is None else new_index)
     name = choose.choose_rotary(backend, k.device.type, k.dtype == torch.float64)
     check_writable("k_cache", k_cache)
-    for tables in _turns(old, new, k.device):
+    for tables in _turns(old, new, k):
         rotate_(RotaryCall(no_heads(k), k, positions, tables, Selection(sets=sets)), name)
     return k_cache
 
@@ -96,20 +97,27 @@ def _check_sets(
     return sets.clamp(0, count - 1)
 
 
-def _turns(old: Rope, new: Rope, device: torch.device) -> tuple[Tables, ...]:
-    if torch.compiler.is_compiling():
-        return _make_turns(old, new, device)
-    return _kept_turns(old, new, device)
+def _turns(old: Rope, new: Rope, k: torch.Tensor) -> tuple[Tables, ...]:
+    if torch.compiler.is_compiling() or not values.is_plain(k):
+        return _make_turns(old, new, k)
+    return _kept_turns(old, new, k.device)
 
 
-def _make_turns(old: Rope, new: Rope, device: torch.device) -> tuple[Tables, ...]:
+@lru_cache(maxsize=64)
+def _kept_turns(old: Rope, new: Rope, device: torch.device) -> tuple[Tables, ...]:
+    with torch.inference_mode(False):
+        return _make_turns(old, new, torch.empty(0, device=device))
+
+
+def _make_turns(old: Rope, new: Rope, x: torch.Tensor) -> tuple[Tables, ...]:
     """The rotations from each set of ``old`` to each of ``new``: one for each pair, or two.
 
     Between their thresholds one set keeps the original embedding and the other does not, so tokens
     turn by one of three angles: the first table has those below the upper threshold, the second
     what is left for tokens above it. Set ``i * len(new.sets) + j`` leads from set i to set j.
     """
-    of_old, of_new = old.tables(torch.device("cpu")), new.tables(torch.device("cpu"))
+    host = torch.device("cpu")
+    of_old, of_new = (like(rope.tables(host), x) for rope in (old, new))
     found = []
     for upper in (False, True):
         rows: dict[str, list[torch.Tensor]] = {"inv_freq": [], "steps": []}
@@ -120,8 +128,8 @@ def _make_turns(old: Rope, new: Rope, device: torch.device) -> tuple[Tables, ...
                 between = int(a.n_hat <= b.n_hat), int(b.n_hat <= a.n_hat)
                 below, above = (between, (1, 1)) if upper else ((0, 0), between)
                 for name, kept in rows.items():
-                    x, y = getattr(of_old, name)[i], getattr(of_new, name)[j]
-                    turns = [y[k[1]] - x[k[0]] for k in (below, above)]  # steps wrap around
+                    one, other = getattr(of_old, name)[i], getattr(of_new, name)[j]
+                    turns = [other[k[1]] - one[k[0]] for k in (below, above)]  # steps wrap around
                     if upper:
                         turns = [torch.zeros_like(turns[0]), turns[1] - turns[0]]
                     kept.append(torch.stack(turns))
@@ -133,15 +141,12 @@ def _make_turns(old: Rope, new: Rope, device: torch.device) -> tuple[Tables, ...
                 n_hats.append(max(a.n_hat, b.n_hat) if upper else min(a.n_hat, b.n_hat))
         tables = Tables(
             torch.stack(rows["steps"]),
-            torch.tensor(n_hats),
-            torch.tensor(ratios, dtype=torch.float64),
-            torch.full((len(n_hats),), UNBOUNDED),
+            torch.tensor(n_hats, device=host),
+            torch.tensor(ratios, dtype=torch.float64, device=host),
+            torch.full((len(n_hats),), UNBOUNDED, device=host),
             torch.stack(rows["inv_freq"]),
             old.interleaved,
         )
-        found.append(tables.convert(lambda x: x.to(device)))
+        found.append(tables.convert(lambda table: table.to(x.device)))
     thresholds = {(a.n_hat, b.n_hat) for a in old.sets for b in new.sets}
     return tuple(found) if any(x != y for x, y in thresholds) else (found[0],)
-
-
-_kept_turns = lru_cache(maxsize=64)(_make_turns)

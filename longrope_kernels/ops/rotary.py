@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..backends import choose, reference
-from ..calls import arguments, schema, values
+from ..calls import arguments, autocast, schema, values
 from ..calls.memory import overlap, overlaps_itself
 from ..calls.records import RotaryCall, Selection
 from ..rope.value import Rope
@@ -74,6 +74,8 @@ def apply_rotary(
     Returns:
         The rotated q and k (None where k is), of the shapes and dtypes given.
 
+    Autocast changes nothing, but that q and k may differ in dtype under it.
+
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected. Values of
             tensors on a device are checked only under ``LONGROPE_CHECK=1``.
@@ -85,7 +87,9 @@ def apply_rotary(
     arguments.check_heads("q", q, layout, rotary_dim)
     if k is not None:
         arguments.check_heads("k", arguments.check_tensor("k", k), layout, rotary_dim)
-        arguments.check_like("k", k, "q", q, layout)
+        under_autocast = autocast.dtype_of(q) and autocast.dtype_of(k)
+        free = ("heads", "dtype") if under_autocast else ("heads",)
+        arguments.check_like("k", k, "q", q, layout, free)
     q4 = arguments.as_bshd(q, layout)
     k4 = no_heads(q4) if k is None else arguments.as_bshd(k, layout)
     batch, seq = q4.shape[:2]
@@ -112,10 +116,16 @@ def apply_rotary(
 
 def rotate(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k of a checked call, rotated by a chosen backend into new tensors."""
+    q, k = call.q, call.k
+    if q.dtype != k.dtype:  # under autocast: a launch for each
+        q_out, _ = rotate(call._replace(k=no_heads(q)), backend)
+        _, k_out = rotate(call._replace(q=no_heads(k)), backend)
+        return q_out, k_out
     if backend == "reference":
         values.check_rotary(call)
-        return reference.rotary(call)
-    if unwatched(call.q, call.k):
+        with autocast.off(q):
+            return reference.rotary(call)
+    if unwatched(q, k):
         return _run(call, backend)
     return _rotary(*schema.flatten(call), backend)  # type: ignore[no-any-return]
 
@@ -123,6 +133,10 @@ def rotate(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
 def rotate_(call: RotaryCall, backend: str) -> None:
     """Rotate q and k of a checked call in place, by a chosen backend."""
     q, k = call.q, call.k
+    if q.dtype != k.dtype:
+        rotate_(call._replace(k=no_heads(q)), backend)
+        rotate_(call._replace(q=no_heads(k)), backend)
+        return
     if backend != "reference" and unwatched(q, k):
         _run_inplace(call, backend)
         torch.autograd.graph.increment_version((q, k))

@@ -9,7 +9,9 @@ import torch
 
 from . import files
 from .checks import warn_about
-from .value import FactorSet, Rope
+from .factor_set import FactorSet
+from .formulas import check_positive
+from .value import Rope
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,6 +129,12 @@ def from_arrays(
                 "attention_factor, n_hat: expected one value each for one set, got "
                 f"{attention_factor!r}, {n_hat!r}"
             )
+        for name, length in (
+            ("original_max_position_embeddings", original_max_position_embeddings),
+            ("max_position_embeddings", max_position_embeddings),
+        ):
+            if length is not None:
+                check_positive(name, length)
         rope = Rope((FactorSet(lists[_SINGLE], n_hat, a),), base, interleaved)
     elif names == [_SHORT, _LONG]:
         if original_max_position_embeddings is None:
@@ -178,16 +186,16 @@ def to_arrays(rope: Rope, *, numpy: bool = False) -> dict[str, torch.Tensor | np
     names = (_SINGLE,) if len(rope.sets) == 1 else (_SHORT, _LONG)
     arrays: dict[str, torch.Tensor | np.ndarray] = {}
     for name, factor_set in zip(names, rope.sets, strict=True):
-        array = torch.tensor(factor_set.factors, dtype=torch.float64).to(torch.float32)
-        if not bool((array.isfinite() & (array > 0)).all()):
+        numbers = torch.tensor(factor_set.factors, dtype=torch.float64, device="cpu")
+        array = numbers.to(torch.float32)
+        if not bool(array.isfinite().all()):
             raise ValueError(f"rope: expected factors in float32's range, got {factor_set.factors}")
         arrays[name] = array.numpy() if numpy else array
     return arrays
 
 
 def _factors_of(name: str, array: Any) -> tuple[float, ...]:
-    values = array.tolist() if hasattr(array, "tolist") else list(array)
     try:
-        return FactorSet(tuple(values)).factors
+        return FactorSet(array.tolist() if hasattr(array, "tolist") else array).factors
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None

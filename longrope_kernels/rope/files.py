@@ -10,10 +10,9 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .value import Rope
+from .factor_set import FactorSet
 
 SIDECAR = "longrope.json"
 _FORMAT, _VERSION = "longrope_kernels.Rope", 1
@@ -23,27 +22,29 @@ _SET_KEYS = {"factors", "n_hat", "attention_factor", "max_length"}
 FilePath = str | os.PathLike[str]
 
 
-def write_sidecar(path: FilePath, rope: Rope) -> Path:
-    """Write ``rope`` as JSON; a folder gets a ``longrope.json``. Gives the path of the file.
+def write_sidecar(
+    path: FilePath, sets: Sequence[FactorSet], base: float, interleaved: bool
+) -> Path:
+    """Write a `Rope` of these as JSON; a folder gets a ``longrope.json``. Gives the path of the file.
 
     Numbers are written so that reading gives the same float64.
     """
     target = _sidecar_path(path)
-    sets = [
+    content_of_sets = [
         {
             "factors": list(factor_set.factors),
             "n_hat": factor_set.n_hat,
             "attention_factor": float(factor_set.attention_factor),
             "max_length": factor_set.max_length,
         }
-        for factor_set in rope.sets
+        for factor_set in sets
     ]
     content = {
         "format": _FORMAT,
         "version": _VERSION,
-        "base": rope.base,
-        "interleaved": rope.interleaved,
-        "sets": sets,
+        "base": base,
+        "interleaved": interleaved,
+        "sets": content_of_sets,
     }
     target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return target
@@ -59,7 +60,7 @@ def read_sidecar(path: FilePath) -> dict[str, Any]:
     source = _sidecar_path(path)
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of digits, characters and depth too
         raise ValueError(f"{source}: expected JSON, got {error}") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f'{source}: expected "format": "{_FORMAT}", a file written by Rope.save')
@@ -95,7 +96,10 @@ def read_csv(path: FilePath) -> list[float]:
             the first.
     """
     rows: list[tuple[int, list[float]]] = []
-    text = Path(path).read_text(encoding="utf-8-sig")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text, got {error}") from None
     header_allowed = True
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):

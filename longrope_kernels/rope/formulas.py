@@ -14,12 +14,14 @@ are named as in the ``rope_parameters`` of transformers, whose formulas these ar
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 # A pair that does not turn at all would need an infinite factor. With this one its fixed-point
 # step is 0 (for any base above 1), and its float64 angle below 1e-20 rad at every position below
 # 2**31. It is in the range of a float32.
 UNROTATED = 1e30
+LARGEST = sys.float_info.max  # not infinity, which integers beyond float64 are below
 
 
 def linear_factors(pairs: int, factor: float) -> tuple[float, ...]:
@@ -209,7 +211,7 @@ def check_positive(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not 0 < value < math.inf:
+    if not 0 < value < LARGEST:
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 

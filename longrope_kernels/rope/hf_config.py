@@ -6,16 +6,20 @@ What a field means, and which one goes first, is as in transformers 5 (``modelin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from . import formulas
-
-if TYPE_CHECKING:
-    from .value import Rope
+from .factor_set import FactorSet
+from .formulas import LARGEST
 
 LONGROPE_TYPES = ("longrope", "su")  # "su" is the name of the April 2024 release of Phi-3
 _TYPES = ("default", "linear", "dynamic", "yarn", *LONGROPE_TYPES, "llama3", "proportional")
+# Of the May 2024 release of Phi-3, whose type "yarn" is longrope, and the original length that
+# transformers has for them where the file has none.
+_PHI3 = ("phi3", "phi4_multimodal")
+_PHI3_ORIGINAL = 4096
+_MOST_DIMENSIONS = 2**16  # of a head; more is a mistake, and lists of that length fill the memory
 # On the top level, beside the fields of transformers, which has none for it: there any config
 # class keeps a key it does not know, where validation of rope_parameters complains.
 N_HAT_KEY = "longrope_n_hat"
@@ -29,6 +33,8 @@ def rope_type(config: Any) -> str:
     """
     parameters = _rope_parameters(config)
     kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+    if kind == "yarn" and _is_old_phi3(config, parameters):
+        return "longrope"
     if kind not in _TYPES:
         raise ValueError(
             "config: expected rope_parameters or rope_scaling of type "
@@ -44,18 +50,21 @@ def read_n_hat(config: Any) -> int | tuple[int, int]:
         ValueError: it is neither.
     """
     n_hat = _get(config, N_HAT_KEY)
-    if isinstance(n_hat, list | tuple) and len(n_hat) == 2:
-        return n_hat[0], n_hat[1]
-    if n_hat is not None and not isinstance(n_hat, int):
-        raise ValueError(f"config: expected {N_HAT_KEY} to be one or two numbers, got {n_hat!r}")
-    return n_hat or 0
+    if n_hat is None:
+        return 0
+    values = n_hat if isinstance(n_hat, list | tuple) and len(n_hat) == 2 else (n_hat,)
+    if not all(isinstance(x, int) and not isinstance(x, bool) for x in values):
+        raise ValueError(
+            f"config: expected {N_HAT_KEY} to be one or two whole numbers, got {n_hat!r}"
+        )
+    return values[0] if len(values) == 1 else (values[0], values[1])
 
 
 def read_base(config: Any) -> float:
     """``rope_theta``, from ``rope_parameters`` or the top level; 10000 where there is none."""
-    base = _rope_parameters(config).get("rope_theta")
+    base = _number(_rope_parameters(config), "rope_theta")
     if base is None:
-        base = _get(config, "rope_theta")
+        base = _number(config, "rope_theta")
     return 10000.0 if base is None else float(base)
 
 
@@ -80,8 +89,13 @@ def read_set(config: Any, length: int | None = None) -> dict[str, Any]:
     pairs = rotary_dim // 2
     try:
         return _read_set(config, kind, parameters, base, pairs, length)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         text = str(error)
+        if ": expected " not in text:  # what the arithmetic itself says
+            text = (
+                f"expected rope_parameters and rope_theta whose factors of type {kind} are in "
+                f"float64's range, got {dict(parameters)} with rope_theta = {base}: {text}"
+            )
         raise ValueError(text if text.startswith("config: ") else f"config: {text}") from None
 
 
@@ -96,24 +110,21 @@ def _read_set(
     if kind == "default":
         return {"factors": formulas.linear_factors(pairs, 1.0)}
     if kind == "proportional":
-        factor = parameters.get("factor", 1.0)
+        factor = _number(parameters, "factor")
+        factor = 1.0 if factor is None else factor
         return {"factors": formulas.proportional_factors(pairs, _share(config), factor)}
     if kind == "yarn":
         return _read_yarn(config, parameters, base, pairs)
 
-    factor = _required(parameters, "factor", "rope_parameters")
+    factor = _required(parameters, "factor")
     if kind == "linear":
         return {"factors": formulas.linear_factors(pairs, factor)}
     if kind == "dynamic":
-        limit = _required_of(config, "max_position_embeddings")
-        formulas.check_positive("max_position_embeddings", limit)
+        limit = _required_length(config)
         length = limit if length is None else max(length, limit)
         factors = formulas.dynamic_ntk_factors(pairs, factor, limit, length)
         return {"factors": factors, "max_length": length}
-    low, high = (
-        _required(parameters, name, "rope_parameters")
-        for name in ("low_freq_factor", "high_freq_factor")
-    )
+    low, high = (_required(parameters, name) for name in ("low_freq_factor", "high_freq_factor"))
     original = _original_length(config)
     return {"factors": formulas.llama3_factors(pairs, base, factor, low, high, original)}
 
@@ -121,23 +132,25 @@ def _read_set(
 def _read_yarn(
     config: Any, parameters: Mapping[str, Any], base: float, pairs: int
 ) -> dict[str, Any]:
-    original, factor = _original_length(config), parameters.get("factor")
-    formulas.check_positive("original_max_position_embeddings", original)
+    original, factor = _original_length(config), _number(parameters, "factor")
     if factor is None:
-        factor = _required_of(config, "max_position_embeddings") / original
+        factor = _required_length(config) / original
+    truncate = parameters.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ValueError(f"config: expected truncate to be a bool, got {truncate!r}")
     factors = formulas.yarn_factors(
         pairs,
         base,
         factor,
         original,
-        parameters.get("beta_fast") or 32,
-        parameters.get("beta_slow") or 1,
-        bool(parameters.get("truncate", True)),
+        _number(parameters, "beta_fast") or 32,
+        _number(parameters, "beta_slow") or 1,
+        truncate,
     )
-    attention_factor = parameters.get("attention_factor")
+    attention_factor = _number(parameters, "attention_factor")
     if attention_factor is None:
         attention_factor = formulas.yarn_attention_factor(
-            factor, parameters.get("mscale"), parameters.get("mscale_all_dim")
+            factor, _number(parameters, "mscale"), _number(parameters, "mscale_all_dim")
         )
     return {"factors": factors, "attention_factor": attention_factor}
 
@@ -156,8 +169,10 @@ def read_longrope_config(config: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {"base": read_base(config)}
     rotary_dim = _rotary_dim(config)
     for name in ("short_factor", "long_factor"):
-        factors = _required(parameters, name, "rope_parameters")
-        if not isinstance(factors, list | tuple):
+        factors = parameters.get(name)
+        if factors is None:
+            raise ValueError(f"config: expected {name} in rope_parameters, got none")
+        if not isinstance(factors, list | tuple) or not all(map(_is_number, factors)):
             raise ValueError(f"config: expected a list of numbers in {name}, got {factors!r}")
         if rotary_dim is not None and len(factors) != rotary_dim // 2:
             raise ValueError(
@@ -166,33 +181,35 @@ def read_longrope_config(config: Any) -> dict[str, Any]:
             )
         arguments[name] = factors
 
-    original = _get(config, "original_max_position_embeddings") or _required(
-        parameters, "original_max_position_embeddings", "rope_parameters"
-    )
+    original = _original_length(config)
     arguments["original_max_position_embeddings"] = original
-    short_mscale, long_mscale = parameters.get("short_mscale"), parameters.get("long_mscale")
+    short_mscale, long_mscale = (_number(parameters, f"{x}_mscale") for x in ("short", "long"))
+    attention_factor, factor = (_number(parameters, x) for x in ("attention_factor", "factor"))
     if short_mscale is not None and long_mscale is not None:
         arguments["attention_factor"] = (float(short_mscale), float(long_mscale))
-    elif parameters.get("attention_factor") is not None:
-        arguments["attention_factor"] = float(parameters["attention_factor"])
-    elif parameters.get("factor") is not None:
-        arguments["max_position_embeddings"] = parameters["factor"] * original
+    elif attention_factor is not None:
+        arguments["attention_factor"] = float(attention_factor)
+    elif factor is not None:
+        # In transformers nothing is extended by a factor up to 1, whatever it is.
+        arguments["max_position_embeddings"] = max(factor, 1) * original
     else:
-        arguments["max_position_embeddings"] = _required_of(config, "max_position_embeddings")
+        arguments["max_position_embeddings"] = _required_length(config)
     return arguments
 
 
 def extension_ratio(config: Any) -> float | None:
     """``s`` of a config of type longrope: ``factor``, or the ratio of the two lengths, or None."""
-    factor = _rope_parameters(config).get("factor")
+    factor = _number(_rope_parameters(config), "factor")
     if factor is None:
-        longest = _get(config, "max_position_embeddings")
+        longest = _number(config, "max_position_embeddings")
         factor = None if longest is None else longest / _original_length(config)
     return None if factor is None else float(factor)
 
 
 def write_config(
-    rope: Rope,
+    sets: Sequence[FactorSet],
+    base: float,
+    interleaved: bool,
     *,
     version: int,
     head_dim: int | None,
@@ -202,15 +219,15 @@ def write_config(
     """The fields `Rope.to_config` describes.
 
     Raises:
-        ValueError: no type of transformers says exactly what ``rope`` is, and why; an argument
+        ValueError: no type of transformers says exactly what the rope is, and why; an argument
             that contradicts it.
     """
     if version not in (4, 5):
         raise ValueError(f"version: expected 4 or 5, of transformers, got {version!r}")
-    _check_writable(rope)
+    _check_writable(sets, interleaved)
     original = original_max_position_embeddings
-    short, long = rope.sets[0], rope.sets[-1]
-    if len(rope.sets) == 2:
+    short, long = sets[0], sets[-1]
+    if len(sets) == 2:
         if original not in (None, short.max_length):
             raise ValueError(
                 f"original_max_position_embeddings: expected None or {short.max_length}, the "
@@ -220,9 +237,9 @@ def write_config(
 
     fields: dict[str, Any] = {}
     uniform = len(set(long.factors)) == 1 and long.attention_factor == 1
-    if len(rope.sets) == 1 and uniform and long.factors[0] == 1:
+    if len(sets) == 1 and uniform and long.factors[0] == 1:
         parameters: dict[str, Any] = {"rope_type": "default"}
-    elif len(rope.sets) == 1 and uniform:
+    elif len(sets) == 1 and uniform:
         parameters = {"rope_type": "linear", "factor": long.factors[0]}
     else:
         if original is None:
@@ -234,29 +251,30 @@ def write_config(
             "rope_type": "longrope",
             "short_factor": list(short.factors),
             "long_factor": list(long.factors),
-            **_attention_fields(rope, original, max_position_embeddings),
+            **_attention_fields(short, long, original, max_position_embeddings),
         }
         fields["original_max_position_embeddings"] = original
     if max_position_embeddings is not None:
         fields["max_position_embeddings"] = max_position_embeddings
-    thresholds = [factor_set.n_hat for factor_set in rope.sets]
+    thresholds = [factor_set.n_hat for factor_set in sets]
     if any(thresholds):
         fields[N_HAT_KEY] = thresholds[0] if len(set(thresholds)) == 1 else thresholds
-    return _placed(rope, parameters, fields, version, head_dim)
+    return _placed(2 * len(long.factors), base, parameters, fields, version, head_dim)
 
 
 def _placed(
-    rope: Rope,
+    rotary_dim: int,
+    base: float,
     parameters: dict[str, Any],
     fields: dict[str, Any],
     version: int,
     head_dim: int | None,
 ) -> dict[str, Any]:
     """Each field where that version of transformers looks for it."""
-    shared: dict[str, Any] = {"rope_theta": rope.base}
+    shared: dict[str, Any] = {"rope_theta": base}
     if head_dim is not None:
         fields["head_dim"] = head_dim
-        shared["partial_rotary_factor"] = _partial_rotary_factor(rope.rotary_dim, head_dim)
+        shared["partial_rotary_factor"] = _partial_rotary_factor(rotary_dim, head_dim)
     if version == 5:
         if "original_max_position_embeddings" in fields:
             original = fields["original_max_position_embeddings"]
@@ -268,30 +286,33 @@ def _placed(
     return {**fields, **shared, "rope_scaling": scaling}
 
 
-def _check_writable(rope: Rope) -> None:
+def _check_writable(sets: Sequence[FactorSet], interleaved: bool) -> None:
     instead = "Rope.save keeps everything"
-    if rope.interleaved:
+    if interleaved:
         raise ValueError(
             "interleaved: a config has no field for the pairing, which is the model code's; write "
             f"dataclasses.replace(rope, interleaved=False), and {instead}"
         )
-    if len(rope.sets) > 2:
+    if len(sets) > 2:
         raise ValueError(
             f"sets: no rope type has more than two, a short and a long one; got "
-            f"{len(rope.sets)}; {instead}"
+            f"{len(sets)}; {instead}"
         )
-    if rope.sets[-1].max_length is not None:
+    if sets[-1].max_length is not None:
         raise ValueError(
             "sets: a config has no field for the bound of the last set, got max_length = "
-            f"{rope.sets[-1].max_length}; {instead}"
+            f"{sets[-1].max_length}; {instead}"
         )
 
 
 def _attention_fields(
-    rope: Rope, original: int, max_position_embeddings: int | None
+    short_set: FactorSet,
+    long_set: FactorSet,
+    original: int,
+    max_position_embeddings: int | None,
 ) -> dict[str, float]:
     """Nothing where the formula gives it from ``max_position_embeddings``, else as it stands."""
-    short, long = (float(rope.sets[i].attention_factor) for i in (0, -1))
+    short, long = float(short_set.attention_factor), float(long_set.attention_factor)
     if short != long:
         return {"short_mscale": short, "long_mscale": long}
     if max_position_embeddings is not None and long == formulas.extension_attention_factor(
@@ -324,47 +345,102 @@ def _rope_parameters(config: Any) -> Mapping[str, Any]:
     if parameters and all(isinstance(value, Mapping) for value in parameters.values()):
         raise ValueError(
             "config: expected one set of rope_parameters for all layers, got one for each of "
-            f"{', '.join(parameters)}"
+            f"{', '.join(map(str, parameters))}"
         )
     return parameters
 
 
-def _required(parameters: Mapping[str, Any], name: str, where: str) -> Any:
-    value = parameters.get(name)
-    if value is None:
-        raise ValueError(f"config: expected {name} in {where}, got none")
-    return value
+def _is_old_phi3(config: Any, parameters: Mapping[str, Any]) -> bool:
+    """Whether type "yarn" is that of Phi-3's May 2024 release: longrope under another name."""
+    model = _get(config, "model_type")
+    if model is not None:
+        return model in _PHI3
+    return all(parameters.get(f"{x}_factor") is not None for x in ("short", "long"))
 
 
-def _required_of(config: Any, name: str) -> Any:
+def _number(config: Any, name: str) -> Any:
+    """The number of that name, or None where there is none.
+
+    Raises:
+        ValueError: it is no number, or not a finite one.
+    """
     value = _get(config, name)
     if value is None:
-        raise ValueError(f"config: expected {name} in config, got none")
+        return None
+    if not _is_number(value) or not abs(value) < LARGEST:
+        raise ValueError(f"config: expected {name} to be a finite number, got {value!r}")
     return value
 
 
-def _original_length(config: Any) -> Any:
-    """``original_max_position_embeddings``, the top level's first; else the present maximum."""
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _required(parameters: Mapping[str, Any], name: str) -> Any:
+    value = _number(parameters, name)
+    if value is None:
+        raise ValueError(f"config: expected {name} in rope_parameters, got none")
+    return value
+
+
+def _required_length(config: Any) -> int:
+    """``max_position_embeddings``, above 0."""
+    value = _length(config, "max_position_embeddings")
+    if value is None:
+        raise ValueError("config: expected max_position_embeddings in config, got none")
+    return value
+
+
+def _original_length(config: Any) -> int:
+    """``original_max_position_embeddings`` as transformers finds it.
+
+    On the top level, else in ``rope_parameters``; where there is none Phi-3's, which is in its
+    config class, else the present maximum.
+    """
     name = "original_max_position_embeddings"
-    length = _get(config, name) or _rope_parameters(config).get(name)
-    return _required_of(config, "max_position_embeddings") if length is None else length
+    length = _length(config, name) or _length(_rope_parameters(config), name)
+    if length is not None:
+        return length
+    return _PHI3_ORIGINAL if _get(config, "model_type") in _PHI3 else _required_length(config)
+
+
+def _length(config: Any, name: str) -> int | None:
+    value = _number(config, name)
+    if value is None:
+        return None
+    if value <= 0 or value != int(value):
+        raise ValueError(f"config: expected {name} to be a number of tokens, got {value!r}")
+    return int(value)
 
 
 def _rotary_dim(config: Any, partial: bool = True) -> int | None:
-    head_dim = _get(config, "head_dim")
+    head_dim = _whole(config, "head_dim")
     if head_dim is None:
-        hidden, heads = _get(config, "hidden_size"), _get(config, "num_attention_heads")
+        hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
         if hidden is None or heads is None:
             return None
         head_dim = hidden // heads
-    return int(head_dim * (_share(config) if partial else 1.0))
+    rotary_dim = int(head_dim * (_share(config) if partial else 1.0))
+    if rotary_dim > _MOST_DIMENSIONS:
+        raise ValueError(
+            f"config: expected at most {_MOST_DIMENSIONS} rotary dimensions, got {rotary_dim} "
+            "by head_dim, or hidden_size and num_attention_heads"
+        )
+    return rotary_dim
+
+
+def _whole(config: Any, name: str) -> int | None:
+    value = _number(config, name)
+    if value is None:
+        return None
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"config: expected {name} to be a whole number above 0, got {value!r}")
+    return value
 
 
 def _share(config: Any) -> float:
     """``partial_rotary_factor``, from ``rope_parameters`` or the top level; 1 without one."""
-    share = _rope_parameters(config).get("partial_rotary_factor")
+    share = _number(_rope_parameters(config), "partial_rotary_factor")
     if share is None:
-        share = _get(config, "partial_rotary_factor")
-    if share is not None and not isinstance(share, int | float):
-        raise ValueError(f"config: expected partial_rotary_factor to be a number, got {share!r}")
-    return 1.0 if share is None else share
+        share = _number(config, "partial_rotary_factor")
+    return 1.0 if share is None else float(share)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from . import phase
-
-if TYPE_CHECKING:
-    from .value import FactorSet
+from .factor_set import FactorSet
 
 # The bound of a set that has none. Lengths are at most 2**31, so no sequence passes it.
 UNBOUNDED = 2**62

@@ -9,46 +9,14 @@ from typing import Any
 
 import torch
 
+from ..torch_private import static_in_graphs
 from . import files, hf_config
 from .checks import warn_about
-from .formulas import extension_attention_factor
+from .factor_set import FASTEST, FactorSet, as_factors, is_int, is_number
+from .formulas import LARGEST, extension_attention_factor
 from .tables import UNBOUNDED, Tables, make_tables
 
 _HOST = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class FactorSet:
-    """One factor per pair of dimensions, and where they hold.
-
-    Attributes:
-        factors: ``lambda_i``, P finite numbers above 0; pair ``i`` turns by
-            ``n * base**(-i / P) / lambda_i`` at position ``n``.
-        n_hat: tokens at positions below it keep the original embedding, neither scaled nor
-            multiplied by ``attention_factor``. 0 means no threshold.
-        attention_factor: multiplies the rotated dimensions of q and k, at or above ``n_hat``.
-        max_length: the longest sequence (in tokens) the set serves; None for no bound.
-
-    Raises:
-        ValueError, TypeError: naming the attribute that is out of range.
-    """
-
-    factors: tuple[float, ...]
-    n_hat: int = 0
-    attention_factor: float = 1.0
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", _as_factors("factors", self.factors))
-        check_n_hat(self.n_hat)
-        check_attention_factor(self.attention_factor)
-        if self.max_length is not None and (
-            not _is_int(self.max_length) or not 0 < self.max_length <= 2**31
-        ):
-            raise ValueError(
-                "max_length: expected a whole number of tokens from 1 to 2**31, or None, "
-                f"got {self.max_length!r}"
-            )
 
 
 @dataclass(frozen=True)
@@ -92,6 +60,8 @@ class Rope:
         if sorted(set(bounds)) != bounds:
             shown = [s.max_length for s in sets]
             raise ValueError(f"sets: expected ascending max_length (None last), got {shown}")
+        for factor_set in sets:
+            _check_frequencies(self.base, factor_set.factors)
         self.tables(_HOST)
 
     @classmethod
@@ -103,7 +73,7 @@ class Rope:
             base: as in `Rope`.
             interleaved: as in `Rope`.
         """
-        if not _is_int(rotary_dim) or rotary_dim < 2 or rotary_dim % 2:
+        if not is_int(rotary_dim) or rotary_dim < 2 or rotary_dim % 2:
             raise ValueError(f"rotary_dim: expected an even number above 0, got {rotary_dim!r}")
         return cls((FactorSet((1.0,) * (rotary_dim // 2)),), base, interleaved)
 
@@ -134,7 +104,13 @@ class Rope:
             base: as in `Rope`.
             interleaved: as in `Rope`.
         """
-        _check_length("original_max_position_embeddings", original_max_position_embeddings, 2)
+        original = original_max_position_embeddings
+        _check_length("original_max_position_embeddings", original, 2)
+        if not is_int(original) or original > 2**31:
+            raise ValueError(
+                "original_max_position_embeddings: expected a whole number of tokens up to 2**31, "
+                f"got {original}"
+            )
         if max_position_embeddings is not None:
             _check_length("max_position_embeddings", max_position_embeddings, 1)
         if attention_factor is None:
@@ -148,8 +124,8 @@ class Rope:
             )
         short_a, long_a = _pair("attention_factor", attention_factor)
         short_n, long_n = _pair("n_hat", n_hat)
-        short = _as_factors("short_factor", short_factor)
-        long = _as_factors("long_factor", long_factor)
+        short = as_factors("short_factor", short_factor)
+        long = as_factors("long_factor", long_factor)
         if len(short) != len(long):
             raise ValueError(
                 f"long_factor: expected {len(short)} factors as in short_factor, got {len(long)}"
@@ -172,7 +148,8 @@ class Rope:
         """The `Rope` of a Hugging Face config, of any type of transformers but axial.
 
         Types: default, linear, dynamic, yarn, llama3, proportional (one set each), longrope and
-        its old name "su" (two sets).
+        its old names "su" and, in Phi-3's files of May 2024, "yarn" (two sets). An original length
+        that the config does not have is found as in transformers: 4096 for Phi-3, else the maximum.
 
         Args:
             config: a config object or dict with ``rope_parameters`` (transformers 5) or
@@ -232,7 +209,7 @@ class Rope:
         Args:
             path: the file, or a folder, which gets a ``longrope.json``.
         """
-        files.write_sidecar(path, self)
+        files.write_sidecar(path, self.sets, self.base, self.interleaved)
 
     def to_config(
         self,
@@ -262,7 +239,9 @@ class Rope:
             ValueError: no type says exactly what this rope is, and why; `save` can keep it.
         """
         return hf_config.write_config(
-            self,
+            self.sets,
+            self.base,
+            self.interleaved,
             version=version,
             head_dim=head_dim,
             original_max_position_embeddings=original_max_position_embeddings,
@@ -338,16 +317,21 @@ class Rope:
         what is made inside a graph cannot be kept beyond it.
         """
         tables = self._tables.get(device)
-        if tables is None:
-            host = self._tables.get(_HOST) or make_tables(self.sets, self.base, self.interleaved)
-            tables = host.convert(lambda table: table.to(device))
-            if type(tables.steps) is torch.Tensor and not torch.compiler.is_compiling():
-                for table in tables[:-1]:
-                    # torch._dynamo.mark_static without its import (a second): or else a graph
-                    # with dynamic shapes takes a batch of two and two sets for one symbol.
-                    table._dynamo_static_indices = set(range(table.dim()))  # type: ignore[attr-defined]
-                self._tables[device] = tables
+        if tables is not None:
+            return tables
+        if torch.compiler.is_compiling():
+            return self._tables_on(device)
+        with torch.inference_mode(False):  # what is kept may be saved for a backward later
+            tables = self._tables_on(device)
+        if type(tables.steps) is torch.Tensor:
+            for table in tables[:-1]:
+                static_in_graphs(table)
+            self._tables[device] = tables
         return tables
+
+    def _tables_on(self, device: torch.device) -> Tables:
+        host = self._tables.get(_HOST) or make_tables(self.sets, self.base, self.interleaved)
+        return host.convert(lambda table: table.to(device))
 
     def has_tables(self, device: torch.device) -> bool:
         """Whether a call on ``device`` finds its tables there."""
@@ -358,26 +342,23 @@ class Rope:
 
 
 def check_base(base: float) -> None:
-    if isinstance(base, bool) or not isinstance(base, int | float):
+    if not is_number(base):
         raise TypeError(f"base: expected a number, got {base!r}")
-    if not (math.isfinite(base) and base > 0):
+    if not 0 < base < LARGEST:
         raise ValueError(f"base: expected a finite number above 0, got {base}")
 
 
-def check_n_hat(n_hat: int) -> None:
-    if not _is_int(n_hat):
-        raise TypeError(f"n_hat: expected a whole number of tokens, got {n_hat!r}")
-    if not 0 <= n_hat < 2**31:
-        raise ValueError(f"n_hat: expected a token position from 0 to 2**31 - 1, got {n_hat}")
-
-
-def check_attention_factor(attention_factor: float) -> None:
-    if isinstance(attention_factor, bool) or not isinstance(attention_factor, int | float):
-        raise TypeError(f"attention_factor: expected a number, got {attention_factor!r}")
-    if not (math.isfinite(attention_factor) and attention_factor > 0):
-        raise ValueError(
-            f"attention_factor: expected a finite number above 0, got {attention_factor}"
-        )
+def _check_frequencies(base: float, factors: tuple[float, ...]) -> None:
+    """A base below 1 makes later pairs faster than the first, by up to ``1 / base``."""
+    if base >= 1:
+        return
+    for i, factor in enumerate(factors):
+        # In logarithms: neither the power nor the quotient need be in float64's range.
+        if -i / len(factors) * math.log(base) - math.log(factor) > math.log(FASTEST):
+            raise ValueError(
+                f"base: expected a number by which no pair turns by more than 2**24 rad a token, "
+                f"got {base}, with the factor {factor} of pair {i}"
+            )
 
 
 def check_device(device: torch.device | str) -> torch.device:
@@ -390,30 +371,11 @@ def check_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device: expected one that is here, got {device!r}: {why}") from error
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_length(name: str, value: float, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise TypeError(f"{name}: expected a number of tokens, got {value!r}")
-    if not least <= value < math.inf:
+    if not least <= value < LARGEST:
         raise ValueError(f"{name}: expected at least {least} tokens, got {value}")
-
-
-def _as_factors(name: str, values: Any) -> tuple[float, ...]:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().tolist()
-    try:
-        factors = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a sequence of numbers, got {values!r}") from None
-    if not factors:
-        raise ValueError(f"{name}: expected at least one factor, got none")
-    for i, factor in enumerate(factors):
-        if not (math.isfinite(factor) and factor > 0):
-            raise ValueError(f"{name}: expected finite numbers above 0, got {factor} for pair {i}")
-    return factors
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:

@@ -1,0 +1,45 @@
+"""What torch's autocast makes of the tensors of a call, as it does for torch's own attention."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dtype_of(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast makes of x: None outside of it, and for what it leaves alone, as float64."""
+    if x.dtype not in DTYPES or not torch.amp.is_autocast_available(x.device.type):
+        return None
+    if not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def cast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of autocast where it is on, as torch casts for its own attention."""
+    dtype = dtype_of(x)
+    return x if dtype is None else x.to(dtype)
+
+
+def like_cache(x: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of what is stored where autocast is on.
+
+    A cache keeps its dtype: to cast all of it at each step would cost more than the step. Beside
+    float8 x is in the dtype of autocast.
+    """
+    if dtype_of(x) is None:
+        return x
+    if stored.dtype == torch.float8_e4m3fn:
+        return cast(x)
+    return x.to(stored.dtype) if stored.dtype in DTYPES else x
+
+
+def off(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Where torch's own operators keep the dtypes they are given, on the device of x."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
