@@ -18,11 +18,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     # The backends lie on one line: their markers differ in size.
     for i, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        x, y = zip(
-            *((row["position"], row["angle_error"]) for row in rows if row["method"] == name),
-            strict=True,
-        )
-        axes.loglog(x, y, label=name, marker="soo^x"[i % 5], markersize=9 - 2 * (i % 3))
+        mine = [(row["position"], row["angle_error"]) for row in rows if row["method"] == name]
+        marker = {"marker": "soo^x"[i % 5], "markersize": 9 - 2 * (i % 3)}
+        axes.loglog(*zip(*mine, strict=True), label=name, **marker)
     axes.axvline(4096, color="grey", linestyle=":", label="the long set from here on")
     axes.set_title("Rotary embedding with Phi-3-mini's factors, against float64")
     axes.set(xlabel="position of the last token", ylabel="largest angle error (rad)")

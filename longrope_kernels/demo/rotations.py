@@ -83,12 +83,10 @@ def time_rotations(
     table = rotary.table(positions, dtype)
     heads_first = [x.transpose(1, 2) for x in given]  # as views, which is how a model has them
     variants: dict[str, Callable[[], Any]] = {
-        f"transformers {name}": partial(rotate, *heads_first, *table)
-        for name, rotate in (
-            ("eager", rotary.apply),
-            ("torch.compile", torch.compile(rotary.apply, dynamic=False)),
-        )
+        "transformers eager": partial(rotary.apply, *heads_first, *table)
     }
+    compiled = torch.compile(rotary.apply, dynamic=False)
+    variants["transformers torch.compile"] = partial(compiled, *heads_first, *table)
     for name in list(methods(rope, rotary, q.device))[1:]:
         variants[name] = partial(by(rope, name), *given, positions)
         if name != "reference":

@@ -51,7 +51,7 @@ def run(out: Path, *, quick: bool = False) -> dict[str, Any]:
         ([name, f"{logits[name]:.1e}"] for name in list(logits)[2:]),
     )
     generated = generate_agreement(model, text[:, :prompt], new)
-    across = "" if quick else ", across the switch at 4097"
+    across = "" if quick else " across the switch at 4097, cache='rotated'"
     verdict = "the same tokens" if generated["equal"] else "OTHER TOKENS"
     print(f"\ngenerate(), {prompt} + {new} tokens{across}: {verdict} with and without the kernels")
 
@@ -63,32 +63,20 @@ def run(out: Path, *, quick: bool = False) -> dict[str, Any]:
     draw(errors, out / "error.png")
     _table(
         "Error against float64",
-        ("method", "last position", "angle (rad)", "q, k float32"),
-        (
-            [
-                r["method"],
-                f"{r['position']:,}",
-                f"{r['angle_error']:.1e}",
-                f"{r['float32_error']:.1e}",
-            ]
-            for r in errors
-            if r["position"] in _POSITIONS
-        ),
+        ("method", "last position", "angle (rad)", "q in float32"),
+        map(error_cells, (row for row in errors if row["position"] in _POSITIONS)),
     )
 
     q = torch.randn((1, seq, 32, 96), device=device)
-    times = [
-        row
-        for dtype in (torch.float32, torch.bfloat16)
-        for row in time_rotations(rope, rotary, q, dtype, seconds)
-    ]
+    times = time_rotations(rope, rotary, q, torch.float32, seconds)
+    times += time_rotations(rope, rotary, q, torch.bfloat16, seconds)
     header = ("variant", "dtype", "ms", "GB/s", "x eager")
     _table(f"Time of rotating q and k {tuple(q.shape)} each", header, map(time_cells, times))
 
-    packages = {"torch": torch.__version__, "transformers": transformers.__version__}
-    python = {"python": platform.python_version(), "device": where}
+    versions = {"longrope_kernels": __version__, "python": platform.python_version()}
+    versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
     results = {
-        "environment": {"longrope_kernels": __version__, **packages, **python},
+        "environment": {**versions, "device": where},
         "logits": logits,
         "generate": generated,
         "errors": errors,
@@ -98,6 +86,12 @@ def run(out: Path, *, quick: bool = False) -> dict[str, Any]:
     took = time.perf_counter() - begin
     print(f"\n{out / 'error.png'} and {out / 'results.json'} written; {took:.0f} s")
     return results
+
+
+def error_cells(row: dict[str, Any]) -> list[str]:
+    """A row of `errors_at` as text."""
+    errors = (row["angle_error"], row["float32_error"])
+    return [row["method"], f"{row['position']:,}", *(f"{error:.1e}" for error in errors)]
 
 
 def time_cells(row: dict[str, Any]) -> list[str]:
