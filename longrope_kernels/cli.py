@@ -85,7 +85,7 @@ def demo(
     and the error against position as error.png. Under three minutes on two CPU cores. Fails
     where the model generates other tokens with the kernels than without.
     """
-    _require("demo", "transformers", "matplotlib", "tqdm")
+    _require("demo", "transformers", "matplotlib")
     from .demo import run
 
     if not run(out, quick=quick)["generate"]["equal"]:

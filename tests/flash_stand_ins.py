@@ -1,4 +1,4 @@
-"""Stand-ins for flash-attn 2, 3 and 4: their signatures, on the CPU, in float64.
+"""Stand-ins for flash-attn 2, 3 and 4: their keyword arguments, on the CPU, in float64.
 
 They keep to what the real ones demand and return: aligned rows, int32 borders, +inf or -inf where
 nothing is seen, a window's side that is dropped where it is longer than the keys.
@@ -6,6 +6,7 @@ nothing is seen, a window's side that is dropped where it is longer than the key
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,54 @@ import torch
 
 bf16, fp16 = torch.bfloat16, torch.float16
 Window = tuple[int | None, int | None]
+
+_COMMON = {"softmax_scale", "causal", "window_size", "softcap", "deterministic"}
+_LONGEST = {"max_seqlen_q", "max_seqlen_k"}
+# What each is asked by, and what of packed sequences it must be told besides their borders.
+KEYWORDS: dict[str, tuple[set[str], set[str]]] = {
+    "flash-attn-2": (_COMMON | {"return_attn_probs", "dropout_p", "alibi_slopes"}, _LONGEST),
+    "flash-attn-3": (_COMMON | {"return_attn_probs", "num_splits", "pack_gqa"}, _LONGEST),
+    "flash-attn-4": (_COMMON | {"return_lse", "num_splits", "pack_gqa", "score_mod"}, set()),
+}
+
+
+def stand_ins(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """flash_attn_func and flash_attn_varlen_func of the library."""
+    taken, needed = KEYWORDS[name]
+    borders = {"cu_seqlens_q", "cu_seqlens_k"}
+    nothing = torch.inf if name == "flash-attn-2" else -torch.inf
+
+    def call(keywords: set[str], q: Any, k: Any, v: Any, given: dict[str, Any]) -> Any:
+        assert set(given) <= keywords, set(given) - keywords
+        packed = borders <= keywords
+        window = given.get("window_size", (None, None) if name == "flash-attn-4" else (-1, -1))
+        if name == "flash-attn-2":  # a side longer than the keys is taken for none
+            longest = given["max_seqlen_k"] if packed else k.shape[1]
+            window = tuple(-1 if side >= longest else side for side in window)
+        rest = (given["softmax_scale"], given["causal"], window, given.get("softcap", 0.0), nothing)
+        if packed:
+            assert needed | borders <= set(given)
+            cu, cu_k = given["cu_seqlens_q"], given["cu_seqlens_k"]
+            out, lse = _packed(q, k, v, cu, cu_k, *rest)
+        else:
+            out, lse = _dense(q, k, v, *rest)
+        if name == "flash-attn-4":  # always a pair
+            return out, lse if given.get("return_lse") else None
+        more = (None,) if name == "flash-attn-2" else ()
+        return (out, lse, *more) if given.get("return_attn_probs") else out
+
+    def dense(q: Any, k: Any, v: Any, **given: Any) -> Any:
+        return call(taken, q, k, v, given)
+
+    def varlen(q: Any, k: Any, v: Any, **given: Any) -> Any:
+        return call(taken | needed | borders, q, k, v, given)
+
+    for function, more in ((dense, set()), (varlen, needed | borders)):
+        names = ("q", "k", "v", *sorted(taken | more))
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature([inspect.Parameter(n, kind) for n in names])
+        function.__signature__ = signature  # type: ignore[attr-defined]
+    return dense, varlen
 
 
 def _one(
@@ -76,159 +125,3 @@ def _demand(*tensors: torch.Tensor) -> None:
         assert all(
             s % 8 == 0 and s for n, s in zip(x.shape, x.stride()[:-1], strict=False) if n > 1
         )
-
-
-def flash_attn_2() -> tuple[Callable[..., Any], ...]:
-    def dropped(window: Window, longest_k: int) -> Window:
-        left, right = window  # a side longer than the keys is taken for none
-        return (-1 if left >= longest_k else left), (-1 if right >= longest_k else right)
-
-    def flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p=0.0,
-        softmax_scale=None,
-        causal=False,
-        window_size=(-1, -1),
-        softcap=0.0,
-        alibi_slopes=None,
-        deterministic=False,
-        return_attn_probs=False,
-    ):
-        window = dropped(window_size, k.shape[1])
-        out, lse = _dense(q, k, v, softmax_scale, causal, window, softcap, torch.inf)
-        return (out, lse, None) if return_attn_probs else out
-
-    def flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p=0.0,
-        softmax_scale=None,
-        causal=False,
-        window_size=(-1, -1),
-        softcap=0.0,
-        alibi_slopes=None,
-        deterministic=False,
-        return_attn_probs=False,
-        block_table=None,
-    ):
-        assert max_seqlen_q >= cu_seqlens_q.diff().max()
-        assert max_seqlen_k >= cu_seqlens_k.diff().max()
-        borders = (cu_seqlens_q, cu_seqlens_k)
-        window = dropped(window_size, max_seqlen_k)
-        out, lse = _packed(q, k, v, *borders, softmax_scale, causal, window, softcap, torch.inf)
-        return (out, lse, None) if return_attn_probs else out
-
-    return flash_attn_func, flash_attn_varlen_func
-
-
-def flash_attn_3() -> tuple[Callable[..., Any], ...]:
-    def flash_attn_func(
-        q,
-        k,
-        v,
-        softmax_scale=None,
-        causal=False,
-        qv=None,
-        q_descale=None,
-        k_descale=None,
-        v_descale=None,
-        window_size=(-1, -1),
-        attention_chunk=0,
-        softcap=0.0,
-        num_splits=1,
-        pack_gqa=None,
-        deterministic=False,
-        sm_margin=0,
-        return_attn_probs=False,
-    ):
-        out, lse = _dense(q, k, v, softmax_scale, causal, window_size, softcap, -torch.inf)
-        return (out, lse) if return_attn_probs else out
-
-    def flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        seqused_q=None,
-        seqused_k=None,
-        softmax_scale=None,
-        causal=False,
-        qv=None,
-        q_descale=None,
-        k_descale=None,
-        v_descale=None,
-        window_size=(-1, -1),
-        attention_chunk=0,
-        softcap=0.0,
-        num_splits=1,
-        pack_gqa=None,
-        deterministic=False,
-        sm_margin=0,
-        return_attn_probs=False,
-    ):
-        borders, rest = (cu_seqlens_q, cu_seqlens_k), (softcap, -torch.inf)
-        out, lse = _packed(q, k, v, *borders, softmax_scale, causal, window_size, *rest)
-        return (out, lse) if return_attn_probs else out
-
-    return flash_attn_func, flash_attn_varlen_func
-
-
-def flash_attn_4() -> tuple[Callable[..., Any], ...]:
-    """Only what follows v by keyword is the same in all versions; all return a pair."""
-
-    def flash_attn_func(
-        q,
-        k,
-        v,
-        *,
-        softmax_scale=None,
-        causal=False,
-        window_size=(None, None),
-        learnable_sink=None,
-        softcap=0.0,
-        pack_gqa=None,
-        deterministic=False,
-        return_lse=False,
-    ):
-        assert not softcap
-        out, lse = _dense(q, k, v, softmax_scale, causal, window_size, 0.0, -torch.inf)
-        return out, lse if return_lse else None
-
-    def flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        *,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        softmax_scale=None,
-        causal=False,
-        window_size=(None, None),
-        learnable_sink=None,
-        softcap=0.0,
-        pack_gqa=None,
-        deterministic=False,
-        return_lse=False,
-    ):
-        borders = (cu_seqlens_q, cu_seqlens_k)
-        out, lse = _packed(q, k, v, *borders, softmax_scale, causal, window_size, 0.0, -torch.inf)
-        return out, lse if return_lse else None
-
-    return flash_attn_func, flash_attn_varlen_func
-
-
-STAND_INS = {
-    "flash-attn-2": flash_attn_2,
-    "flash-attn-3": flash_attn_3,
-    "flash-attn-4": flash_attn_4,
-}

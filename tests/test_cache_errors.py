@@ -15,6 +15,7 @@ from cache_cases import (
     Maker,
     assert_same_state,
     bf16,
+    dense,
     every_cache,
     fp8,
     fp64,
@@ -135,11 +136,10 @@ WRITES = [
 ]
 
 
-@every_cache
-@pytest.mark.parametrize(("error", "says", "first", "call"), [*STEPS, *ROWS, *WRITES])
-def test_misuse_changes_nothing(
-    make: Maker, error: type[Exception], says: str, first: Call, call: Call
-) -> None:
+MISUSE = [*STEPS, *ROWS, *WRITES]
+
+
+def assert_refused(make: Maker, error: type[Exception], says: str, first: Call, call: Call) -> None:
     cache = make(policy="pin")
     cache.append(*tokens(8), (5, 3, 0))
     cache.truncate(1, 2)
@@ -151,6 +151,17 @@ def test_misuse_changes_nothing(
     with pytest.raises(error, match=says):
         call(cache)
     assert_same_state(cache, before)
+
+
+@pytest.mark.parametrize(("error", "says", "first", "call"), MISUSE)
+def test_misuse_changes_nothing(error: type[Exception], says: str, first: Call, call: Call) -> None:
+    assert_refused(dense, error, says, first, call)
+
+
+@every_cache
+def test_every_cache_refuses_alike(make: Maker) -> None:
+    for case in MISUSE:
+        assert_refused(make, *case.values)
 
 
 @every_cache
@@ -219,14 +230,7 @@ PAGED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("cls", "change", "error", "says"),
-    [
-        *((KVCache, *rest) for rest in (*BOTH, *DENSE)),
-        *((PagedKVCache, *rest) for rest in (*BOTH, *PAGED)),
-    ],
-)
-def test_bad_caches(
+def assert_not_made(
     cls: type[Cache], change: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     size = {"capacity": 4} if cls is KVCache else {"blocks": 2, "block_size": 16}
@@ -234,3 +238,13 @@ def test_bad_caches(
     cls(**good)
     with pytest.raises(error, match=says):
         cls(**{**good, **change})
+
+
+@pytest.mark.parametrize(("change", "error", "says"), [*BOTH, *DENSE])
+def test_bad_caches(change: dict[str, Any], error: type[Exception], says: str) -> None:
+    assert_not_made(KVCache, change, error, says)
+
+
+def test_bad_paged_caches() -> None:
+    for case in (*BOTH, *PAGED):
+        assert_not_made(PagedKVCache, *case)

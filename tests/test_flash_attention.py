@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from attention_truth import Backend, Case, bf16, check, check_grads, fp16, fp32
-from flash_stand_ins import STAND_INS
+from flash_stand_ins import stand_ins
 from test_attention_forward import CHUNKS, EMPTY_ROWS, LSE, SHAPES, WINDOWS
 
 from longrope_kernels import Rope, attention
@@ -49,7 +49,7 @@ def _forget() -> Iterator[None]:
 @pytest.fixture(params=NAMES)
 def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """Each library in turn, as its stand-in."""
-    install(monkeypatch, request.param, *STAND_INS[request.param]())
+    install(monkeypatch, request.param, *stand_ins(request.param))
     return FLASH[request.param]
 
 
@@ -69,12 +69,7 @@ EVERYTHING = [*SHAPES, *CHUNKS, *EMPTY_ROWS, *WINDOWS, *LSE, *PACKED, *SOFTCAPS]
 
 
 def served(name: str, case: Case) -> bool:
-    library = LIBRARIES[name]
-    return (
-        max(case.dim, 8) in library.head_dims
-        and not case.kv_start
-        and (library.softcap or case.softcap is None)
-    )
+    return max(case.dim, 8) in LIBRARIES[name].head_dims and not case.kv_start
 
 
 CASES = {
@@ -90,7 +85,7 @@ every_call = pytest.mark.parametrize(
 
 @every_call
 def test_against_the_truth(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, name, *STAND_INS[name]())
+    install(monkeypatch, name, *stand_ins(name))
     check(FLASH[name], case)
 
 
@@ -136,7 +131,7 @@ def test_old_versions_return_the_log_sum_exp_unasked(
     flash: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the keyword there was a pair, always."""
-    dense, packed = STAND_INS[flash.backend]()
+    dense, packed = stand_ins(flash.backend)
     keyword = LIBRARIES[flash.backend].lse
 
     def old(q, k, v, softmax_scale=None, causal=False, deterministic=False):
@@ -164,9 +159,6 @@ def call_of(
     tables = Rope.plain(16).tables(torch.device("cpu"))
     selection, scores = Selection(borders=borders[0]), Scores(causal, 0.25, window)
     return AttentionCall(q, torch.empty(1, queries), keys, tables, selection, scores)
-
-
-BORDERS = (torch.tensor([0, 2, 5]), torch.tensor([0, 3, 7]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -224,12 +216,49 @@ def test_left_padding_is_refused_and_packing_named(flash: Backend) -> None:
         attention(**arguments(flash, kv_start=torch.tensor([0, 2])))
 
 
-def test_softcap_where_its_backward_is_uncertain(flash: Backend) -> None:
-    if LIBRARIES[flash.backend].softcap:
-        attention(**arguments(flash, softcap=2.0))
+# Of FlashAttention-4: capability, head_dim, softcap, whether it trains, what is said.
+ON_DEVICES = [
+    (9, 256, True, True, None),
+    (9, 8, True, True, None),
+    (10, 256, False, True, None),
+    (10, 256, True, False, None),
+    (10, 256, True, True, r"head_dim \[.*128\] with gradients and softcap, got 256"),
+    (11, 192, False, False, r"head_dim \[.*128, 256\], got 192"),
+    (10, 128, True, True, None),
+    (8, 128, True, False, None),
+    (8, 64, False, True, r"head_dim \[\] with gradients, got 64"),
+    (12, 64, False, False, None),
+    (12, 64, False, True, "no deterministic gradients"),
+    (12, 64, True, True, r"head_dim \[\] with gradients and softcap"),
+    (7, 64, False, False, r"head_dim \[\], got 64"),
+]
+
+
+@pytest.mark.parametrize(("major", "dim", "softcap", "trains", "says"), ON_DEVICES)
+def test_what_flash_attn_4_serves_by_device(
+    major: int,
+    dim: int,
+    softcap: bool,
+    trains: bool,
+    says: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Through `attention`, as if the CPU had that capability; tests are deterministic."""
+    install(monkeypatch, "flash-attn-4", *stand_ins("flash-attn-4"))
+    monkeypatch.setattr(flash_attention, "_capability", lambda device: major)
+    given = arguments(FLASH["flash-attn-4"], dim, softcap=2.0 if softcap else None)
+    given["q"].requires_grad_(trains)
+    if says is None:
+        attention(**given)
         return
-    with pytest.raises(ValueError, match=rf"softcap.*{flash}.*triton.*reference"):
-        attention(**arguments(flash, softcap=2.0))
+    what = rf"backend: 'flash-attn-4' \(4.0.0b36\) serves on compute capability {major} {says}"
+    with pytest.raises(ValueError, match=what):
+        attention(**given)
+
+
+def test_the_others_say_themselves_what_a_device_lacks() -> None:
+    for name in ("flash-attn-2", "flash-attn-3"):
+        flash_attention.check_device(name, 7, 256, softcap=True, trains=True)
 
 
 def test_a_window_longer_than_the_keys_with_more_queries(flash: Backend) -> None:

@@ -336,6 +336,11 @@ def test_attention_says_what_is_wrong():
     refused(
         "cu_seqlens_q: expected ascending", flash_attn_varlen_func, *packed, ONE, borders(5), cu
     )
+    for x in (packed, (q, k, v)):
+        refused(
+            "cu_seqlens_q: expected a tensor|q: expected shape",
+            flash_attn_varlen_func, *x, ONE, None, None, kind=(TypeError, ValueError),
+        )  # fmt: skip
     refused(
         "positions: expected them beside key_positions",
         flash_attn_varlen_func, *packed, ONE, cu, cu, key_positions=torch.arange(6),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -149,3 +151,15 @@ decode(q, q, q, n, Rope.plain(16))
 """,
         ("numpy",),
     )
+
+
+def test_the_stubs_name_what_the_extensions_have() -> None:
+    """Of those that were built here."""
+    package = Path(longrope_kernels.__file__).parent
+    for name in ("_native", "_cuda"):
+        stub = ast.parse((package / f"{name}.pyi").read_text())
+        named = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+        assert named
+        if importlib.util.find_spec(f"longrope_kernels.{name}") is not None:
+            module = importlib.import_module(f"longrope_kernels.{name}")
+            assert named == {entry for entry in dir(module) if not entry.startswith("__")}

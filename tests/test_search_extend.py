@@ -258,7 +258,7 @@ def test_short_windows_take_the_set_of_their_length(work, tmp_path, monkeypatch)
     monkeypatch.setattr(tune_module._Loss, "forward", noted)
     plain = FactorSet((1.0,) * 8, max_length=ORIGINAL)
     both = Rope((plain, *rope().sets))
-    settings = replace(TUNING, short=0.5, every=100)
+    settings = replace(TUNING, short_share=0.5, every=100)
     tune(load(work), both, documents(), 96, 12, settings, tmp_path, short_length=ORIGINAL)
     assert set(seen) == {(2, 96), (6, 32)}
     with pytest.raises(ValueError, match="short_length: expected a number of tokens"):
@@ -277,7 +277,7 @@ def test_what_cannot_be_trained_is_named(work, tmp_path):
     for wrong, message in (
         ({"rate": 0.0}, "rate: expected above 0, got 0"),
         ({"rows": 0}, "rows: expected at least 1, got 0"),
-        ({"short": 1.0}, "short: expected a share from 0 to below 1, got 1"),
+        ({"short_share": 1.0}, "short_share: expected a share from 0 to below 1, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(TUNING, **wrong)

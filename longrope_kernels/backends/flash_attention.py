@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,48 +20,67 @@ import torch.nn.functional as F
 from ..calls.masks import sequence_of_token
 from ..calls.records import AttentionCall
 
+_ALL = frozenset(range(8, 257, 8))
+_TO_128 = frozenset(range(8, 129, 8))
 
-class Library(NamedTuple):
-    """How one library is found and called.
 
-    ``module``: where its two functions are. ``get``: how to get it. ``lse``: the keyword that asks
-    for the log-sum-exp; versions without it always return it. ``longest``: whether packed sequences
-    come with the length of the longest. ``softcap``: whether it is served, backward included.
-    ``head_dims``: those it serves on every device that it serves.
+@dataclass(frozen=True)
+class Served:
+    """Head dimensions on one major compute capability: forward, with gradients, and with both
+    gradients and softcap; and whether gradients can be deterministic."""
+
+    forward: frozenset[int] = _ALL
+    backward: frozenset[int] = _ALL
+    softcap_backward: frozenset[int] = _ALL
+    deterministic: bool = True
+
+
+_NONE: frozenset[int] = frozenset()
+_BLACKWELL = Served(_TO_128 | {256}, _TO_128 | {256}, _TO_128)
+
+
+@dataclass(frozen=True)
+class Library:
+    """How one library is found and called, and what it serves.
+
+    Attributes:
+        module: where its two functions are.
+        get: how to get it.
+        lse: the keyword that asks for the log-sum-exp; versions without it always return it.
+        longest: whether packed sequences come with the length of the longest.
+        head_dims: on some device.
+        version: whose source ``on`` was read from.
+        on: by major compute capability; None leaves the device to the library.
     """
 
     module: str
     get: str
-    lse: str
-    longest: bool
-    softcap: bool
-    head_dims: range
+    lse: str = "return_attn_probs"
+    longest: bool = True
+    head_dims: range = range(8, 257, 8)
+    version: str = ""
+    on: Mapping[int, Served] | None = None
 
 
 LIBRARIES = {
-    "flash-attn-2": Library(
-        "flash_attn.flash_attn_interface",
-        "pip install 'flash-attn>=2.7'",
-        "return_attn_probs",
-        longest=True,
-        softcap=True,
-        head_dims=range(8, 257, 8),
-    ),
+    "flash-attn-2": Library("flash_attn.flash_attn_interface", "pip install 'flash-attn>=2.7'"),
     "flash-attn-3": Library(
         "flash_attn_interface",
         "build the folder hopper of https://github.com/Dao-AILab/flash-attention",
-        "return_attn_probs",
-        longest=True,
-        softcap=True,
-        head_dims=range(8, 257, 8),
     ),
     "flash-attn-4": Library(
         "flash_attn.cute",
         "pip install flash-attn-4",
-        "return_lse",
+        lse="return_lse",
         longest=False,
-        softcap=False,
-        head_dims=range(8, 129, 8),
+        version="4.0.0b36",
+        on={
+            8: Served(_TO_128, _NONE, _NONE),
+            9: Served(),
+            10: _BLACKWELL,
+            11: _BLACKWELL,
+            12: Served(_TO_128, _TO_128, _NONE, deterministic=False),
+        },
     ),
 }
 
@@ -100,11 +120,15 @@ def attend(
     """
     q, k, v = call.q, call.keys.k, call.keys.v
     borders, borders_k = call.selection.borders, call.keys.borders
-    if return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if return_lse and trains:
         raise ValueError(
-            f"return_lse: backend {name!r} has no gradient of the log-sum-exp; expected 'triton' "
-            "or 'reference', or torch.no_grad()"
+            f"return_lse: backend {name!r} serves no gradient of the log-sum-exp; expected "
+            "'triton' or 'reference', or torch.no_grad()"
         )
+    major = _capability(q.device)
+    if major is not None:
+        check_device(name, major, q.shape[-1], call.scores.cap > 0, trains)
     queries, slots = q.shape[1], k.shape[1]
     given = keywords(name, call)
     blind = 0 if borders is not None else _blind_queries(call)
@@ -136,6 +160,32 @@ def attend(
     return out.unsqueeze(0), None if lse is None else lse.unsqueeze(0)
 
 
+def check_device(name: str, major: int, head_dim: int, softcap: bool, trains: bool) -> None:
+    """Refuse what the library does not serve on GPUs of this major compute capability."""
+    library = LIBRARIES[name]
+    if library.on is None:
+        return
+    served = library.on.get(major, Served(_NONE, _NONE, _NONE))
+    dims, how = served.forward, ""
+    if trains:
+        dims, how = served.backward, " with gradients"
+    if trains and softcap:
+        dims, how = served.softcap_backward, " with gradients and softcap"
+    lacks = None if head_dim in dims else f"head_dim {sorted(dims)}{how}, got {head_dim}"
+    if trains and torch.are_deterministic_algorithms_enabled() and not served.deterministic:
+        lacks = lacks or "no deterministic gradients"
+    if lacks is not None:
+        raise ValueError(
+            f"backend: {name!r} ({library.version}) serves on compute capability {major} {lacks}; "
+            "expected 'triton', 'composed' or 'reference'"
+        )
+
+
+def _capability(device: torch.device) -> int | None:
+    """The major compute capability, None of what is no GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+
+
 def keywords(name: str, call: AttentionCall) -> dict[str, Any]:
     """The keyword arguments with which the library's function does what the call says.
 
@@ -149,10 +199,6 @@ def keywords(name: str, call: AttentionCall) -> dict[str, Any]:
         raise ValueError(
             f"kv_start: backend {name!r} serves no left padding; expected 'triton', 'composed' or "
             "'reference', or packed sequences (cu_seqlens)"
-        )
-    if cap and not library.softcap:
-        raise ValueError(
-            f"softcap: backend {name!r} does not serve it; expected 'triton' or 'reference'"
         )
     given: dict[str, Any] = {"softmax_scale": scale, "causal": causal}
     if cap:

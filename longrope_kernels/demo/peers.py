@@ -12,28 +12,15 @@ from ..rope.published import published_configs
 
 
 def phi3_config(name: str, **overrides: Any) -> Any:
-    """A `Phi3Config` with the head geometry and factors of a published model.
-
-    Args:
-        name: a key of `published_configs`.
-        overrides: fields of the config, such as the number of layers.
-    """
+    """A `Phi3Config` with the head geometry and factors of one of `published_configs`."""
     published = published_configs()[name]
-    original = published["original_max_position_embeddings"]
-    ratio = published["max_position_embeddings"] / original
-    same = (
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "max_position_embeddings",
-        "original_max_position_embeddings",
-        "rope_theta",
-        "partial_rotary_factor",
-    )
-    fields = {field: published[field] for field in same}
-    scaling = {**published["rope_scaling"], "factor": ratio}
+    ratio = published["max_position_embeddings"] / published["original_max_position_embeddings"]
+    geometry = ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    rope = ("max_position_embeddings", "original_max_position_embeddings", "rope_theta")
+    fields = {field: published[field] for field in (*geometry, *rope, "partial_rotary_factor")}
+    fields["rope_scaling"] = {**published["rope_scaling"], "factor": ratio}
     tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    return Phi3Config(**{**fields, **tokens, "rope_scaling": scaling, **overrides})
+    return Phi3Config(**{**fields, **tokens, **overrides})
 
 
 class TransformersRotary:
@@ -42,16 +29,11 @@ class TransformersRotary:
     def __init__(self, config: Any, device: torch.device) -> None:
         self.embedding = modeling_phi3.Phi3RotaryEmbedding(config).to(device)
 
-    def table(
-        self, positions: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def table(self, positions: torch.Tensor, dtype: torch.dtype) -> Any:
         """(cos, sin), each (1, seq, R) of ``dtype``, for positions (1, seq) int64."""
-        x = torch.empty(0, dtype=dtype, device=positions.device)
-        return self.embedding(x, positions)  # type: ignore[no-any-return]
+        return self.embedding(torch.empty(0, dtype=dtype, device=positions.device), positions)
 
     @staticmethod
-    def apply(
-        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def apply(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
         """Rotated q and k, (batch, heads, seq, dim) each."""
-        return modeling_phi3.apply_rotary_pos_emb(q, k, cos, sin)  # type: ignore[no-any-return]
+        return modeling_phi3.apply_rotary_pos_emb(q, k, cos, sin)

@@ -4,127 +4,108 @@ from __future__ import annotations
 
 import json
 import platform
+import sysconfig
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
 
-from .. import __version__
-from ..rope.value import Rope
-from .errors import errors_at
+from .._version import __version__
+from ..rope import Rope
 from .figure import draw
-from .methods import methods
-from .model import build_model, generate_agreement, logits_agreement, real_queries_and_keys
+from .model import build_model, generate_agreement, logits_agreement
 from .peers import TransformersRotary
-from .report import errors_text, model_text, times_text
-from .text import standard_library_bytes
-from .timing import time_rotations
+from .rotations import errors_at, methods, time_rotations
 
-_TABLE_POSITIONS = (4095, 2**17 - 1, 2**20 - 1, 2**21 - 1)
-_TITLE = "Rotary position embedding with Phi-3-mini's factors: error against float64"
-_MODEL_STEPS, _TIME_STEPS, _FIGURE_STEPS = 6, 4, 1
-
-
-class Sizes(NamedTuple):
-    """How much of everything."""
-
-    logits_tokens: int
-    prompt_tokens: int
-    new_tokens: int
-    figure_positions: int
-    time_tokens: int
-    rounds: int
-
-
-FULL = Sizes(1024, 4090, 12, 32, 4096, 21)
-QUICK = Sizes(128, 64, 8, 12, 512, 5)
+_POSITIONS = (4095, 2**17 - 1, 2**20 - 1, 2**21 - 1)  # of the table
 
 
 def run(out: Path, *, quick: bool = False) -> dict[str, Any]:
-    """Run the demo, print its tables and write ``results.json`` and ``error.png``.
+    """Print the tables as they come, and write ``results.json`` and ``error.png`` into ``out``.
 
-    Args:
-        out: the folder to write to; made where it is not there.
-        quick: small sizes: a check that everything runs, with times that say little.
-
-    Returns:
-        What results.json holds.
+    ``quick`` takes small sizes, with times that say little. Returns what results.json holds.
     """
     begin = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    sizes = QUICK if quick else FULL
+    logits_of, prompt, new, points, seq, seconds = (
+        (128, 64, 8, 12, 512, 0.05) if quick else (1024, 4090, 12, 32, 4096, 1.0)
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text = standard_library_bytes(max(sizes.prompt_tokens, sizes.logits_tokens)).to(device)
-    positions = sorted({*_TABLE_POSITIONS, *_spaced(sizes.figure_positions)})
+    capability = torch.backends.cpu.get_cpu_capability()
+    where = f"{platform.machine()} CPU ({capability}), {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else where
     transformers.logging.set_verbosity_error()
+    model = build_model(device)
+    rope, rotary = Rope.from_config(model.config), TransformersRotary(model.config, device)
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))  # a text every machine has
+    source = b"".join(path.read_bytes() for path in paths)[: max(logits_of, prompt)]
+    text = torch.tensor(list(source), device=device)[None]
 
-    steps = _MODEL_STEPS + len(positions) + _TIME_STEPS + _FIGURE_STEPS
-    with tqdm(total=steps, unit="step") as bar:
+    print(f"A Phi-3 of 2 layers, 32 heads of 96 and random weights on {where} ...", flush=True)
+    logits = logits_agreement(model, text[:, :logits_of])
+    _table(
+        f"Largest difference from its float32 logits (up to {logits['largest_logit']:.1f})",
+        ("model", "difference"),
+        ([name, f"{logits[name]:.1e}"] for name in list(logits)[2:]),
+    )
+    generated = generate_agreement(model, text[:, :prompt], new)
+    across = "" if quick else " across the switch at 4097, cache='rotated'"
+    verdict = "the same tokens" if generated["equal"] else "OTHER TOKENS"
+    print(f"\ngenerate(), {prompt} + {new} tokens{across}: {verdict} with and without the kernels")
 
-        def step(what: str) -> None:
-            bar.set_description(what)
-            bar.update()
+    # Last positions from 2**8 to 2**31 - 1, evenly spaced in their logarithm.
+    spaced = {round(2 ** (8 + 23 * i / (points - 1))) - 1 for i in range(points)}
+    last, q = sorted({*_POSITIONS, *spaced}), torch.randn((1, 64, 32, 96), device=device)
+    rotations = methods(rope, rotary, device)
+    errors = [row for n in last for row in errors_at(n, q, rope, rotations)]
+    draw(errors, out / "error.png")
+    _table(
+        "Error against float64",
+        ("method", "last position", "angle (rad)", "q in float32"),
+        map(error_cells, (row for row in errors if row["position"] in _POSITIONS)),
+    )
 
-        model = build_model(device)
-        rope, rotary = Rope.from_config(model.config), TransformersRotary(model.config, device)
-        q, k = real_queries_and_keys(model, text[:, :64])
-        logits = logits_agreement(model, text[:, : sizes.logits_tokens], step)
-        generated = generate_agreement(
-            model, text[:, : sizes.prompt_tokens], sizes.new_tokens, step
-        )
-        del model
+    q = torch.randn((1, seq, 32, 96), device=device)
+    times = time_rotations(rope, rotary, q, torch.float32, seconds)
+    times += time_rotations(rope, rotary, q, torch.bfloat16, seconds)
+    header = ("variant", "dtype", "ms", "GB/s", "x eager")
+    _table(f"Time of rotating q and k {tuple(q.shape)} each", header, map(time_cells, times))
 
-        error_rows = []
-        for last in positions:
-            step(f"error: position {last:,}")
-            error_rows += errors_at(last, q, k, rope, methods(rope, rotary, device))
-
-        shape = (1, sizes.time_tokens, *q.shape[2:])
-        time_rows = time_rotations(rope, rotary, shape, device, sizes.rounds, step)
-
-        step("figure")
-        figure = out / "error.png"
-        draw(error_rows, _TITLE, figure)
-        bar.set_description("done")
-
-    environment = _environment(device)
+    versions = {"longrope_kernels": __version__, "python": platform.python_version()}
+    versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
     results = {
-        "environment": environment,
+        "environment": {**versions, "device": where},
         "logits": logits,
         "generate": generated,
-        "errors": error_rows,
-        "times": {"shape": shape, "rows": time_rows},
+        "errors": errors,
+        "times": {"shape": q.shape, "rows": times},
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    table = [row for row in error_rows if row["position"] in _TABLE_POSITIONS]
-    for part in (
-        model_text(logits, generated),
-        errors_text(table),
-        times_text(time_rows, shape, environment["device"]),
-    ):
-        print("\n" + part)
-    print(f"\n{figure} and {out / 'results.json'} written; {time.perf_counter() - begin:.0f} s")
+    took = time.perf_counter() - begin
+    print(f"\n{out / 'error.png'} and {out / 'results.json'} written; {took:.0f} s")
     return results
 
 
-def _spaced(count: int) -> list[int]:
-    """Last positions from 2**8 to 2**31 - 1, evenly spaced in their logarithm."""
-    return [round(2 ** (8 + 23 * i / (count - 1))) - 1 for i in range(count)]
+def error_cells(row: dict[str, Any]) -> list[str]:
+    """A row of `errors_at` as text."""
+    errors = (row["angle_error"], row["float32_error"])
+    return [row["method"], f"{row['position']:,}", *(f"{error:.1e}" for error in errors)]
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        where = f"{platform.machine()} CPU ({capability}), {torch.get_num_threads()} threads"
-    return {
-        "longrope_kernels": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": where,
-    }
+def time_cells(row: dict[str, Any]) -> list[str]:
+    """A row of `time_rotations` as text."""
+    numbers = [f"not measured: {row.get('reason')}", "", ""]
+    if "ms" in row:
+        numbers = [f"{row['ms']:.2f}", f"{row['gb_per_s']:.1f}", f"{row['speedup']:.1f}"]
+    return [row["variant"], row["dtype"], *numbers]
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    print(f"\n{title}")
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *rest in lines:
+        print("  ".join((first.ljust(widths[0]), *map(str.rjust, rest, widths[1:]))), flush=True)

@@ -12,6 +12,8 @@ log-sum-exp of a query that sees no key is minus infinity.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..calls import arguments, values
@@ -61,29 +63,16 @@ def apply_rotary_emb(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    _check_rope(rope)
     layout: arguments.Layout = "bshd" if cu_seqlens is None else "thd"
-    arguments.check_heads("x", arguments.check_tensor("x", x), layout, rope.rotary_dim)
-    if cu_seqlens is None:
-        counts = torch.full((x.shape[0],), x.shape[1], device=x.device)
-    else:
-        _check_borders("cu_seqlens", cu_seqlens, x)
-        counts = cu_seqlens.diff()
-    if isinstance(seqlen_offsets, torch.Tensor):
-        arguments.check_per_sequence("seqlen_offsets", seqlen_offsets, len(counts), x)
-    else:
-        _check_count("seqlen_offsets", seqlen_offsets)
-    first = torch.zeros_like(counts) + seqlen_offsets
-    if cu_seqlens is None:
-        positions = first[:, None] + torch.arange(x.shape[1], device=x.device)
-    else:
-        positions = _places(cu_seqlens, x.shape[0], first)
+    _check(rope, layout, x=x)
+    counts = _counts("cu_seqlens", cu_seqlens, x)
+    first = _per_sequence("seqlen_offsets", seqlen_offsets, len(counts), x)
     if lengths is None and sets is None:
         lengths = first + counts
-    out, _ = _apply_rotary(
+    return _apply_rotary(
         x,
         None,
-        positions,
+        _places(x, cu_seqlens, first),
         rope,
         layout=layout,
         lengths=lengths,
@@ -91,8 +80,7 @@ def apply_rotary_emb(
         cu_seqlens=cu_seqlens,
         inplace=inplace,
         backend=backend,
-    )
-    return out
+    )[0]
 
 
 def flash_attn_func(
@@ -137,33 +125,10 @@ def flash_attn_func(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    _check_rope(rope)
-    for name, x in (("q", q), ("k", k)):
-        arguments.check_heads(name, arguments.check_tensor(name, x), "bshd", rope.rotary_dim)
-    causal, window = _window(causal, window_size)
-    if positions is None and key_positions is None:
-        places = torch.arange(k.shape[1], device=k.device)
-        positions = places
-        if q.shape[1] != k.shape[1]:
-            positions = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=k.device)
-            key_positions = places
-        if lengths is None and sets is None and len(rope.sets) > 1:
-            lengths = torch.full((k.shape[0],), k.shape[1], dtype=torch.int32, device=k.device)
-    elif positions is None:
-        raise ValueError("positions: expected them beside key_positions, got None")
-    return attention(
-        q,
-        k,
-        v,
-        positions,
-        rope,
-        causal=causal,
+    return _attend(
+        *(q, k, v, rope, "bshd", None, None, causal, window_size, softcap),
+        *(positions, key_positions, lengths, sets),
         softmax_scale=softmax_scale,
-        window=window,
-        softcap=_softcap(softcap),
-        key_positions=key_positions,
-        lengths=lengths,
-        sets=sets,
         return_lse=return_softmax_lse,
         backend=backend,
     )
@@ -200,18 +165,12 @@ def flash_attn_varlen_func(
         cu_seqlens_q: (batch + 1,) int32 or int64, where sequences begin in q, total_q last.
         cu_seqlens_k: the same for k and v. Pass the very same tensor where it is the same: q and k
             are then rotated together.
-        max_seqlen_q: not needed, and not read.
-        max_seqlen_k: not needed, and not read.
-        softmax_scale: as in `flash_attn_func`.
-        causal: as in `flash_attn_func`.
-        window_size: as in `flash_attn_func`.
-        softcap: as in `flash_attn_func`.
+        max_seqlen_q, max_seqlen_k: not needed, and not read.
+        softmax_scale, causal, window_size, softcap, sets, return_softmax_lse, backend: as in
+            `flash_attn_func`.
         positions: (total_q,); places in the sequences by default.
         key_positions: (total_k,), likewise.
         lengths: (batch,), what chooses the factor set; the keys of each sequence by default.
-        sets: (batch,) int32, the factor sets themselves.
-        return_softmax_lse: also return the log-sum-exp of the scores.
-        backend: as in `attention`.
 
     Returns:
         Like q; with ``return_softmax_lse`` also (heads, total_q) float32.
@@ -219,42 +178,10 @@ def flash_attn_varlen_func(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    _check_rope(rope)
-    for name, x in (("q", q), ("k", k)):
-        arguments.check_heads(name, arguments.check_tensor(name, x), "thd", rope.rotary_dim)
-    _check_borders("cu_seqlens_q", cu_seqlens_q, q)
-    _check_borders("cu_seqlens_k", cu_seqlens_k, k)
-    if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        raise ValueError(
-            f"cu_seqlens_k: expected {len(cu_seqlens_q) - 1} sequences as in cu_seqlens_q, got "
-            f"shape {tuple(cu_seqlens_k.shape)}"
-        )
-    causal, window = _window(causal, window_size)
-    if positions is None and key_positions is None:
-        counts = cu_seqlens_k.diff()
-        positions = _places(cu_seqlens_q, q.shape[0], counts - cu_seqlens_q.diff())
-        if cu_seqlens_k is not cu_seqlens_q:
-            key_positions = _places(cu_seqlens_k, k.shape[0], torch.zeros_like(counts))
-        if lengths is None and sets is None:
-            lengths = counts
-    elif positions is None:
-        raise ValueError("positions: expected them beside key_positions, got None")
-    return attention(
-        q,
-        k,
-        v,
-        positions,
-        rope,
-        causal=causal,
+    return _attend(
+        *(q, k, v, rope, "thd", cu_seqlens_q, cu_seqlens_k, causal, window_size, softcap),
+        *(positions, key_positions, lengths, sets),
         softmax_scale=softmax_scale,
-        window=window,
-        softcap=_softcap(softcap),
-        cu_seqlens=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        key_positions=key_positions,
-        lengths=lengths,
-        sets=sets,
-        layout="thd",
         return_lse=return_softmax_lse,
         backend=backend,
     )
@@ -300,15 +227,10 @@ def flash_attn_with_kvcache(
             The first of them stands at position 0.
         block_table: (batch, max_blocks) int32, as in `decode`. New keys are written into its
             blocks; sequences must not share one that is written.
-        softmax_scale: dim**-0.5 by default.
         causal: False only for one query, for which it says nothing.
-        window_size: (left, any): a query sees ``left`` keys before its own; -1 is all of them.
-        softcap: of the scores; 0 for none.
-        lengths: (batch,), what chooses the factor set; keys in the cache, without left padding and
-            with those of this call, by default.
-        sets: (batch,) int32, the factor sets themselves.
-        return_softmax_lse: also return the log-sum-exp of the scores.
-        backend: as in `decode`.
+        window_size: (left, any).
+        lengths: keys in the cache, without left padding and with those of this call, by default.
+        softmax_scale, softcap, sets, return_softmax_lse, backend: as in `flash_attn_func`.
 
     Returns:
         Like q; with ``return_softmax_lse`` also (batch, heads, seqlen_q) float32.
@@ -318,31 +240,26 @@ def flash_attn_with_kvcache(
             k and v were written. Whether new keys fit is checked on the host, and on a device
             under ``LONGROPE_CHECK=1`` alone.
     """
-    _check_rope(rope)
-    arguments.check_heads("q", arguments.check_tensor("q", q), "bshd", rope.rotary_dim)
+    _check(rope, "bshd", q=q)
     if not causal and q.shape[1] > 1:
         raise ValueError(
             f"causal: expected True for more than one query, got {causal!r} for {q.shape[1]}"
         )
     _, window = _window(True, window_size)
-    if isinstance(cache_seqlens, torch.Tensor):
-        arguments.check_per_sequence("cache_seqlens", cache_seqlens, q.shape[0], q)
-    else:
-        _check_count("cache_seqlens", cache_seqlens)
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    cache_lens = _per_sequence("cache_seqlens", cache_seqlens, q.shape[0], q)
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither, got one of them")
     if k is not None and v is not None:
-        slots = _new_slots(k, v, q, k_cache, v_cache, cache_seqlens, block_table)
+        slots = _new_slots(k, v, q, k_cache, v_cache, cache_lens, block_table)
         with torch.no_grad():
             k_cache.index_put_(slots, k)
             v_cache.index_put_(slots, v)
-        cache_seqlens = cache_seqlens + k.shape[1]
+        cache_lens = cache_lens + k.shape[1]
     return decode(
         q,
         k_cache,
         v_cache,
-        cache_seqlens,
+        cache_lens,
         rope,
         block_table=block_table,
         lengths=lengths,
@@ -350,20 +267,101 @@ def flash_attn_with_kvcache(
         kv_start=cache_leftpad,
         softmax_scale=softmax_scale,
         window=window,
-        softcap=_softcap(softcap),
+        softcap=None if softcap == 0 else softcap,
         return_lse=return_softmax_lse,
         backend=backend,
+    )
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: Rope,
+    layout: arguments.Layout,
+    cu_seqlens: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    positions: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    **rest: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`attention` with the last query of each sequence at its last key."""
+    _check(rope, layout, q=q, k=k)
+    causal, window = _window(causal, window_size)
+    if positions is None:
+        if key_positions is not None:
+            raise ValueError("positions: expected them beside key_positions, got None")
+        queries = _counts("cu_seqlens_q", cu_seqlens, q)
+        counts = _counts("cu_seqlens_k", cu_seqlens_k, k)
+        if len(counts) != len(queries):
+            raise ValueError(
+                f"cu_seqlens_k: expected {len(queries)} sequences as in cu_seqlens_q, got "
+                f"{len(counts)}"
+            )
+        positions = _places(q, cu_seqlens, counts - queries)
+        # Where q and k stand at the same places, they are rotated together.
+        dense = cu_seqlens is None
+        if q.shape[1] != k.shape[1] if dense else cu_seqlens_k is not cu_seqlens:
+            key_positions = _places(k, cu_seqlens_k, torch.zeros_like(counts))
+        if lengths is None and sets is None and len(rope.sets) > 1:
+            lengths = counts
+    return attention(
+        q,
+        k,
+        v,
+        positions,
+        rope,
+        causal=causal,
+        window=window,
+        softcap=None if softcap == 0 else softcap,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
+        key_positions=key_positions,
+        lengths=lengths,
+        sets=sets,
+        layout=layout,
+        **rest,
     )
 
 
 # ----------------------------------------------------------------------------------------- places
 
 
-def _places(cu_seqlens: torch.Tensor, tokens: int, first: torch.Tensor) -> torch.Tensor:
-    """Positions of packed tokens (tokens,), where sequence i begins at ``first[i]``."""
-    sequence = sequence_of_token(cu_seqlens, tokens)
-    index = torch.arange(tokens, device=cu_seqlens.device)
-    return index + (first - cu_seqlens[:-1])[sequence]
+def _counts(name: str, cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """Tokens of each sequence of x, (batch,)."""
+    if x.dim() == 4:
+        return torch.full((x.shape[0],), x.shape[1], device=x.device)
+    cu_seqlens = arguments.check_tensor(name, cu_seqlens)
+    arguments.check_borders(name, cu_seqlens, x, "thd")
+    values.check_borders(name, cu_seqlens, x.shape[0])
+    return cu_seqlens.diff()
+
+
+def _places(x: torch.Tensor, cu_seqlens: torch.Tensor | None, first: torch.Tensor) -> torch.Tensor:
+    """Positions of the tokens of x, where sequence i begins at ``first[i]``."""
+    if cu_seqlens is None:
+        return first[:, None] + torch.arange(x.shape[1], device=x.device)
+    index = torch.arange(x.shape[0], device=x.device)
+    return index + (first - cu_seqlens[:-1])[sequence_of_token(cu_seqlens, x.shape[0])]
+
+
+def _per_sequence(
+    name: str, value: int | torch.Tensor, count: int, x: torch.Tensor
+) -> torch.Tensor:
+    """A number of tokens for all sequences, or one for each, as a tensor."""
+    if isinstance(value, torch.Tensor):
+        arguments.check_per_sequence(name, value, count, x)
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number of tokens or a tensor, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name}: expected at least 0 tokens, got {value}")
+    return torch.full((count,), value, device=x.device)
 
 
 def _new_slots(
@@ -378,16 +376,10 @@ def _new_slots(
     """Where new tokens go in the first two dimensions of the cache: two (batch, seqlen_new)."""
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         arguments.check_tensor(f"{name}_cache", cache)
-        arguments.check_heads(name, arguments.check_tensor(name, x), "bshd", 0)
         expected = (q.shape[0], k.shape[1], *cache.shape[2:])
-        if tuple(x.shape) != expected:
+        if tuple(arguments.check_tensor(name, x).shape) != expected:
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
-        if x.dtype != cache.dtype:
-            raise TypeError(
-                f"{name}: expected the dtype of {name}_cache, {cache.dtype}, got {x.dtype}"
-            )
-        if x.device != cache.device or x.device != q.device:
-            raise ValueError(f"{name}: expected the device of q and the cache, got {x.device}")
+        arguments.check_like(name, x, f"{name}_cache", cache, "bshd", ("batch", "seq"))
     size, width = k_cache.shape[1], 1
     if block_table is not None:
         arguments.check_index("block_table", block_table, q)
@@ -436,22 +428,9 @@ def _window(causal: bool, window_size: tuple[int, int]) -> tuple[bool, int | Non
     )
 
 
-def _softcap(softcap: float) -> float | None:
-    return None if softcap == 0 else softcap
-
-
-def _check_rope(rope: object) -> None:
+def _check(rope: object, layout: arguments.Layout, **tensors: object) -> None:
+    """What is read here; all else is checked where it is used."""
     if not isinstance(rope, Rope):
         raise TypeError(f"rope: expected a Rope, got {type(rope).__name__}")
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a whole number of tokens or a tensor, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name}: expected at least 0 tokens, got {value}")
-
-
-def _check_borders(name: str, cu_seqlens: torch.Tensor, x: torch.Tensor) -> None:
-    arguments.check_borders(name, cu_seqlens, x, "thd")
-    values.check_borders(name, cu_seqlens, x.shape[0])
+    for name, x in tensors.items():
+        arguments.check_heads(name, arguments.check_tensor(name, x), layout, rope.rotary_dim)

@@ -25,7 +25,7 @@ FilePath = str | os.PathLike[str]
 def write_sidecar(
     path: FilePath, sets: Sequence[FactorSet], base: float, interleaved: bool
 ) -> Path:
-    """Write a `Rope` of these as JSON; a folder gets a ``longrope.json``. Gives the path of the file.
+    """Write a `Rope` of these as JSON, in a folder as ``longrope.json``; gives the path.
 
     Numbers are written so that reading gives the same float64.
     """

@@ -1,155 +1,26 @@
-"""``longrope search | extend | readjust | evaluate | plot``; imports wait until one runs."""
+"""``longrope search | extend | readjust | evaluate | plot``; heavy imports wait until one runs."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-if TYPE_CHECKING:
-    from .find import Options
+from .extend import ExtendPlan
+from .find import Options
+from .options import Given, Last, Machine, Out, Read, Stride, Upper, ascending, paths
 
-# ------------------------------------------------------------------- what several commands take
-
-Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Folder of a local Hugging Face model.")
-]
-Texts = Annotated[
-    list[Path],
-    typer.Option(
-        "--documents",
-        help="Text file, .jsonl (key text) or folder of them; repeat for several. Not the texts "
-        "the model was trained on.",
-    ),
-]
-Samples = Annotated[
-    int, typer.Option(min=1, help="Documents to take, the first ones (the paper: 5).")
-]
-Tokens = Annotated[
-    str | None, typer.Option(help="Folder of a tokenizer, or bytes. [default: the model's]")
-]
-Original = Annotated[
-    int | None, typer.Option(help="Tokens the model was first trained for. [default: its config's]")
-]
-Last = Annotated[
-    int | None, typer.Option(help="Score the last so many tokens of each document alone.")
-]
-Stride = Annotated[
-    int | None, typer.Option(help="Slide a window over whole documents in steps of so many tokens.")
-]
-Out = Annotated[
-    Path, typer.Option(help="Folder for the results. The same command goes on where it stopped.")
-]
+_LENGTHS = Read(list[int], ascending)
 
 
-class TextOptions(NamedTuple):
-    """Of the texts that candidates are measured on."""
-
-    samples: Samples = 5
-    skip_short: Annotated[
-        bool, typer.Option("--skip-short", help="Leave out documents that are too short.")
-    ] = False
-    tokenizer: Tokens = None
-    original_length: Original = None
-
-
-class SearchOptions(NamedTuple):
-    """Of the search itself."""
-
-    fitness: Annotated[
-        str,
-        typer.Option(help="perplexity, or needle: that of the answers about hidden numbers alone."),
-    ] = "perplexity"
-    last: Last = None
-    stride: Stride = None
-    optimizer: Annotated[
-        str, typer.Option(help="evolution (LongRoPE's) or cmaes, to compare with.")
-    ] = "evolution"
-    population: Annotated[int, typer.Option(min=1, help="Candidates of the first iteration.")] = 64
-    iterations: Annotated[int, typer.Option(min=1, help="How many, with the first.")] = 40
-    mutants: Annotated[int, typer.Option(min=0, help="Made in each later iteration.")] = 16
-    crossovers: Annotated[int, typer.Option(min=0, help="Made in each later iteration.")] = 16
-    probability: Annotated[float, typer.Option(help="Of a mutation to draw a gene again.")] = 0.3
-    parents: Annotated[
-        int, typer.Option(min=1, help="How many of the best so far have children.")
-    ] = 32
-    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0
-    monotone: Annotated[
-        bool, typer.Option(help="Whether factors must not fall from one pair to the next.")
-    ] = True
-    attention: Annotated[
-        str,
-        typer.Option(help="Attention factor: fixed (the paper's formula), searched, or a number."),
-    ] = "fixed"
-    n_hat: Annotated[
-        list[int] | None,
-        typer.Option(help="Threshold to try; repeat for several. [default: the paper's fourteen]"),
-    ] = None
-    race: Annotated[
-        bool,
-        typer.Option(
-            "--race/--no-race",
-            help="Give up on candidates that have lost for certain: same result.",
-        ),
-    ] = True
-    margin: Annotated[
-        float | None,
-        typer.Option(
-            help="Also give up on candidates so many nats per token behind; may change the result."
-        ),
-    ] = None
-    batch: Annotated[int, typer.Option(min=1, help="Candidates to measure in one forward.")] = 1
-
-    def options(self, critical: int | None = None) -> Options:
-        """What the search takes; ``critical`` as there."""
-        from .find import Options
-
-        given = self._asdict()
-        n_hats = given.pop("n_hat")
-        given["n_hats"] = tuple(sorted(set(n_hats))) if n_hats else None
-        given["attention"] = _attention(self.attention)
-        return Options(**given, critical=critical)
-
-
-class MachineOptions(NamedTuple):
-    """Of where the model runs, and in what."""
-
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto"
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
-
-
-# ---------------------------------------------------------------------------------- the commands
-
-
-def search(
-    model: Model,
-    documents: Texts,
-    length: Annotated[int, typer.Option(min=2, help="Tokens to extend the model to.")],
-    out: Out = Path("longrope-search"),
-    start: Annotated[
-        Path | None,
-        typer.Option(
-            help="longrope.json of an earlier stage, or its folder; factors multiply its."
-        ),
-    ] = None,
-    start_length: Annotated[
-        int | None, typer.Option(help="Tokens that stage was for; needed with --start.")
-    ] = None,
-    critical: Annotated[
-        int | None,
-        typer.Option(min=0, help="LongRoPE2: search from this pair on; 0 takes the theory's."),
-    ] = None,
-    *,
-    texts: TextOptions,
-    how: SearchOptions,
-    machine: MachineOptions,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Search:
     """Find factors for a longer context by LongRoPE's search.
 
     \b
@@ -160,31 +31,28 @@ def search(
     result.json, factors.png and history.png. evaluations.jsonl has every candidate. Several
     processes share the candidates: torchrun --nproc-per-node 8 --no-python longrope search ...
     """
-    from . import commands
 
-    given = commands.Given(model, documents, *texts, *machine)
-    commands.search(given, length, how.options(critical), out, start, start_length)
+    length: Annotated[int, typer.Option(min=2, help="Tokens to extend the model to.")]
+    out: Out = Path("longrope-search")
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="longrope.json of an earlier stage, or its folder; factors multiply its."
+        ),
+    ] = None
+    start_length: Annotated[
+        int | None, typer.Option(help="Tokens that stage was for; needed with --start.")
+    ] = None
+    critical: Annotated[
+        int | None,
+        typer.Option(min=0, help="LongRoPE2: search from this pair on; 0 takes the theory's."),
+    ] = None
+    given: Given
+    options: Options
 
 
-def readjust(
-    model: Model,
-    documents: Texts,
-    length: Annotated[
-        list[int], typer.Option(help="Tokens up to which a set is wanted; repeat for several.")
-    ],
-    rope: Annotated[
-        Path | None, typer.Option(help="Rope JSON of the extended model. [default: the folder's]")
-    ] = None,
-    out: Out = Path("longrope-readjust"),
-    upper: Annotated[
-        float | None,
-        typer.Option(help="The largest factor. [default: the root of the long set's, >= 1.25]"),
-    ] = None,
-    *,
-    texts: TextOptions,
-    how: SearchOptions,
-    machine: MachineOptions,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Readjust:
     """Find factors for the short lengths of a model that was extended.
 
     \b
@@ -194,56 +62,23 @@ def readjust(
     finds nothing better than before gets none. --attention fixed is here the attention factor of
     the set that served the length. Files as those of longrope search; each length has a folder.
     """
-    from . import commands
 
-    given = commands.Given(model, documents, *texts, *machine)
-    commands.readjust(given, rope, sorted(set(length)), upper, how.options(), out)
+    lengths: Annotated[
+        tuple[int, ...],
+        typer.Option("--length", help="Tokens up to which a set is wanted; repeat for several."),
+        _LENGTHS,
+    ]
+    rope: Annotated[
+        Path | None, typer.Option(help="Rope JSON of the extended model. [default: the folder's]")
+    ] = None
+    out: Out = Path("longrope-readjust")
+    upper: Upper = None
+    given: Given
+    options: Options
 
 
-def extend(
-    model: Model,
-    documents: Texts,
-    stage: Annotated[
-        list[str],
-        typer.Option(
-            metavar="LENGTH[:STEPS]",
-            help="A length in tokens, and how many steps to fine-tune there; repeat, ascending.",
-        ),
-    ],
-    train: Annotated[
-        list[Path] | None,
-        typer.Option(help="Texts to fine-tune on, like --documents and not the same."),
-    ] = None,
-    short: Annotated[
-        list[int] | None,
-        typer.Option(help="Length that gets a set of its own at the end; repeat for several."),
-    ] = None,
-    out: Out = Path("longrope-extend"),
-    rate: Annotated[float, typer.Option(help="Learning rate (the paper: 2e-5).")] = 2e-5,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps of warm-up (the paper: 20).")] = 20,
-    rows: Annotated[
-        int, typer.Option(min=1, help="Windows of text in a forward, in each process.")
-    ] = 1,
-    accumulate: Annotated[int, typer.Option(min=1, help="Forwards in a step.")] = 1,
-    short_share: Annotated[
-        float,
-        typer.Option(help="LongRoPE2: share of forwards over short windows, not rescaled."),
-    ] = 0.0,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Gradient checkpointing: less memory.")
-    ] = False,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="In steps.")] = 50,
-    upper: Annotated[
-        float | None,
-        typer.Option(help="The largest factor of the sets for --short, as in longrope readjust."),
-    ] = None,
-    samples: Samples = 5,
-    tokenizer: Tokens = None,
-    original_length: Original = None,
-    *,
-    how: SearchOptions,
-    machine: MachineOptions,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Extend:
     """Extend a model step by step: search, fine-tune, readjust.
 
     \b
@@ -254,49 +89,14 @@ def extend(
     each step has a folder with its result, and a finished one is not repeated. The folder model has
     the extended model: weights, tokenizer, longrope.json, config.json.
     """
-    from . import commands
-    from .extend import ExtendPlan, Stage
-    from .tune import TuneSettings
 
-    plan = ExtendPlan(
-        model=str(model),
-        documents=tuple(map(str, documents)),
-        stages=tuple(Stage(*_numbers(text)) for text in stage),
-        training=tuple(map(str, train or ())),
-        short=tuple(sorted(set(short or ()))),
-        samples=samples,
-        tokenizer=tokenizer,
-        original=original_length,
-        upper=upper,
-        options=how.options(),
-        tuning=TuneSettings(
-            rate, warmup, rows, accumulate, short_share, recompute, checkpoint_every, how.seed
-        ),
-    )
-    commands.extend(plan, out, *machine)
+    out: Out = Path("longrope-extend")
+    plan: ExtendPlan
+    machine: Machine
 
 
-def evaluate(
-    model: Model,
-    documents: Texts,
-    length: Annotated[list[int], typer.Option(help="Tokens; repeat for several.")],
-    rope: Annotated[
-        list[Path] | None,
-        typer.Option(help="Rope JSON, or a folder with one, to compare; repeat for several."),
-    ] = None,
-    baselines: Annotated[
-        bool, typer.Option(help="Compare with no scaling, PI, NTK, dynamic NTK and YaRN.")
-    ] = True,
-    passkey: Annotated[
-        bool, typer.Option("--passkey", help="Also the share of hidden numbers it finds.")
-    ] = False,
-    out: Out = Path("longrope-evaluate"),
-    *,
-    texts: TextOptions,
-    last: Last = None,
-    stride: Stride = None,
-    machine: MachineOptions,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
     """Measure perplexity at several lengths, under several ropes.
 
     \b
@@ -306,17 +106,31 @@ def evaluate(
     Every method sees the same documents at every length; the formulas extend to the longest.
     Prints a table; the folder gets evaluation.json and perplexity.png.
     """
-    from . import commands
 
-    given = commands.Given(model, documents, *texts, *machine)
-    commands.evaluate(given, sorted(set(length)), rope or [], baselines, passkey, last, stride, out)
+    lengths: Annotated[
+        tuple[int, ...], typer.Option("--length", help="Tokens; repeat for several."), _LENGTHS
+    ]
+    ropes: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--rope", help="Rope JSON, or a folder with one, to compare; repeat for several."
+        ),
+        Read(list[Path] | None, paths),
+    ] = ()
+    baselines: Annotated[
+        bool, typer.Option(help="Compare with no scaling, PI, NTK, dynamic NTK and YaRN.")
+    ] = True
+    passkey: Annotated[
+        bool, typer.Option("--passkey", help="Also the share of hidden numbers it finds.")
+    ] = False
+    out: Out = Path("longrope-evaluate")
+    last: Last = None
+    stride: Stride = None
+    given: Given
 
 
-def plot(
-    folder: Annotated[
-        Path, typer.Argument(help="Of longrope search, readjust, extend or evaluate.")
-    ],
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Plot:
     """Draw the pictures of a folder again.
 
     \b
@@ -326,54 +140,69 @@ def plot(
     and YaRN; history.png: the best perplexity so far; perplexity.png: against length. Only those
     that the folder has the numbers for.
     """
-    from . import commands
 
-    commands.plot(folder)
+    folder: Annotated[
+        Path, typer.Argument(help="Of longrope search, readjust, extend or evaluate.")
+    ]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``longrope``."""
-    for command in (search, extend, readjust, evaluate, plot):
-        app.command()(_for_typer(command))
+    for command in (Search, Extend, Readjust, Evaluate, Plot):
+        app.command(command.__name__.lower())(_function(command))
 
 
-# --------------------------------------------------------------------------------------- arguments
+def _function(command: type[Any]) -> Callable[..., None]:
+    """What Typer reads: a signature in which each option is a parameter."""
+    name = command.__name__.lower()
 
-
-def _for_typer(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, its errors as lines, and the fields of its named tuples as options, in place.
-
-    Typer reads a signature, in which each option is a parameter.
-    """
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    groups = {x.name: x.annotation for x in own if hasattr(x.annotation, "_fields")}
-    parameters = [
-        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for x in own
-        for option in (_fields(x.annotation) if x.name in groups else (x,))
-    ]
-
-    @functools.wraps(command)
     def run(**values: Any) -> None:
-        with _errors(command.__name__):
-            for name, group in groups.items():
-                values[name] = group(**{field: values.pop(field) for field in group._fields})
-            command(**values)
+        with _errors(name):
+            from . import commands
 
+            getattr(commands, name)(_made(command, values))
+
+    parameters = list(_parameters(command))
+    run.__doc__ = command.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {x.name: x.annotation for x in parameters}
     return run
 
 
-def _fields(group: Any) -> Iterator[inspect.Parameter]:
-    """The fields of a named tuple, all of which have a default, as parameters."""
-    for name, annotation in get_type_hints(group, include_extras=True).items():
-        yield inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=group._field_defaults[name],
-            annotation=annotation,
-        )
+def _parameters(group: type[Any]) -> Iterator[inspect.Parameter]:
+    for name, default, kind, notes in _options(group):
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from _parameters(kind)
+        elif notes:
+            option, *reads = notes
+            for read in reads:
+                kind, default = read.type, default if default is MISSING else read.default
+            yield inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if default is MISSING else default,
+                annotation=Annotated[kind, option],
+            )
+
+
+def _made(group: type[Any], values: Mapping[str, Any]) -> Any:
+    """The group of the values that were given."""
+    made = {}
+    for name, _, kind, notes in _options(group):
+        if isinstance(kind, type) and is_dataclass(kind):
+            made[name] = _made(kind, values)
+        elif name in values:
+            made[name] = notes[1].read(values[name]) if len(notes) > 1 else values[name]
+    return group(**made)
+
+
+def _options(group: type[Any]) -> Iterator[tuple[str, Any, Any, list[Any]]]:
+    """The fields: name, default, type, and what it is annotated by."""
+    hints = get_type_hints(group, include_extras=True)
+    for one in fields(group):
+        hint = hints[one.name]
+        kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        yield one.name, one.default, kind, notes
 
 
 @contextmanager
@@ -391,26 +220,3 @@ def _errors(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"longrope {command}: stopped; the same command goes on", err=True)
         raise typer.Exit(130) from None
-
-
-def _attention(text: str) -> float | str | None:
-    if text == "fixed":
-        return None
-    if text == "searched":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(
-            f"--attention: expected fixed, searched or a number, got {text!r}"
-        ) from None
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(":")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2):
-        raise ValueError(f"--stage: expected LENGTH or LENGTH:STEPS, got {text!r}")
-    return numbers

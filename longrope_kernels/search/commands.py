@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import typer
 from tqdm import tqdm
 
-from ..rope import scaling
+from ..rope import FactorSet, Rope, scaling
 from ..rope.files import SIDECAR
-from ..rope.value import FactorSet, Rope
-from . import plots
+from . import cli, plots
 from .base import Iteration, Search
 from .distributed import start_ranks
 from .documents import Document, Encode, encoder, read_documents
-from .extend import DONE, ExtendPlan, Extension
-from .find import NEEDLES, RESULT, Found, Options, Progress, find
+from .extend import DONE, Extension
+from .find import NEEDLES, RESULT, Options, find
 from .fitness import Perplexity, pass_key, passkey_accuracy
 from .model import TransformersLosses
+from .options import Given
 from .ranks import is_main
 from .readjust import readjust as readjusted
 from .source import (
@@ -35,88 +35,72 @@ from .source import (
     write_config,
     write_json,
 )
-from .space import critical_dimension
+from .space import SearchSpace, critical_dimension
 
 EVALUATION = "evaluation.json"
-
-
-@dataclass(frozen=True)
-class Given:
-    """What commands that measure a model are told about it and its texts."""
-
-    model: Path
-    documents: Sequence[Path]
-    samples: int
-    skip_short: bool
-    tokenizer: str | None
-    original: int | None
-    device: str
-    dtype: str
-
-    def source(self) -> Source:
-        return open_source(self.model, self.original)
-
-    def encode(self) -> Encode:
-        return encoder(self.tokenizer or str(self.model))
-
-    def texts(self, encode: Encode, length: int) -> list[Document]:
-        short = "skip" if self.skip_short else "error"
-        return read_documents(self.documents, encode, length, most=self.samples, short=short)  # type: ignore[arg-type]
-
-    def losses(self) -> TransformersLosses:
-        return TransformersLosses(load_model(self.model, self.device, self.dtype))
 
 
 # -------------------------------------------------------------------------------------- search
 
 
-def search(
-    given: Given,
-    length: int,
-    options: Options,
-    out: Path,
-    start: Path | None,
-    start_length: int | None,
-) -> None:
+def search(told: cli.Search) -> None:
     """``longrope search``."""
     start_ranks()
-    source = given.source()
-    space = _space(source, length, options, start, start_length)
-    encode = given.encode()
-    documents = given.texts(encode, length)
-    losses = given.losses()
-    with _bar("search") as progress:
+    source, encode = _opened(told.given)
+    options = replace(told.options, critical=told.critical)
+    space = _space(source, told, options)
+    documents, losses = _measured(told.given, encode, told.length)
+    with _bars() as watch:
         found = find(
             losses,
             documents,
             space,
             options,
-            out,
-            others=baselines(source, length),
+            told.out,
+            others=baselines(source, told.length),
             encode=encode,
             context={"weights": fingerprint(losses.model)},
-            progress=progress,
+            progress=watch("search", "search", 0),
         )
     if not is_main():
         return
-    note = write_config(source, found.rope, length, out)
-    _draw_found(out, found.rope, baselines(source, length), read_json(out / RESULT))
-    _tell_found(f"{length} tokens", found)
-    _tell_written(out, note)
+    note = write_config(source, found.rope, told.length, told.out)
+    _draw_found(told.out, found.rope, baselines(source, told.length), read_json(told.out / RESULT))
+    best, one = found.best.candidate, found.rope.sets[0]
+    rows = [[name, _number(value), ""] for name, value in found.others.items()]
+    text = f"n_hat {best.n_hat}, attention {one.attention_factor:.4g}"
+    rows.append(["LongRoPE", _number(found.best.fitness), text])
+    _table([f"perplexity, {told.length} tokens", "", ""], rows)
+    _tell_written(told.out, note)
 
 
-def _space(
-    source: Source, length: int, options: Options, start: Path | None, start_length: int | None
-) -> Any:
+def _opened(given: Given) -> tuple[Source, Encode]:
+    source = open_source(Path(given.model), given.original)
+    return source, encoder(given.tokenizer or given.model)
+
+
+def _measured(
+    given: Given, encode: Encode, length: int
+) -> tuple[list[Document], TransformersLosses]:
+    paths, short = [Path(path) for path in given.documents], given.skip_short
+    documents = read_documents(
+        paths, encode, length, most=given.samples, short="skip" if short else "error"
+    )
+    return documents, TransformersLosses(load_model(Path(given.model), given.device, given.dtype))
+
+
+def _space(source: Source, told: cli.Search, options: Options) -> SearchSpace:
     stage, reached = source.stage, source.trained
-    if start is not None:
-        if start_length is None:
+    if told.start is not None:
+        if told.start_length is None:
             raise ValueError("--start-length: expected the tokens that --start was for")
-        stage, reached = _stage_of(Rope.load(start), start_length), start_length
-    if length <= reached:
+        earlier, reached = Rope.load(told.start), told.start_length
+        one = earlier.sets[earlier.set_index(reached)]
+        stage = Rope((FactorSet(one.factors),), earlier.base, earlier.interleaved)
+    if told.length <= reached:
         raise ValueError(
             f"--length: expected more than the {reached} tokens that the model serves, got "
-            f"{length}; longrope readjust is for shorter ones"
+            f"{told.length}; longrope readjust is for shorter ones"
         )
     critical = options.critical
     if critical == 0:
@@ -127,50 +111,37 @@ def _space(
         base=source.rope.base,
         interleaved=source.rope.interleaved,
         original_length=source.original,
-        target_length=length,
+        target_length=told.length,
         stage=stage,
-        ratio=None if stage is None else length / reached,
+        ratio=None if stage is None else told.length / reached,
         critical=critical,
     )
-
-
-def _stage_of(rope: Rope, length: int) -> Rope:
-    one = rope.sets[rope.set_index(length)]
-    return Rope((FactorSet(one.factors),), rope.base, rope.interleaved)
 
 
 # ------------------------------------------------------------------------------------- readjust
 
 
-def readjust(
-    given: Given,
-    rope: Path | None,
-    lengths: Sequence[int],
-    upper: float | None,
-    options: Options,
-    out: Path,
-) -> None:
+def readjust(told: cli.Readjust) -> None:
     """``longrope readjust``."""
     start_ranks()
-    source = given.source()
-    present = source.rope if rope is None else Rope.load(rope)
-    encode = given.encode()
-    documents = given.texts(encode, max(lengths))
-    losses = given.losses()
-    with _bar("readjust") as progress:
+    source, encode = _opened(told.given)
+    present = source.rope if told.rope is None else Rope.load(told.rope)
+    documents, losses = _measured(told.given, encode, max(told.lengths))
+    with _bars() as watch:
         result = readjusted(
             losses,
             documents,
             present,
-            lengths,
+            told.lengths,
             source.original,
-            options,
-            out,
-            upper=upper,
+            told.options,
+            told.out,
+            upper=told.upper,
             encode=encode,
             context={"weights": fingerprint(losses.model)},
-            progress=progress,
+            progress=watch("search", "readjust", 0),
         )
+    out = told.out
     if not is_main():
         return
     note = write_config(source, result.rope, source.trained, out)
@@ -189,10 +160,11 @@ def readjust(
 # --------------------------------------------------------------------------------------- extend
 
 
-def extend(plan: ExtendPlan, out: Path, device: str, dtype: str) -> None:
+def extend(told: cli.Extend) -> None:
     """``longrope extend``."""
     start_ranks()
-    extension = Extension(plan, out, device=device, dtype=dtype)
+    out = told.out
+    extension = Extension(told.plan, out, device=told.machine.device, dtype=told.machine.dtype)
     with _bars() as watch:
         rope = extension.run(watch, lambda line: typer.echo(line, err=True))
     if not is_main():
@@ -206,7 +178,7 @@ def extend(plan: ExtendPlan, out: Path, device: str, dtype: str) -> None:
             was = _number(content["before"][length])
             rows.append([f"{folder.name}, {length}", f"{_number(after)} (before {was})"])
     _table(["step", "perplexity"], rows)
-    plot(out)
+    _plot(out)
     note = read_json(out / "model" / DONE)["config"]
     _tell_written(out / "model", note)
     sets = ", ".join(_bound(factor_set) for factor_set in rope.sets)
@@ -216,39 +188,29 @@ def extend(plan: ExtendPlan, out: Path, device: str, dtype: str) -> None:
 # ------------------------------------------------------------------------------------- evaluate
 
 
-def evaluate(
-    given: Given,
-    lengths: Sequence[int],
-    ropes: Sequence[Path],
-    compare: bool,
-    passkey: bool,
-    last: int | None,
-    stride: int | None,
-    out: Path,
-) -> None:
+def evaluate(told: cli.Evaluate) -> None:
     """``longrope evaluate``."""
-    source = given.source()
+    lengths, passkey, out = told.lengths, told.passkey, told.out
+    source, encode = _opened(told.given)
     longest = lengths[-1]
+    compare = told.baselines and longest > source.original
     methods = {"the model's own": source.rope}
-    if compare and longest > source.original:
+    if compare:
         methods |= baselines(source, longest)
-    for path in ropes:
+    for path in map(Path, told.ropes):
         name = path.name if path.is_dir() else path.stem
         methods[str(path) if name in methods else name] = Rope.load(path)
-    encode = given.encode()
-    documents = given.texts(encode, longest)
     needles = [pass_key(encode, number) for number in NEEDLES] if passkey else []
     longest_needle = max((sum(map(len, needle)) for needle in needles), default=longest + 1)
     if passkey and longest_needle > longest:
         raise ValueError(f"--passkey: expected a length of {longest_needle} tokens, got {longest}")
-    losses = given.losses()
-    dynamic = compare and longest > source.original
-    names = [*methods, *(["dynamic NTK"] if dynamic else [])]
+    documents, losses = _measured(told.given, encode, longest)
+    names = [*methods, *(["dynamic NTK"] if compare else [])]
     values: dict[str, dict[int, float]] = {name: {} for name in names}
     found: dict[str, dict[int, float]] = {name: {} for name in names}
     with tqdm(total=len(names) * len(lengths), desc="evaluate", unit=" measured") as bar:
         for length in lengths:
-            fitness = Perplexity(losses, documents, length, last=last, stride=stride)
+            fitness = Perplexity(losses, documents, length, last=told.last, stride=told.stride)
             for name in names:
                 rope = methods[name] if name in methods else _dynamic(source, length)
                 values[name][length] = fitness(rope)
@@ -257,10 +219,10 @@ def evaluate(
                 bar.update()
     out.mkdir(parents=True, exist_ok=True)
     content = {
-        "model": str(given.model),
+        "model": told.given.model,
         "documents": [document.name for document in documents],
-        "last": last,
-        "stride": stride,
+        "last": told.last,
+        "stride": told.stride,
         "original": source.original,
         "perplexity": _by_text(values),
         "passkey": _by_text(found) if passkey else None,
@@ -295,8 +257,12 @@ def _by_text(values: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, f
 # ----------------------------------------------------------------------------------------- plot
 
 
-def plot(folder: Path) -> None:
+def plot(told: cli.Plot) -> None:
     """``longrope plot``."""
+    _plot(told.folder)
+
+
+def _plot(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
     drawn = False
@@ -357,22 +323,6 @@ def _draw_evaluation(content: Mapping[str, Any], folder: Path) -> None:
 
 
 @contextmanager
-def _bar(name: str) -> Iterator[Progress]:
-    """Evaluations done of all, and the best so far; on stderr."""
-    with tqdm(desc=name, unit=" candidates", dynamic_ncols=True, disable=not is_main()) as bar:
-
-        def progress(now: Search) -> None:
-            if now.evaluated < bar.n:  # another search began
-                bar.reset()
-            bar.total = now.total
-            bar.update(now.evaluated - bar.n)
-            if now.best is not None:
-                bar.set_postfix_str(f"best perplexity {_number(now.best.fitness)}")
-
-        yield progress
-
-
-@contextmanager
 def _bars() -> Iterator[Any]:
     """`extend.Watch`: a bar for each step."""
     open_bars: list[tqdm[Any]] = []
@@ -405,14 +355,6 @@ def _bars() -> Iterator[Any]:
     finally:
         for bar in open_bars:
             bar.close()
-
-
-def _tell_found(title: str, found: Found) -> None:
-    best = found.best.candidate
-    rows = [[name, _number(value), ""] for name, value in found.others.items()]
-    a = found.rope.sets[0].attention_factor
-    rows.append(["LongRoPE", _number(found.best.fitness), f"n_hat {best.n_hat}, attention {a:.4g}"])
-    _table([f"perplexity, {title}", "", ""], rows)
 
 
 def _tell_written(folder: Path, note: str | None) -> None:

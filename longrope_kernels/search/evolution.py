@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from random import Random
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from .base import Search
 from .candidate import Candidate, Evaluation
@@ -34,14 +36,16 @@ class EvolutionSettings:
         ValueError, TypeError: naming the attribute that is out of range.
     """
 
-    population: int = 64
-    iterations: int = 40
-    mutants: int = 16
-    crossovers: int = 16
-    probability: float = 0.3
-    parents: int = 32
+    population: Annotated[int, typer.Option(min=1, help="Candidates of the first iteration.")] = 64
+    iterations: Annotated[int, typer.Option(min=1, help="How many, with the first.")] = 40
+    mutants: Annotated[int, typer.Option(min=0, help="Made in each later iteration.")] = 16
+    crossovers: Annotated[int, typer.Option(min=0, help="Made in each later iteration.")] = 16
+    probability: Annotated[float, typer.Option(help="Of a mutation to draw a gene again.")] = 0.3
+    parents: Annotated[
+        int, typer.Option(min=1, help="How many of the best so far have children.")
+    ] = 32
     moves: str = "mixed"
-    seed: int = 0
+    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0
 
     def __post_init__(self) -> None:
         least = {"population": 1, "iterations": 1, "parents": 1, "mutants": 0, "crossovers": 0}

@@ -12,15 +12,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from ..rope.files import SIDECAR
 from ..rope.value import FactorSet, Rope
 from .documents import Document, Encode, encoder, read_documents
 from .find import Options, find
 from .model import TransformersLosses
+from .options import Read, Texts, Upper, ascending, paths
 from .ranks import from_main, is_main
 from .readjust import readjust
 from .source import (
@@ -50,8 +52,19 @@ class Stage:
     steps: int = 0
 
 
-@dataclass(frozen=True)
-class ExtendPlan:
+def _stages(texts: list[str]) -> tuple[Stage, ...]:
+    return tuple(map(_stage, texts))
+
+
+def _stage(text: str) -> Stage:
+    try:
+        return Stage(*map(int, text.split(":")))
+    except (TypeError, ValueError):
+        raise ValueError(f"--stage: expected LENGTH or LENGTH:STEPS, got {text!r}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendPlan(Texts):
     """What to do; the same plan and folder go on where they were stopped.
 
     Attributes:
@@ -72,15 +85,26 @@ class ExtendPlan:
         ValueError: naming the attribute that is out of range.
     """
 
-    model: str
-    documents: tuple[str, ...]
-    stages: tuple[Stage, ...]
-    training: tuple[str, ...] = ()
-    short: tuple[int, ...] = ()
-    samples: int = 5
-    tokenizer: str | None = None
-    original: int | None = None
-    upper: float | None = None
+    stages: Annotated[
+        tuple[Stage, ...],
+        typer.Option(
+            "--stage",
+            metavar="LENGTH[:STEPS]",
+            help="A length in tokens, and how many steps to fine-tune there; repeat, ascending.",
+        ),
+        Read(list[str], _stages),
+    ]
+    training: Annotated[
+        tuple[str, ...],
+        typer.Option("--train", help="Texts to fine-tune on, like --documents and not the same."),
+        Read(list[Path] | None, paths),
+    ] = ()
+    short: Annotated[
+        tuple[int, ...],
+        typer.Option(help="Length that gets a set of its own at the end; repeat for several."),
+        Read(list[int] | None, ascending),
+    ] = ()
+    upper: Upper = None
     options: Options = field(default_factory=Options)
     tuning: TuneSettings = field(default_factory=TuneSettings)
 
@@ -231,7 +255,7 @@ class Extension:
         if step.done:
             return step.folder
         settings, original = self.plan.tuning, self.source.original
-        if settings.short:
+        if settings.short_share:
             plain = FactorSet((1.0,) * rope.pairs, max_length=original)
             rope = Rope((plain, *rope.sets), rope.base, rope.interleaved)
         model = load_model(weights, self._device, "float32")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..rope.value import Rope
 from .base import Search
@@ -16,6 +18,7 @@ from .evaluator import Evaluator
 from .evolution import EvolutionarySearch, EvolutionSettings
 from .fitness import NeedlePerplexity, Perplexity, pass_key
 from .model import Losses
+from .options import Last, Read, Stride, ascending
 from .ranks import from_main, is_shared
 from .run import run_search
 from .source import digest, read_json, save_rope, write_json
@@ -27,14 +30,27 @@ RESULT = "result.json"
 Progress = Callable[[Search], None]
 
 
+def _thresholds(numbers: list[int] | None) -> tuple[int, ...] | None:
+    return ascending(numbers) or None
+
+
+def _attention(text: str) -> float | str | None:
+    if text in ("fixed", "searched"):
+        return None if text == "fixed" else text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"--attention: expected fixed, searched or a number, got {text!r}"
+        ) from None
+
+
 @dataclass(frozen=True)
-class Options:
+class Options(EvolutionSettings):
     """How to search and what to minimise; the paper's numbers by default.
 
     Attributes:
-        optimizer: "evolution", LongRoPE's, or "cmaes", to compare with.
-        population, iterations, mutants, crossovers, probability, parents, moves, seed: as in
-            `EvolutionSettings`; of "cmaes" the evaluations are as many.
+        optimizer: "evolution", LongRoPE's, or "cmaes", which evaluates as many, to compare with.
         monotone, n_hats, attention, critical: as in `SearchSpace`.
         fitness: "perplexity", or "needle": of the answers about needles in the documents.
         last, stride: as in `Perplexity`.
@@ -46,25 +62,42 @@ class Options:
         ValueError: naming the attribute that is out of range.
     """
 
-    optimizer: str = "evolution"
-    population: int = 64
-    iterations: int = 40
-    mutants: int = 16
-    crossovers: int = 16
-    probability: float = 0.3
-    parents: int = 32
-    moves: str = "mixed"
-    seed: int = 0
-    monotone: bool = True
-    n_hats: tuple[int, ...] | None = None
-    attention: float | str | None = None
+    optimizer: Annotated[
+        str, typer.Option(help="evolution (LongRoPE's) or cmaes, to compare with.")
+    ] = "evolution"
+    monotone: Annotated[
+        bool, typer.Option(help="Whether factors must not fall from one pair to the next.")
+    ] = True
+    n_hats: Annotated[
+        tuple[int, ...] | None,
+        typer.Option(
+            "--n-hat",
+            help="Threshold to try; repeat for several. [default: the paper's fourteen]",
+        ),
+        Read(list[int] | None, _thresholds),
+    ] = None
+    attention: Annotated[
+        float | str | None,
+        typer.Option(help="Attention factor: fixed (the paper's formula), searched, or a number."),
+        Read(str, _attention, "fixed"),
+    ] = None
     critical: int | None = None
-    fitness: str = "perplexity"
-    last: int | None = None
-    stride: int | None = None
-    race: bool = True
-    margin: float | None = None
-    batch: int = 1
+    fitness: Annotated[
+        str,
+        typer.Option(help="perplexity, or needle: that of the answers about hidden numbers alone."),
+    ] = "perplexity"
+    last: Last = None
+    stride: Stride = None
+    race: Annotated[
+        bool, typer.Option(help="Give up on candidates that have lost for certain: same result.")
+    ] = True
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Also give up on candidates so many nats per token behind; may change the result."
+        ),
+    ] = None
+    batch: Annotated[int, typer.Option(min=1, help="Candidates to measure in one forward.")] = 1
 
     def __post_init__(self) -> None:
         for name, served in (("optimizer", OPTIMIZERS), ("fitness", FITNESSES)):
@@ -76,7 +109,7 @@ class Options:
             raise ValueError(f"margin: expected 0 or more nats per token, got {self.margin}")
         if self.batch < 1:
             raise ValueError(f"batch: expected at least 1, got {self.batch}")
-        self.evolution  # noqa: B018  checks the rest
+        super().__post_init__()
 
     @property
     def evolution(self) -> EvolutionSettings:

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +33,7 @@ class TuneSettings:
         warmup: in steps, the paper's.
         rows: windows of a part in each process; the paper's steps have 32 windows in all.
         accumulate: parts of a step.
-        short: share of the parts that are windows of the original length under the original
+        short_share: share of the parts that are windows of the original length under the original
             embedding, as in LongRoPE2 (arXiv 2502.20082); the rope gets a set for it.
         recompute: layers keep no activations and are run again in the backward pass.
         every: a checkpoint after so many steps, and the last.
@@ -42,13 +43,19 @@ class TuneSettings:
         ValueError: naming the attribute that is out of range.
     """
 
-    rate: float = 2e-5
-    warmup: int = 20
-    rows: int = 1
-    accumulate: int = 1
-    short: float = 0.0
-    recompute: bool = False
-    every: int = 50
+    rate: Annotated[float, typer.Option(help="Learning rate (the paper: 2e-5).")] = 2e-5
+    warmup: Annotated[int, typer.Option(min=0, help="Steps of warm-up (the paper: 20).")] = 20
+    rows: Annotated[
+        int, typer.Option(min=1, help="Windows of text in a forward, in each process.")
+    ] = 1
+    accumulate: Annotated[int, typer.Option(min=1, help="Forwards in a step.")] = 1
+    short_share: Annotated[
+        float, typer.Option(help="LongRoPE2: share of forwards over short windows, not rescaled.")
+    ] = 0.0
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Gradient checkpointing: less memory.")
+    ] = False
+    every: Annotated[int, typer.Option("--checkpoint-every", min=1, help="In steps.")] = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,8 +64,10 @@ class TuneSettings:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.rate > 0:
             raise ValueError(f"rate: expected above 0, got {self.rate}")
-        if not 0 <= self.short < 1:
-            raise ValueError(f"short: expected a share from 0 to below 1, got {self.short}")
+        if not 0 <= self.short_share < 1:
+            raise ValueError(
+                f"short_share: expected a share from 0 to below 1, got {self.short_share}"
+            )
 
 
 def tune(
@@ -80,13 +89,13 @@ def tune(
     Args:
         model: of transformers, changed in place; float32 weights, which are what AdamW needs (on a
             GPU the forward is in bfloat16).
-        rope: a set for ``length``; with ``settings.short`` another for ``short_length``.
+        rope: a set for ``length``; with ``settings.short_share`` another for ``short_length``.
         documents: each of at least ``length`` tokens.
         length: of a window, in tokens.
         steps: of the optimiser.
         settings: the rest.
         folder: of ``tuning.jsonl`` (loss and seconds of every step) and checkpoints.
-        short_length: of the windows that ``settings.short`` asks for.
+        short_length: of the windows that ``settings.short_share`` asks for.
         progress: called with the number of steps done and the loss of the last.
 
     Returns:
@@ -192,7 +201,7 @@ class _Windows:
         short_length: int | None,
         process: int,
     ) -> None:
-        if settings.short and short_length is None:
+        if settings.short_share and short_length is None:
             raise ValueError("short_length: expected a number of tokens where short is above 0")
         self._documents, self._settings = documents, settings
         self._lengths = (length, short_length or length)
@@ -205,7 +214,7 @@ class _Windows:
         alike = torch.Generator().manual_seed(hash(key))  # of small integers, so always the same
         generator = torch.Generator().manual_seed(hash((*key, self._process)))
         length, rows = self._lengths[0], settings.rows
-        if torch.rand((), generator=alike) < settings.short:
+        if torch.rand((), generator=alike) < settings.short_share:
             rows, length = rows * length // self._lengths[1], self._lengths[1]
         places = torch.tensor([len(d.tokens) - length + 1.0 for d in self._documents])
         which = torch.multinomial(places, rows, replacement=True, generator=generator)

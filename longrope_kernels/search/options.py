@@ -1,0 +1,100 @@
+"""What the commands are told: dataclasses whose fields have their help, and each default once.
+
+The command line is made from them: a field that is ``Annotated`` by a `typer.Option` or
+`typer.Argument` is an option, and a field that is such a dataclass stands for its options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+
+class Read(NamedTuple):
+    """Of an option whose text is another type than the field: that type, and how it is read."""
+
+    type: Any
+    read: Callable[[Any], Any]
+    default: Any = None
+
+
+def ascending(numbers: list[int] | None) -> tuple[int, ...]:
+    """Each once."""
+    return tuple(sorted(set(numbers or ())))
+
+
+def paths(given: list[Path] | None) -> tuple[str, ...]:
+    """As text."""
+    return tuple(map(str, given or ()))
+
+
+Upper = Annotated[
+    float | None,
+    typer.Option(help="The largest factor. [default: the root of the long set's, >= 1.25]"),
+]
+
+
+Out = Annotated[
+    Path, typer.Option(help="Folder for the results. The same command goes on where it stopped.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """A model, and the texts that candidates are measured on."""
+
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Folder of a local Hugging Face model."),
+        Read(Path, str),
+    ]
+    documents: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            help="Text file, .jsonl (key text) or folder of them; repeat for several. Not the "
+            "texts the model was trained on."
+        ),
+        Read(list[Path], paths),
+    ]
+    samples: Annotated[
+        int, typer.Option(min=1, help="Documents to take, the first ones (the paper: 5).")
+    ] = 5
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of a tokenizer, or bytes. [default: the model's]")
+    ] = None
+    original: Annotated[
+        int | None,
+        typer.Option(
+            "--original-length",
+            help="Tokens the model was first trained for. [default: its config's]",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where the model runs, and in what."""
+
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Texts, Machine):
+    """What the commands that measure one model are told."""
+
+    skip_short: Annotated[
+        bool, typer.Option("--skip-short", help="Leave out documents that are too short.")
+    ] = False
+
+
+Last = Annotated[
+    int | None, typer.Option(help="Score the last so many tokens of each document alone.")
+]
+Stride = Annotated[
+    int | None, typer.Option(help="Slide a window over whole documents in steps of so many tokens.")
+]
