@@ -66,9 +66,9 @@ test-newest: $(VENV)/development.stamp
 
 # reports/compatibility.json, of the latest test, test-oldest and test-newest that ran here.
 record:
-	for name in "" -oldest -newest; do \
-		if [ -e .venv$$name/tests.xml ]; then \
-			.venv$$name/bin/python tools/compatibility.py record "$${name#-}" .venv$$name/tests.xml; \
+	for pair in locked:$(VENV) oldest:.venv-oldest newest:.venv-newest; do \
+		if [ -e $${pair#*:}/tests.xml ]; then \
+			$${pair#*:}/bin/python tools/compatibility.py record $${pair%:*} $${pair#*:}/tests.xml; \
 		fi; \
 	done
 
@@ -83,7 +83,6 @@ lint: $(VENV)/development.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/actionlint
 
 format: $(VENV)/development.stamp
 	$(BIN)/ruff check --fix .

@@ -333,7 +333,8 @@ def errors_of_sums(
     of_out = variance_of_sum(n, out, p**2 @ values**2, dtype) + out**2 * of_total
     spread = moved @ values**2 - 2 * out * (moved @ values) + out**2 * moved.sum(-1, keepdim=True)
     of_lse = of_total[..., 0] + moved.sum(-1)
-    return (of_out + spread.clamp(min=0.0)).sqrt(), of_lse.sqrt()
+    # Exact zeros may come out just below.
+    return (of_out + spread).clamp(min=0.0).sqrt(), of_lse.clamp(min=0.0).sqrt()
 
 
 def worst(
