@@ -11,7 +11,7 @@ from longrope_kernels.kernels.attention_tiles import Config
 from longrope_kernels.tuning.calls import PRODUCTS
 from longrope_kernels.tuning.entries import least_shared
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.counts]
 
 REGISTERS = 65536  # of a multiprocessor
 # Bytes a program may have: 8.0's tiles serve 8.6, 8.9 and 12.x too, which have the least.

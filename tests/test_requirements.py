@@ -1,4 +1,4 @@
-"""The locks under requirements/ say what pyproject.toml asks for, and others repeat what they say."""
+"""The locks under requirements/ hold what pyproject.toml asks for."""
 
 from __future__ import annotations
 
