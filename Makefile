@@ -1,95 +1,136 @@
-# `make demo` and `make test` do everything from a fresh checkout; the rest is for developers.
+# `make demo` and `make test` do everything from a fresh checkout, with the versions that
+# requirements/ locks; the rest is for developers.
 
 PYTHON ?= python3
-# What the development environment pins. Override to try others, for example
-#   make test PINS="torch==2.10.0 triton==3.6.0 'numpy<2.4'"
-PINS ?= torch==2.13.0 triton==3.6.0 'numpy<2.4'
+# Where torch's oldest or newest version can't be had, as on machines that take the CPU build alone:
+#   make test-oldest OLDEST_TORCH=2.13.0
+OLDEST_TORCH ?= 2.10.0
+NEWEST_TORCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := python -m pip --disable-pip-version-check install --quiet
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt longrope_kernels/_version.py \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cmake')
 
-.PHONY: demo test test-compiled test-newest-triton test-oldest-transformers benchmark report lint format docs clean
+# The package itself, into the environment named: built by what is there, nothing fetched.
+install = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/$(PIP) --no-build-isolation --no-deps --editable .
+# One process a core, so one thread each; what threads do is tested in processes of its own.
+pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses auto --junitxml=$(1)/tests.xml
+
+.PHONY: demo test test-full test-compiled test-newest-triton test-oldest test-newest record \
+	benchmark report lint format docs lock clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
 
-# One process a core, so one thread each; what threads do is tested in processes of its own.
-test: $(VENV)/test.stamp test-newest-triton test-oldest-transformers test-compiled
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
+test: $(VENV)/development.stamp
+	$(call pytest,$(VENV)) --dist loadfile tests
+
+# What a change must pass too, and takes longer than to wait for.
+test-full: test-compiled test-newest-triton test-oldest
 
 # What Triton compiles for sm_90 and sm_80, where there is no GPU to run it: tests/ptx runs it.
 COMPILED := -m pytest -q --numprocesses auto --dist worksteal -k "compiled or triton"
-test-compiled: $(VENV)/test.stamp
+test-compiled: $(VENV)/development.stamp
 	LONGROPE_PTX=90 OMP_NUM_THREADS=1 $(BIN)/python $(COMPILED) tests/test_compiled.py \
 		tests/test_triton.py tests/test_triton_decode.py tests/test_rotary_forward.py
 	LONGROPE_PTX=80 OMP_NUM_THREADS=1 $(BIN)/python $(COMPILED) tests/test_compiled.py \
 		tests/test_triton_decode.py
 
-# The kernels with the newest Triton there is, beside the pinned one.
-test-newest-triton: $(VENV)/test.stamp $(VENV)/newest-triton.stamp
-	PYTHONPATH=$(VENV)/newest-triton $(BIN)/python -m pytest -q tests/test_triton.py
+# The kernels with the newest Triton that pyproject.toml allows, beside the locked one.
+NEWEST_TRITON := 3.9.0
+test-newest-triton: $(VENV)/triton-$(NEWEST_TRITON).stamp
+	PYTHONPATH=$(VENV)/triton-$(NEWEST_TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+		tests/test_triton.py
 
-# Generation with the oldest transformers that pyproject.toml allows, beside the newest.
-test-oldest-transformers: $(VENV)/test.stamp $(VENV)/oldest-transformers.stamp
-	PYTHONPATH=$(VENV)/oldest-transformers OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
-		tests/test_models_generate.py
+# Tests of what is other people's: the models, the compilers, the optimisers, the readers of configs.
+LEANING := $(wildcard tests/test_models_*.py tests/test_transformers.py tests/test_triton*.py \
+	tests/test_*compile.py tests/test_*ops.py tests/test_config.py tests/test_scaling*.py \
+	tests/test_search_*.py tests/test_import.py tests/test_cli.py)
 
-benchmark: $(VENV)/test.stamp
+# What codegen's pages count is of the oldest Triton.
+test-oldest: .venv-oldest/oldest.stamp
+	$(call pytest,.venv-oldest) --dist worksteal $(LEANING) $(wildcard tests/test_codegen*.py)
+
+# Everything as new as it gets, made anew each time.
+test-newest: $(VENV)/development.stamp
+	$(PYTHON) -m venv --clear .venv-newest
+	$(BIN)/python tools/compatibility.py names > .venv-newest/names.txt
+	.venv-newest/bin/$(PIP) -r .venv-newest/names.txt $(if $(NEWEST_TORCH),torch==$(NEWEST_TORCH))
+	.venv-newest/bin/$(PIP) --upgrade --no-deps triton  # newer than torch asks for
+	$(call install,.venv-newest)
+	-$(call pytest,.venv-newest) --dist worksteal $(LEANING)
+	.venv-newest/bin/python tools/compatibility.py compare \
+		requirements/development.txt .venv-newest/tests.xml
+
+# reports/compatibility.json, of the latest test, test-oldest and test-newest that ran here.
+record:
+	for pair in locked:$(VENV) oldest:.venv-oldest newest:.venv-newest; do \
+		if [ -e $${pair#*:}/tests.xml ]; then \
+			$${pair#*:}/bin/python tools/compatibility.py record $${pair%:*} $${pair#*:}/tests.xml; \
+		fi; \
+	done
+
+benchmark: $(VENV)/development.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 # Tests, benchmarks and a page about this machine, under reports/.
-report: $(VENV)/test.stamp
+report: $(VENV)/development.stamp
 	$(BIN)/python -m benchmarks.report
 
-lint: $(VENV)/lint.stamp
+lint: $(VENV)/development.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/lint.stamp
+format: $(VENV)/development.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/docs.stamp
+docs: $(VENV)/development.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# requirements/*.txt again, from pyproject.toml: `make lock UPGRADE=--upgrade` for newer versions.
+# uv reads metadata alone. All but the oldest agree with development.txt.
+UPGRADE ?=
+EXTRAS := $(foreach name,demo triton search,--extra $(name))
+UV = .venv-lock/bin/uv pip compile pyproject.toml --quiet --universal --python-version 3.10 $(UPGRADE) \
+	--excludes requirements/excludes.txt --annotation-style line --custom-compile-command 'make lock'
+lock: .venv-lock/lock.stamp
+	$(UV) $(EXTRAS) $(foreach name,test lint docs lock,--group $(name)) \
+		--constraints requirements/constraints.txt --output-file requirements/development.txt
+	$(UV) --extra demo --extra triton --group build \
+		--constraints requirements/development.txt --output-file requirements/demo.txt
+	$(UV) $(EXTRAS) --group test --resolution lowest-direct --output-file requirements/oldest.txt
+
 clean:
-	rm -rf $(VENV) build dist site demo-output *.egg-info longrope_kernels/_*.so
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-lock build dist site demo-output *.egg-info \
+		longrope_kernels/_*.so
 
-# The pins come first: with them in place nothing below brings another torch.
-$(VENV)/pins.stamp: Makefile
+$(VENV)/demo.stamp: requirements/demo.txt $(BUILD_INPUTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip
-	$(PIP) $(PINS)
+	$(BIN)/$(PIP) --requirement requirements/demo.txt
+	$(call install,$(VENV))
 	touch $@
 
-$(VENV)/demo.stamp: $(VENV)/pins.stamp $(BUILD_INPUTS)
-	$(PIP) --editable '.[demo,triton]' $(PINS)
+$(VENV)/development.stamp: $(VENV)/demo.stamp requirements/development.txt
+	$(BIN)/$(PIP) --requirement requirements/development.txt
 	touch $@
 
-$(VENV)/test.stamp: $(VENV)/demo.stamp
-	$(PIP) --group test $(PINS)
+.venv-oldest/oldest.stamp: requirements/oldest.txt $(BUILD_INPUTS) Makefile
+	$(PYTHON) -m venv --clear .venv-oldest
+	sed 's/^torch==[0-9.]*/torch==$(OLDEST_TORCH)/' requirements/oldest.txt > .venv-oldest/oldest.txt
+	.venv-oldest/bin/$(PIP) --requirement .venv-oldest/oldest.txt
+	$(call install,.venv-oldest)
 	touch $@
 
-$(VENV)/lint.stamp: $(VENV)/demo.stamp
-	$(PIP) --group lint $(PINS)
+.venv-lock/lock.stamp: requirements/development.txt
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/$(PIP) $$(grep -o '^uv==[0-9.]*' requirements/development.txt)
 	touch $@
 
-$(VENV)/docs.stamp: $(VENV)/pins.stamp
-	$(PIP) --group docs $(PINS)
-	touch $@
-
-$(VENV)/newest-triton.stamp: $(VENV)/pins.stamp
-	rm -rf $(VENV)/newest-triton
-	$(PIP) --target $(VENV)/newest-triton --no-deps triton
-	touch $@
-
-# With the packages of which it needs older ones than the newest does.
-$(VENV)/oldest-transformers.stamp: $(VENV)/pins.stamp
-	rm -rf $(VENV)/oldest-transformers
-	$(PIP) --target $(VENV)/oldest-transformers --no-deps transformers==5.6.0 \
-		'huggingface_hub<2' 'tokenizers<=0.23.0' 'httpx<1' 'httpcore<2'
+$(VENV)/triton-$(NEWEST_TRITON).stamp: $(VENV)/development.stamp
+	rm -rf $(VENV)/triton-*
+	$(BIN)/$(PIP) --target $(VENV)/triton-$(NEWEST_TRITON) --no-deps triton==$(NEWEST_TRITON)
 	touch $@

@@ -8,6 +8,7 @@ gradients of scores and the output rounded to the input's dtype; sums in float32
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import truth
 from cases import CUDA, DTYPE_NAMES, Shape, Target, positions_for, two_sets
-from tolerance import assert_close
+from tolerance import assert_close, variance_of_sum
 
 from longrope_kernels import Rope, attention
 
@@ -183,9 +184,14 @@ class Call:
 
     def truth(self, *tensors: torch.Tensor) -> Pair:
         """out and lse of q, k and v in float64 (by default this call's), as autograd follows."""
+        return self._truth(*tensors)[0]
+
+    def _truth(self, *tensors: torch.Tensor) -> tuple[Pair, Pair]:
+        """out and lse, and what the order of sums adds to each: see `errors_of_sums`."""
         q, k, v = (_bshd(x.double(), self.layout) for x in tensors or self.tensors)
         out = torch.zeros_like(q)
         lse = torch.full((q.shape[0], self.heads, q.shape[1]), -torch.inf, dtype=fp64)
+        out_sums, lse_sums = torch.zeros_like(out), torch.zeros_like(lse)
         q, k = self._rotated(q, k)
         for row, at, of_k, mask in self.sequences:
             alive = mask.any(-1)
@@ -196,7 +202,11 @@ class Call:
                 scores = scores.masked_fill(~mask[alive], -torch.inf)
                 out[row, rows, h] = torch.softmax(scores, -1) @ values
                 lse[row, h, rows] = torch.logsumexp(scores, -1)
-        return self._layout(out, lse)
+                with torch.no_grad():
+                    out_sums[row, rows, h], lse_sums[row, h, rows] = errors_of_sums(
+                        self.scale * q[row, rows, h], keys, values, scores, self.softcap, self.sums
+                    )
+        return self._layout(out, lse), self._layout(out_sums, lse_sums)
 
     def truth_grads(
         self, grad_out: torch.Tensor, grad_lse: torch.Tensor | None = None
@@ -276,15 +286,16 @@ class Call:
 
     def expected(self) -> Attended:
         """What `attention` must return."""
-        lows = [self._low(None, None, order) for order in ORDERS]
-        return Attended(*map(worst, self.truth(), *lows))
+        lows = zip(*(self._low(None, None, order) for order in ORDERS), strict=True)
+        exact, sums = self._truth()
+        return Attended(*map(worst, exact, lows, sums))
 
     def expected_grads(
         self, grad_out: torch.Tensor, grad_lse: torch.Tensor | None = None
     ) -> list[truth.Expected]:
         """What the backward of `attention` must make of these gradients: dq, dk, dv."""
-        lows = [self._low(grad_out, grad_lse, order) for order in ORDERS]
-        return list(map(worst, self.truth_grads(grad_out, grad_lse), *lows))
+        lows = zip(*(self._low(grad_out, grad_lse, order) for order in ORDERS), strict=True)
+        return list(map(worst, self.truth_grads(grad_out, grad_lse), lows))
 
 
 def product(a: torch.Tensor, b: torch.Tensor, order: int) -> torch.Tensor:
@@ -295,11 +306,46 @@ def product(a: torch.Tensor, b: torch.Tensor, order: int) -> torch.Tensor:
     return a[..., shuffled] @ b[..., shuffled].mT
 
 
-def worst(ref64: torch.Tensor, *lows: torch.Tensor) -> truth.Expected:
+def errors_of_sums(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scores: torch.Tensor,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> Pair:
+    """Root mean square errors that the order of sums in ``dtype`` makes in out and lse.
+
+    q (..., D) holds the scale, scores (..., keys) are capped, and -inf where no key is seen. A
+    score sums D products; an error ``e_j`` of it moves out by ``p_j (v_j - out) e_j`` and lse by
+    ``p_j e_j``. Numerator and denominator sum as many terms as there are keys.
+    """
+    seen = scores > -torch.inf
+    p = torch.softmax(scores, -1)
+    out, n = p @ values, seen.sum(-1, keepdim=True)
+    dots = q @ keys.mT
+    of_scores = variance_of_sum(q.shape[-1], dots, q**2 @ (keys**2).mT, dtype)
+    if softcap is not None:
+        of_scores = of_scores * (1 - (scores.masked_fill(~seen, 0.0) / softcap) ** 2) ** 2
+    moved = p**2 * of_scores
+    squares = (p**2).sum(-1, keepdim=True)
+    of_total = variance_of_sum(n, torch.ones_like(squares), squares, dtype)
+    of_out = variance_of_sum(n, out, p**2 @ values**2, dtype) + out**2 * of_total
+    spread = moved @ values**2 - 2 * out * (moved @ values) + out**2 * moved.sum(-1, keepdim=True)
+    of_lse = of_total[..., 0] + moved.sum(-1)
+    # Exact zeros may come out just below.
+    return (of_out + spread).clamp(min=0.0).sqrt(), of_lse.clamp(min=0.0).sqrt()
+
+
+def worst(
+    ref64: torch.Tensor, lows: Iterable[torch.Tensor], sums: torch.Tensor | None = None
+) -> truth.Expected:
     """A kernel may sum in any order: element by element, that of all which errs most."""
+    lows = list(lows)
     errors = torch.stack([(low.double() - ref64).abs().nan_to_num(0.0) for low in lows])
     most = errors.argmax(0, keepdim=True)
-    return truth.Expected(ref64, torch.stack(lows).gather(0, most)[0])
+    low = torch.stack(lows).gather(0, most)[0]
+    return truth.Expected(ref64, low, torch.zeros_like(ref64) if sums is None else sums)
 
 
 def assert_lse_close(lse: torch.Tensor, expected: truth.Expected) -> None:

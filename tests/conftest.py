@@ -32,6 +32,7 @@ if not torch.cuda.is_available():
         install(int(os.environ["LONGROPE_PTX"]))
 
 import codegen_cuda
+import codegen_pages
 from hypothesis import HealthCheck, settings
 
 # Derandomised: a red run is red again. No deadline: the interpreter is slow, and that is no bug.
@@ -61,6 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             absent.append("compiled")
     if codegen_cuda.nvcc() is None:
         absent.append("nvcc")
+    if not codegen_pages.counts_hold():
+        absent.append("counts")
 
     def cannot_run(item: pytest.Item) -> bool:
         return any(item.get_closest_marker(name) for name in absent)

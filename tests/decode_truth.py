@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import truth
-from attention_truth import Attended, assert_lse_close, product, worst
+from attention_truth import Attended, assert_lse_close, errors_of_sums, product, worst
 from cases import CUDA, DTYPE_NAMES, Target, factors, positions_for
 from tolerance import assert_close
 
@@ -199,7 +199,12 @@ class Call:
 
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
         """out (B, q_len, Hq, D) and lse (B, Hq, q_len), float64."""
+        return self._truth()[:2]
+
+    def _truth(self) -> tuple[torch.Tensor, ...]:
+        """out and lse, and what the order of sums adds to each: see `errors_of_sums`."""
         out, lse = self._empty(fp64)
+        out_sums, lse_sums = torch.zeros_like(out), torch.zeros_like(lse)
         for b, sequence in enumerate(self.sequences):
             if not sequence.keys:
                 continue
@@ -208,12 +213,15 @@ class Call:
                 seen = sequence.seen(sequence.first + t, self.window)
                 for h in range(q.shape[1] if seen else 0):
                     g = h // self.group
-                    scores = self.scale * self.k_scale[g].double() * (k[seen, g] @ q[t, h])
-                    scores = self._capped(scores)
+                    factor = self.scale * self.k_scale[g].double()
+                    scores = self._capped(factor * (k[seen, g] @ q[t, h]))
                     values = self.v_scale[g].double() * v[seen, g]
                     out[b, t, h] = torch.softmax(scores, 0) @ values
                     lse[b, h, t] = torch.logsumexp(scores, 0)
-        return out, lse
+                    out_sums[b, t, h], lse_sums[b, h, t] = errors_of_sums(
+                        factor * q[t, h], k[seen, g], values, scores, self.softcap, self.sums
+                    )
+        return out, lse, out_sums, lse_sums
 
     def low(self, order: int) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``truth``, in the steps of a kernel: out of the dtype of q, lse of the sums.
@@ -252,8 +260,9 @@ class Call:
 
     def expected(self) -> Attended:
         """What `decode` must return."""
-        lows = [self.low(order) for order in ORDERS]
-        return Attended(*map(worst, self.truth(), *lows))
+        out, lse, *sums = self._truth()
+        lows = zip(*(self.low(order) for order in ORDERS), strict=True)
+        return Attended(*map(worst, (out, lse), lows, sums))
 
 
 @lru_cache

@@ -284,7 +284,18 @@ def cuda_attention() -> str:
     return "\n".join(lines[:2] + [line for line in lines if " BFloat16 " in line])
 
 
+def compatibility() -> str:
+    """Each environment that `make record` has put down."""
+    columns = ("environment", "python", "torch", "triton", "transformers", "numpy", "system", "cpu")
+    rows = [
+        [*(row[name] or "none" for name in columns), str(row["passed"]), str(row["failed"])]
+        for row in read("reports/compatibility.json")
+    ]
+    return markdown([*columns, "passed", "failed"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "compatibility": compatibility,
     "angle-errors": angle_errors,
     "rotary-short": rotary_short,
     "rotary-forward": rotary_forward,

@@ -11,7 +11,7 @@ import pytest
 import torch
 import truth
 from cases import CUDA, Shape, positions_for
-from tolerance import assert_close
+from tolerance import assert_close, variance_of_sum
 from truth import Expected
 
 from longrope_kernels import Rope
@@ -98,3 +98,18 @@ def test_tolerance_catches_noise_below_the_maximum() -> None:
     out = (ref64 + 1e-3).float()
     with pytest.raises(AssertionError, match="root mean square"):
         assert_close(out, Expected(ref64, low.float()))
+
+
+@pytest.mark.parametrize("n", [2, 33, 4097])
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_the_order_of_a_sum_adds_what_the_rule_says(n: int, mean: float) -> None:
+    """One by one, in float32, in 400 random orders: at most that much, and at least a third."""
+    terms = torch.randn(400, n) + mean
+    exact = terms.double().sum(1)
+    out = terms[:, 0]
+    for k in range(1, n):
+        out = out + terms[:, k]
+    error = (out.double() - exact).square().mean().sqrt()
+    squares = terms.double().square().sum(1)
+    predicted = variance_of_sum(n, exact, squares, torch.float32).mean().sqrt()
+    assert predicted / 3 <= error <= predicted

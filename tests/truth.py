@@ -115,10 +115,15 @@ def rotate(
 
 
 class Expected(NamedTuple):
-    """``ref64``: the truth. ``low``: exact angles; cos, sin and products in the input's dtype."""
+    """``ref64``: the truth. ``low``: exact angles; cos, sin and products in the input's dtype.
+
+    ``sums``: what the order of sums adds, root mean square of each element; 0 where nothing is
+    summed, as in a rotation.
+    """
 
     ref64: torch.Tensor
     low: torch.Tensor
+    sums: torch.Tensor = torch.zeros((), dtype=torch.float64)
 
 
 def rotary(
