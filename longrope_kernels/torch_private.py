@@ -44,10 +44,14 @@ def unwatched(*tensors: torch.Tensor) -> bool:
     on the stack, and the tensors are torch's own. An op costs some 10 us of the host beside what it
     does, a third of the rotation of one token on a CPU.
     """
+    records = torch.is_grad_enabled()
+    for x in tensors:
+        if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
+            return False
+        if records and x.requires_grad:
+            return False
     return not (
         torch.compiler.is_compiling()
-        or any(type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter for x in tensors)
-        or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0

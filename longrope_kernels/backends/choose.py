@@ -88,8 +88,10 @@ def choose_rotary(backend: str | None, device: str, is_float64: bool) -> str:
     if backend is None:
         if is_float64:
             return "reference"
-        candidates = ROTARY_CHOICE.get(device, ("reference",))
-        return next(name for name in candidates if missing(name) is None)
+        for name in ROTARY_CHOICE.get(device, ()):
+            if missing(name) is None:
+                return name
+        return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "reference":

@@ -73,11 +73,10 @@ def check_like(
         raise ValueError(
             f"{name}: expected the device of {other_name}, {other.device}, got {x.device}"
         )
-    for axis, axis_name in enumerate(LAYOUTS[layout]):
-        if axis_name not in free and x.shape[axis] != other.shape[axis]:
+    for axis, got, wanted in zip(LAYOUTS[layout], x.shape, other.shape, strict=True):
+        if got != wanted and axis not in free:
             raise ValueError(
-                f"{name}: expected {axis_name} {other.shape[axis]} as in {other_name}, "
-                f"got shape {tuple(x.shape)}"
+                f"{name}: expected {axis} {wanted} as in {other_name}, got shape {tuple(x.shape)}"
             )
 
 

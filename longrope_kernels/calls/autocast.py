@@ -11,11 +11,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def dtype_of(x: torch.Tensor) -> torch.dtype | None:
     """What autocast makes of x: None outside of it, and for what it leaves alone, as float64."""
-    if x.dtype not in DTYPES or not torch.amp.is_autocast_available(x.device.type):
+    kind = x.device.type
+    if x.dtype not in DTYPES or not torch.amp.is_autocast_available(kind):
         return None
-    if not torch.is_autocast_enabled(x.device.type):
-        return None
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def cast(x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ def overlaps_itself(x: torch.Tensor) -> bool:
     Exact for views whose dimensions nest, which is every view that slicing, transposing and
     expanding make; a stranger one counts as overlapping.
     """
-    if x.numel() == 0:
+    if x.is_contiguous() or x.numel() == 0:
         return False
     extent = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
@@ -35,8 +35,11 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
     if not (_has_address(x) and _has_address(y)):
         return False
     # In bytes, since two storages may lie over one buffer at any distance.
-    dims = [_dims(x), _dims(y)]
     start = [x.data_ptr(), y.data_ptr()]
+    if x.is_contiguous() and y.is_contiguous():
+        size = x.element_size()
+        return start[0] < start[1] + y.numel() * size and start[1] < start[0] + x.numel() * size
+    dims = [_dims(x), _dims(y)]
     extent = [_extent(d, x.element_size()) for d in dims]
     if start[0] + extent[0] <= start[1] or start[1] + extent[1] <= start[0]:
         return False

@@ -11,6 +11,10 @@ from ..rope.tables import Tables
 from .records import AttentionCall, DecodeCall, RotaryCall, Selection
 
 
+# So many numbers are read faster one by one than reduced by torch.
+_FEW = 64
+
+
 def check_rotary(call: RotaryCall) -> None:
     """Check what a rotation reads from index tensors, where reading is free."""
     if readable(call.positions):
@@ -70,7 +74,7 @@ def check_decode(call: DecodeCall) -> None:
 
 def _check_selection(tables: Tables, selection: Selection, tokens: int) -> None:
     lengths, sets, borders = selection
-    if lengths is not None and (least := min(lengths.flatten().tolist(), default=0)) < 0:
+    if lengths is not None and (least := min(lengths.tolist(), default=0)) < 0:
         raise ValueError(f"lengths: expected token counts from 0, got {least}")
     if sets is not None:
         check_sets("sets", tables.sets, sets)
@@ -88,9 +92,14 @@ def check_sets(name: str, count: int, sets: torch.Tensor) -> None:
 
 
 def _check_32_bits(name: str, positions: torch.Tensor) -> None:
-    if positions.dtype != torch.int64 or not positions.numel():
+    count = positions.numel()
+    if positions.dtype != torch.int64 or not count:
         return
-    low, high = (int(bound) for bound in positions.aminmax())
+    if count <= _FEW:
+        held = [n for row in positions.tolist() for n in row]
+        low, high = min(held), max(held)
+    else:
+        low, high = (int(bound) for bound in positions.aminmax())
     if low < -(2**31) or high >= 2**31:
         raise ValueError(f"{name}: expected values from -2**31 to 2**31 - 1, got {low} to {high}")
 

@@ -87,9 +87,8 @@ def apply_rotary(
     arguments.check_heads("q", q, layout, rotary_dim)
     if k is not None:
         arguments.check_heads("k", arguments.check_tensor("k", k), layout, rotary_dim)
-        under_autocast = autocast.dtype_of(q) and autocast.dtype_of(k)
-        free = ("heads", "dtype") if under_autocast else ("heads",)
-        arguments.check_like("k", k, "q", q, layout, free)
+        differ = q.dtype != k.dtype and autocast.dtype_of(q) and autocast.dtype_of(k)
+        arguments.check_like("k", k, "q", q, layout, ("heads", "dtype") if differ else ("heads",))
     q4 = arguments.as_bshd(q, layout)
     k4 = no_heads(q4) if k is None else arguments.as_bshd(k, layout)
     batch, seq = q4.shape[:2]
