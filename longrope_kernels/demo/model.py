@@ -73,8 +73,8 @@ def logits_agreement(model: Any, tokens: torch.Tensor, step: Step) -> dict[str, 
 def generate_agreement(model: Any, prompt: torch.Tensor, new: int, step: Step) -> dict[str, Any]:
     """Whether greedy ``generate()`` gives the same tokens with and without the kernels.
 
-    By policy "recompute", which fills the cache again at the switch as transformers does: keys that
-    were made under another set give other values in the layers above.
+    With transformers' own cache, which is filled again at the switch: keys that were made under
+    another set give other values in the layers above.
 
     Args:
         model: untouched; left as it came.
@@ -91,7 +91,7 @@ def generate_agreement(model: Any, prompt: torch.Tensor, new: int, step: Step) -
     step("model: generate(), untouched")
     expected = generate()
     step("model: generate(), kernels")
-    enable(model, policy="recompute")
+    enable(model, cache="rotated")
     actual = generate()
     disable(model)
     return {

@@ -35,7 +35,7 @@ def model_text(logits: dict[str, Any], generated: dict[str, Any]) -> str:
             aligned(("model", "difference"), rows),
             f"generate(), {generated['prompt_tokens']} + {generated['new_tokens']} tokens"
             + (
-                ", across the switch at 4097 by policy 'recompute'"
+                ", across the switch at 4097"
                 if generated["prompt_tokens"] <= 4096 < total
                 else ""
             )
