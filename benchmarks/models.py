@@ -87,7 +87,11 @@ def model(name: str, full_size: bool) -> Any:
     config = phi3_config("phi-3-mini-128k", num_hidden_layers=2, vocab_size=512, **sizes)
     torch.manual_seed(0)
     made = Phi3ForCausalLM._from_config(config, dtype=DTYPE).to(DEVICE).eval()
-    return made if name == NAMES[0] else enable(made, cache="unrotated" if switches(name) else "rotated")
+    return (
+        made
+        if name == NAMES[0]
+        else enable(made, cache="unrotated" if switches(name) else "rotated")
+    )
 
 
 def step(name: str, at: Step, full_size: bool) -> Callable[[], torch.Tensor]:

@@ -108,14 +108,64 @@ def test_assisted():
     expected = generated(model, ids, max_new_tokens=6)
     for helper in (family_model("phi3", num_hidden_layers=1), family_model("phi3 sliding")):
         with counted(model) as counts:
-            actual = generated(
-                model, ids, max_new_tokens=6, assistant_model=enable(helper)
-            )
+            actual = generated(model, ids, max_new_tokens=6, assistant_model=enable(helper))
         assert torch.equal(actual, expected)
         assert max(counts[1:]) > 1
 
 
+@pytest.mark.parametrize("arguments", [{}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("name", ["phi3", "phimoe", "llama"])
+def test_from_embeddings(name, arguments):
+    """In a batch with padding; below the switch as the untouched model, by beams as well."""
+    batch = left_padded(6, 20)
+    mask = batch["attention_mask"]
+    model = family_model(name)
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    rest = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    for more in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        expected = family_model(name).generate(inputs_embeds=embeds, **rest, **more)
+        actual = enable(family_model(name)).generate(
+            inputs_embeds=embeds, **rest, **more, **arguments
+        )
+        assert torch.equal(actual, expected)
+
+
 # ----------------------------------------------------------------------------- across the switch
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drafts_across_the_switch(seed):
+    """Verified together, each under the set of its own length: the tokens of plain greedy."""
+    model, helper = (enable(family_model("phi3")) for _ in range(2))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in helper.parameters():
+            weight.add_(0.003 * torch.randn(weight.shape, generator=generator))
+    ids = tokens(1, SWITCH - 10, seed=seed)
+    expected = generated(model, ids, max_new_tokens=20)
+    with counted(model) as counts:
+        actual = generated(model, ids, max_new_tokens=20, assistant_model=helper)
+    assert torch.equal(actual, expected)
+    assert max(counts[1:]) > 1
+
+
+@pytest.mark.parametrize("padded_rows", [False, True])
+def test_only_the_new_tokens(padded_rows):
+    """A turn whose ids are the new tokens alone, and whose mask is of all."""
+    lengths = (22, 25) if padded_rows else (25, 25)
+    batch = left_padded(*lengths)
+    ids, mask, new = batch["input_ids"], batch["attention_mask"], tokens(2, 3, seed=4)
+    model = enable(family_model("phi3"))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    full = torch.cat((mask, torch.ones_like(new)), 1)
+    rest = {"attention_mask": full, "past_key_values": cache, "max_new_tokens": 4}
+    actual = generated(model, new, **rest)[:, -4:]
+    for row, length in enumerate(lengths):
+        whole = torch.cat((tokens(1, length, seed=length), new[row : row + 1]), 1)
+        expected = generated(family_model("phi3"), whole, max_new_tokens=4)[:, -4:]
+        assert torch.equal(actual[row : row + 1], expected)
 
 
 def test_switch_is_a_new_prefill_where_one_layer_has_all_the_keys():

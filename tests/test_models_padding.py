@@ -54,7 +54,12 @@ def test_a_threshold_counts_real_tokens(side):
 @pytest.mark.parametrize("n_hat", [0, 6])
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("phi3", "dynamic"), ("phi3", "static"), ("phi3 sliding", "dynamic"), ("qwen2 sliding", "dynamic")],
+    [
+        ("phi3", "dynamic"),
+        ("phi3", "static"),
+        ("phi3 sliding", "dynamic"),
+        ("qwen2 sliding", "dynamic"),
+    ],
 )
 def test_steps_by_a_mask_alone(name, kind, n_hat):
     """Behind left padding, where transformers counts positions by slots; windows drop some."""

@@ -34,11 +34,7 @@ def model_text(logits: dict[str, Any], generated: dict[str, Any]) -> str:
             f"{logits['largest_logit']:.1f}):",
             aligned(("model", "difference"), rows),
             f"generate(), {generated['prompt_tokens']} + {generated['new_tokens']} tokens"
-            + (
-                ", across the switch at 4097"
-                if generated["prompt_tokens"] <= 4096 < total
-                else ""
-            )
+            + (", across the switch at 4097" if generated["prompt_tokens"] <= 4096 < total else "")
             + f": {verdict} with and without the kernels",
         )
     )

@@ -41,7 +41,8 @@ def contact(owner: Any, name: str) -> Any:
     """An attribute of transformers, or `missing`."""
     found = getattr(owner, name, None)
     if found is None:
-        raise missing(f"{owner.__name__} has no {name}")
+        of = getattr(owner, "__name__", type(owner).__name__)
+        raise missing(f"{of} has no {name}")
     return found
 
 

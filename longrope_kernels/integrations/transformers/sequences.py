@@ -87,9 +87,7 @@ def call_of(
         each = (positions + 1).clamp(min=0).expand(batch, -1)
         is_prompt = (cache_lens == queries)[:, None]
         query_lengths = torch.where(is_prompt, lengths[:, None], each)
-    return Call(
-        positions, lengths, kv_start, None, count, cache_lens, key_positions, query_lengths
-    )
+    return Call(positions, lengths, kv_start, None, count, cache_lens, key_positions, query_lengths)
 
 
 def last_positions(
