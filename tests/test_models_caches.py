@@ -208,7 +208,7 @@ def test_a_static_cache_no_longer_than_its_window(length):
             model(tokens(1, 20), past_key_values=cache)
         assert goes_on(model, cache)
         return
-    with pytest.raises(ValueError, match="past_key_values: expected max_cache_len .*48, got"):
+    with pytest.raises(ValueError, match=r"past_key_values: expected max_cache_len .*48, got"):
         goes_on(model, cache)
 
 

@@ -97,7 +97,7 @@ def longrope_attention(
     call = enabled.memory.call(
         settings.chooses, position_ids, attention_mask, batch, keys, cu_seq_lens_q
     )
-    rest = {
+    rest: dict[str, Any] = {
         "softmax_scale": scaling,
         "window": enabled.window if sliding_window is None else sliding_window,
         "softcap": softcap,

@@ -1,4 +1,4 @@
-"""What of transformers `enable` relies on, put in place wherever an enabled model is made or loaded.
+"""What of transformers `enable` relies on, put in place where an enabled model is made or loaded.
 
 - ``AttentionInterface`` and ``AttentionMaskInterface``, which are public, take our two functions.
 - ``apply_rotary_pos_emb`` of the modelling module, which layers call with what the rotary module

@@ -50,10 +50,10 @@ def call_of(
                 f"than the {queries} tokens; packed sequences are whole ones"
             )
         return _packed(chooses, positions, borders, batch)
-    if mask is None:
-        start, behind, end, filled = None, None, keys, keys
-        count: int | None = keys
-    else:
+    start = filled = behind = None
+    end: torch.Tensor | int = keys
+    count: int | None = keys
+    if mask is not None:
         slots = read_slots(mask)
         start = (slots.start - slots.dropped).clamp(min=0)
         end, filled = slots.end - slots.dropped, slots.filled - slots.dropped
@@ -78,9 +78,9 @@ def call_of(
     if not (readable(shift) and bool((shift == -begin).all())):
         key_positions = shift[:, None] + torch.arange(keys, device=positions.device)
     kv_start = None if readable(begin) and not bool(begin.any()) else begin
-    cache_lens = torch.full((batch,), keys, dtype=torch.int64, device=positions.device)
-    if mask is not None:
-        cache_lens = filled
+    cache_lens = filled
+    if cache_lens is None:
+        cache_lens = torch.full((batch,), keys, dtype=torch.int64, device=positions.device)
     query_lengths = lengths
     if lengths is not None and queries > 1:
         # Each as if it came alone, except in a prompt, which is of one set.
