@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
+from types import FunctionType
 from typing import Any
 
 import transformers
@@ -57,20 +59,29 @@ def install(architecture: Architecture) -> None:
 
 
 def _dispatch_rotation(module: Any) -> None:
-    original = contact(module, "apply_rotary_pos_emb")
-    if getattr(original, _OURS, False):
+    """Give the function another body, and keep the object: models hold it, and pickle it by name."""
+    function = contact(module, "apply_rotary_pos_emb")
+    if getattr(function, _OURS, False):
         return
+    original = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
+    )
 
-    @functools.wraps(original)
-    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+    def longrope_rotation(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(sin, Unrotated):
             return q, k
         if isinstance(sin, Rotated):
             return sin.rotate(q, k, cos, sin.length)
         return original(q, k, cos, sin, *args, **kwargs)
 
-    setattr(apply_rotary_pos_emb, _OURS, True)
-    module.apply_rotary_pos_emb = apply_rotary_pos_emb
+    module.longrope_rotation = longrope_rotation
+    function.__signature__ = inspect.signature(original)
+    function.__code__, function.__defaults__ = _body.__code__, None
+    setattr(function, _OURS, True)
+
+
+def _body(*args: Any, **kwargs: Any) -> Any:
+    return longrope_rotation(*args, **kwargs)  # type: ignore[name-defined] # noqa: F821
 
 
 def _keep_cache(model: Any) -> None:
