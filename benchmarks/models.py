@@ -15,7 +15,7 @@ SWITCH, SMALL_SWITCH = 4096, 64  # tokens up to which the short factors serve
 KINDS = ("forward", "token below the switch", "token at the switch", "generate")
 NEW = 16  # tokens that "generate" makes, on both sides of the switch
 COMPILED = "transformers torch.compile"  # of "forward" alone
-NAMES = ("transformers", COMPILED, "enabled, recompute", "enabled, switch")
+NAMES = ("transformers", COMPILED, "enabled, rotated", "enabled, switch")
 PEERS = NAMES[:2]
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
@@ -34,10 +34,10 @@ class Step(NamedTuple):
 
 
 def serves(name: str, at: Step) -> bool:
-    """The policies differ at the switch alone; only a forward is compiled, whose shape stays."""
+    """The two caches differ at the switch alone; only a forward is compiled, whose shape stays."""
     if name == COMPILED:
         return at.kind == "forward"
-    return at.kind in KINDS[2:] or name != "enabled, recompute"
+    return at.kind in KINDS[2:] or name != "enabled, rotated"
 
 
 def switch(full_size: bool) -> int:
@@ -87,7 +87,11 @@ def model(name: str, full_size: bool) -> Any:
     config = phi3_config("phi-3-mini-128k", num_hidden_layers=2, vocab_size=512, **sizes)
     torch.manual_seed(0)
     made = Phi3ForCausalLM._from_config(config, dtype=DTYPE).to(DEVICE).eval()
-    return made if name == NAMES[0] else enable(made, policy=name.split(", ")[1])
+    return (
+        made
+        if name == NAMES[0]
+        else enable(made, cache="unrotated" if switches(name) else "rotated")
+    )
 
 
 def step(name: str, at: Step, full_size: bool) -> Callable[[], torch.Tensor]:

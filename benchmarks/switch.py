@@ -37,7 +37,8 @@ from longrope_kernels.integrations.transformers import disable, enable
 
 ROOT = Path(__file__).parents[1]
 NEIGHBOURS = 8  # tokens on each side of the crossing that its time is compared with
-UNTOUCHED, POLICIES = "transformers", ("switch", "pin", "recompute")
+UNTOUCHED = "transformers"
+CACHES = {"switch": "unrotated", "rotated": "rotated"}  # by what happens at the crossing
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def tokens(count: int, model: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def enabled(model: Any, name: str) -> Iterator[Any]:
-    """The model, enabled under the policy of that name, or as it is."""
-    yield model if name == UNTOUCHED else enable(model, policy=name)
+    """The model, enabled with the cache of that name, or as it is."""
+    yield model if name == UNTOUCHED else enable(model, cache=CACHES[name])
     disable(model)
 
 
@@ -113,7 +114,7 @@ def crossing(model: Any, sizes: Sizes) -> list[dict[str, Any]]:
     prompt = tokens(sizes.switch + 1 - sizes.new // 2, model)
     at = sizes.new // 2  # of the token that is made of switch + 1 tokens
     rows = []
-    for name in (UNTOUCHED, *POLICIES):
+    for name in (UNTOUCHED, *CACHES):
         runs = []
         with enabled(model, name):
             generate(model, prompt[:, :8], 2)

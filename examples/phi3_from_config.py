@@ -78,8 +78,8 @@ def main() -> None:
     prompt = torch.randint(1, 256, (1, PROMPT), generator=torch.Generator().manual_seed(1))
     expected, _ = run(model, prompt, use_cache=False)
     results = {"untouched": run(model, prompt)}
-    for policy in ("switch", "pin", "recompute"):
-        results[f"enabled, {policy}"] = run(enable(model, policy=policy), prompt)
+    for cache in ("unrotated", "rotated"):
+        results[f"enabled, {cache}"] = run(enable(model, cache=cache), prompt)
     disable(model)
 
     print(f"milliseconds for each token, by the tokens that were read ({PROMPT} is the prompt):\n")

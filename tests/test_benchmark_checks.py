@@ -167,7 +167,7 @@ STEPS = [
 
 @pytest.mark.parametrize("at", STEPS, ids=str)
 def test_right_models_pass(at: Any) -> None:
-    for name in ("transformers", "enabled, recompute", "enabled, switch"):
+    for name in ("transformers", "enabled, rotated", "enabled, switch"):
         # Before 5.20 transformers' generate() goes on from one token at the switch.
         if models.serves(name, at) and (at.kind, name) != ("generate", "transformers"):
             model_rows.check(name, at, models.step(name, at, False)(), False)
@@ -187,7 +187,7 @@ def test_the_truth_of_a_model_is_its_own_in_float64(tokens: int) -> None:
         assert float((found - expected).abs().max() / expected.abs().max()) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["transformers", "enabled, recompute", "enabled, switch"])
+@pytest.mark.parametrize("name", ["transformers", "enabled, rotated", "enabled, switch"])
 def test_what_a_model_says_at_the_switch_by_other_factors_fails(name: str) -> None:
     ids = models.ids(SMALL + 1)
     said = {
@@ -208,17 +208,17 @@ def test_a_prefix_takes_the_set_of_the_whole() -> None:
     """The cached part of the truth is no other than what would come without it."""
     ids = models.ids(SMALL + 2)
     whole = model_truth.extend(model_truth.Past(), ids, SMALL + 2, False)[1]
-    found = model_truth.logits("enabled, recompute", ids, SMALL, False)
+    found = model_truth.logits("enabled, rotated", ids, SMALL, False)
     assert torch.allclose(found, whole[:, SMALL:], atol=1e-12)
 
 
 @pytest.mark.parametrize("index", [0, models.NEW // 2 + 3])
 def test_another_token_than_the_best_fails(index: int) -> None:
     at = STEPS[-1]
-    ids = models.step("enabled, recompute", at, False)()
+    ids = models.step("enabled, rotated", at, False)()
     ids[:, at.tokens + index] = (ids[:, at.tokens + index] + 1) % 512
     with pytest.raises(WrongResultError, match="tokens: error"):
-        model_rows.check("enabled, recompute", at, ids, False)
+        model_rows.check("enabled, rotated", at, ids, False)
 
 
 def test_what_steps_of_a_model_have_to_do() -> None:
@@ -235,7 +235,7 @@ def test_what_steps_of_a_model_have_to_do() -> None:
     assert amounts("enabled, switch", below) == amounts("transformers", below) == once
     once = size * (weights + cached * (SMALL + 1)), 2 * weights
     assert amounts("enabled, switch", AT) == once
-    assert amounts("enabled, recompute", AT) == (once[0], (SMALL + 1) * once[1])
+    assert amounts("enabled, rotated", AT) == (once[0], (SMALL + 1) * once[1])
     # 16 forwards; the ninth, of 64 tokens in the cache, is the one that prefills again.
     assert models.forwards("enabled, switch", generate, False) == [
         (56, 0),

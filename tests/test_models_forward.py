@@ -145,11 +145,10 @@ RIGHT_POSITIONS = {
 
 
 @pytest.mark.parametrize("positions", RIGHT_POSITIONS.values(), ids=RIGHT_POSITIONS.keys())
-@pytest.mark.parametrize("policy", ["switch", "pin"])
-def test_right_padding_counts_real_tokens(positions, policy):
+def test_right_padding_counts_real_tokens(positions):
     rows = [tokens(1, n, seed=n)[0] for n in (20, SWITCH + 8)]
     ids, mask = padded(rows, "right")
-    model = enable(family_model("phi3"), policy=policy)
+    model = enable(family_model("phi3"))
     with torch.no_grad():
         actual = model(ids, attention_mask=mask, position_ids=positions(mask)).logits
     for row, of_row in zip(rows, actual, strict=True):
@@ -157,13 +156,12 @@ def test_right_padding_counts_real_tokens(positions, policy):
 
 
 @pytest.mark.parametrize("positions", RIGHT_POSITIONS.values(), ids=RIGHT_POSITIONS.keys())
-@pytest.mark.parametrize("policy", ["switch", "pin"])
 @pytest.mark.parametrize("static", [False, True])
-def test_right_padded_rows_in_chunks(positions, policy, static):
+def test_right_padded_rows_in_chunks(positions, static):
     """In the second chunk one row is all padding, in the third two are; the keys stay in place."""
     rows = [tokens(1, n, seed=n)[0] for n in (6, 22, 30)]
     ids, mask = padded(rows, "right")
-    model, parts, seen = enable(family_model("phi3"), policy=policy), [], 0
+    model, parts, seen = enable(family_model("phi3")), [], 0
     kind = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache()
     given = positions(mask)
     for size in (10, 18, 2):

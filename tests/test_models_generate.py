@@ -1,4 +1,4 @@
-"""generate() of enabled models: every way of decoding, padding, caches, and the three policies."""
+"""generate() of enabled models: every way of decoding, padding, caches, and the switch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +18,12 @@ from model_cases import (
     tokens,
 )
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
 
 from longrope_kernels import Rope
-from longrope_kernels.cache.rows import POLICIES
-from longrope_kernels.integrations.transformers import enable
+from longrope_kernels.integrations.transformers import enable, set_rope
 
 CLOSE = 2e-5
 SLIDING = ("phi3 sliding", "phimoe sliding", "mistral sliding", "qwen2 sliding", "qwen3 sliding")
-every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
 def left_padded(*lengths: int) -> dict[str, torch.Tensor]:
@@ -94,64 +91,82 @@ def test_left_padded_batch(name):
     assert max_diff(actual[1], expected[1]) < CLOSE
 
 
-@every_policy
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_static_cache(name, policy):
+def test_static_cache(name):
     batch = left_padded(6, 20)
     expected = scored(family_model(name), **batch)
-    model = enable(family_model(name), policy=policy)
+    model = enable(family_model(name))
     actual = scored(model, **batch, cache_implementation="static")
     assert torch.equal(actual[0], expected[0])
     assert max_diff(actual[1], expected[1]) < CLOSE
 
 
-@every_policy
-def test_assisted(policy):
+def test_assisted():
     """Candidates are checked several at a time, the refused ones cut off the cache."""
     ids = tokens(1, SWITCH - 8)
-    model = enable(family_model("phi3"), policy=policy)
+    model = enable(family_model("phi3"))
     expected = generated(model, ids, max_new_tokens=6)
     for helper in (family_model("phi3", num_hidden_layers=1), family_model("phi3 sliding")):
         with counted(model) as counts:
-            actual = generated(
-                model, ids, max_new_tokens=6, assistant_model=enable(helper, policy=policy)
-            )
+            actual = generated(model, ids, max_new_tokens=6, assistant_model=enable(helper))
         assert torch.equal(actual, expected)
         assert max(counts[1:]) > 1
+
+
+@pytest.mark.parametrize("arguments", [{}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("name", ["phi3", "phimoe", "llama"])
+def test_from_embeddings(name, arguments):
+    """In a batch with padding; below the switch as the untouched model, by beams as well."""
+    batch = left_padded(6, 20)
+    mask = batch["attention_mask"]
+    model = family_model(name)
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    rest = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    for more in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        expected = family_model(name).generate(inputs_embeds=embeds, **rest, **more)
+        actual = enable(family_model(name)).generate(
+            inputs_embeds=embeds, **rest, **more, **arguments
+        )
+        assert torch.equal(actual, expected)
 
 
 # ----------------------------------------------------------------------------- across the switch
 
 
-def test_recompute_is_transformers_without_a_cache():
-    """For one sequence; with several, it makes all of them long at once.
+@pytest.mark.parametrize("seed", range(6))
+def test_drafts_across_the_switch(seed):
+    """Verified together, each under the set of its own length: the tokens of plain greedy."""
+    model, helper = (enable(family_model("phi3")) for _ in range(2))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.lm_head.weight[0] = helper.lm_head.weight[0] = 0  # padding is never generated
+        for weight in helper.parameters():
+            weight.add_(0.003 * torch.randn(weight.shape, generator=generator))
+    ids = tokens(1, SWITCH - 10, seed=seed)
+    expected = generated(model, ids, max_new_tokens=20)
+    with counted(model) as counts:
+        actual = generated(model, ids, max_new_tokens=20, assistant_model=helper)
+    assert torch.equal(actual, expected)
+    assert max(counts[1:]) > 1
 
-    With a cache it prefills again too, but before transformers 5.20 only with the last token.
-    """
-    ids = tokens(1, SWITCH - 3)
-    expected = scored(family_model("phi3"), input_ids=ids, use_cache=False)
-    model = enable(family_model("phi3"), policy="recompute")
-    for arguments in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
-        actual = scored(model, input_ids=ids, **arguments)
-        assert torch.equal(actual[0], expected[0])
-        assert max_diff(actual[1], expected[1]) < CLOSE
 
-
-def test_recompute_drops_keys_that_a_reset_would_keep(monkeypatch):
-    """Before transformers 5.18 the reset of a layer zeroes its keys and values."""
-
-    def reset(layer):
-        if layer.is_initialized:
-            layer.keys.zero_()
-            layer.values.zero_()
-
-    ids = tokens(1, SWITCH - 3)
-    model = enable(family_model("phi3"), policy="recompute")
-    expected = scored(model, input_ids=ids)
-    monkeypatch.setattr(DynamicLayer, "reset", reset)
-    actual = scored(model, input_ids=ids)
-    assert torch.equal(actual[0], expected[0])
-    assert torch.equal(actual[1], expected[1])
+@pytest.mark.parametrize("padded_rows", [False, True])
+def test_only_the_new_tokens(padded_rows):
+    """A turn whose ids are the new tokens alone, and whose mask is of all."""
+    lengths = (22, 25) if padded_rows else (25, 25)
+    batch = left_padded(*lengths)
+    ids, mask, new = batch["input_ids"], batch["attention_mask"], tokens(2, 3, seed=4)
+    model = enable(family_model("phi3"))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    full = torch.cat((mask, torch.ones_like(new)), 1)
+    rest = {"attention_mask": full, "past_key_values": cache, "max_new_tokens": 4}
+    actual = generated(model, new, **rest)[:, -4:]
+    for row, length in enumerate(lengths):
+        whole = torch.cat((tokens(1, length, seed=length), new[row : row + 1]), 1)
+        expected = generated(family_model("phi3"), whole, max_new_tokens=4)[:, -4:]
+        assert torch.equal(actual[row : row + 1], expected)
 
 
 def test_switch_is_a_new_prefill_where_one_layer_has_all_the_keys():
@@ -159,41 +174,42 @@ def test_switch_is_a_new_prefill_where_one_layer_has_all_the_keys():
     ids = tokens(1, SWITCH - 3)
     one = {"num_hidden_layers": 1}
     expected = scored(family_model("phi3", **one), input_ids=ids, use_cache=False)
-    model = enable(family_model("phi3", **one), policy="switch")
+    model = enable(family_model("phi3", **one))
     actual = scored(model, input_ids=ids)
     assert torch.equal(actual[0], expected[0])
     assert max_diff(actual[1], expected[1]) < CLOSE
 
 
-def test_pin_stays_on_the_set_of_the_prompt():
-    ids = tokens(2, SWITCH + 10)
-    rope = Rope.from_config(family_config("phi3"))
-    short = enable(family_model("phi3"), rope=Rope(rope.sets[:1], base=rope.base))
-    model = enable(family_model("phi3"), policy="pin")
-    expected = logits(short, ids=ids)
-    assert max_diff(forced(model, ids, SWITCH - 2), expected) < CLOSE
-    assert max_diff(forced(enable(model, policy="switch"), ids, SWITCH - 2), expected) > 0.1
-
-
-@every_policy
 @pytest.mark.parametrize("arguments", [{}, {"cache_implementation": "static"}], ids=str)
-def test_only_recompute_prefills_again(policy, arguments):
-    prompt = SWITCH - 3
-    model = enable(family_model("phi3"), policy=policy)
+def test_nothing_is_prefilled_again(arguments):
+    """Phi-3's own generate() drops the cache there."""
+    model = enable(family_model("phi3"))
     with counted(model) as counts:
-        generated(model, tokens(1, prompt), **arguments)
-    expected = [prompt] + [1] * 7
-    if policy == "recompute":
-        expected[4] = SWITCH + 1
-    assert counts == expected
+        generated(model, tokens(1, SWITCH - 3), **arguments)
+    assert counts == [SWITCH - 3] + [1] * 7
 
 
-@every_policy
+@pytest.mark.parametrize("name", ["phi3", "phimoe"])
+def test_a_rope_for_the_final_length_never_crosses(name):
+    """As the untouched model of the long set alone, which runs a short prompt under it, too."""
+    ids = tokens(1, SWITCH - 3)
+    rope = Rope.from_config(family_config(name))
+    long = rope.for_length(SWITCH + 5)
+    expected = generated(enable(family_model(name), rope=Rope(rope.sets[1:])), ids)
+    assert torch.equal(generated(enable(family_model(name), rope=long), ids), expected)
+    model = enable(family_model(name))
+    for around in (long, rope.for_length(SWITCH), rope):
+        set_rope(model, around)
+        alone = generated(enable(family_model(name), rope=around), ids)
+        assert torch.equal(generated(model, ids), alone)
+        assert torch.equal(alone, expected) == (around is long)
+
+
 @pytest.mark.parametrize("arguments", [{}, {"cache_implementation": "static"}], ids=str)
-def test_rows_that_cross_at_different_steps_equal_running_alone(policy, arguments):
+def test_rows_that_cross_at_different_steps_equal_running_alone(arguments):
     """Always short, crossing at the second and at the sixth new token, long from the start."""
     lengths = (SWITCH - 20, SWITCH - 1, SWITCH - 5, SWITCH + 4)
-    model = enable(family_model("phi3"), policy=policy)
+    model = enable(family_model("phi3"))
     ids, values = scored(model, **left_padded(*lengths), **arguments)
     for length, its_ids, its_values in zip(lengths, ids, values, strict=True):
         alone = scored(model, input_ids=tokens(1, length, seed=length), **arguments)
@@ -201,11 +217,10 @@ def test_rows_that_cross_at_different_steps_equal_running_alone(policy, argument
         assert max_diff(its_values[None], alone[1]) < CLOSE
 
 
-@every_policy
 @pytest.mark.parametrize("name", ["phi3", "phimoe", "phi3 partial", "phi3 sliding"])
-def test_beams_cross_together(name, policy):
+def test_beams_cross_together(name):
     """Reordering permutes the beams of a prompt, which have the same set."""
-    model = enable(family_model(name), policy=policy)
+    model = enable(family_model(name))
     ids = tokens(2, SWITCH - 3)
     beams = generated(model, ids, num_beams=3)
     assert beams.shape == (2, SWITCH + 5)
@@ -217,29 +232,20 @@ def test_beams_cross_together(name, policy):
 # ------------------------------------------------------------------------------ caches of the user
 
 
-@every_policy
-def test_turns_of_a_chat_share_a_cache(policy):
+def test_turns_of_a_chat_share_a_cache():
     """The second turn goes on where the first left off, on the other side of the switch."""
-    model = enable(family_model("phi3"), policy=policy)
+    model = enable(family_model("phi3"))
     first, second = tokens(1, 20), tokens(1, 18, seed=5)
     cache = DynamicCache(config=model.config)
     with counted(model) as counts:
         answer = generated(model, first, past_key_values=cache, max_new_tokens=4)
         whole = torch.cat((answer, second), 1)
-        actual = generated(model, whole, past_key_values=cache, max_new_tokens=4)
-    again = policy == "recompute"
-    assert counts == [20, 1, 1, 1, 42 if again else 19, 1, 1, 1]
-    if again:
-        assert torch.equal(actual, generated(family_model("phi3"), whole, max_new_tokens=4))
-    if policy == "pin":
-        rope = Rope.from_config(model.config)
-        short = enable(family_model("phi3"), rope=Rope(rope.sets[:1], base=rope.base))
-        assert torch.equal(actual, generated(short, whole, max_new_tokens=4))
+        generated(model, whole, past_key_values=cache, max_new_tokens=4)
+    assert counts == [20, 1, 1, 1, 19, 1, 1, 1]
 
 
-@every_policy
-def test_a_cropped_cache_goes_on(policy):
-    model, ids = enable(family_model("phi3"), policy=policy), tokens(1, 24)
+def test_a_cropped_cache_goes_on():
+    model, ids = enable(family_model("phi3")), tokens(1, 24)
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
         cache.crop(-4)
@@ -247,26 +253,14 @@ def test_a_cropped_cache_goes_on(policy):
     assert max_diff(actual, logits(family_model("phi3"))[:1, 20:]) < CLOSE
 
 
-def test_a_static_cache_that_was_reset_takes_new_pinned_sets():
-    model = enable(family_model("phi3"), policy="pin")
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    for count in (SWITCH - 8, SWITCH + 8):
-        ids = tokens(1, count, seed=count)
-        with torch.no_grad():
-            actual = model(ids, past_key_values=cache).logits
-        assert max_diff(actual, logits(family_model("phi3"), ids=ids)) < CLOSE
-        cache.reset()
-
-
 # -------------------------------------------------------------------------------------- compiled
 
 
-@pytest.mark.parametrize("policy", ["switch", "pin"])
 @pytest.mark.parametrize("name", ["phi3", "qwen2"])
-def test_compiled_decode_steps_cross_without_recompilation(name, policy):
+def test_compiled_decode_steps_cross_without_recompilation(name):
     torch.compiler.reset()
     ids, prompt = tokens(2, SWITCH + 6), SWITCH - 4
-    model = enable(family_model(name), policy=policy)
+    model = enable(family_model(name))
     expected = forced(model, ids, prompt)
     cache = StaticCache(config=model.config, max_cache_len=SWITCH + 8)
     step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")

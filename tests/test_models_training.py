@@ -141,8 +141,8 @@ def test_disable_puts_everything_back(name, attention):
     expected, config, rotary = logits(model), model.config, model.model.rotary_emb
     before = {key: list(vars(module)) for key, module in model.named_modules()}
     fields = copy.deepcopy(config.to_dict())
-    for policy in ("switch", "pin"):
-        enable(model, policy=policy)
+    for backend in ("reference", None):
+        enable(model, backend=backend)
         assert model.config._attn_implementation == "longrope"
     assert disable(model) is model
     assert model.config is config
@@ -152,8 +152,9 @@ def test_disable_puts_everything_back(name, attention):
     assert model.model.rotary_emb is rotary
     assert rotary.config is config
     assert {key: list(vars(module)) for key, module in model.named_modules()} == before
-    assert not model.model._forward_pre_hooks
-    assert not model.model._forward_pre_hooks_with_kwargs
+    first = model.model.layers[0].self_attn
+    assert not first._forward_pre_hooks
+    assert not first._forward_pre_hooks_with_kwargs
     assert torch.equal(logits(model), expected)
 
 
@@ -163,19 +164,26 @@ def test_what_the_caller_changed_in_the_config_stays():
     assert disable(model).config.use_cache is False
 
 
-def test_models_of_one_config_object_stay_apart():
+def test_models_of_one_config_object():
+    """They share its attention implementation: one of them enabled, the other says so."""
     first = family_model("phi3")
     second = type(first)(first.config).eval()
     expected = logits(second)
     enable(first)
-    assert torch.equal(logits(second), expected)
-    both = torch.nn.ModuleList([disable(first), second])
-    enable(both)
+    with pytest.raises(ValueError, match=r"module: .*shares its config object"):
+        logits(second)
+    enable(second)
     assert max_diff(logits(second), expected) < 2e-5
-    disable(both)
-    assert first.config is second.config
-    assert first.config._attn_implementation == "sdpa"
-    assert torch.equal(logits(second), expected)
+    for one, other in ((first, second), (second, first)):
+        disable(one)
+        implementation = first.config._attn_implementation
+        refused = other if implementation == "sdpa" else one
+        with pytest.raises(ValueError, match=r"attn_implementation: |module: "):
+            logits(refused)
+        disable(other)
+        assert first.config._attn_implementation == "sdpa"
+        assert torch.equal(logits(second), expected)
+        enable(torch.nn.ModuleList([first, second]))
 
 
 def test_hooks_of_others_stay():

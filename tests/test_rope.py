@@ -316,3 +316,24 @@ def test_bad_longrope(name: str, values: dict[str, Any]) -> None:
     }
     with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b.*expected"):
         Rope.longrope(**{**good, **values})
+
+
+@pytest.mark.parametrize(("length", "index"), [(1, 0), (4096, 0), (4097, 1), (2**31, 1)])
+def test_for_length_is_one_set_at_any_length(length, index):
+    rope = Rope.longrope(
+        [1.0, 2.0], [3.0, 4.0], 4096, 131072, n_hat=(1, 2), base=5e5, interleaved=True
+    )
+    one = rope.for_length(length)
+    chosen = rope.sets[index]
+    assert one == Rope(
+        (FactorSet(chosen.factors, chosen.n_hat, chosen.attention_factor),), 5e5, True
+    )
+    assert one.for_length(1) == one
+
+
+@pytest.mark.parametrize(
+    ("length", "error"), [(0, ValueError), (True, TypeError), ("9", TypeError)]
+)
+def test_for_length_names_a_length_that_is_none(length, error):
+    with pytest.raises(error, match="length: expected"):
+        Rope.plain(8).for_length(length)

@@ -19,11 +19,10 @@ def test_switch_script(tmp_path: Path) -> None:
     sizes = results["sizes"]
 
     crossing = {row["name"]: row for row in results["crossing"]}
-    assert list(crossing) == ["transformers", "switch", "pin", "recompute"]
+    assert list(crossing) == ["transformers", "switch", "rotated"]
     half = sizes["new"] // 2
-    assert crossing["recompute"]["same_tokens"] == sizes["new"]
     # The token after `half` others is the first that is made under the long factors.
-    assert half <= crossing["pin"]["same_tokens"] < sizes["new"]
+    assert crossing["rotated"]["same_tokens"] == crossing["transformers"]["same_tokens"]
     assert half <= crossing["switch"]["same_tokens"]
     assert half <= crossing["transformers"]["same_tokens"]  # all, from transformers 5.20 on
     for row in crossing.values():

@@ -107,7 +107,7 @@ def policies(
     losses: dict[str, list[torch.Tensor]] = {"switch": [], "pin": [], "recompute": []}
     for document in documents:
         tokens = document.tokens[None, :length].to(model.device)
-        enable(model, rope=rope, policy="switch")
+        enable(model, rope=rope)
         cache = DynamicCache(config=model.config)
         first = model(tokens[:, :bound], past_key_values=cache).logits[:, -1:]
         rest = model(tokens[:, bound:], past_key_values=cache).logits

@@ -10,7 +10,6 @@ from ..rope.factor_set import as_factors
 from ..rope.tables import Tables
 from .records import AttentionCall, DecodeCall, RotaryCall, Selection
 
-
 # So many numbers are read faster one by one than reduced by torch.
 _FEW = 64
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -300,6 +300,19 @@ class Rope:
             if factor_set.max_length is None or length <= factor_set.max_length:
                 return index
         return len(self.sets) - 1
+
+    def for_length(self, length: int) -> Rope:
+        """This rope with one set, that of a sequence of ``length`` tokens, for any length.
+
+        For whoever knows the final length: a prompt that is prefilled in chunks, a text that is
+        about to be generated. It stays on one set where it would cross into another.
+
+        Args:
+            length: in tokens, cached and new ones.
+        """
+        _check_length("length", length, 1)
+        chosen = replace(self.sets[self.set_index(length)], max_length=None)
+        return Rope((chosen,), self.base, self.interleaved)
 
     def to(self, device: torch.device | str) -> Rope:
         """This rope, its tables made on ``device`` now, so that no later call copies them.

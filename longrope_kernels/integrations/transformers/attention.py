@@ -6,117 +6,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...calls import masks
+from ...calls.records import AttentionCall, Keys, Scores, Selection
 from ...calls.values import readable
-from ...ops import attention as attend
-from ...ops import decode
-from ...ops.decode import MAX_QUERIES
+from ...ops.attention import attention as attend
+from ...ops.decode import MAX_QUERIES, decode
 from ...ops.rotary import apply_rotary
 from .masks import ANY_MASK, is_slots
+from .sequences import Call, Memory
 from .settings import Settings
 
 NAME = "longrope"  # among transformers' attention implementations
-
-
-class Call(NamedTuple):
-    """What all layers of a forward have in common; B sequences, N slots of the cache."""
-
-    positions: torch.Tensor  # (1 or B, queries)
-    key_positions: torch.Tensor | None  # (B, N); None: those of the queries, or j - kv_start
-    lengths: torch.Tensor | None  # (B,), what chooses the set
-    kv_start: torch.Tensor | None  # (B,)
-    cache_lens: torch.Tensor | None  # (B,), the slots that are filled; None: the keys are queries
-    filled: int | None  # the same as a number, alike for all rows; None: not known to the host
-
-
-def call_of(
-    settings: Settings,
-    positions: torch.Tensor,
-    slots: torch.Tensor | None,
-    batch: int,
-    keys: int,
-) -> Call:
-    """Derive a `Call`. Tokens of a sequence stand side by side in its slots.
-
-    positions: (1 or B, queries), of any values where there is padding. slots: of
-    `masks.slots_of_mask`. keys: N.
-    """
-    queries = positions.shape[1]
-    if slots is None and queries == keys:
-        lengths = last_positions(positions, None, batch) + 1 if settings.chooses else None
-        return Call(positions, None, lengths, None, None, keys)
-    start = behind = None
-    end: torch.Tensor | int = keys
-    filled = torch.full((batch,), keys, dtype=torch.int64, device=positions.device)
-    if slots is not None:
-        start, end, filled = slots[:, 0, 0].unbind(1)
-        behind = filled - end
-    last = last_positions(positions, behind, batch)
-    lengths = (last + 1).clamp(min=0) if settings.chooses else None
-    if queries == keys:
-        return Call(positions, None, lengths, start, None, keys)
-    count: int | None = None
-    if slots is None:
-        count = keys
-    elif queries > MAX_QUERIES and not torch.compiler.is_compiling():
-        count = int(filled[0])  # on a device this waits for it, once in a long chunk
-    shift = last + 1 - end
-    key_positions = None
-    if not (readable(shift) and bool((shift == (0 if start is None else -start)).all())):
-        key_positions = shift[:, None] + torch.arange(keys, device=positions.device)
-    return Call(positions, key_positions, lengths, start, filled, count)
-
-
-def last_positions(
-    positions: torch.Tensor, behind: torch.Tensor | None, batch: int
-) -> torch.Tensor:
-    """The position of the last real token of each sequence: (batch,) int64.
-
-    positions: (1 or batch, queries). behind: (batch,), how many slots of padding follow it, which
-    may be more than there are queries.
-    """
-    if behind is None:
-        return positions[:, -1].expand(batch)
-    query = positions.shape[1] - 1 - behind
-    at = query.clamp(min=0)[:, None]
-    return positions.expand(batch, -1).gather(1, at)[:, 0] + query.clamp(max=0)
-
-
-class Memory:
-    """The `Call` of the forward that is going on, derived once for all layers of a kind."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin a new forward: its positions may lie in the tensor of the last one."""
-        self._held: tuple[Any, list[tuple[Any, int, int, Call]]] = (None, [])
-
-    def call(
-        self,
-        settings: Settings,
-        positions: torch.Tensor,
-        slots: torch.Tensor | None,
-        batch: int,
-        keys: int,
-    ) -> Call:
-        """As `call_of`."""
-        # A traced graph finds by itself what repeats, and must not leave its tensors here.
-        if torch.compiler.is_compiling():
-            return call_of(settings, positions, slots, batch, keys)
-        of, calls = self._held
-        if of is not positions:
-            calls = []
-            self._held = positions, calls
-        for its_slots, its_batch, its_keys, call in calls:
-            if its_slots is slots and (its_batch, its_keys) == (batch, keys):
-                return call
-        call = call_of(settings, positions, slots, batch, keys)
-        calls.append((slots, batch, keys, call))
-        return call
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Memory, ()  # a copy of a model is not in the middle of a forward
 
 
 class Enabled(NamedTuple):
@@ -138,7 +37,8 @@ def longrope_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     position_ids: torch.Tensor | None = None,
-    longrope_sets: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     output_attentions: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -155,7 +55,9 @@ def longrope_attention(
         sliding_window: in tokens.
         softcap: of the scores.
         position_ids: (1 or batch, queries).
-        longrope_sets: (batch,) int32, the factor sets of policy "pin".
+        cu_seq_lens_q: (sequences + 1,) where packed sequences begin in all tokens of the batch,
+            their count last; they win over the mask.
+        cu_seq_lens_k: the same.
         output_attentions: must be False: the weights are never in memory.
 
     Returns:
@@ -168,7 +70,8 @@ def longrope_attention(
     if enabled is None:
         raise ValueError(
             f"module: expected a model that longrope_kernels' enable was called on, got a "
-            f"{type(module).__name__} without; its attention implementation {NAME!r} is of no use"
+            f"{type(module).__name__} without, whose attention implementation is {NAME!r}; if it "
+            "shares its config object with an enabled model, build it from a copy"
         )
     if output_attentions:
         raise ValueError(
@@ -187,77 +90,114 @@ def longrope_attention(
         )
     if position_ids is None:
         raise ValueError("position_ids: expected them from the decoder layer, got None")
+    if cu_seq_lens_q is not None:
+        _check_borders(cu_seq_lens_q, cu_seq_lens_k, query)
     settings: Settings = enabled.settings
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-    call = enabled.memory.call(settings, position_ids, attention_mask, batch, keys)
-    selection = {"lengths": call.lengths if longrope_sets is None else None, "sets": longrope_sets}
-    rest = {
-        **selection,
-        "kv_start": call.kv_start,
+    call = enabled.memory.call(
+        settings.chooses, position_ids, attention_mask, batch, keys, cu_seq_lens_q
+    )
+    rest: dict[str, Any] = {
         "softmax_scale": scaling,
         "window": enabled.window if sliding_window is None else sliding_window,
         "softcap": softcap,
     }
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    out: Any
-    if call.cache_lens is not None and queries <= MAX_QUERIES and not recorded:
-        out = decode(
-            q,
-            k,
-            v,
-            call.cache_lens,
-            settings.rope,
-            key_positions=call.key_positions,
-            backend=settings.decode_backend,
-            **rest,
-        )
-    elif call.cache_lens is None:
-        out = attend(
-            q, k, v, call.positions, settings.rope, backend=settings.attention_backend, **rest
-        )
-    else:
-        out = _attend_to_cache(q, k, v, call, settings, rest)
-    return out, None
+    few = queries <= MAX_QUERIES and not recorded
+    if call.cache_lens is not None and (few or call.filled is None):
+        reading = _decode if few else _attend_to_mask
+        return reading(q, k, v, call, settings, rest), None
+    k, v = k[:, : call.filled], v[:, : call.filled]
+    if call.cu_seqlens is not None:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        rest |= {"layout": "thd", "cu_seqlens": call.cu_seqlens}
+    elif call.cache_lens is not None:
+        rest["key_positions"] = _key_positions(call, k)
+    out: Any = attend(
+        q,
+        k,
+        v,
+        call.positions,
+        settings.rope,
+        lengths=call.lengths,
+        kv_start=call.kv_start,
+        backend=settings.attention_backend,
+        **rest,
+    )
+    return out.unflatten(0, (batch, queries)) if call.cu_seqlens is not None else out, None
 
 
-def _attend_to_cache(
+def _check_borders(
+    borders: torch.Tensor, of_keys: torch.Tensor | None, query: torch.Tensor
+) -> None:
+    tokens = query.shape[0] * query.shape[2]
+    if borders.dim() != 1:
+        raise ValueError(
+            f"cu_seq_lens_q: expected shape (sequences + 1,), got {tuple(borders.shape)}"
+        )
+    if readable(borders) and int(borders[-1]) != tokens:
+        raise ValueError(
+            f"cu_seq_lens_q: expected {tokens} last, the tokens of the batch, "
+            f"got {int(borders[-1])}"
+        )
+    if of_keys is not None and of_keys is not borders:
+        same = of_keys.shape == borders.shape
+        if not same or (readable(of_keys) and not torch.equal(of_keys, borders)):
+            raise ValueError(
+                "cu_seq_lens_k: expected the borders of cu_seq_lens_q, got others; packed "
+                "sequences are whole ones"
+            )
+
+
+def _decode(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     call: Call,
     settings: Settings,
     rest: dict[str, Any],
-) -> torch.Tensor:
-    """A long chunk of queries against a cache, of which a static one may be filled in part."""
+) -> Any:
+    """A few queries against a cache, each under the set of its own length."""
     assert call.cache_lens is not None
-    positions = call.key_positions
-    if positions is None:
-        positions = torch.arange(k.shape[1], device=q.device).expand(q.shape[0], -1)
-        if call.kv_start is not None:
-            positions = positions - call.kv_start[:, None]
-    if call.filled is not None:
-        filled = call.filled
-        out = attend(
-            q,
-            k[:, :filled],
-            v[:, :filled],
-            call.positions,
-            settings.rope,
-            key_positions=positions[:, :filled],
-            backend=settings.attention_backend,
-            **rest,
-        )
-        assert isinstance(out, torch.Tensor)
-        return out
-    # How much is filled is not known to a graph: a mask in memory over all slots.
+    return decode(
+        q,
+        k,
+        v,
+        call.cache_lens,
+        settings.rope,
+        lengths=call.query_lengths,
+        kv_start=call.kv_start,
+        key_positions=call.key_positions,
+        backend=settings.decode_backend,
+        **rest,
+    )
+
+
+def _attend_to_mask(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    call: Call,
+    settings: Settings,
+    rest: dict[str, Any],
+) -> Any:
+    """A chunk against a cache of which a graph does not know how much is filled: all slots."""
     from ...backends import composed
 
     if rest["softcap"] is not None:
         raise ValueError("softcap: not served in a compiled prefill of a static cache")
-    chosen = {"lengths": rest["lengths"], "sets": rest["sets"]}
-    q, _ = apply_rotary(q, None, call.positions, settings.rope, **chosen)
-    k, _ = apply_rotary(k, None, positions, settings.rope, **chosen)
-    mask = masks.Mask(True, rest["window"], call.kv_start, cache_lens=call.cache_lens)
+    q, _ = apply_rotary(q, None, call.positions, settings.rope, lengths=call.lengths)
+    k, _ = apply_rotary(k, None, _key_positions(call, k), settings.rope, lengths=call.lengths)
     scale = q.shape[-1] ** -0.5 if rest["softmax_scale"] is None else rest["softmax_scale"]
-    return composed.attend(q, k, v, mask, scale)
+    keys = Keys(k, v, start=call.kv_start, lens=call.cache_lens)
+    scores, tables = Scores(True, scale, rest["window"] or 0), settings.rope.tables(q.device)
+    return composed.attend(AttentionCall(q, call.positions, keys, tables, Selection(), scores))
+
+
+def _key_positions(call: Call, k: torch.Tensor) -> torch.Tensor:
+    """(batch, slots) of a cache's keys."""
+    if call.key_positions is not None:
+        return call.key_positions[:, : k.shape[1]]
+    positions = torch.arange(k.shape[1], device=k.device).expand(k.shape[0], -1)
+    return positions if call.kv_start is None else positions - call.kv_start[:, None]

@@ -1,4 +1,4 @@
-"""The attention mask of an enabled model: three numbers a sequence instead of a matrix.
+"""The attention mask of an enabled model: a few numbers a sequence instead of a matrix.
 
 transformers hands the padding mask to the mask function of the attention implementation, once for
 each forward, and passes the result on to every layer. A tensor of four dimensions goes through all
@@ -7,7 +7,7 @@ of it untouched, also where ``generate()`` prepares masks for a static cache.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,16 @@ from ...calls.values import readable
 from ...ops.decode import MAX_QUERIES
 
 ANY_MASK = "enable(model, cache='rotated') takes any mask"
+
+
+class Slots(NamedTuple):
+    """Where the tokens of each sequence lie, as slots of a cache that dropped none: (B,) int64."""
+
+    start: torch.Tensor  # of its first token: what is before is padding on the left
+    end: torch.Tensor  # behind its last token
+    filled: torch.Tensor  # behind what this forward puts there, padding on the right included
+    dropped: torch.Tensor  # how many slots the cache has dropped (sliding windows)
+    packed: torch.Tensor  # 1 where transformers found packed sequences in the positions
 
 
 def slots_of_mask(
@@ -28,7 +38,7 @@ def slots_of_mask(
     device: torch.device | None = None,
     **_: Any,
 ) -> torch.Tensor | None:
-    """``kv_start``, the end of the last real key, and how many slots are filled.
+    """The `Slots` of a forward, as one tensor.
 
     Args:
         batch_size: sequences.
@@ -41,37 +51,33 @@ def slots_of_mask(
         device: of the model.
 
     Returns:
-        (batch, 1, 1, 3) int64, or None where all slots are filled by real tokens.
+        (batch, 1, 1, 5) int64, or None where all slots are filled by real tokens.
 
     Raises:
         ValueError: a mask that is more than padding.
     """
     # transformers looks for packed sequences where there is no cache: all keys are queries then.
-    # It says False as well of a static cache's single token, and before 5.14 of its prefill.
-    whole = q_length == kv_length > 1
-    if not allow_is_causal_skip and whole and not torch.compiler.is_compiling():
-        raise ValueError(
-            "attention_mask: expected padding on the left or on the right, got position_ids of "
-            f"packed sequences or a mask function of the caller's; {ANY_MASK}, and "
-            "longrope_kernels.attention takes packed sequences by cu_seqlens"
-        )
+    # It says False as well of a static cache's single token, and whatever it traces.
+    packed = not allow_is_causal_skip and q_length == kv_length > 1
+    packed = packed and not torch.compiler.is_compiling()
     if attention_mask is not None:
-        attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
             raise ValueError(
                 f"attention_mask: expected shape ({batch_size}, tokens), "
                 f"got {tuple(attention_mask.shape)}"
             )
+        attention_mask = attention_mask[:, : kv_offset + kv_length]
         # On a device this waits for it, as transformers' own masks do, but never for one token.
         if (readable(attention_mask) or _may_wait(q_length)) and bool(attention_mask.all()):
             attention_mask = None
-    filled = q_offset + q_length - kv_offset
-    is_full = not isinstance(filled, torch.Tensor) and filled == kv_length
-    if attention_mask is None and is_full:
+    filled = q_offset + q_length
+    is_full = not isinstance(filled, torch.Tensor) and filled == kv_offset + kv_length
+    if attention_mask is None and is_full and not packed:
         return None
 
-    result = torch.zeros((batch_size, 3), dtype=torch.int64, device=device)
-    result[:, 1:] = filled
+    result = torch.zeros((batch_size, len(Slots._fields)), dtype=torch.int64, device=device)
+    result[:, 1:3] = filled
+    result[:, 3], result[:, 4] = kv_offset, int(packed)
     if attention_mask is not None:
         real = attention_mask.to(torch.uint8)
         width = real.shape[1]
@@ -89,11 +95,22 @@ def slots_of_mask(
 
 def is_slots(mask: torch.Tensor) -> bool:
     """Whether a mask is what `slots_of_mask` returns."""
-    return mask.dtype == torch.int64 and mask.dim() == 4 and mask.shape[1:] == (1, 1, 3)
+    of_ours = (1, 1, len(Slots._fields))
+    return mask.dtype == torch.int64 and mask.dim() == 4 and mask.shape[1:] == of_ours
+
+
+def read_slots(mask: torch.Tensor) -> Slots:
+    """What `slots_of_mask` wrote."""
+    return Slots(*mask[:, 0, 0].unbind(1))
 
 
 def _may_wait(q_length: int) -> bool:
     # `decode` serves up to so many queries, and reads ``kv_start`` at no cost.
-    if torch.compiler.is_compiling() or q_length <= MAX_QUERIES:
+    return q_length > MAX_QUERIES and can_wait()
+
+
+def can_wait() -> bool:
+    """Whether the host may read from a device now: not while a graph is traced or captured."""
+    if torch.compiler.is_compiling():
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.generation import GenerationMixin
 
 from ...backends import choose as backends
-from ...cache.rows import POLICIES, Policy
 from ...rope.hf_config import rope_type
 from ...rope.value import Rope
-from .architectures import SUPPORTED, Architecture, by_rotary_class, head_dim
-from .attention import NAME, Enabled, Memory, longrope_attention
-from .generation import before_forward, install_preparation
-from .masks import slots_of_mask
+from .architectures import SUPPORTED, head_dim
+from .caches import fingerprint
+from .contacts import install
+from .parts import Slot, slots_of
 from .rotary import ExactRotaryEmbedding
 from .settings import CACHES, Cache, Settings
+from .trial import check_contacts
 
 Model = TypeVar("Model", bound=nn.Module)
-
-AttentionInterface.register(NAME, longrope_attention)
-AttentionMaskInterface.register(NAME, slots_of_mask)
 
 
 def enable(
@@ -33,15 +27,16 @@ def enable(
     *,
     rope: Rope | None = None,
     cache: Cache = "unrotated",
-    policy: Policy | None = None,
     backend: str | None = None,
 ) -> Model:
     """Give a model of transformers LongRoPE's rotation, attention and cache.
 
     Its attention becomes `attention` and `decode`, exact at any position, its cache (any
     DynamicCache or StaticCache, also that of ``generate()``) holds unrotated keys, and each
-    sequence of a batch takes the factor set of its own length. The weights, the config that
-    ``save_pretrained`` writes and the names in ``state_dict()`` stay as they are.
+    sequence of a batch, packed ones too, takes the factor set of its own length. One that grows
+    into the next set takes it, for all its cached keys, from the next token on, which costs
+    nothing; who knows the final length beforehand gives ``rope=rope.for_length(n)``. The weights,
+    the config that ``save_pretrained`` writes and the names in ``state_dict()`` stay as they are.
 
     Args:
         model: any module that contains models of the families phi3, phimoe, llama, mistral, qwen2
@@ -52,10 +47,6 @@ def enable(
         cache: "unrotated", or "rotated": only the rotation is replaced, transformers' own attention
             and cache stay, and one factor set serves the whole batch, that of its largest position
             plus one, as without `enable`.
-        policy: what a sequence does that grows into the next of several sets: "switch" (all its
-            cached keys take the new set from the next token on; free; the default), "pin" (it stays
-            on the set of its prompt) or "recompute" (the cache is emptied and filled again, as
-            transformers does for Phi-3). For an unrotated cache only.
         backend: as in `attention` and `decode`, None for the fastest; "native" is "composed" where
             it is about `attention`. A named one must serve the device the model is on now.
 
@@ -65,47 +56,33 @@ def enable(
     Raises:
         ValueError: naming the argument: no model that is supported; a config whose rotation this
             package does not know, or that needs a length (dynamic NTK); a rope that rotates more
-            dimensions than a head has; an unknown cache, policy or backend, or one that does not
+            dimensions than a head has; an unknown cache or backend, or a backend that does not
             serve the model's device or dtype. Nothing is changed then.
         TypeError: ``rope`` is not a `Rope`.
-        RuntimeError: the named backend is not available.
+        RuntimeError: the named backend is not available; the installed transformers has not what
+            this relies on.
     """
     if rope is not None and not isinstance(rope, Rope):
         raise TypeError(f"rope: expected a Rope or None, got {type(rope).__name__}")
-    _check_choice("cache", cache, CACHES)
-    if policy is not None:
-        _check_choice("policy", policy, POLICIES)
-        if cache == "rotated":
-            raise ValueError(f"policy: expected None with cache='rotated', got {policy!r}")
-    elif cache == "unrotated":
-        policy = "switch"
-    slots = _rotary_slots(model)
+    if cache not in CACHES:
+        shown = ", ".join(map(repr, CACHES))
+        raise ValueError(f"cache: expected one of {shown}, got {cache!r}")
+    slots = _slots(model)
     if not slots:
         raise ValueError(f"model: expected {SUPPORTED}, got {type(model).__name__}")
 
-    replacements = []
-    for parent, _, module, architecture in slots:
-        replaced = isinstance(module, ExactRotaryEmbedding)
-        original = module.original if replaced else module
-        own = _rope_of(original.config) if rope is None else rope
-        settings = Settings(own, cache, policy, backend)
-        _check(settings, parent, original.config)
-        replacements.append(ExactRotaryEmbedding(original, architecture, settings))
+    chosen = []
+    for slot in slots:
+        own = _rope_of(slot.original.config) if rope is None else rope
+        settings = Settings(own, cache, backend, fingerprint(slot.attentions[0]))
+        _check(settings, slot)
+        chosen.append(settings)
+    for architecture in {slot.architecture for slot in slots}:
+        install(architecture)
+        check_contacts(architecture)
     disable(model)
-    configs = [parent.config for parent, *_ in slots]
-    for (parent, name, _, architecture), replacement, config in zip(
-        slots, replacements, configs, strict=True
-    ):
-        setattr(parent, name, replacement)
-        if cache == "unrotated":
-            replacement.former_config = config
-            if parent.config is config:  # not that of a base model before
-                _replace_config(model, config, _own_config(config))
-            _take_over(parent, architecture, replacement.settings)
-    if cache == "unrotated":
-        for module in model.modules():
-            if isinstance(module, GenerationMixin):
-                install_preparation(type(module))
+    for slot, settings in zip(slots, chosen, strict=True):
+        slot.put(ExactRotaryEmbedding(slot.original, slot.architecture, settings))
     return model
 
 
@@ -118,23 +95,19 @@ def disable(model: Model) -> Model:
     Returns:
         The same model.
     """
-    for parent, name, module, architecture in _rotary_slots(model):
-        if isinstance(module, ExactRotaryEmbedding):
-            if module.former_config is not None:
-                _give_back(parent, architecture)
-                if parent.config is not module.former_config:
-                    _restore_config(parent.config, module.former_config)
-                    _replace_config(model, parent.config, module.former_config)
-            setattr(parent, name, module.original)
+    for slot in _slots(model):
+        if slot.is_replaced:
+            slot.take_back()
     return model
 
 
 def set_rope(model: Model, rope: Rope) -> Model:
     """Exchange the rope of an enabled model; nothing else is made anew, so that it costs nothing.
 
-    Cache, policy and backend stay. An unrotated cache may go on: its keys take the new rope from
-    the next token on; a rotated one, and one of policy "pin", must not. A graph of
-    ``torch.compile`` is compiled again.
+    Cache and backend stay. An unrotated cache may go on: its keys take the new rope from the next
+    token on; a rotated one is refused in the next forward. A graph of ``torch.compile`` is compiled
+    again. For one ``generate()`` whose final length is known:
+    ``set_rope(model, rope.for_length(n))``.
 
     Args:
         model: one that was enabled, changed in place.
@@ -150,80 +123,23 @@ def set_rope(model: Model, rope: Rope) -> Model:
     """
     if not isinstance(rope, Rope):
         raise TypeError(f"rope: expected a Rope, got {type(rope).__name__}")
-    slots = [slot for slot in _rotary_slots(model) if isinstance(slot[2], ExactRotaryEmbedding)]
+    slots = [slot for slot in _slots(model) if slot.is_replaced]
     if not slots:
         raise ValueError(
             f"model: expected one that enable(model) was called on, got {type(model).__name__}"
         )
-    for parent, _, module, _ in slots:
-        _check(dataclasses.replace(module.settings, rope=rope), parent, module.original.config)
-    for parent, _, module, architecture in slots:
-        settings = dataclasses.replace(module.settings, rope=rope)
-        module.use(settings)
-        if settings.cache == "unrotated":
-            for part in (parent, *_attentions(parent, architecture)):
-                part.longrope = part.longrope._replace(settings=settings)
+    chosen = [dataclasses.replace(slot.module.settings, rope=rope) for slot in slots]
+    for slot, settings in zip(slots, chosen, strict=True):
+        _check(settings, slot)
+    for slot, settings in zip(slots, chosen, strict=True):
+        slot.use(settings)
     return model
 
 
-def _rotary_slots(model: nn.Module) -> list[tuple[Any, str, Any, Architecture]]:
-    """(parent, attribute, module, architecture) of each rotary module, replaced or not."""
+def _slots(model: nn.Module) -> list[Slot]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected {SUPPORTED}, got {type(model).__name__}")
-    found: list[tuple[Any, str, Any, Architecture]] = []
-    for parent in model.modules():
-        if isinstance(parent, ExactRotaryEmbedding):
-            continue
-        for name, module in parent.named_children():
-            if isinstance(module, ExactRotaryEmbedding):
-                found.append((parent, name, module, module.architecture))
-            elif type(module) in by_rotary_class():
-                found.append((parent, name, module, by_rotary_class()[type(module)]))
-    return found
-
-
-def _take_over(base: Any, architecture: Architecture, settings: Settings) -> None:
-    """Attention and caches of a base model."""
-    memory = Memory()
-    base.longrope = Enabled(settings, memory)
-    window = None if architecture.hands_on_window else base.config.sliding_window
-    for module in _attentions(base, architecture):
-        module.longrope = Enabled(settings, memory, window)
-    base.register_forward_pre_hook(before_forward, with_kwargs=True)
-
-
-def _give_back(base: Any, architecture: Architecture) -> None:
-    del base.longrope
-    for module in _attentions(base, architecture):
-        del module.longrope
-    for key, hook in list(base._forward_pre_hooks.items()):
-        if hook is before_forward:
-            del base._forward_pre_hooks[key]
-            base._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def _attentions(base: nn.Module, architecture: Architecture) -> list[Any]:
-    return [module for module in base.modules() if isinstance(module, architecture.attention)]
-
-
-def _own_config(config: Any) -> Any:
-    """A copy, since models that were built from the same object must go on without us."""
-    own = copy.copy(config)
-    own._attn_implementation = NAME
-    return own
-
-
-def _restore_config(own: Any, former: Any) -> None:
-    """What the caller changed in our copy stays, except the attention that only we serve."""
-    own._attn_implementation = former._attn_implementation
-    vars(former).update(vars(own))
-
-
-def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
-    """In all modules that hold it: heads, base model, layers."""
-    for module in model.modules():
-        if vars(module).get("config") is old:
-            module.config = new
+    return slots_of(model)
 
 
 def _rope_of(config: Any) -> Rope:
@@ -235,14 +151,15 @@ def _rope_of(config: Any) -> Rope:
     return Rope.from_config(config)
 
 
-def _check(settings: Settings, base: Any, config: Any) -> None:
-    dim, rope = head_dim(config), settings.rope
+def _check(settings: Settings, slot: Slot) -> None:
+    config, rope = slot.original.config, settings.rope
+    dim = head_dim(config)
     if rope.rotary_dim > dim:
         raise ValueError(
             f"rope: expected at most {dim} rotary dimensions, the model's head_dim, "
             f"got {rope.rotary_dim}"
         )
-    weight = next(base.parameters())
+    weight = next(slot.base.parameters())
     device, dtype = weight.device.type, weight.dtype
     if settings.cache == "rotated":
         if settings.backend is not None:
@@ -254,9 +171,3 @@ def _check(settings: Settings, base: Any, config: Any) -> None:
         backends.choose_attention(settings.attention_backend, device, dtype, dim, "masked")
     if settings.decode_backend is not None:
         backends.choose_decode(settings.decode_backend, device, dtype, dtype, dim)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        shown = ", ".join(map(repr, choices))
-        raise ValueError(f"{name}: expected one of {shown}, got {value!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ...cache.rows import Policy
 from ...rope.value import Rope
 
 Cache = Literal["unrotated", "rotated"]
@@ -14,17 +13,22 @@ CACHES = ("unrotated", "rotated")
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `enable`; ``policy`` is None with a rotated cache, which has none."""
+    """The arguments of `enable`, and what tells the model's unrotated keys from those of others."""
 
     rope: Rope
     cache: Cache
-    policy: Policy | None
     backend: str | None
+    fingerprint: int
 
     @property
     def chooses(self) -> bool:
         """Whether sequences may differ in their factor set."""
         return len(self.rope.sets) > 1
+
+    @property
+    def keys(self) -> int | Rope:
+        """What a cache is marked by: who made its unrotated keys, or what rotated them."""
+        return self.fingerprint if self.cache == "unrotated" else self.rope
 
     @property
     def attention_backend(self) -> str | None:

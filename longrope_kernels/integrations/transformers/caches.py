@@ -1,0 +1,117 @@
+"""Whose keys a cache holds: seen once a forward, in the first attention module.
+
+A cache says nothing about how its keys were made, and keys that this model did not make (those
+that prefix tuning learns, those of an untouched or another model) are another model's, silently.
+So a cache is marked when it is empty, and the mark is compared when it is not. The mark is an
+attribute, since copies and pickles of a cache go on where it was. Found by its type alone:
+transformers has renamed the argument once.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from .attention import NAME, Enabled
+from .settings import Settings
+
+# Their slots lie in the order of tokens, and hold what was put into them.
+_IN_ORDER = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
+_MARK = "longrope_keys"
+
+
+def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of a base model's first attention module, before it writes keys."""
+    enabled: Enabled = module.longrope  # type: ignore[assignment]
+    settings = enabled.settings
+    if not torch.compiler.is_compiling():
+        enabled.memory.forget()
+    if settings.cache == "unrotated":
+        _check_implementation(module.config)
+    for given in (*args, *kwargs.values()):
+        if isinstance(given, Cache):
+            if settings.cache == "unrotated":
+                _check_layers(given, module.config)
+            _check_keys(given, settings)
+
+
+def fingerprint(attention: nn.Module) -> int:
+    """Tells models apart whose keys have the same shape: of some weights that make keys.
+
+    The same in copies, and in another process that loads the same weights.
+    """
+    weight = next(attention.parameters()).detach()
+    if weight.is_meta:
+        return 0
+    some = weight.flatten()[:: max(1, weight.numel() // 64)]
+    return zlib.crc32(str(some.tolist()).encode())
+
+
+def _check_implementation(config: Any) -> None:
+    """With another attention function nobody would rotate."""
+    if config._attn_implementation != NAME:
+        raise ValueError(
+            f"attn_implementation: expected {NAME!r}, which enable(model) has set, got "
+            f"{config._attn_implementation!r}; disable(model) before choosing another, or "
+            "enable(model, cache='rotated'), which goes with any"
+        )
+
+
+def _check_layers(cache: Any, config: Any) -> None:
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise ValueError(
+            f"past_key_values: expected a DynamicCache or StaticCache, got {type(cache).__name__}"
+        )
+    for layer in layers:
+        if type(layer) in _IN_ORDER:
+            continue
+        if type(layer) is not StaticSlidingWindowLayer:
+            raise ValueError(
+                "past_key_values: expected layers of type "
+                f"{', '.join(t.__name__ for t in _IN_ORDER)}, got {type(layer).__name__}; "
+                "enable(model, cache='rotated') takes it"
+            )
+        # It has window slots at most. Where it has just as many, newer ones say if that was all.
+        window = config.sliding_window
+        if layer.max_cache_len >= window and not getattr(layer, "is_croppable", False):
+            raise ValueError(
+                f"past_key_values: expected max_cache_len below the sliding window, {window}, got "
+                "a StaticSlidingWindowLayer that drops keys; use a DynamicCache, or "
+                "enable(model, cache='rotated')"
+            )
+
+
+def _check_keys(cache: Any, settings: Settings) -> None:
+    held, own = getattr(cache, _MARK, None), settings.keys
+    if held is own or held == own:
+        return
+    rotated = settings.cache == "rotated"
+    if not (rotated and held is None) and not _is_empty(cache):
+        whose = "of another model" if held is not None else "that this model did not make"
+        expected = f"{'rotated by its present rope' if rotated else 'unrotated'}, of this model"
+        raise ValueError(
+            f"past_key_values: expected keys {expected} since enable(model), got a cache of keys "
+            f"{whose} (prefix tuning's, of a model that was not enabled or enabled otherwise, or "
+            "of another rope); begin with an empty cache"
+            + ("" if rotated else ", or enable(model, cache='rotated')")
+        )
+    setattr(cache, _MARK, own)
+
+
+def _is_empty(cache: Any) -> bool:
+    """Waits for the device where a static cache's count is, on first sight alone."""
+    length = cache.get_seq_length()
+    if torch.compiler.is_compiling() and isinstance(length, torch.Tensor):
+        return True  # a graph can't tell, and is given what a forward outside of it has filled
+    return int(length) == 0

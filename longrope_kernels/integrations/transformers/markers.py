@@ -1,0 +1,26 @@
+"""What an enabled model's rotary module returns in place of ``(cos, sin)``: positions, a marker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Rotated(NamedTuple):
+    """In place of sin (positions are in place of cos): what else the rotation needs.
+
+    A named tuple of a tensor and a method, since layers' arguments are walked by accelerate, DDP
+    and FSDP to move tensors: these rebuild a named tuple around a moved ``length``, where a module
+    or a `Rope` in it would be moved, or taken apart.
+    """
+
+    length: torch.Tensor  # () of the positions' dtype, tokens: the longest sequence of the batch
+    rotate: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class Unrotated(NamedTuple):
+    """In place of sin: q and k stay as they are, the attention function rotates."""
+
+    positions: torch.Tensor

@@ -1,0 +1,201 @@
+"""Where the sequences of a forward lie, and how long each is: what all layers of it share.
+
+Four cases: a prompt (all keys are queries), packed sequences (a prompt whose positions restart, or
+whose borders the caller gives), a step of a few queries against a cache, and a chunk of many.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ...calls.values import readable
+from ...ops.decode import MAX_QUERIES
+from .masks import Slots, can_wait, read_slots
+
+
+class Call(NamedTuple):
+    """What `attention` and `decode` are told; B rows of queries, N slots of the cache."""
+
+    positions: torch.Tensor  # (1 or B, queries); of packed sequences (B * queries,)
+    lengths: torch.Tensor | None = None  # (B,) or (sequences,), what chooses the set
+    kv_start: torch.Tensor | None = None  # (B,)
+    cu_seqlens: torch.Tensor | None = None  # (sequences + 1,), of packed ones
+    filled: int | None = None  # slots of each row; None: not known to the host
+    # Of queries against a cache alone:
+    cache_lens: torch.Tensor | None = None  # (B,), the slots that are filled
+    key_positions: torch.Tensor | None = None  # (B, N); None: j - kv_start
+    query_lengths: torch.Tensor | None = None  # like lengths; of several queries (B, queries)
+
+
+def call_of(
+    chooses: bool,
+    positions: torch.Tensor,
+    mask: torch.Tensor | None,
+    batch: int,
+    keys: int,
+    borders: torch.Tensor | None = None,
+) -> Call:
+    """Derive a `Call`. Tokens of a sequence stand side by side in its slots.
+
+    chooses: whether lengths are wanted. positions: (1 or B, queries), of any values where there is
+    padding. mask: of `masks.slots_of_mask`. keys: N. borders: (sequences + 1,), the caller's.
+    """
+    queries = positions.shape[1]
+    if borders is not None:
+        if keys != queries:
+            raise ValueError(
+                f"cu_seq_lens_q: expected no keys in the cache, got {keys - queries} more slots "
+                f"than the {queries} tokens; packed sequences are whole ones"
+            )
+        return _packed(chooses, positions, borders, batch)
+    start = filled = behind = None
+    end: torch.Tensor | int = keys
+    count: int | None = keys
+    if mask is not None:
+        slots = read_slots(mask)
+        start = (slots.start - slots.dropped).clamp(min=0)
+        end, filled = slots.end - slots.dropped, slots.filled - slots.dropped
+        behind = filled - end
+        count = _count(filled, queries, keys)
+    if count == queries and (found := _restarts(positions, mask, batch)) is not None:
+        return _packed(chooses, positions, found, batch)
+
+    last = last_positions(positions, behind, batch)
+    if mask is not None:
+        # Positions that are slots, as transformers makes them where none are given, count padding.
+        padding = torch.where(last == slots.end - 1, slots.start, 0)
+        last, positions = last - padding, positions - padding[:, None]
+    lengths = (last + 1).clamp(min=0) if chooses else None
+    if count == queries:
+        return Call(positions, lengths, start, filled=count)
+
+    shift = last + 1 - end  # of keys' positions over their slots
+    # A row that goes on after packed sequences goes on with the last of them.
+    begin = (-shift).clamp(min=0) if start is None else torch.maximum(start, -shift)
+    key_positions = None
+    if not (readable(shift) and bool((shift == -begin).all())):
+        key_positions = shift[:, None] + torch.arange(keys, device=positions.device)
+    kv_start = None if readable(begin) and not bool(begin.any()) else begin
+    cache_lens = filled
+    if cache_lens is None:
+        cache_lens = torch.full((batch,), keys, dtype=torch.int64, device=positions.device)
+    query_lengths = lengths
+    if lengths is not None and queries > 1:
+        # Each as if it came alone, except in a prompt, which is of one set.
+        each = (positions + 1).clamp(min=0).expand(batch, -1)
+        is_prompt = (cache_lens == queries)[:, None]
+        query_lengths = torch.where(is_prompt, lengths[:, None], each)
+    return Call(positions, lengths, kv_start, None, count, cache_lens, key_positions, query_lengths)
+
+
+def last_positions(
+    positions: torch.Tensor, behind: torch.Tensor | None, batch: int
+) -> torch.Tensor:
+    """The position of the last real token of each sequence: (batch,) int64.
+
+    positions: (1 or batch, queries). behind: (batch,), how many slots of padding follow it, which
+    may be more than there are queries.
+    """
+    if behind is None:
+        return positions[:, -1].expand(batch)
+    query = positions.shape[1] - 1 - behind
+    at = query.clamp(min=0)[:, None]
+    return positions.expand(batch, -1).gather(1, at)[:, 0] + query.clamp(max=0)
+
+
+def _count(filled: torch.Tensor, queries: int, keys: int) -> int | None:
+    """How many slots are filled, where the host may know it."""
+    if queries == keys:
+        return keys
+    if readable(filled) or (queries > MAX_QUERIES and can_wait()):
+        return int(filled[0])  # on a device this waits for it, once in a long chunk
+    return None
+
+
+def _restarts(
+    positions: torch.Tensor, mask: torch.Tensor | None, batch: int
+) -> torch.Tensor | None:
+    """Borders of packed sequences in a prompt, from positions that do not go up; None: no such.
+
+    A graph can't look for them: whoever compiles gives ``cu_seq_lens_q``. Otherwise this waits for
+    a device, once in a prompt, as transformers does.
+    """
+    queries = positions.shape[1]
+    if queries == 1 or not can_wait():
+        return None
+    step = positions.diff()
+    restarts = step < 1
+    if mask is None:
+        if not bool(restarts.any()):
+            return None
+        edges = restarts.new_zeros((batch, queries - 1))
+    else:
+        slots = Slots(*(x[:, None] for x in read_slots(mask)))
+        # Where transformers looks for packed sequences, a skipped position is a border as well.
+        restarts = restarts | ((step != 1) & (slots.packed == 1))
+        token = torch.arange(1, queries, device=positions.device)
+        restarts = restarts & (token > slots.start) & (token < slots.end)
+        if not bool(restarts.any()):
+            return None
+        edges = (token == slots.start) | (token == slots.end)
+    first = torch.nn.functional.pad(edges | restarts, (1, 0), value=True)
+    begin = first.flatten().nonzero()[:, 0]
+    return torch.nn.functional.pad(begin, (0, 1), value=first.numel())
+
+
+def _packed(chooses: bool, positions: torch.Tensor, borders: torch.Tensor, batch: int) -> Call:
+    """Sequences in rows that were laid one behind the other, padding being sequences too."""
+    queries = positions.shape[1]
+    of_tokens = positions.expand(batch, -1).reshape(-1)
+    borders = borders.to(of_tokens.device)
+    counts = borders.diff()
+    begin = borders[:-1].long().clamp(max=of_tokens.shape[0] - 1)
+    slot = begin % queries
+    # As in `call_of`: positions that are slots go on through the borders.
+    past = torch.where(of_tokens[begin] == slot, slot, 0)
+    of_tokens = of_tokens - past.repeat_interleave(counts, output_size=of_tokens.shape[0])
+    lengths = None
+    if chooses:
+        last = (borders[1:].long() - 1).clamp(min=0)
+        lengths = (of_tokens[last] + 1).clamp(min=0)
+    return Call(of_tokens, lengths, cu_seqlens=borders, filled=queries)
+
+
+class Memory:
+    """The `Call` of the forward that is going on, derived once for all layers of a kind."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new forward: its positions may lie in the tensor of the last one."""
+        self._held: tuple[Any, list[tuple[Any, int, int, Call]]] = (None, [])
+
+    def call(
+        self,
+        chooses: bool,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        batch: int,
+        keys: int,
+        borders: torch.Tensor | None = None,
+    ) -> Call:
+        """As `call_of`."""
+        # A traced graph finds by itself what repeats, and must not leave its tensors here.
+        if torch.compiler.is_compiling():
+            return call_of(chooses, positions, mask, batch, keys, borders)
+        of, calls = self._held
+        if of is not positions:
+            calls = []
+            self._held = positions, calls
+        for its_mask, its_batch, its_keys, call in calls:
+            if its_mask is mask and (its_batch, its_keys) == (batch, keys):
+                return call
+        call = call_of(chooses, positions, mask, batch, keys, borders)
+        calls.append((mask, batch, keys, call))
+        return call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Memory, ()  # a copy of a model is not in the middle of a forward
