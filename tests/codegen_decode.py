@@ -88,7 +88,7 @@ class Case:
             self.interleaved,
         )
         scores = Scores(True, self.dim**-0.5, self.window, self.softcap)
-        call = DecodeCall(q, keys, tables, Selection(empty(batch, dtype=torch.int32)), scores)
+        call = DecodeCall(q, keys, tables, Selection(), scores)
         splits = decode.splits_of(call, self.arch, MULTIPROCESSORS[self.arch])
         of_splits = empty(splits.most, *lse.shape, self.dim, dtype=torch.float32)
         launches = decode.plan(

@@ -129,8 +129,10 @@ def ask_for_huge_pages(x: torch.Tensor) -> None:
 
 
 def _numbers(x: torch.Tensor | None) -> list[int]:
-    """What a tensor holds for each sequence, as the extension takes it; empty if there is none."""
-    return [] if x is None else x.tolist()
+    """What a tensor holds for each sequence, or query, as the extension takes it; empty if there is none."""
+    if x is None:
+        return []
+    return (x if x.dim() == 1 else x.flatten()).tolist()
 
 
 def _addresses(tables: Tables) -> tuple[int, ...]:

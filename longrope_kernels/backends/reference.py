@@ -31,6 +31,21 @@ def token_sets(tables: Tables, selection: Selection, positions: torch.Tensor) ->
     return of_sequence[sequence_of_token(selection.borders, seq)][None, :]
 
 
+def query_sets(tables: Tables, selection: Selection, tokens: torch.Tensor) -> torch.Tensor:
+    """The factor set of each query of `decode`: (B, q_len) int64, or (B, 1) for all of a sequence.
+
+    ``sets`` (B,) or ``lengths`` (B,) where given serve all queries of a sequence, ``lengths``
+    (B, q_len) one each. Without either, a query takes the set of ``tokens`` (B, q_len), those that
+    the sequence had with this query and none after it.
+    """
+    if tables.sets == 1:
+        return torch.zeros_like(tokens[:, :1])
+    if selection.sets is not None:
+        return selection.sets.long().clamp(0, tables.sets - 1)[:, None]
+    lengths = tokens if selection.lengths is None else selection.lengths
+    return sets_of_lengths(lengths if lengths.dim() == 2 else lengths[:, None], tables.max_length)
+
+
 def cos_sin(
     tables: Tables, selection: Selection, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,6 +127,8 @@ def attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q and all keys of a cache, then exact softmax attention to those that are there.
 
+    Each query meets keys that are rotated by its own factor set.
+
     Returns:
         As `attention`.
     """
@@ -137,8 +154,8 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     k, v = caches
 
     slot = lens[:, None].long() - queries + torch.arange(queries, device=q.device)
+    first = 0 if start is None else start[:, None]
     if cache.positions is None:
-        first = 0 if start is None else start[:, None]
         positions = slot - first
         key_positions = torch.arange(k.shape[1], device=q.device).expand(batch, -1) - first
     else:
@@ -148,6 +165,19 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         missing = k.shape[1] - key_positions.shape[1]
         key_positions = torch.nn.functional.pad(key_positions, (0, missing))
     keys = Keys(k, v, key_positions, start, lens=lens)
-    of = AttentionCall(q.to(compute), positions, keys, tables, selection, scores)
-    out, lse = attention(of)
+    chosen = query_sets(tables, selection, (slot + 1 - first).clamp(min=0))
+    if chosen.shape[1] == 1:
+        passes = [chosen[:, 0]]
+    else:  # all queries under every set, of which each keeps its own
+        passes = [torch.full_like(chosen[:, 0], i) for i in range(tables.sets)]
+    out = torch.zeros_like(q, dtype=compute)
+    lse = out.new_zeros(batch, q.shape[2], queries)
+    for sets in passes:
+        pinned = Selection(sets=sets)
+        out_one, lse_one = attention(
+            AttentionCall(q.to(compute), positions, keys, tables, pinned, scores)
+        )
+        own = chosen == sets[:, None]
+        out = torch.where(own[:, :, None, None], out_one, out)
+        lse = torch.where(own[:, None, :], lse_one, lse)
     return out.to(q.dtype), lse

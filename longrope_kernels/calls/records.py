@@ -16,7 +16,11 @@ from . import masks
 
 
 class Selection(NamedTuple):
-    """Which factor set each sequence takes: the first of several, without lengths or sets."""
+    """Which factor set each sequence takes: of lengths, or sets; without either, the first.
+
+    In `DecodeCall` lengths may be of queries, (B, q_len), and without either each query takes the
+    set of the tokens up to it.
+    """
 
     lengths: torch.Tensor | None = None  # (sequences,) int32 or int64, each chooses a set
     sets: torch.Tensor | None = None  # (sequences,) int32, the sets themselves; they win

@@ -73,7 +73,7 @@ def check_decode(call: DecodeCall) -> None:
 
 def _check_selection(tables: Tables, selection: Selection, tokens: int) -> None:
     lengths, sets, borders = selection
-    if lengths is not None and (least := min(lengths.tolist(), default=0)) < 0:
+    if lengths is not None and (least := min(lengths.flatten().tolist(), default=0)) < 0:
         raise ValueError(f"lengths: expected token counts from 0, got {least}")
     if sets is not None:
         check_sets("sets", tables.sets, sets)

@@ -9,7 +9,8 @@ import torch
 
 from ..backends import choose, reference
 from ..calls import arguments, autocast, schema, values
-from ..calls.records import DecodeCall, Keys
+from ..calls.records import DecodeCall, Keys, Selection
+from ..rope.tables import Tables
 from ..rope.value import Rope
 from ..torch_private import unwatched
 from . import library
@@ -63,9 +64,11 @@ def decode(
         block_table: (batch, max_blocks) int32: slot j of a sequence lies in row
             ``j % block_size`` of block ``block_table[sequence, j // block_size]``. Entries past
             the length of a sequence are not read.
-        lengths: (batch,) int32 or int64, what chooses the factor set of each sequence; by default
-            ``cache_lens - kv_start``, its number of tokens.
-        sets: (batch,) int32, the factor set of each sequence; wins over ``lengths``.
+        lengths: int32 or int64, what chooses factor sets: (batch, q_len), one for each query, or
+            (batch,), one for all queries of a sequence, as the chunks of one prompt need it: its
+            full length. By default each query has its own, ``cache_lens - kv_start - (q_len - 1 -
+            t)``, so that drafts verified together give what they give step by step.
+        sets: (batch,) int32, the factor set of all queries of a sequence; wins over ``lengths``.
         kv_start: (batch,) int32 or int64; keys at slots below it are hidden (left padding).
         key_positions: (batch, slots) int32 or int64, the position of the key at each slot, to
             renumber cached tokens (attention sinks, rolled windows); at least ``cache_lens`` slots.
@@ -114,9 +117,7 @@ def decode(
         arguments.check_per_sequence("kv_start", kv_start, batch, q)
     if key_positions is not None:
         _check_key_positions(key_positions, batch, q)
-    if tables.sets > 1 and lengths is None and sets is None:
-        lengths = cache_lens if kv_start is None else (cache_lens - kv_start).clamp(min=0)
-    selection = arguments.select(tables, q, batch, "bshd", lengths, sets, None)
+    selection = _select(tables, q, lengths, sets)
 
     keys = Keys(
         *(k_cache, v_cache, key_positions, kv_start),
@@ -146,6 +147,23 @@ def _check_q(q: torch.Tensor, rotary_dim: int) -> None:
             "longrope_kernels.attention serves longer chunks"
         )
     _check_no_gradient("q", q)
+
+
+def _select(
+    tables: Tables, q: torch.Tensor, lengths: torch.Tensor | None, sets: torch.Tensor | None
+) -> Selection:
+    """``lengths`` or ``sets``, checked; with neither, each query takes the set of its own length."""
+    batch, queries = q.shape[:2]
+    if lengths is not None:
+        arguments.check_index("lengths", lengths, q)
+        if tuple(lengths.shape) not in ((batch,), (batch, queries)):
+            raise ValueError(
+                f"lengths: expected shape ({batch},), one for each sequence, or "
+                f"({batch}, {queries}), one for each query, got {tuple(lengths.shape)}"
+            )
+    if sets is not None:
+        return arguments.select(tables, q, batch, "bshd", None, sets, None)
+    return Selection(lengths if tables.sets > 1 else None)
 
 
 def _check_no_gradient(name: str, x: torch.Tensor) -> None:

@@ -75,7 +75,7 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
             integers(cache.start),
             (*matrix(cache.positions), _is_int64(cache.positions)),
             rope_of(tables),
-            (integers(selection.lengths), integers(selection.sets)),
+            (integers(selection.lengths), integers(selection.sets), _of_queries(selection.lengths)),
             tables.interleaved,
             scores.scale,
             min(scores.window, 2**30),
@@ -84,6 +84,11 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
             (0, 0) if scratch is None else (scratch[0].data_ptr(), scratch[1].data_ptr()),
             place_of(q),
         )
+
+
+def _of_queries(lengths: torch.Tensor | None) -> int:
+    """The stride of lengths between queries."""
+    return 0 if lengths is None or lengths.dim() == 1 else lengths.stride(1)
 
 
 def _vector(x: torch.Tensor | None) -> tuple[int, int]:
