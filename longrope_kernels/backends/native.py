@@ -129,7 +129,7 @@ def ask_for_huge_pages(x: torch.Tensor) -> None:
 
 
 def _numbers(x: torch.Tensor | None) -> list[int]:
-    """What a tensor holds for each sequence, or query, as the extension takes it; empty if there is none."""
+    """What a tensor holds for each sequence or query, as the extension takes it; [] for None."""
     if x is None:
         return []
     return (x if x.dim() == 1 else x.flatten()).tolist()

@@ -152,7 +152,7 @@ def _check_q(q: torch.Tensor, rotary_dim: int) -> None:
 def _select(
     tables: Tables, q: torch.Tensor, lengths: torch.Tensor | None, sets: torch.Tensor | None
 ) -> Selection:
-    """``lengths`` or ``sets``, checked; with neither, each query takes the set of its own length."""
+    """``lengths`` or ``sets``, checked; with neither, each query takes that of its own length."""
     batch, queries = q.shape[:2]
     if lengths is not None:
         arguments.check_index("lengths", lengths, q)
