@@ -9,7 +9,7 @@ from .ops.attention import attention
 from .ops.decode import decode
 from .ops.rerotate import rerotate_
 from .ops.rotary import apply_rotary
-from .rope.value import FactorSet, Rope
+from .rope import FactorSet, Rope
 
 __all__ = [
     "CacheFullError",

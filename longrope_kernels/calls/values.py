@@ -31,7 +31,7 @@ def check_attention(call: AttentionCall) -> None:
     if keys.positions is not None and keys.positions is not call.positions:
         _check_32_bits("key_positions", keys.positions)
     if keys.borders is not None and keys.borders is not call.selection.borders:
-        _check_borders("cu_seqlens_k", keys.borders, keys.k.shape[1])
+        check_borders("cu_seqlens_k", keys.borders, keys.k.shape[1])
     if keys.start is not None:
         _check_start(keys.start)
 
@@ -78,7 +78,7 @@ def _check_selection(tables: Tables, selection: Selection, tokens: int) -> None:
     if sets is not None:
         check_sets("sets", tables.sets, sets)
     if borders is not None:
-        _check_borders("cu_seqlens", borders, tokens)
+        check_borders("cu_seqlens", borders, tokens)
 
 
 def check_sets(name: str, count: int, sets: torch.Tensor) -> None:
@@ -108,7 +108,10 @@ def _check_start(kv_start: torch.Tensor) -> None:
         raise ValueError(f"kv_start: expected slots from 0, got {least}")
 
 
-def _check_borders(name: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
+def check_borders(name: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """Check that packed sequences ascend from 0 to ``tokens``, where reading is free."""
+    if not readable(cu_seqlens):
+        return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]

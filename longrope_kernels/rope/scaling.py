@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from . import formulas
 from .checks import FactorWarning, warn_about
 from .factor_files import from_arrays, load_csv, save_csv, to_arrays
-from .value import FactorSet, Rope
+from .factor_set import FactorSet
+from .value import Rope
 
 __all__ = [
     "FactorWarning",

@@ -41,8 +41,14 @@ class Tables(NamedTuple):
 
     def convert(self, to: Callable[[torch.Tensor], torch.Tensor]) -> Tables:
         """The same with each of its tensors replaced."""
-        *tensors, interleaved = self
-        return Tables(*(to(x) for x in tensors), interleaved)
+        return Tables(
+            to(self.steps),
+            to(self.n_hat),
+            to(self.attention_factor),
+            to(self.max_length),
+            to(self.inv_freq),
+            self.interleaved,
+        )
 
 
 def make_tables(sets: Sequence[FactorSet], base: float, interleaved: bool) -> Tables:

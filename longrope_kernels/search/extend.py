@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..rope import FactorSet, Rope
 from ..rope.files import SIDECAR
-from ..rope.value import FactorSet, Rope
 from .documents import Document, Encode, encoder, read_documents
 from .find import Options, find
 from .model import TransformersLosses

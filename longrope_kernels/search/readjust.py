@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..rope.value import FactorSet, Rope
+from ..rope import FactorSet, Rope
 from .candidate import Candidate
 from .documents import Document, Encode
 from .find import Found, Options, Progress, find

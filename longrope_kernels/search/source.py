@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from ..rope import hf_config, scaling
+from ..rope import FactorSet, Rope, hf_config, scaling
 from ..rope.files import SIDECAR
-from ..rope.value import FactorSet, Rope
 from .documents import Document
 
 CONFIG = "config.json"

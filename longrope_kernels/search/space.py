@@ -9,8 +9,7 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
-from ..rope import formulas
-from ..rope.value import FactorSet, Rope
+from ..rope import FactorSet, Rope, formulas
 from . import moves
 from .candidate import Candidate
 
