@@ -33,7 +33,7 @@ const T* pointer(int64_t address) {
   return reinterpret_cast<const T*>(address);
 }
 
-// One number for each sequence, by value: these are few, and a small tensor costs more to convert
+// One number for each sequence or query, by value: these are few, and a small tensor costs more to convert
 // than to read. Empty for none.
 using Indices = std::vector<int64_t>;
 
@@ -139,6 +139,7 @@ void decode(int type, std::array<int64_t, 6> sizes, const StridedTuple& q, const
   a.attention_factor = pointer<double>(tables[2]);
   a.max_length = pointer<int64_t>(tables[3]);
   a.lengths = data_of(lengths);
+  a.lengths_are_of_queries = lengths.size() > cache_lens.size();
   a.chosen_sets = data_of(chosen_sets);
   a.interleaved = interleaved;
   a.softmax_scale = softmax_scale;

@@ -112,7 +112,8 @@ void rotary(const HeadsTuple& q, const HeadsTuple& k, int type, const Strides<3>
 using StridedTuple = std::tuple<int64_t, Strides<3>>;
 
 // Addresses may be 0 for what is not there. table: (address, strides, block_size); scales: address
-// and stride of that of keys and of that of values; key_positions: (address, strides, are int64).
+// and stride of that of keys and of that of values; key_positions: (address, strides, are int64);
+// selection: lengths, sets, and the stride of lengths between queries.
 void decode(std::tuple<int, bool> types, const std::array<int32_t, 5>& sizes,
             const StridedTuple& q, const StridedTuple& out, int64_t lse, const StridedTuple& keys,
             const StridedTuple& values,
@@ -121,7 +122,7 @@ void decode(std::tuple<int, bool> types, const std::array<int32_t, 5>& sizes,
             const IntegersTuple& kv_start,
             const std::tuple<int64_t, Strides<2>, bool>& key_positions,
             const FactorsTuple& factors,
-            const std::tuple<IntegersTuple, IntegersTuple>& selection, bool interleaved,
+            const std::tuple<IntegersTuple, IntegersTuple, int64_t>& selection, bool interleaved,
             float softmax_scale, int32_t window, float softcap,
             const std::array<int32_t, 3>& splits, const std::array<int64_t, 2>& scratch,
             const PlaceTuple& place) {
@@ -156,6 +157,7 @@ void decode(std::tuple<int, bool> types, const std::array<int32_t, 5>& sizes,
   a.key_positions_are_int64 = std::get<2>(key_positions);
   a.factors = factor_sets(factors);
   a.selection = {integers(std::get<0>(selection)), integers(std::get<1>(selection))};
+  a.length_stride = std::get<2>(selection);
   a.interleaved = interleaved;
   a.softmax_scale = softmax_scale;
   a.window = window;

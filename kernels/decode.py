@@ -22,15 +22,14 @@ from .attention_tiles import (
     Launch,
     cap_scores,
     nearest,
-    rotation_args,
     score_args,
-    set_of_sequence,
     tensor_args,
     vector_args,
     wide,
 )
 from .decode_cache import block_ids, slot_rows
 from .decode_float8 import CONVERT, SHIFT, half_pieces
+from .decode_sets import queries_of_set, selection_args, set_of_query, several_sets
 from .decode_splits import (
     combine_kernel,
     keys_of_sequence,
@@ -156,6 +155,7 @@ def plan(
     batch, queries, heads, dim = q.shape
     k, v, kv_heads = cache.k, cache.v, cache.k.shape[2]
     sets, _, pairs = rotation.steps.shape
+    several = several_sets(rotation, queries)
     if config is None:
         config = config_of(q, cache, arch)
     block_m, row_blocks = _row_blocks(q, cache, config)
@@ -174,6 +174,7 @@ def plan(
         "WINDOW": window > 0,
         "SOFTCAP": softcap > 0,
         "ONE_QUERY": queries == 1,
+        "SEVERAL_SETS": several,
         "BLOCK_SIZE": 0 if cache.block_table is None else k.shape[1],
         "FLOAT8": float8,
         "BLOCK_M": block_m,
@@ -192,13 +193,14 @@ def plan(
         _rows_args(cache.key_positions),
         vector_args(cache.k_scale),
         vector_args(cache.v_scale),
-        *rotation_args(rotation),
+        rotation[:4],
+        *selection_args(rotation),
         *score_args(softmax_scale, softcap),
         window,
         *(queries, kv_heads, heads // kv_heads, batch, row_blocks),
         *splits,
     )
-    grid = (splits.most * batch * kv_heads * row_blocks,)
+    grid = (splits.most * batch * kv_heads * row_blocks * (sets if several else 1),)
     launches = [Launch(decode_kernel, grid, args, constants, config.warps, config.stages)]
     if scratch is not None:
         block_d = 1 << (dim - 1).bit_length()
@@ -308,6 +310,7 @@ def decode_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ONE_QUERY: tl.constexpr,
+    SEVERAL_SETS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FLOAT8: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -316,24 +319,38 @@ def decode_kernel(
     """Attention of BLOCK_M rows, queries of the heads of one KV head, to a split of the keys.
 
     Row r is query r // groups of head r % groups. Grid: (most * batch * kv_heads * row_blocks,),
-    splits slowest, so that those that are not live come last.
+    splits slowest, so that those that are not live come last. With SEVERAL_SETS the queries of a
+    sequence may differ in their factor sets: then SETS times as many, each for the rows of one set,
+    and those without a row end at once.
 
     q, out: (pointer, batch stride, token stride, head stride) of (batch, queries, heads, DIM). k,
     v: those of the caches, (batch, slots, kv_heads, DIM), with BLOCK_SIZE > 0 (blocks, BLOCK_SIZE,
     kv_heads, DIM); with FLOAT8 bytes. lse: (batch, heads, queries) float32. partial_out,
-    partial_lse: as in `combine_kernel`, None: one split each. cache_lens, kv_start, lengths, sets:
-    (pointer or None, stride) of (batch,); k_scale, v_scale of (kv_heads,). table, key_positions:
-    (pointer or None, row stride, stride). rope: steps (SETS, 2, PAIRS), n_hat, attention_factor,
-    max_length. scale, cap: see `cap_scores`. even, most, least: `Splits`.
+    partial_lse: as in `combine_kernel`, None: one split each. cache_lens, kv_start, sets: (pointer
+    or None, stride) of (batch,); k_scale, v_scale of (kv_heads,). table, key_positions: (pointer or
+    None, row stride, stride). lengths, sets: see decode_sets.py. rope: steps (SETS, 2, PAIRS),
+    n_hat, attention_factor, max_length. scale, cap: see `cap_scores`. even, most, least: `Splits`.
     """
     units = batch * kv_heads * row_blocks
-    i_split = tl.program_id(0) // units
-    i_unit = tl.program_id(0) % units
+    i_program = tl.program_id(0)
+    i_set = 0
+    if SEVERAL_SETS:
+        i_set = i_program // (units * most)
+        i_program = i_program - i_set * (units * most)
+    i_split = i_program // units
+    i_unit = i_program % units
     i_b = (i_unit // (kv_heads * row_blocks)).to(tl.int64)
     i_hk = (i_unit // row_blocks % kv_heads).to(tl.int64)
     m0 = i_unit % row_blocks * BLOCK_M
 
     low, high, start = keys_of_sequence(i_b, cache_lens, kv_start, queries, window, WINDOW)
+    of_sets = (lengths, sets, rope[3])
+    tokens = high - start - queries + 1  # up to query 0
+    if SEVERAL_SETS:
+        last_row = tl.minimum(m0 + BLOCK_M, queries * groups) - 1
+        takers = queries_of_set(i_set, i_b, m0 // groups, last_row // groups, tokens, of_sets, SETS)
+        if takers == 0:
+            return
     splits = 1
     begin = low // BLOCK_N * BLOCK_N
     end = high
@@ -345,7 +362,8 @@ def decode_kernel(
         if i_split >= splits:
             return
 
-    i_set = set_of_sequence(i_b, lengths, sets, rope[3], SETS)
+    if not SEVERAL_SETS:
+        i_set = set_of_query(i_b, 0, tokens, of_sets, SETS)
     dtype: tl.constexpr = q[0].dtype.element_ty
     o_m = m0 + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
@@ -448,6 +466,8 @@ def decode_kernel(
         factor *= tl.load(v_scale[0] + i_hk * v_scale[1])
     acc = scale_pieces(acc, factor[:, None])
     top += tl.log2(total_or_1)
+    if SEVERAL_SETS:
+        in_q = in_q & ((takers >> tl.minimum(i_t - m0 // groups, 31)) & 1 != 0)
     heads = kv_heads * groups
     place = (i_b * heads + i_h) * queries + i_t
     if splits == 1:

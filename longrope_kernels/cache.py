@@ -17,7 +17,8 @@ class KVCache(Cache):
     Keys lie unrotated, so the factor set of a row can still change. What happens where a row grows
     into the next set of a `Rope` of several is never implied:
 
-    - "switch": all its keys take the new set from the next step on. No work at all. Keys and
+    - "switch": all its keys take the new set from the next step on. No work at all. Of several
+      tokens in one step (drafts) each takes the set of the length up to it. Keys and
       values above the first layer still come from hidden states made under the old set, so the
       row is not in the state that a prefill of the same tokens would leave.
     - "pin": it stays on the set of its first tokens, or of `pin`, until it is freed. No work, and

@@ -238,7 +238,8 @@ class Cache(ABC):
         """`longrope_kernels.decode` of q over a layer.
 
         Args:
-            q: (batch, q_len, heads, dim), the queries of the newest q_len tokens of each row.
+            q: (batch, q_len, heads, dim), the queries of the newest q_len tokens of each row. Where
+                rows keep no set, each query takes that of the row's length at its token.
             layer: which layer.
             **kwargs: to `longrope_kernels.decode`; what the cache knows (caches, lengths, rope,
                 block table, scales, and the sets of rows that stay on one) is given by it.

@@ -20,14 +20,16 @@ class Rotation(NamedTuple):
     ``S`` sets of ``P`` pairs; no pairs: q and k are rotated already. Row 0 of the second dimension
     of ``steps``, which kernels read, and of ``inv_freq``, which only the reference reads and ops
     know nothing of, serves tokens below ``n_hat``, row 1 all others. With neither ``lengths`` nor
-    ``sets`` every sequence takes the first set.
+    ``sets`` every sequence takes the first set, but in `decode`, where lengths may be of queries
+    and each query then takes the set of the tokens up to it.
     """
 
     steps: torch.Tensor  # (S, 2, P) int64, 2**-64 turns per token
     n_hat: torch.Tensor  # (S,) int64
     attention_factor: torch.Tensor  # (S,) float64
     max_length: torch.Tensor  # (S,) int64
-    lengths: torch.Tensor | None = None  # (sequences,) int32 or int64, each chooses a set
+    # (sequences,) int32 or int64, each chooses a set; in `decode` also (sequences, q_len)
+    lengths: torch.Tensor | None = None
     sets: torch.Tensor | None = None  # (sequences,) int32, the sets themselves; they win
     interleaved: bool = False  # as in `Rope`
     inv_freq: torch.Tensor | None = None  # (S, 2, P) float64, radians per token

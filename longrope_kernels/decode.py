@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from . import arguments, backends, decode_ops, values
-from .calls import CacheTensors
+from .calls import CacheTensors, Rotation
 from .rope import Rope
 
 MAX_QUERIES = 16
@@ -59,9 +59,11 @@ def decode(
         block_table: (batch, max_blocks) int32: slot j of a sequence lies in row
             ``j % block_size`` of block ``block_table[sequence, j // block_size]``. Entries past
             the length of a sequence are not read.
-        lengths: (batch,) int32 or int64, what chooses the factor set of each sequence; by default
-            ``cache_lens - kv_start``, its number of tokens.
-        sets: (batch,) int32, the factor set of each sequence; wins over ``lengths``.
+        lengths: int32 or int64, what chooses factor sets: (batch, q_len), one for each query, or
+            (batch,), one for all queries of a sequence, as the chunks of one prompt need it: its
+            full length. By default each query has its own, ``cache_lens - kv_start - (q_len - 1 -
+            t)``, so that drafts verified together give what they give step by step.
+        sets: (batch,) int32, the factor set of all queries of a sequence; wins over ``lengths``.
         kv_start: (batch,) int32 or int64; keys at slots below it are hidden (left padding).
         key_positions: (batch, slots) int32 or int64, the position of the key at each slot, to
             renumber cached tokens (attention sinks, rolled windows); at least ``cache_lens`` slots.
@@ -108,9 +110,7 @@ def decode(
         arguments.check_per_sequence("kv_start", kv_start, batch, q)
     if key_positions is not None:
         _check_key_positions(key_positions, batch, q)
-    if rotation.max_length.shape[0] > 1 and lengths is None and sets is None:
-        lengths = cache_lens if kv_start is None else (cache_lens - kv_start).clamp(min=0)
-    rotation = arguments.choose_sets(rotation, q, batch, "bshd", lengths, sets, None)
+    rotation = _choose_sets(rotation, q, lengths, sets)
 
     first = (k_cache, v_cache, cache_lens, block_table, key_positions, k_scale, v_scale)
     scores = (softmax_scale, window or 0, softcap or 0.0)
@@ -137,6 +137,28 @@ def _check_q(q: torch.Tensor, rotary_dim: int) -> None:
             "longrope_kernels.attention serves longer chunks"
         )
     _check_no_gradient("q", q)
+
+
+def _choose_sets(
+    rotation: Rotation,
+    q: torch.Tensor,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+) -> Rotation:
+    """The rotation with ``lengths`` or ``sets``, checked; with neither, as backends take it."""
+    batch, queries = q.shape[:2]
+    if lengths is not None:
+        arguments.check_index("lengths", lengths, q)
+        if tuple(lengths.shape) not in ((batch,), (batch, queries)):
+            raise ValueError(
+                f"lengths: expected shape ({batch},), one for each sequence, or "
+                f"({batch}, {queries}), one for each query, got {tuple(lengths.shape)}"
+            )
+    if sets is not None:
+        return arguments.choose_sets(rotation, q, batch, "bshd", None, sets, None)
+    if rotation.max_length.shape[0] == 1:
+        return rotation
+    return Rotation(*rotation[:4], lengths, None, *rotation[6:])
 
 
 def _check_no_gradient(name: str, x: torch.Tensor) -> None:

@@ -68,7 +68,7 @@ def check_cache(cache: CacheTensors, rotation: Rotation) -> None:
 def check_selection(rotation: Rotation) -> None:
     """Check what chooses factor sets, on the host."""
     lengths, sets = rotation.lengths, rotation.sets
-    if lengths is not None and (least := min(lengths.tolist(), default=0)) < 0:
+    if lengths is not None and (least := min(lengths.flatten().tolist(), default=0)) < 0:
         raise ValueError(f"lengths: expected token counts from 0, got {least}")
     if sets is not None:
         check_sets("sets", rotation.n_hat.shape[0], sets)

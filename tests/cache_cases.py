@@ -53,19 +53,22 @@ def tokens(*shape: int, dtype: torch.dtype = fp64) -> tuple[torch.Tensor, torch.
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope, set_index: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope, of_queries: list[int]
 ) -> torch.Tensor:
-    """The truth for one row: q (q_len, heads, dim), k and v (length, KV_HEADS, dim), any dtype."""
+    """The truth for one row: q (q_len, heads, dim), k and v (length, KV_HEADS, dim), any dtype.
+
+    of_queries: the factor set of each query.
+    """
     length = k.shape[0]
-    sets = torch.tensor([set_index])
     positions = torch.arange(length)
     queries = positions[length - q.shape[0] :]
-    q_rot = truth.rotary(q[None].double(), queries, rope, sets=sets).ref64[0]
-    k_rot = truth.rotary(k[None].double(), positions, rope, sets=sets).ref64[0]
     out = torch.empty_like(q, dtype=fp64)
-    for head in range(q.shape[1]):
-        of_head = head // (q.shape[1] // k.shape[1])
-        for i, slot in enumerate(queries.tolist()):
+    for i, (slot, set_index) in enumerate(zip(queries.tolist(), of_queries, strict=True)):
+        sets = torch.tensor([set_index])
+        q_rot = truth.rotary(q[None].double(), queries, rope, sets=sets).ref64[0]
+        k_rot = truth.rotary(k[None].double(), positions, rope, sets=sets).ref64[0]
+        for head in range(q.shape[1]):
+            of_head = head // (q.shape[1] // k.shape[1])
             scores = k_rot[: slot + 1, of_head] @ q_rot[i, head] * q.shape[2] ** -0.5
             out[i, head] = scores.softmax(0) @ v[: slot + 1, of_head].double()
     return out
@@ -80,11 +83,18 @@ def assert_decodes(
     q_len: int = 1,
     layer: int = 0,
 ) -> None:
-    """The row answers as a sequence of keys k and values v under this set does."""
+    """The row answers as a sequence of keys k and values v under this set does.
+
+    Where rows keep no set, it is that of the last query; each other takes that of its own length.
+    """
+    of_queries = [set_index] * q_len
+    if cache.sets is None:
+        of_queries = [cache.rope.set_index(len(k) - q_len + 1 + i) for i in range(q_len)]
+        assert of_queries[-1] == set_index
     q = torch.randn(cache.batch, q_len, 2 * KV_HEADS, DIM, dtype=fp64)
     out = cache.decode(q, layer, backend="reference")
     assert isinstance(out, torch.Tensor)
-    wanted = attend(q[row], k, v, cache.rope, set_index)
+    wanted = attend(q[row], k, v, cache.rope, of_queries)
     torch.testing.assert_close(out[row].cpu(), wanted, rtol=1e-9, atol=1e-9)
 
 

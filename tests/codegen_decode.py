@@ -80,7 +80,6 @@ class Case:
         rotation = Rotation(
             empty(2, 2, pairs if self.rotate else 0),
             *(empty(2), empty(2, dtype=torch.float64), empty(2)),
-            lengths=empty(batch, dtype=torch.int32),
             interleaved=self.interleaved,
         )
         splits = decode.splits_of(q, cache, self.arch, MULTIPROCESSORS[self.arch])

@@ -94,12 +94,12 @@ class Key(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """The keys of one sequence by slot, the slot of its first query, and its factor set."""
+    """The keys of one sequence by slot, the slot of its first query, the factor set of each."""
 
     keys: dict[int, Key]
     first: int
     kv_start: int
-    chosen: int
+    chosen: tuple[int, ...]
 
     def seen(self, slot: int, window: int | None) -> list[int]:
         """The slots that a query at ``slot`` sees."""
@@ -150,25 +150,31 @@ class Call:
                     row, at = int(block_table[b, j // block_size]), j % block_size
                 n = j - start if key_positions is None else int(key_positions[b, j])
                 keys[j] = Key(k_cache[row, at], v_cache[row, at], n)
-            chosen = 0
-            if sets is not None:
-                chosen = int(sets[b])
-            elif len(factors.sets) > 1:
-                tokens = max(length - start, 0) if lengths is None else int(lengths[b])
-                chosen = truth.set_of_length(factors, tokens)
-            self.sequences.append(Sequence(keys, length - q.shape[1], start, chosen))
+            first = length - q.shape[1]
+            chosen = []
+            for t in range(q.shape[1]):
+                if sets is not None:
+                    chosen.append(int(sets[b]))
+                elif lengths is None:  # what the sequence had when it had this query and no other
+                    chosen.append(truth.set_of_length(factors, max(first + t + 1 - start, 0)))
+                else:
+                    given_one = lengths[b] if lengths.dim() == 1 else lengths[b, t]
+                    chosen.append(truth.set_of_length(factors, int(given_one)))
+            self.sequences.append(Sequence(keys, first, start, tuple(chosen)))
 
     def _capped(self, scores: torch.Tensor) -> torch.Tensor:
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
-    def _tensors(self, b: int, dtype: torch.dtype, rope: Rope) -> tuple[torch.Tensor, ...]:
-        """Rotated q, rotated k and v of a sequence: (q_len, Hq, D), two (keys, Hk, D).
+    def _tensors(
+        self, b: int, chosen: int, dtype: torch.dtype, rope: Rope
+    ) -> tuple[torch.Tensor, ...]:
+        """q and k of a sequence, rotated by one set, and v: (q_len, Hq, D), two (keys, Hk, D).
 
         Each operation is rounded to ``dtype``.
         """
-        if (b, dtype, rope) in self.made:
-            return self.made[b, dtype, rope]
-        keys, first, _, chosen = self.sequences[b]
+        if (b, chosen, dtype, rope) in self.made:
+            return self.made[b, chosen, dtype, rope]
+        keys, first, _, _ = self.sequences[b]
         slots = range(first, first + self.q.shape[1])
         # A query before the first slot sees nothing, wherever it stands.
         of_queries = [keys[s].position if s in keys else 0 for s in slots]
@@ -178,15 +184,15 @@ class Call:
             n = torch.tensor([at], dtype=torch.int64)
             turn = truth.cos_sin(rope, n, torch.full_like(n, chosen))
             turned.append(truth.rotate(x.to(dtype)[None], *turn, rope.interleaved)[0])
-        return self.made.setdefault((b, dtype, rope), (*turned, v))
+        return self.made.setdefault((b, chosen, dtype, rope), (*turned, v))
 
-    def _rounded(self, b: int, order: int) -> tuple[torch.Tensor, ...]:
+    def _rounded(self, b: int, chosen: int, order: int) -> tuple[torch.Tensor, ...]:
         """``_tensors`` in the dtype of q, each operation of the rotation rounded or its result."""
         dtype = self.q.dtype
         if order // 2 % 2:
-            q, k, v = self._tensors(b, fp64, held(self.rope, self.sums))
+            q, k, v = self._tensors(b, chosen, fp64, held(self.rope, self.sums))
         else:
-            q, k, v = self._tensors(b, dtype, self.rope)
+            q, k, v = self._tensors(b, chosen, dtype, self.rope)
         if order // 4:
             q = _LOG2_E * q.double()  # for exp2 in place of exp
         return tuple(x.to(dtype).to(self.sums) for x in (q, k, v))
@@ -203,8 +209,8 @@ class Call:
         for b, sequence in enumerate(self.sequences):
             if not sequence.keys:
                 continue
-            q, k, v = self._tensors(b, fp64, self.rope)
-            for t in range(q.shape[0]):
+            for t, chosen in enumerate(sequence.chosen):
+                q, k, v = self._tensors(b, chosen, fp64, self.rope)
                 seen = sequence.seen(sequence.first + t, self.window)
                 for h in range(q.shape[1] if seen else 0):
                     g = h // self.group
@@ -230,24 +236,26 @@ class Call:
         for b, sequence in enumerate(self.sequences):
             if not sequence.keys:
                 continue
-            # (heads, tokens, dim) each
-            q, k, v = (x.transpose(0, 1) for x in self._rounded(b, order))
-            k, v = k[of_head], v[of_head]
-            mask = torch.zeros(q.shape[1], k.shape[1], dtype=torch.bool)
-            for t in range(q.shape[1]):
-                mask[t, sequence.seen(sequence.first + t, self.window)] = True
-            dead = ~mask.any(-1)[:, None]
-            before = order % 2
-            scores = product(factor * q, k, order) if before else factor * product(q, k, order)
-            scores = self._capped(scores).masked_fill(~mask, -torch.inf)
-            # An online softmax rounds probabilities that are relative to another maximum.
-            top = scores.amax(-1, keepdim=True).masked_fill(dead, 0.0) + order / 8
-            p = torch.exp(scores - top)
-            total = p.sum(-1, keepdim=True)
-            lse[b] = (top + torch.log(total))[..., 0]
-            p = p.to(self.q.dtype).to(self.sums)
-            o = v_scale * product(p, v.mT, order) / total.masked_fill(dead, 1.0)
-            out[b] = o.transpose(0, 1)
+            for chosen in set(sequence.chosen):
+                rows = [t for t, one in enumerate(sequence.chosen) if one == chosen]
+                # (heads, tokens, dim) each
+                q, k, v = (x.transpose(0, 1) for x in self._rounded(b, chosen, order))
+                q, k, v = q[:, rows], k[of_head], v[of_head]
+                mask = torch.zeros(len(rows), k.shape[1], dtype=torch.bool)
+                for row, t in enumerate(rows):
+                    mask[row, sequence.seen(sequence.first + t, self.window)] = True
+                dead = ~mask.any(-1)[:, None]
+                before = order % 2
+                scores = product(factor * q, k, order) if before else factor * product(q, k, order)
+                scores = self._capped(scores).masked_fill(~mask, -torch.inf)
+                # An online softmax rounds probabilities that are relative to another maximum.
+                top = scores.amax(-1, keepdim=True).masked_fill(dead, 0.0) + order / 8
+                p = torch.exp(scores - top)
+                total = p.sum(-1, keepdim=True)
+                lse[b][:, rows] = (top + torch.log(total))[..., 0]
+                p = p.to(self.q.dtype).to(self.sums)
+                o = v_scale * product(p, v.mT, order) / total.masked_fill(dead, 1.0)
+                out[b, rows] = o.transpose(0, 1)
         return out.to(self.q.dtype), lse
 
     def expected(self) -> Attended:
@@ -300,7 +308,9 @@ class Case:
     """One call by numbers. ``block`` 0 is a dense cache; ``pairs`` 0 all of ``dim``.
 
     ``boundary`` (or ``sets``, one for each sequence) takes a Rope of two sets, the first up to so
-    many tokens. ``positions`` names what `key_positions` hold, see `renumbered`.
+    many tokens; two boundaries take one of three. Their thresholds differ. ``lengths`` are one for
+    each sequence, or for each query. ``positions`` names what `key_positions` hold, see
+    `renumbered`.
     """
 
     lens: tuple[int, ...] = (9, 17, 1)
@@ -319,8 +329,8 @@ class Case:
     scale: float | None = None
     kv_start: tuple[int, ...] = ()
     positions: str = ""
-    boundary: int = 0
-    lengths: tuple[int, ...] = ()
+    boundary: int | tuple[int, int] = 0
+    lengths: tuple[int, ...] | tuple[tuple[int, ...], ...] = ()
     sets: tuple[int, ...] = ()
     n_hat: int = 7
     attention_factor: float = 1.19
@@ -352,9 +362,11 @@ class Case:
         if not self.boundary and not self.sets:
             one = FactorSet(factors(pairs), self.n_hat, self.attention_factor)
             return Rope(one, interleaved=self.interleaved)
-        short = FactorSet(factors(pairs, 1.25), 0, 1.05, self.boundary or 4096)
+        first, *more = self.boundary if isinstance(self.boundary, tuple) else (self.boundary,)
+        short = FactorSet(factors(pairs, 1.25), 0, 1.05, first or 4096)
+        middle = (FactorSet(factors(pairs, 1.5), self.n_hat + 3, 1.11, one) for one in more)
         long = FactorSet(factors(pairs, 2.0), self.n_hat, self.attention_factor)
-        return Rope((short, long), interleaved=self.interleaved)
+        return Rope((short, *middle, long), interleaved=self.interleaved)
 
     def _some(self, *sizes: int) -> torch.Tensor:
         return torch.randn(sizes).to(fp8 if self.float8 else self.dtype)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from cache_cases import (
+    DIM,
+    KV_HEADS,
     REAL,
+    ROPE,
     Maker,
     assert_decodes,
     assert_same_state,
+    attend,
     dense,
     every_cache,
+    fp64,
     paged,
     state,
     tokens,
@@ -149,3 +154,64 @@ def test_no_tokens_choose_no_set() -> None:
     cache.extend((0, 25, 0))
     cache.extend((25, 0, 1))
     assert cache.sets.tolist() == [1, 1, 0]
+
+
+@every_cache
+def test_drafts_across_a_boundary_equal_step_by_step_under_switch(make: Maker) -> None:
+    """Boundaries lie at 20 and 33: five drafts each, two rows that cross and one that does not."""
+    cache = make(policy="switch")
+    k, v = tokens(35)
+    counts = (17, 30, 3)
+    cache.append(*(torch.cat([x[:n] for n in counts]) for x in (k, v)), counts)
+    drafts = [torch.stack([x[n : n + 5] for n in counts]) for x in (k, v)]
+    cache.append(*drafts)
+    q = torch.randn(3, 5, 2 * KV_HEADS, DIM, dtype=fp64)
+    together = cache.decode(q, backend="reference")
+    for row, count in enumerate(counts):
+        cache.truncate(row, count)
+    for t in range(5):
+        cache.append(*(x[:, t : t + 1] for x in drafts))
+        one = cache.decode(q[:, t : t + 1], backend="reference")
+        torch.testing.assert_close(together[:, t : t + 1], one, rtol=1e-9, atol=1e-9)
+        for row, count in enumerate(counts):
+            end = count + t + 1
+            wanted = attend(q[row, t : t + 1], k[:end], v[:end], ROPE, [ROPE.set_index(end)])
+            torch.testing.assert_close(together[row, t : t + 1], wanted, rtol=1e-9, atol=1e-9)
+
+
+@every_cache
+def test_rejected_drafts_leave_no_trace_under_switch(make: Maker) -> None:
+    cache = make(policy="switch")
+    k, v = tokens(24)
+    cache.append(k[:18], v[:18], [18], rows=[0])
+    cache.append(k[18:], v[18:], [6], rows=[0])  # over the boundary at 20
+    assert_decodes(cache, 0, k, v, 1)
+    cache.truncate(0, 19)
+    assert_decodes(cache, 0, k[:19], v[:19], 0, q_len=3)
+
+
+@every_cache
+def test_drafts_across_a_boundary_stay_on_the_set_of_a_pinned_row(make: Maker) -> None:
+    cache = make(policy="pin")
+    k, v = tokens(35)
+    cache.append(*(torch.cat((x[:18], x[:31])) for x in (k, v)), (18, 31), rows=[0, 1])
+    cache.append(*(torch.stack((x[18:22], x[31:35])) for x in (k, v)), rows=[0, 1])
+    assert_decodes(cache, 0, k[:22], v[:22], 0, q_len=4)
+    assert_decodes(cache, 1, k, v, 1, q_len=4)
+
+
+@every_cache
+def test_drafts_across_a_boundary_ask_for_a_prefill_under_recompute(make: Maker) -> None:
+    """Those up to the boundary do not; after the prefill all are under the set of the whole row."""
+    cache = make(policy="recompute")
+    k, v = tokens(22)
+    cache.append(k[:18], v[:18], [18], rows=[0])
+    before = state(cache)
+    with pytest.raises(PrefillAgain):
+        cache.append(k[18:], v[18:], [4], rows=[0])
+    assert_same_state(cache, before)
+    cache.append(k[18:20], v[18:20], [2], rows=[0])
+    assert_decodes(cache, 0, k[:20], v[:20], 0, q_len=2)
+    cache.free(0)
+    cache.append(k, v, [22], rows=[0])
+    assert_decodes(cache, 0, k, v, 1, q_len=4)

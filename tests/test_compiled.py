@@ -56,6 +56,10 @@ DECODES = [
     DecodeCase((333,), 1, 4, 1, 80, block=32, dtype=bf16, float8=True, n_hat=150),
     DecodeCase((200, 90), 1, 2, 1, 64, interleaved=True, dtype=fp16, positions="any"),
     DecodeCase((190,), 16, 8, 1, 256, dtype=bf16, kv_start=(70,)),
+    DecodeCase((205, 98), 8, 8, 1, 128, dtype=bf16, boundary=(200, 202), n_hat=150),
+    DecodeCase(
+        (130,), 5, 4, 1, 96, dtype=bf16, block=16, lengths=((90, 91, 90, 91, 3),), boundary=90
+    ),
 ]
 
 

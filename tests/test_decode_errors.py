@@ -25,7 +25,7 @@ from decode_truth import (
     fp64,
 )
 from test_attention_errors import SCORES, bad
-from test_errors import FACTORS, NUMBERS, SELECTION, Arguments, Bad, by_id
+from test_errors import FACTORS, NUMBERS, SELECTION, Arguments, Bad, by_id, several
 
 from longrope_kernels import FactorSet, Rope, backends, decode
 
@@ -246,6 +246,18 @@ SLOTS = [
     ),
 ]
 
+# Lengths may be of queries, three here; sets may not.
+OF_QUERIES = [
+    Bad("more", "lengths", ValueError, several(lengths=ints(1, 2, 3, 4).expand(2, 4)), ("(2, 3)",)),
+    Bad(
+        "batch", "lengths", ValueError, several(lengths=torch.ones(3, 3).int()), ("(2,)", "(3, 3)")
+    ),
+    Bad("3d", "lengths", ValueError, several(lengths=torch.ones(2, 3, 1).int()), ("(2, 3, 1)",)),
+    Bad("dtype", "lengths", TypeError, several(lengths=torch.rand(2, 3)), ("float32", "int64")),
+    Bad("negative", "lengths", ValueError, several(lengths=ints(4, -5, 6).expand(2, 3)), ("-5",)),
+    Bad("of-queries", "sets", ValueError, several(sets=torch.ones(2, 3).int()), ("(2,)", "(2, 3)")),
+]
+
 
 def scales(name: str) -> list[Bad]:
     def given(x: object) -> Arguments:
@@ -271,6 +283,7 @@ CHOICES = [
 ]
 OWN = [
     *QUERIES,
+    *OF_QUERIES,
     *CACHES,
     *LENGTHS,
     *BLOCKS,

@@ -62,6 +62,8 @@ CASES = [
     Case((9, 3), 2, 2, 1),
     Case((20,), 1, 2, 1, block=16, boundary=40, lengths=(50,), window=5, softcap=2.0),
     Case((9, 3), 3, 2, 1, block=8, sets=(1, 0), kv_start=(2, 0), positions="sinks"),
+    Case((22, 9), 3, 2, 1, boundary=20),
+    Case((22, 9), 3, 2, 1, boundary=20, lengths=((20, 21, 9), (1, 50, 20)), block=16),
 ]
 
 
@@ -152,11 +154,12 @@ def test_compiled_equals_eager(backend: Backend, case: Case) -> None:
     assert_lse_close(outs[1], call.expected().lse)
 
 
+@pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("block", [0, 8], ids=["dense", "paged"])
 @every_backend
-def test_lengths_are_data(backend: Backend, block: int) -> None:
+def test_lengths_are_data(backend: Backend, block: int, queries: int) -> None:
     """Other lengths, over the boundary and back: the same graph."""
-    call = backend.nearest(Case((20, 20), 1, 2, 1, block=block, boundary=10)).call()
+    call = backend.nearest(Case((20, 20), queries, 2, 1, block=block, boundary=10)).call()
     names, tensors, rest = tensors_of(call, backend)
 
     def run(*given: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,8 @@ struct DecodeArguments {
   const int64_t* n_hat;            // (sets,)
   const double* attention_factor;  // (sets,)
   const int64_t* max_length;       // (sets,)
-  const int64_t* lengths;          // (batch,) or null
+  const int64_t* lengths;          // (batch,), (batch, queries), or null: that of each query itself
+  bool lengths_are_of_queries;
   const int64_t* chosen_sets;      // (batch,) or null; wins over lengths
 
   bool interleaved;

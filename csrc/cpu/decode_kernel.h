@@ -4,7 +4,8 @@
 // A sequence is cut into splits of keys, which threads take one by one; a split goes through its
 // keys in tiles. The cosines and sines of a key are computed once and serve all KV heads, and each
 // rotated key serves all queries of its group, from registers where these are few, so that the
-// work stays near the time that memory takes to deliver keys and values. All arithmetic is in
+// work stays near the time that memory takes to deliver keys and values. Queries of one sequence
+// that take different factor sets are parts of their own, each with its keys. All arithmetic is in
 // float32. Splits depend on the lengths alone and are combined in order: the number of threads
 // changes no bit of the result.
 #pragma once
@@ -38,21 +39,28 @@ inline void with_constant(int64_t n, const Function& function) {
   function(std::integral_constant<int, kMost>());
 }
 
-// What a sequence asks for, in slots; queries and keys stand at slot - start.
-struct Sequence {
+// Consecutive queries of one sequence under one factor set, and what they ask for, in slots;
+// queries and keys stand at slot - start. Row h * queries + t is query t of head h: the rows of a KV
+// head are consecutive.
+struct Part {
+  int64_t sequence;
+  int64_t first_query;
+  int64_t queries;
   int64_t first_slot;  // of its first query
   int64_t begin;       // the keys that any of its queries sees
   int64_t end;
   int64_t start;
   int64_t set;
+  int64_t first_row;   // of all parts
   int64_t first_item;  // of its splits
   int64_t items;
 };
 
 struct Item {
-  int64_t sequence;
+  int64_t part;
   int64_t begin;
   int64_t end;
+  int64_t first_row;  // of the rows of all items
 };
 
 inline int64_t position_at(const DecodeArguments& a, int64_t sequence, int64_t slot,
@@ -65,41 +73,63 @@ inline int64_t position_at(const DecodeArguments& a, int64_t sequence, int64_t s
                                    : static_cast<const int32_t*>(a.key_positions)[at];
 }
 
-inline Sequence sequence_of(const DecodeArguments& a, int64_t index) {
-  Sequence s;
-  s.start = a.kv_start == nullptr ? 0 : a.kv_start[index];
-  s.end = a.cache_lens[index];
-  s.first_slot = s.end - a.queries;
-  s.begin = a.window > 0 ? std::max(s.start, s.first_slot - a.window + 1) : s.start;
-  s.begin = std::max<int64_t>(s.begin, 0);
-  s.set = set_of_sequence(a, index);
-  return s;
+inline int64_t start_of(const DecodeArguments& a, int64_t sequence) {
+  return a.kv_start == nullptr ? 0 : a.kv_start[sequence];
 }
 
-// Appends the splits of a sequence: about equal, of whole tiles, at most kMaxSplits.
-inline void add_items(Sequence& s, int64_t index, std::vector<Item>& items) {
+// The factor set of query t. Without lengths it takes that of the tokens up to it.
+inline int64_t set_of_query(const DecodeArguments& a, int64_t sequence, int64_t t) {
+  if (a.chosen_sets != nullptr || (a.lengths != nullptr && !a.lengths_are_of_queries)) {
+    return set_of_sequence(a, sequence);
+  }
+  const int64_t tokens = a.cache_lens[sequence] - a.queries + t + 1 - start_of(a, sequence);
+  const int64_t length = a.lengths == nullptr ? tokens : a.lengths[sequence * a.queries + t];
+  return set_of_length(length, a.max_length, a.sets);
+}
+
+// Appends the parts of a sequence: one, where its queries do not lie across a boundary.
+inline void add_parts(const DecodeArguments& a, int64_t sequence, std::vector<Part>& parts) {
+  for (int64_t t = 0; t < a.queries;) {
+    Part s;
+    s.sequence = sequence;
+    s.first_query = t;
+    s.set = set_of_query(a, sequence, t);
+    while (++t < a.queries && set_of_query(a, sequence, t) == s.set) {}
+    s.queries = t - s.first_query;
+    s.start = start_of(a, sequence);
+    s.end = a.cache_lens[sequence] - (a.queries - t);
+    s.first_slot = s.end - s.queries;
+    s.begin = a.window > 0 ? std::max(s.start, s.first_slot - a.window + 1) : s.start;
+    s.begin = std::max<int64_t>(s.begin, 0);
+    s.first_row = parts.empty() ? 0 : parts.back().first_row + parts.back().queries * a.heads;
+    parts.push_back(s);
+  }
+}
+
+// Appends the splits of a part: about equal, of whole tiles, at most kMaxSplits. Returns how many
+// rows all items have then.
+inline int64_t add_items(Part& s, int64_t index, int64_t heads, int64_t first_row,
+                         std::vector<Item>& items) {
   s.first_item = static_cast<int64_t>(items.size());
   const int64_t keys = std::max<int64_t>(s.end - s.begin, 0);
   const int64_t least = (keys + kMaxSplits - 1) / kMaxSplits;
   const int64_t split = std::max(kSplit, (least + kTile - 1) / kTile * kTile);
   for (int64_t begin = s.begin; begin < s.end; begin += split) {
-    items.push_back({index, begin, std::min(begin + split, s.end)});
+    items.push_back({index, begin, std::min(begin + split, s.end), first_row});
+    first_row += s.queries * heads;
   }
   s.items = static_cast<int64_t>(items.size()) - s.first_item;
+  return first_row;
 }
 
-// One thread's scratch memory, and the work that it does in it. Row h * queries + t is query t of
-// head h: the rows of a KV head are consecutive.
+// One thread's scratch memory, and the work that it does in it.
 template <bool kInterleaved, typename T>
 class Worker {
  public:
   Worker(const DecodeArguments& a, const Layout& layout)
       : a_(a),
         layout_(layout),
-        rows_(a.heads * a.queries),
-        group_rows_(a.kv_heads > 0 ? rows_ / a.kv_heads : 0),
-        widens_values_(a.dim % kWidth != 0 ||
-                       (group_rows_ > 2 * kRowBlock && !std::is_same<T, float>::value)),
+        groups_(a.kv_heads > 0 ? a.heads / a.kv_heads : 0),
         // Never 0, which would make NaN of the top of a row that sees nothing.
         scale_(std::max(
             static_cast<float>(kLog2E * (a.softcap > 0.0 ? a.softcap : a.softmax_scale)),
@@ -108,38 +138,42 @@ class Worker {
         cos_(kGroup * layout.row),
         sin_(kGroup * layout.row),
         turned_(kGroup * layout.padded),
-        scores_(rows_ * kTile),
+        scores_(a.heads * a.queries * kTile),
         sum_(layout.values),
-        widened_(widens_values_ ? kWidened * layout.values : 0) {
+        widened_(widens_values(groups_ * a.queries) ? kWidened * layout.values : 0) {
     // The padding of these meets that of keys, and 0 times NaN is NaN.
     for (Floats* x : {&cos_, &sin_, &turned_}) x->fill(0.0f);
     for (int64_t j = 0; j < kWidened; ++j) widened_rows_[j] = widened_.at(j * layout.values);
   }
 
-  // Rotates query t of a sequence, all heads of it, into its rows of q.
-  void turn_query(const Sequence& s, int64_t index, int64_t t, float* q) {
-    const int64_t position = position_at(a_, index, s.first_slot + t, s.start);
+  // Rotates query t of a part, all heads of it, into its rows of q.
+  void turn_query(const Part& s, int64_t t, float* q) {
+    const int64_t position = position_at(a_, s.sequence, s.first_slot + t, s.start);
     cos_sin_row(a_, position, s.set, false, cos_.at(0), sin_.at(0));
-    const T* const in = static_cast<const T*>(a_.q) + index * a_.q_strides[0] + t * a_.q_strides[1];
+    const T* const in = static_cast<const T*>(a_.q) + s.sequence * a_.q_strides[0] +
+                        (s.first_query + t) * a_.q_strides[1];
     for (int64_t h = 0; h < a_.heads; ++h) {
-      float* const row = q + (h * a_.queries + t) * layout_.padded;
+      float* const row = q + (h * s.queries + t) * layout_.padded;
       turn_row<kInterleaved>(in + h * a_.q_strides[2], row, cos_.at(0), sin_.at(0), layout_);
     }
   }
 
   // Attends to the keys of one split; sums (rows, values) and states (rows) are the result.
-  void attend(const Sequence& s, const Item& item, const float* q, float* sums, Softmax* states) {
-    std::fill(sums, sums + rows_ * layout_.values, 0.0f);
-    std::fill(states, states + rows_, Softmax{-kInfinity, 0.0f});
+  void attend(const Part& s, const Item& item, const float* q, float* sums, Softmax* states) {
+    const int64_t rows = a_.heads * s.queries;
+    group_rows_ = groups_ * s.queries;
+    widens_values_ = widens_values(group_rows_);
+    std::fill(sums, sums + rows * layout_.values, 0.0f);
+    std::fill(states, states + rows, Softmax{-kInfinity, 0.0f});
     angles_.forget();
     for (int64_t begin = item.begin; begin < item.end; begin += kTile) {
       const int64_t keys = std::min(kTile, item.end - begin);
       known_ = std::min(kTile + kGroup, item.end - begin);
-      for (int64_t j = 0; j < known_; ++j) find_slot(item.sequence, begin + j, j);
+      for (int64_t j = 0; j < known_; ++j) find_slot(s.sequence, begin + j, j);
       for (int64_t g = 0; g < keys; g += kGroup) {
-        score_group(s, item.sequence, begin, g, std::min(kGroup, keys - g), q);
+        score_group(s, begin, g, std::min(kGroup, keys - g), q);
       }
-      for (int64_t row = 0; row < rows_; ++row) {
+      for (int64_t row = 0; row < rows; ++row) {
         weigh_row(s, begin, keys, row, sums + row * layout_.values, states[row]);
       }
       const int64_t most = widens_values_ ? kWidened : kTile;
@@ -151,28 +185,28 @@ class Worker {
     }
   }
 
-  // Combines the splits of a sequence for one row, and writes the result.
-  void combine(const Sequence& s, int64_t index, int64_t row, const float* sums,
-               const Softmax* states) {
+  // Combines the splits of a part for one row, and writes the result.
+  void combine(const Part& s, int64_t row, const float* sums, const Softmax* states) {
+    const int64_t rows = a_.heads * s.queries;
     float top = -kInfinity;
-    for (int64_t i = 0; i < s.items; ++i) top = std::max(top, states[i * rows_ + row].top);
+    for (int64_t i = 0; i < s.items; ++i) top = std::max(top, states[i * rows + row].top);
     const float shift = finite(top) * scale_;
     const int64_t width = layout_.values;
     float* const sum = sum_.at(0);
     std::fill(sum, sum + width, 0.0f);
     float total = 0.0f;
     for (int64_t i = 0; i < s.items; ++i) {
-      const Softmax& state = states[i * rows_ + row];
+      const Softmax& state = states[i * rows + row];
       const float weight = exp2_of(state.top * scale_ - shift);
-      const float* const part = sums + (i * rows_ + row) * width;
+      const float* const part = sums + (i * rows + row) * width;
       total += weight * state.total;
       for (int64_t c = 0; c < width; ++c) sum[c] += weight * part[c];
     }
     const bool none = total == 0.0f;
     for (int64_t c = 0; c < width; ++c) sum[c] = none ? 0.0f : sum[c] / total;
-    const int64_t h = row / a_.queries, t = row % a_.queries;
-    T* const out = static_cast<T*>(a_.out) + index * a_.out_strides[0] + t * a_.out_strides[1] +
-                   h * a_.out_strides[2];
+    const int64_t h = row / s.queries, t = s.first_query + row % s.queries;
+    T* const out = static_cast<T*>(a_.out) + s.sequence * a_.out_strides[0] +
+                   t * a_.out_strides[1] + h * a_.out_strides[2];
     int64_t c = 0;
     for (; c + 2 * kWidth <= a_.dim; c += 2 * kWidth) {
       store_two(out + c, load(sum + c), load(sum + c + kWidth));
@@ -182,11 +216,16 @@ class Worker {
       store(vector, load(sum + c));
       std::memcpy(out + c, vector, std::min<size_t>(kWidth, a_.dim - c) * sizeof(T));
     }
-    a_.lse[index * rows_ + row] =
+    a_.lse[(s.sequence * a_.heads + h) * a_.queries + t] =
         none ? -kInfinity : static_cast<float>((shift + std::log2(double{total})) / kLog2E);
   }
 
  private:
+  bool widens_values(int64_t group_rows) const {
+    return a_.dim % kWidth != 0 ||
+           (group_rows > 2 * kRowBlock && !std::is_same<T, float>::value);
+  }
+
   void find_slot(int64_t sequence, int64_t slot, int64_t j) {
     int64_t outer = sequence, inner = slot;
     if (a_.block_table != nullptr) {
@@ -201,11 +240,10 @@ class Worker {
   }
 
   // The scores of the keys [g, g + count) of the tile that begins at slot `begin`.
-  void score_group(const Sequence& s, int64_t index, int64_t begin, int64_t g, int64_t count,
-                   const float* q) {
+  void score_group(const Part& s, int64_t begin, int64_t g, int64_t count, const float* q) {
     int64_t positions[kGroup];
     for (int64_t j = 0; j < count; ++j) {
-      positions[j] = position_at(a_, index, begin + g + j, s.start);
+      positions[j] = position_at(a_, s.sequence, begin + g + j, s.start);
     }
     angles_.write(positions, count, s.set, cos_.at(0), sin_.at(0), layout_.row);
     if constexpr (!kInterleaved && kRowBlock > 1) {
@@ -270,11 +308,11 @@ class Worker {
   }
 
   // Hides what a row does not see, and turns its scores into weights.
-  void weigh_row(const Sequence& s, int64_t begin, int64_t keys, int64_t row, float* sums,
+  void weigh_row(const Part& s, int64_t begin, int64_t keys, int64_t row, float* sums,
                  Softmax& state) {
     float* const scores = scores_.at(row * kTile);
     if (a_.softcap > 0.0) cap_scores(scores, static_cast<float>(a_.softmax_scale / a_.softcap));
-    const int64_t slot = s.first_slot + row % a_.queries;
+    const int64_t slot = s.first_slot + row % s.queries;
     const int64_t last = std::min(keys, slot + 1 - begin);
     const int64_t first = a_.window > 0 ? slot - a_.window + 1 - begin : 0;
     for (int64_t j = 0; j < std::min(first, kTile); ++j) scores[j] = -kInfinity;
@@ -321,9 +359,7 @@ class Worker {
 
   const DecodeArguments& a_;
   const Layout layout_;
-  const int64_t rows_;
-  const int64_t group_rows_;  // of a KV head
-  const bool widens_values_;
+  const int64_t groups_;  // heads of a KV head
   const float scale_;  // of scores, to base 2
   KeyAngles<T> angles_;
   Floats cos_;         // (kGroup, row)
@@ -333,6 +369,9 @@ class Worker {
   Floats sum_;         // (values,)
   Floats widened_;     // (kWidened, values), or nothing
   const float* widened_rows_[kWidened];
+  // Of the part.
+  int64_t group_rows_;  // of a KV head
+  bool widens_values_;
   int64_t known_;  // slots of the tile, and of the next group, that the two below hold
   const T* keys_[kTile + kGroup];
   const T* values_[kTile + kGroup];
@@ -360,38 +399,42 @@ void decode_of(const DecodeArguments& given) {
   const std::vector<uint64_t> steps = steps_in_order<kInterleaved, T>(given);
   a.steps = steps.data();
   const Layout layout(a.dim, a.pairs);
-  const int64_t rows = a.heads * a.queries;
-  std::vector<Sequence> sequences;
+  std::vector<Part> parts;
+  std::vector<int64_t> part_of_query;
   std::vector<Item> items;
-  for (int64_t index = 0; index < a.batch; ++index) {
-    sequences.push_back(sequence_of(a, index));
-    add_items(sequences.back(), index, items);
+  int64_t item_rows = 0;
+  for (int64_t sequence = 0; sequence < a.batch; ++sequence) add_parts(a, sequence, parts);
+  for (int64_t i = 0; i < static_cast<int64_t>(parts.size()); ++i) {
+    part_of_query.insert(part_of_query.end(), parts[i].queries, i);
+    item_rows = add_items(parts[i], i, a.heads, item_rows, items);
   }
   const int64_t count = static_cast<int64_t>(items.size());
-  Floats q(a.batch * rows * layout.padded);
-  Floats sums(count * rows * layout.values);
-  const std::unique_ptr<Softmax[]> states(new Softmax[count * rows]);
+  const int64_t queries = a.batch * a.queries;
+  Floats q(queries * a.heads * layout.padded);
+  Floats sums(item_rows * layout.values);
+  const std::unique_ptr<Softmax[]> states(new Softmax[item_rows]);
 
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
     Worker<kInterleaved, T> worker(a, layout);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < a.batch * a.queries; ++i) {
-      const int64_t index = i / a.queries;
-      worker.turn_query(sequences[index], index, i % a.queries,
-                        q.at(index * rows * layout.padded));
+    for (int64_t i = 0; i < queries; ++i) {
+      const Part& s = parts[part_of_query[i]];
+      worker.turn_query(s, i % a.queries - s.first_query, q.at(s.first_row * layout.padded));
     }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < count; ++i) {
       const Item& item = items[i];
-      worker.attend(sequences[item.sequence], item, q.at(item.sequence * rows * layout.padded),
-                    sums.at(i * rows * layout.values), states.get() + i * rows);
+      const Part& s = parts[item.part];
+      worker.attend(s, item, q.at(s.first_row * layout.padded),
+                    sums.at(item.first_row * layout.values), states.get() + item.first_row);
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < a.batch * rows; ++i) {
-      const Sequence& s = sequences[i / rows];
-      worker.combine(s, i / rows, i % rows, sums.at(s.first_item * rows * layout.values),
-                     states.get() + s.first_item * rows);
+    for (int64_t i = 0; i < queries * a.heads; ++i) {
+      const Part& s = parts[part_of_query[i / a.heads]];
+      const int64_t first_row = s.items == 0 ? 0 : items[s.first_item].first_row;
+      worker.combine(s, i - s.first_row, sums.at(first_row * layout.values),
+                     states.get() + first_row);
     }
   }
 }

@@ -55,7 +55,10 @@ struct DecodeArguments {
   int64_t key_position_strides[2];
 
   FactorSets factors;
-  Selection selection;  // of (batch,)
+  // Sets of (batch,); lengths of (batch, queries), whose stride there is 0 where a sequence has one.
+  // Without either a query takes the set of the tokens up to it.
+  Selection selection;
+  int64_t length_stride;
 
   bool interleaved;
   float softmax_scale;

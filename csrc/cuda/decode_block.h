@@ -23,6 +23,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 struct DecodePlan {
   Divisor block_size;
   int32_t row_blocks;
+  bool several_sets;  // queries of a sequence may differ in theirs: a block is for one of them
   bool keys_are_wide;    // rows of keys are whole pieces
   bool values_are_wide;
   float scale;  // scores to base 2; with softcap to twice the argument of tanh
@@ -49,6 +50,7 @@ struct Frame {
   int32_t split;
   int32_t splits;
   int32_t first_row;
+  uint32_t queries;  // those that take part, of which bit 0 is that of the first row
 };
 static_assert(sizeof(Frame) <= Shared<64>::kFrame, "its place");
 
@@ -62,6 +64,18 @@ struct RowOf {
 __device__ __forceinline__ RowOf row_at(const DecodeArguments& a, int32_t kv_head, int32_t row) {
   const int32_t groups = a.heads / a.kv_heads;
   return {row / groups, kv_head * groups + row % groups, row < groups * a.queries};
+}
+
+// The factor set of a query; tokens: how many there are up to it.
+__device__ __forceinline__ int64_t set_of_query(const DecodeArguments& a, int32_t sequence,
+                                                int32_t query, int32_t tokens) {
+  const Integers& lengths = a.selection.lengths;
+  if (a.selection.sets.data != nullptr) return set_of_sequence(a.factors, a.selection, sequence);
+  const int64_t length = lengths.data == nullptr
+                             ? tokens
+                             : integer_at(lengths.data, lengths.are_int64,
+                                          sequence * lengths.stride + query * a.length_stride);
+  return set_of_length(length, a.factors.max_length, a.factors.count);
 }
 
 // Positions fit 32 bits.

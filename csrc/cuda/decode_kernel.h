@@ -67,16 +67,21 @@ class DecodeBlock {
 
   __device__ __forceinline__ void run() {
     const int32_t units = a_.batch * a_.kv_heads * plan_.row_blocks;
-    const int32_t split = static_cast<int32_t>(blockIdx.x) / units;
+    const int32_t programs = units * a_.splits.most;  // for each set
+    const int32_t split = static_cast<int32_t>(blockIdx.x) % programs / units;
     range_ = keys_of_sequence(a_, sequence_, lane_);
     if (split >= range_.splits) return;
+    const int32_t first_row =
+        static_cast<int32_t>(blockIdx.x) % plan_.row_blocks * kDecodeRows;
+    int32_t set;
+    const uint32_t queries =
+        queries_of_set(static_cast<int32_t>(blockIdx.x) / programs, first_row, set);
+    if (queries == 0) return;
     begin_ = range_.first + split * range_.each;
     end_ = min(begin_ + range_.each, range_.high);
-    const int64_t set = set_of_sequence(a_.factors, a_.selection, sequence_);
     if (threadIdx.x == 0) {
       *frame_ = {a_.factors.n_hat[set], static_cast<float>(a_.factors.attention_factor[set]),
-                 split, range_.splits,
-                 static_cast<int32_t>(blockIdx.x) % plan_.row_blocks * kDecodeRows};
+                 split, range_.splits, first_row, queries};
     }
     load_steps(set);
     __syncthreads();
@@ -89,6 +94,26 @@ class DecodeBlock {
 
  private:
   // ------------------------------------------------------------------------------------ the start
+
+  // The set of this block, and which queries of its rows take it, from the first row on.
+  __device__ __forceinline__ uint32_t queries_of_set(int32_t of_block, int32_t first_row,
+                                                     int32_t& set) const {
+    const int32_t tokens = range_.high - range_.start - a_.queries + 1;  // up to query 0
+    const int32_t groups = a_.heads / a_.kv_heads;
+    const int32_t first = first_row / groups;
+    const int32_t last = min((first_row + kDecodeRows - 1) / groups, a_.queries - 1);
+    if (!plan_.several_sets) {
+      set = static_cast<int32_t>(set_of_query(a_, sequence_, 0, tokens));
+      return ~0u;
+    }
+    set = of_block;
+    uint32_t queries = 0;
+#pragma unroll 1
+    for (int32_t t = first; t <= last; ++t) {
+      if (set_of_query(a_, sequence_, t, tokens + t) == set) queries |= 1u << (t - first);
+    }
+    return queries;
+  }
 
   __device__ __forceinline__ void load_steps(int64_t set) {
     const int32_t pairs = static_cast<int32_t>(a_.factors.pairs);
@@ -389,6 +414,8 @@ class DecodeBlock {
       const int32_t row = i / kDim, d = i % kDim;
       const RowOf of = row_at(a_, kv_head_, frame_->first_row + row);
       if (!of.exists || d >= a_.dim) continue;
+      const int32_t first_query = frame_->first_row / (a_.heads / a_.kv_heads);
+      if ((frame_->queries >> (of.query - first_query) & 1u) == 0) continue;
       float top = -INFINITY;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) top = fmaxf(top, states_[w * kDecodeRows + row].x);
@@ -448,7 +475,8 @@ class DecodeBlock {
 template <int kDim>
 constexpr int kBlocks = kDim == 64 ? 4 : kDim == 128 ? 3 : 2;
 
-// Grid: splits slowest, so that those that are not live come last.
+// Grid: splits slowest, so that those that are not live come last. Where queries of a sequence may
+// differ in their factor sets, as many for each set, of which those without a query end at once.
 template <typename T, int kDim, bool kFloat8>
 __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
     decode_kernel(const __grid_constant__ DecodeArguments a,

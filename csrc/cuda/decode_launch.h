@@ -79,14 +79,19 @@ void launch_decode(const DecodeArguments& a, void* stream) {
   DecodePlan plan;
   plan.block_size = divisor_of(static_cast<uint32_t>(a.block_size));
   plan.row_blocks = (rows + kDecodeRows - 1) / kDecodeRows;
+  const Selection& selection = a.selection;
+  const bool one_length = selection.lengths.data != nullptr && a.length_stride == 0;
+  plan.several_sets = a.factors.count > 1 && a.queries > 1 && selection.sets.data == nullptr &&
+                      !one_length;
+  const int64_t sets = plan.several_sets ? a.factors.count : 1;
   plan.values_are_wide = rows_are_wide(a, a.values, a.value_strides);
   plan.keys_are_wide = rows_are_wide(a, a.keys, a.key_strides) &&
                        (a.interleaved || a.factors.pairs % 8 == 0);
   const bool caps = a.softcap > 0.0f;
   plan.scale = caps ? 2.0f * kLog2E * a.softmax_scale / a.softcap : kLog2E * a.softmax_scale;
   plan.cap = caps ? kLog2E * a.softcap : 0.0f;
-  const dim3 grid(static_cast<unsigned>(static_cast<int64_t>(a.splits.most) * a.batch *
-                                        a.kv_heads * plan.row_blocks));
+  const dim3 grid(static_cast<unsigned>(sets * a.splits.most * a.batch * a.kv_heads *
+                                        plan.row_blocks));
   longrope_cuda::launch(&decode_kernel<T, kDim, kFloat8>, "decode_kernel", grid, dim3(kThreads),
                         Shared<kDim>::kBytes, stream, a, plan);
   if (a.splits.most > 1) {

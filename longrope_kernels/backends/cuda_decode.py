@@ -82,7 +82,7 @@ def decode(
             integers(cache.kv_start),
             (*_rows(cache.key_positions), _is_int64(cache.key_positions)),
             factors_of(rotation),
-            (integers(rotation.lengths), integers(rotation.sets)),
+            (integers(rotation.lengths), integers(rotation.sets), _of_queries(rotation.lengths)),
             rotation.interleaved,
             softmax_scale,
             min(window, 2**30),
@@ -95,6 +95,11 @@ def decode(
 
 def _rows(x: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
     return (0, (0, 0)) if x is None else (x.data_ptr(), x.stride())
+
+
+def _of_queries(lengths: torch.Tensor | None) -> int:
+    """The stride of lengths between queries."""
+    return 0 if lengths is None or lengths.dim() == 1 else lengths.stride(1)
 
 
 def _vector(x: torch.Tensor | None) -> tuple[int, int]:

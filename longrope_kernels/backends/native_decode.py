@@ -49,7 +49,7 @@ def decode(
         cache.key_positions is not None and cache.key_positions.dtype == torch.int64,
         steps.shape[0],
         addresses_of(rotation),
-        indices(rotation.lengths),
+        indices(rotation.lengths if rotation.lengths is None else rotation.lengths.flatten()),
         indices(rotation.sets),
         rotation.interleaved,
         softmax_scale,

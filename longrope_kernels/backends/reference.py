@@ -33,6 +33,24 @@ def token_sets(
     return of_sequence[masks.sequence_of_token(cu_seqlens, seq)][None, :]
 
 
+def query_sets(rotation: Rotation, tokens: torch.Tensor) -> torch.Tensor:
+    """The factor set of each query of `decode`: (B, q_len) int64, or (B, 1) for all of a sequence.
+
+    ``sets`` (B,) or ``lengths`` (B,) where given serve all queries of a sequence, ``lengths``
+    (B, q_len) one each. Without either, a query takes the set of ``tokens`` (B, q_len), those that
+    the sequence had with this query and none after it.
+    """
+    count = rotation.max_length.shape[0]
+    if count == 1:
+        return torch.zeros_like(tokens[:, :1])
+    if rotation.sets is not None:
+        return rotation.sets.long().clamp(0, count - 1)[:, None]
+    lengths = tokens if rotation.lengths is None else rotation.lengths
+    if lengths.dim() == 1:
+        lengths = lengths[:, None]
+    return sets_of_lengths(lengths.flatten(), rotation.max_length).view(lengths.shape)
+
+
 def cos_sin(
     rotation: Rotation, positions: torch.Tensor, cu_seqlens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,10 +159,12 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q and all keys of a cache, then exact softmax attention to those that are there.
 
+    Each query meets keys that are rotated by its own factor set.
+
     Args:
         q: (B, q_len, Hq, D).
         cache: its tensors.
-        rotation: as in `rotary`.
+        rotation: as in `rotary`; ``lengths`` may be of queries, see `query_sets`.
         softmax_scale: multiplies the scores.
         window: how many slots back a query sees; 0 for all.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0.0 for none.
@@ -183,5 +203,18 @@ def decode(
         key_positions = torch.nn.functional.pad(key_positions, (0, missing))
     mask = masks.Mask(True, window or None, kv_start, cache_lens=cache.lens)
     scoring = Scoring(positions, key_positions, rotation, mask, softmax_scale, softcap)
-    out, lse = attention(q.to(compute), k, v, scoring)
+    start = 0 if kv_start is None else kv_start[:, None]
+    chosen = query_sets(rotation, (slot + 1 - start).clamp(min=0))
+    if chosen.shape[1] == 1:
+        passes = [chosen[:, 0]]
+    else:  # all queries under every set, of which each keeps its own
+        passes = [torch.full_like(chosen[:, 0], i) for i in range(rotation.max_length.shape[0])]
+    out = torch.zeros_like(q, dtype=compute)
+    lse = out.new_zeros(batch, q.shape[2], queries)
+    for sets in passes:
+        pinned = scoring._replace(rotation=rotation._replace(lengths=None, sets=sets))
+        out_one, lse_one = attention(q.to(compute), k, v, pinned)
+        own = chosen == sets[:, None]
+        out = torch.where(own[:, :, None, None], out_one, out)
+        lse = torch.where(own[:, None, :], lse_one, lse)
     return out.to(q.dtype), lse
