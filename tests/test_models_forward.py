@@ -234,3 +234,17 @@ def test_positions_written_in_place_between_forwards_are_read_anew():
         second = model(tokens(), position_ids=positions, use_cache=False).logits
     assert max_diff(first, logits(family_model("phi3"))) < CLOSE
     assert max_diff(second, logits(family_model("phi3"), 2 * SWITCH)) < CLOSE
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("cache", ["unrotated", "rotated"])
+def test_compiled_forwards_of_several_lengths(cache, dynamic):
+    """Without a graph break, on both sides of the switch."""
+    torch.compiler.reset()
+    model = enable(family_model("phi3"), cache=cache)
+    step = torch.compile(model.forward, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for count in (20, SWITCH, SWITCH + 1, 50):
+        ids = tokens(2, count, seed=count)
+        with torch.no_grad():
+            actual = step(ids, use_cache=False).logits
+        assert max_diff(actual, logits(family_model("phi3"), ids=ids)) < CLOSE

@@ -59,7 +59,7 @@ def install(architecture: Architecture) -> None:
 
 
 def _dispatch_rotation(module: Any) -> None:
-    """Give the function another body and keep the object, which models hold and pickle by name."""
+    """Give the function another body and keep the object: models hold it, pickled by its name."""
     function = contact(module, "apply_rotary_pos_emb")
     if getattr(function, _OURS, False):
         return
