@@ -89,3 +89,11 @@ def test_no_circle() -> None:
 
     for module in sorted(graph):
         visit(module, ())
+
+
+def test_every_folder_is_packaged() -> None:
+    """The list in pyproject.toml is by hand: ``kernels`` has no ``__init__.py`` to be found by."""
+    text = (PACKAGE.parent / "pyproject.toml").read_text("utf-8")
+    folders = {path.parent.relative_to(PACKAGE.parent) for path in MODULES}
+    for folder in folders:
+        assert f'"{".".join(folder.parts)}"' in text
