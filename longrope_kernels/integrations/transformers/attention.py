@@ -39,6 +39,7 @@ def longrope_attention(
     position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
+    longrope_sets: torch.Tensor | None = None,
     output_attentions: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -58,6 +59,8 @@ def longrope_attention(
         cu_seq_lens_q: (sequences + 1,) where packed sequences begin in all tokens of the batch,
             their count last; they win over the mask.
         cu_seq_lens_k: the same.
+        longrope_sets: (batch,) int32, the factor set of each sequence whatever its length, as a
+            search tries several ropes in one batch.
         output_attentions: must be False: the weights are never in memory.
 
     Returns:
@@ -101,6 +104,7 @@ def longrope_attention(
         "softmax_scale": scaling,
         "window": enabled.window if sliding_window is None else sliding_window,
         "softcap": softcap,
+        "sets": longrope_sets,
     }
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
@@ -187,8 +191,9 @@ def _attend_to_mask(
 
     if rest["softcap"] is not None:
         raise ValueError("softcap: not served in a compiled prefill of a static cache")
-    q, _ = apply_rotary(q, None, call.positions, settings.rope, lengths=call.lengths)
-    k, _ = apply_rotary(k, None, _key_positions(call, k), settings.rope, lengths=call.lengths)
+    chosen = {"lengths": call.lengths, "sets": rest["sets"]}
+    q, _ = apply_rotary(q, None, call.positions, settings.rope, **chosen)
+    k, _ = apply_rotary(k, None, _key_positions(call, k), settings.rope, **chosen)
     scale = q.shape[-1] ** -0.5 if rest["softmax_scale"] is None else rest["softmax_scale"]
     keys = Keys(k, v, start=call.kv_start, lens=call.cache_lens)
     scores, tables = Scores(True, scale, rest["window"] or 0), settings.rope.tables(q.device)
