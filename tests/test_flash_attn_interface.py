@@ -214,7 +214,7 @@ def paged(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("new", [0, 1, 3])
 def test_a_cache(rope, is_paged, backend, new):
-    """Row by row the attention of the last queries to all keys, under the set of the length now."""
+    """Query by query the attention to the keys up to it, under the set of the length there."""
     before, pads = (11, 12, 30), (0, 4, 2)
     dense = tensors((3, 48, 2), (3, 48, 2))
     q, k, v = tensors((3, max(new, 1), 4), (3, new, 2), (3, new, 2))
@@ -243,15 +243,16 @@ def test_a_cache(rope, is_paged, backend, new):
     for x, cache in zip(full, caches, strict=True):
         assert torch.equal(paged(x, 16)[0] if is_paged else x, cache)
     for row, (length, pad) in enumerate(zip(before, pads, strict=True)):
-        total = length + new
-        at = torch.arange(total)[None] - pad
-        call = Call(
-            q[row : row + 1], full[0][row : row + 1, :total], full[1][row : row + 1, :total],
-            at[:, total - q.shape[1] :], rope, key_positions=at, window=21,
-            kv_start=torch.tensor([pad]), lengths=torch.tensor([total - pad]),
-        )  # fmt: skip
-        assert_close(out[row : row + 1], call.expected().out)
-        assert_lse_close(lse[row : row + 1], call.expected().lse)
+        for t in range(q.shape[1]):
+            one, total = slice(t, t + 1), length + new - q.shape[1] + t + 1
+            at = torch.arange(total)[None] - pad
+            call = Call(
+                q[row : row + 1, one], full[0][row : row + 1, :total],
+                full[1][row : row + 1, :total], at[:, -1:], rope, key_positions=at, window=21,
+                kv_start=torch.tensor([pad]), lengths=torch.tensor([total - pad]),
+            )  # fmt: skip
+            assert_close(out[row : row + 1, one], call.expected().out)
+            assert_lse_close(lse[row : row + 1, :, one], call.expected().lse)
 
 
 def test_a_number_of_tokens_for_all_rows_and_pinned_sets():

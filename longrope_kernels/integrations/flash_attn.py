@@ -209,7 +209,7 @@ def flash_attn_with_kvcache(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Append k and v to a cache of unrotated keys in place, and attend to it.
 
-    Each sequence takes the factor set of its length now, for all its keys, so crossing into the
+    Each query takes the factor set of the length up to it, for all its keys, so crossing into the
     next set needs no new prefill (policy "switch" of `KVCache`); ``sets`` holds it to one.
 
     Args:
@@ -229,7 +229,8 @@ def flash_attn_with_kvcache(
             blocks; sequences must not share one that is written.
         causal: False only for one query, for which it says nothing.
         window_size: (left, any).
-        lengths: keys in the cache, without left padding and with those of this call, by default.
+        lengths: (batch,) or (batch, seqlen_q), as in `decode`; by default the keys up to each query,
+            without left padding.
         softmax_scale, softcap, sets, return_softmax_lse, backend: as in `flash_attn_func`.
 
     Returns:
