@@ -18,17 +18,21 @@ install = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/$(PIP) --no-build-isolation 
 # One process a core, so one thread each; what threads do is tested in processes of its own.
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses auto --junitxml=$(1)/tests.xml
 
-.PHONY: demo test test-full test-compiled test-newest-triton test-oldest test-newest record \
+.PHONY: demo test test-full test-long test-compiled test-newest-triton test-oldest test-newest record \
 	benchmark report lint format docs lock clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
 
 test: $(VENV)/development.stamp
-	$(call pytest,$(VENV)) --dist loadfile tests
+	$(call pytest,$(VENV)) --dist worksteal tests
 
 # What a change must pass too, and takes longer than to wait for.
-test-full: test-compiled test-newest-triton test-oldest
+test-full: test-long test-compiled test-newest-triton test-oldest
+
+test-long: $(VENV)/development.stamp
+	LONGROPE_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal \
+		-m "full or examples" tests
 
 # What Triton compiles for sm_90 and sm_80, where there is no GPU to run it: tests/ptx runs it.
 COMPILED := -m pytest -q --numprocesses auto --dist worksteal -k "compiled or triton"
@@ -51,7 +55,7 @@ LEANING := $(wildcard tests/test_models_*.py tests/test_transformers.py tests/te
 
 # What codegen's pages count is of the oldest Triton.
 test-oldest: .venv-oldest/oldest.stamp
-	$(call pytest,.venv-oldest) --dist worksteal $(LEANING) $(wildcard tests/test_codegen*.py)
+	LONGROPE_FULL=1 $(call pytest,.venv-oldest) --dist worksteal $(LEANING) $(wildcard tests/test_codegen*.py)
 
 # Everything as new as it gets, made anew each time.
 test-newest: $(VENV)/development.stamp

@@ -1,7 +1,7 @@
 """What every test needs: the interpreter without a GPU, poisoned memory, fixed seeds.
 
 With LONGROPE_PTX=80 or 90 what Triton compiles for that GPU runs in place of its interpreter, see
-tests/ptx.
+tests/ptx. With LONGROPE_FULL=1 those tests run too that take long, see `make test-full`.
 """
 
 from __future__ import annotations
@@ -53,9 +53,27 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+FULL = os.environ.get("LONGROPE_FULL") == "1"
+
+
+def takes_long(item: pytest.Item) -> bool:
+    """Gradients of more than a tile or two in Triton's interpreter, some seconds each."""
+    given = getattr(item, "callspec", None)
+    if item.path.stem != "test_attention_grad" or given is None or "LONGROPE_PTX" in os.environ:
+        return False
+    backend, case = given.params.get("backend"), given.params.get("case")
+    if case is None or backend is None or backend.backend != "triton" or backend.device != "cpu":
+        return False
+    return bool(max(case.queries, case.keys, *case.counts) > 33 or case.dim > 64)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what only a GPU, what stands for one, or nvcc can run; an absent backend fails."""
-    absent = []
+    for item in items:
+        if takes_long(item):
+            item.add_marker(pytest.mark.full)
+    absent = [] if FULL or torch.cuda.is_available() else ["full"]
     if not torch.cuda.is_available():
         absent.append("gpu")
         if "LONGROPE_PTX" not in os.environ:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from itertools import pairwise
 
@@ -71,9 +72,11 @@ def any_case(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=12 if torch.cuda.is_available() else 60)  # a GPU compiles for each
+# A GPU compiles for each, and the interpreter takes some seconds.
+@settings(max_examples=60 if os.environ.get("LONGROPE_FULL") == "1" else 15)
 @given(any_case())
 @every_backend
+@pytest.mark.examples
 def test_any_case(backend: Backend, case: Case) -> None:
     """Forward and backward, of what the backend serves."""
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from codegen_pages import Row, assert_all, assert_current, compiled
 
-pytestmark = [pytest.mark.slow, pytest.mark.counts]
+pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.counts]
 
 REGISTERS = 65536  # of a multiprocessor
 # Bytes a program may have: 8.0's tiles serve 8.6, 8.9 and 12.x too, which have the least.

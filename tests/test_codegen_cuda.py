@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from codegen_cuda import ARCHITECTURES, rows_of
 
-pytestmark = [pytest.mark.nvcc, pytest.mark.slow]
+pytestmark = [pytest.mark.nvcc, pytest.mark.slow, pytest.mark.full]
 
 REGISTERS = 65536  # of a multiprocessor
 # Blocks of a multiprocessor at once that csrc/cuda/decode_kernel.h counts on, by head_dim.

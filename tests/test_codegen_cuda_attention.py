@@ -9,7 +9,7 @@ import pytest
 from codegen_cuda import ARCHITECTURES, count, page, rows_of, short
 from codegen_pages import assert_current
 
-pytestmark = [pytest.mark.nvcc, pytest.mark.slow]
+pytestmark = [pytest.mark.nvcc, pytest.mark.slow, pytest.mark.full]
 
 KEYS = {64: 96, 96: 64, 128: 64}  # of a tile, by head dim; a warp takes 32 queries of it
 # Bytes that a block may have where a multiprocessor has room for two of them: of the 164 KB of 8.0

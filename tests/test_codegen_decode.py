@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from codegen_pages import Row, assert_all, assert_current, compiled
 
-pytestmark = [pytest.mark.slow, pytest.mark.counts]
+pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.counts]
 
 REGISTERS = 65536  # of a multiprocessor
 # Bytes that the programs of a multiprocessor share; 8.6, 8.9 and 12.x take 8.0's tiles, one program

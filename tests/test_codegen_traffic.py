@@ -8,7 +8,7 @@ import pytest
 from codegen_pages import Row, assert_all, assert_current, compiled
 from test_codegen_decode import CYCLES_A_BYTE
 
-pytestmark = [pytest.mark.slow, pytest.mark.counts]
+pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.counts]
 
 
 @pytest.fixture(scope="module")

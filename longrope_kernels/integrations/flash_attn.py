@@ -229,7 +229,7 @@ def flash_attn_with_kvcache(
             blocks; sequences must not share one that is written.
         causal: False only for one query, for which it says nothing.
         window_size: (left, any).
-        lengths: (batch,) or (batch, seqlen_q), as in `decode`; by default the keys up to each query,
+        lengths: (batch,) or (batch, seqlen_q), as in `decode`; by default the keys up to a query,
             without left padding.
         softmax_scale, softcap, sets, return_softmax_lse, backend: as in `flash_attn_func`.
 
