@@ -19,7 +19,7 @@ install = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/$(PIP) --no-build-isolation 
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses auto --junitxml=$(1)/tests.xml
 
 .PHONY: demo test test-full test-long test-compiled test-newest-triton test-oldest test-newest record \
-	benchmark report lint format docs lock clean
+	mutations benchmark report lint format docs lock clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
@@ -75,6 +75,10 @@ record:
 			$${pair#*:}/bin/python tools/compatibility.py record $${pair%:*} $${pair#*:}/tests.xml; \
 		fi; \
 	done
+
+# Whether the tests see the faults that tests/mutations.py lists, some ten minutes.
+mutations: $(VENV)/development.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
 
 benchmark: $(VENV)/development.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -1,0 +1,137 @@
+"""Faults that the tests must see: each is put into a copy of the tree, and its tests must fail.
+
+    python tests/mutations.py             # all of them, some ten seconds each
+    python tests/mutations.py threshold   # those with this in their name
+
+Prints one line each, and fails where a fault survived. A new kind of fault that a review found gets
+a line here, with the test that sees it now.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "longrope_kernels"
+
+
+class Mutation(NamedTuple):
+    """What is wrong then, the file in the package, its text (once in there), and who sees it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+NUMBERS = [
+    Mutation("a step of 32 bits", "kernels/rotation.py", "((n * step) >> 32)", "(n * (step >> 32))", "test_rotary_forward.py -k triton"),
+    Mutation("an angle in float32", "backends/reference.py", "n[..., None].double() * tables.inv_freq[token_set, (~original).long()]", "(n[..., None].float() * tables.inv_freq[token_set, (~original).long()].float()).double()", "test_rotary_forward.py -k reference"),
+    Mutation("the other sense of rotation", "kernels/rotation.py", "x_i * cos - x_j * sin, x_i * sin + x_j * cos", "x_i * cos + x_j * sin, x_j * cos - x_i * sin", "test_rotary_forward.py -k triton"),
+    Mutation("the threshold's token itself", "kernels/rotation.py", "(n_hat > 0) & (n < n_hat)", "(n_hat > 0) & (n <= n_hat)", "test_rotary_sets.py test_rotary_forward.py -k triton"),
+    Mutation("a threshold of 0 for negative positions", "backends/reference.py", "original = (n_hat > 0) & (n < n_hat)", "original = n < n_hat", "test_rotary_forward.py test_properties.py -k reference"),
+    Mutation("the attention factor below the threshold", "backends/reference.py", "a = torch.where(original, 1.0, tables.attention_factor[token_set])[..., None]", "a = tables.attention_factor[token_set][..., None]", "test_rotary_forward.py -k reference"),
+    Mutation("4096 tokens are long", "rope/tables.py", "lengths.long()[..., None] > max_length", "lengths.long()[..., None] >= max_length", "test_rotary_sets.py -k reference"),
+    Mutation("4096 tokens are long, in a kernel", "kernels/rotation.py", "(length > tl.load(p_max_length + i))", "(length >= tl.load(p_max_length + i))", "test_rotary_sets.py -k triton"),
+    Mutation("4096 tokens are long, on the host", "rope/value.py", "length <= factor_set.max_length", "length < factor_set.max_length", "test_rope.py"),
+    Mutation("lengths win over sets", "backends/reference.py", "if selection.sets is not None:\n        of_sequence", "if selection.sets is not None and selection.lengths is None:\n        of_sequence", "test_rotary_sets.py test_ops.py -k 'reference or lengths'"),
+    Mutation("a gradient that turns on", "ops/rotary.py", "conjugate=not call.conjugate", "conjugate=call.conjugate", "test_rotary_grad.py -k native"),
+    Mutation("rounding down to bfloat16", "kernels/rotation.py", "bits += 0x7FFF + ((bits >> 16) & 1)", "bits += 0", "test_rotary_forward.py test_triton.py -k triton"),
+    Mutation("tokens past a border", "kernels/rotation.py", "inside & (begin <= token)", "inside & (begin < token)", "test_triton.py test_rotary_sets.py -k 'triton or sequence'"),
+    Mutation("one rounding of a base", "rope/phase.py", "_DIGITS = 60", "_DIGITS = 12", "test_golden.py"),
+]  # fmt: skip
+ATTENTION = [
+    Mutation("the key behind the query", "calls/masks.py", "seen & (distance >= 0)", "seen & (distance >= -1)", "test_attention_forward.py -k 'reference or composed'"),
+    Mutation("a window one too long", "calls/masks.py", "distance.abs()) < window)", "distance.abs()) <= window)", "test_attention_forward.py -k reference"),
+    Mutation("a window one too long, in a kernel", "kernels/attention_tiles.py", "seen = seen & (slot - j < window)", "seen = seen & (slot - j <= window)", "test_attention_forward.py -k 'triton and window'"),
+    Mutation("padding that is seen", "kernels/attention_tiles.py", "(j >= first_key) & (j < keys)", "(j < keys)", "test_attention_forward.py -k 'triton and kv_start'"),
+    Mutation("queries at the first keys", "calls/masks.py", "slot = slot + keys - queries", "slot = slot + 0", "test_attention_forward.py -k 'reference and x'"),
+    Mutation("keys of another sequence's border", "ops/attention.py", "of_q._replace(borders=keys.borders)", "of_q", "test_attention_sets.py -k composed"),
+    Mutation("weights that are not rescaled", "kernels/attention.py", "alpha = tl.exp2(top - base)", "alpha = tl.exp2(top - top)", "test_attention_forward.py -k triton"),
+    Mutation("the log-sum-exp to base 2", "kernels/decode.py", "tl.store(lse + place, top * LN2, mask=in_q)", "tl.store(lse + place, top, mask=in_q)", "test_decode_forward.py -k triton"),
+    Mutation("softcap without its factor", "backends/reference.py", "scores = how.cap * torch.tanh(scores / how.cap)", "scores = torch.tanh(scores / how.cap)", "test_attention_forward.py -k reference"),
+    Mutation("dropped autocast", "calls/autocast.py", "return x if dtype is None else x.to(dtype)", "return x", "test_ops.py test_modes.py test_attention_errors.py -k autocast"),
+    Mutation("an op that nobody sees", "torch_private.py", "or torch._C._len_torch_dispatch_stack()", "", "test_torch_private.py"),
+    Mutation("a change in place unseen", "ops/rotary.py", "        torch.autograd.graph.increment_version((q, k))\n        return", "        return", "test_torch_private.py test_rotary_inplace.py -k 'native or place'"),
+    Mutation("fields of an op in another order", "calls/schema.py", "return tuple(found)", "return tuple(reversed(found))", "test_schema.py"),
+]  # fmt: skip
+DECODING = [
+    Mutation("drafts under the last one's set", "backends/reference.py", "lengths = tokens if selection.lengths is None", "lengths = tokens[:, -1:] if selection.lengths is None", "test_decode_drafts.py -k reference"),
+    Mutation("drafts under the last one's set, in a kernel", "kernels/decode_sets.py", "takes = set_of_query(i_b, i_t, tokens + i_t,", "takes = set_of_query(i_b, i_t, tokens + t1,", "test_decode_drafts.py -k triton"),
+    Mutation("a key too few", "kernels/decode.py", "part_keys = tl.maximum(part_high - part_low, 0)", "part_keys = tl.maximum(part_high - part_low - 1, 0)", "test_decode_forward.py -k triton"),
+    Mutation("a split that is left out", "kernels/decode_splits.py", "live = s0 + o_s < splits", "live = s0 + o_s < splits - 1", "test_triton_decode.py"),
+    Mutation("the scale of keys for values", "kernels/decode.py", "vector_args(cache.v_scale),", "vector_args(cache.k_scale),", "test_decode_forward.py -k 'triton and float8'"),
+    Mutation("blocks by the first row of the table", "kernels/decode_cache.py", "p_ids = table[0] + i_b * table[1]", "p_ids = table[0]", "test_decode_forward.py -k 'triton and block'"),
+]  # fmt: skip
+CACHES = [
+    Mutation("a full row goes on", "cache/rows.py", "if length + count > self.limit:", "if length + count > self.limit + 1:", "test_cache.py test_cache_errors.py test_cache_policies.py"),
+    Mutation("pinned rows switch", "cache/base.py", "if self.sets is not None:\n            own", "if False:\n            own", "test_cache_policies.py test_cache.py"),
+    Mutation("a cut row keeps its set", "cache/rows.py", "        if length == 0:\n            self.sets[row] = None", "        if length < 0:\n            self.sets[row] = None", "test_cache_policies.py test_cache_stateful.py"),
+    Mutation("recompute that goes on", "cache/rows.py", 'if crossing and self.policy == "recompute":', "if False:", "test_cache_policies.py"),
+]  # fmt: skip
+MODELS = [
+    Mutation("padding counts", "integrations/transformers/sequences.py", "padding = torch.where(last == slots.end - 1, slots.start, 0)", "padding = torch.zeros_like(last)", "test_models_padding.py"),
+    Mutation("packed sequences see one another", "integrations/transformers/sequences.py", "restarts = step < 1", "restarts = step < -(2**40)", "test_models_packed.py"),
+    Mutation("one set for a whole pack", "integrations/transformers/sequences.py", "lengths = (of_tokens[last] + 1).clamp(min=0)", "lengths = (of_tokens[last] + 1).clamp(min=0) * 0", "test_models_packed.py"),
+    Mutation("keys of others", "integrations/transformers/caches.py", "if held is own or held == own:", "if True:", "test_models_caches.py"),
+    Mutation("drafts of a model under one set", "integrations/transformers/sequences.py", "if lengths is not None and queries > 1:", "if False:", "test_models_generate.py -k 'assisted or draft or several'"),
+    Mutation("sets that a search asks for", "integrations/transformers/attention.py", '"sets": longrope_sets,', '"sets": None,', "test_search_fitness.py"),
+]  # fmt: skip
+SEARCH = [
+    Mutation("a journal that is not waited for", "search/state.py", "            os.fsync(self._journal)\n        except", "        except", "test_search_resume.py"),
+    Mutation("a child out of order", "search/moves.py", "return raised(child) if monotone else child", "return child", "test_search_space.py test_search_evolution.py"),
+    Mutation("worse parents first", "search/evolution.py", "key=lambda evaluation: evaluation.rank)", "key=lambda evaluation: evaluation.rank, reverse=True)", "test_search_evolution.py"),
+    Mutation("a race that stops too early", "search/fitness.py", "if not total / sum(counts) <= limit:", "if not total / sum(counts[: len(sums)]) <= limit:", "test_search_fitness.py"),
+    Mutation("randomness that begins anew", "search/evolution.py", "        self._rng.setstate((version, tuple(internal), gauss))", "        pass", "test_search_resume.py test_search_evolution.py"),
+]  # fmt: skip
+ALL = [*NUMBERS, *ATTENTION, *DECODING, *CACHES, *MODELS, *SEARCH]
+
+
+def survives(mutation: Mutation, tree: Path) -> bool:
+    """Whether its tests pass all the same."""
+    path = tree / PACKAGE / mutation.file
+    text = path.read_text("utf-8")
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.file}: expected {mutation.old!r} once")
+    path.write_text(text.replace(mutation.old, mutation.new), "utf-8")
+    names, _, chosen = mutation.tests.partition(" -k ")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += [f"tests/{name}" for name in names.split()]
+    command += ["-k", chosen.strip("'")] if chosen else []
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    path.write_text(text, "utf-8")
+    if done.returncode not in (0, 1):  # nothing selected, or not collected
+        raise RuntimeError(f"{mutation.name}: {done.stdout[-2000:]}")
+    return done.returncode == 0
+
+
+def main(wanted: list[str]) -> int:
+    chosen = [one for one in ALL if all(word in one.name for word in wanted)]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in (PACKAGE, "tests", "benchmarks", "pyproject.toml", "csrc", "reports"):
+            source = ROOT / name
+            ignored = shutil.ignore_patterns("__pycache__")
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=ignored)
+            else:
+                shutil.copy(source, tree / name)
+        for mutation in chosen:
+            survived = survives(mutation, tree)
+            survivors += survived
+            print(f"{'SURVIVED' if survived else 'caught  '}  {mutation.name}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} caught")
+    return 1 if survivors or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
