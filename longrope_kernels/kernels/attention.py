@@ -4,6 +4,8 @@ q is rotated in registers, once for each tile of queries. k is rotated before, i
 the standalone rotation ("prepass"), or in registers in the loop ("registers"). The second repeats
 the work for every tile of queries, and in float32 sends k through registers on its way to the
 matrix unit, so it pays only where few queries share a key.
+
+Short names: see rotation.py.
 """
 
 from __future__ import annotations

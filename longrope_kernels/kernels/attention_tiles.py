@@ -3,6 +3,8 @@
 The grid is in the order "longest first": tiles from the last, which sees most keys when causal, to
 the first, so that the short ones fill the gaps at the end. Heads run fastest, in sections whose k
 and v fit the L2 cache together.
+
+Short names: see rotation.py.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ multiprocessor has about 25 cycles for the 512 bytes of a key and a value of 128
 bits, in which each of its four schedulers issues up to 25 instructions; reports/codegen/decode.md
 counts what a tile takes. Keys are rotated in the layout in which they are loaded, where both
 dimensions of a pair are in one thread, and go to the matrix unit through shared memory.
+
+Short names: see rotation.py.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ that the programs of the batch fill the multiprocessors (`Splits.even`), and how
 at most (`Splits.most`, which sizes grid and scratch). Programs read the lengths of the batch and
 derive from them the keys of a split, the same for all sequences, and from their own length which
 splits are live. So a captured graph serves all lengths.
+
+Short names: see rotation.py.
 """
 
 from __future__ import annotations
