@@ -120,9 +120,8 @@ def plan(
 ) -> Launch:
     """The launch of the forward pass, for tensors that are not empty.
 
-    out, lse: as in `backends.triton.attention.forward`. rotated: k is already. arch: the compute
-    capability, 90 for 9.0. config: instead of that of the table. Nothing is allocated, no tensor is
-    read.
+    out is like q, lse (B, Hq, Sq) float32. rotated: k is already. arch: the compute capability, 90
+    for 9.0. config: instead of that of the table. Nothing is allocated, no tensor is read.
     """
     q, positions, keys, tables, selection, scores = call
     sizes = sizes_of(call)

@@ -117,9 +117,9 @@ def tile_of_program(tiles, section, heads_of_all):
 
     The order of programs: sections, tiles from the last, heads.
     """
-    place = tl.program_id(0)
-    i_section = place // (tiles * section)
-    in_section = place % (tiles * section)
+    i_program = tl.program_id(0)
+    i_section = i_program // (tiles * section)
+    in_section = i_program % (tiles * section)
     width = tl.minimum(section, heads_of_all - i_section * section)
     return tiles - 1 - in_section // width, i_section * section + in_section % width
 

@@ -110,9 +110,9 @@ def combine_kernel(
         total = tl.zeros((1,), tl.float32)
         for s0 in range(0, splits, BLOCK_S):
             live = s0 + o_s < splits
-            place = (s0 + o_s) * rows + row
-            x = tl.load(partial_lse + place, mask=live, other=float("-inf"))
-            p_y = partial_out + place[:, None] * DIM + o_d[None, :]
+            offset = (s0 + o_s) * rows + row
+            x = tl.load(partial_lse + offset, mask=live, other=float("-inf"))
+            p_y = partial_out + offset[:, None] * DIM + o_d[None, :]
             y = tl.load(p_y, mask=live[:, None] & (o_d < DIM)[None, :], other=0.0)
             new_top = tl.maximum(top, tl.max(x, 0))
             # Splits that see nothing must not subtract infinities.
