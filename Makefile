@@ -51,7 +51,8 @@ test-newest-triton: $(VENV)/triton-$(NEWEST_TRITON).stamp
 # Tests of what is other people's: the models, the compilers, the optimisers, the readers of configs.
 LEANING := $(wildcard tests/test_models_*.py tests/test_transformers.py tests/test_triton*.py \
 	tests/test_*compile.py tests/test_*ops.py tests/test_config.py tests/test_scaling*.py \
-	tests/test_search_*.py tests/test_import.py tests/test_cli.py)
+	tests/test_search_*.py tests/test_import.py tests/test_cli.py tests/test_contacts.py \
+	tests/test_torch_private.py)
 
 # What codegen's pages count is of the oldest Triton.
 test-oldest: .venv-oldest/oldest.stamp

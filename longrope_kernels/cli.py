@@ -64,8 +64,8 @@ def info() -> None:
         typer.echo(f"  apply_rotary  {device:<5} {' > '.join(names)}")
     for device, names in backends.DECODE_CHOICE.items():
         typer.echo(f"  decode        {device:<5} {' > '.join(names)}")
-    for device, asks in backends.ATTENTION_CHOICE.items():
-        for kind, names in asks.items():
+    for device, needs in backends.ATTENTION_CHOICE.items():
+        for kind, names in needs.items():
             typer.echo(f"  attention     {device:<5} {kind:<7} {' > '.join(names)}")
 
 

@@ -99,9 +99,9 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize(("device", "dtype", "asks", "name"), CHOICES)
-def test_choice(device: str, dtype: torch.dtype, asks: str, name: str) -> None:
-    assert backends.choose_attention(None, device, dtype, 128, asks) == name
+@pytest.mark.parametrize(("device", "dtype", "needs", "name"), CHOICES)
+def test_choice(device: str, dtype: torch.dtype, needs: str, name: str) -> None:
+    assert backends.choose_attention(None, device, dtype, 128, needs) == name
 
 
 def test_choice_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,8 @@ def test_apply_rotary_pos_emb_is_the_original_on_tables(name):
 
 
 def test_attention_interface(monkeypatch):
-    monkeypatch.setattr(transformers, "AttentionInterface", None)
+    # Not the `transformers` of this file: importing a model may put another object in its place.
+    monkeypatch.setattr(contacts.transformers, "AttentionInterface", None)
     refused(family_model("phi3"), "transformers has no AttentionInterface")
     monkeypatch.undo()
     enable(family_model("phi3"))
@@ -92,7 +93,7 @@ def test_attention_interface(monkeypatch):
 
 
 def test_attention_mask_interface(monkeypatch):
-    monkeypatch.setattr(transformers, "AttentionMaskInterface", None)
+    monkeypatch.setattr(contacts.transformers, "AttentionMaskInterface", None)
     refused(family_model("phi3"), "transformers has no AttentionMaskInterface")
     monkeypatch.undo()
     enable(family_model("phi3"))

@@ -174,21 +174,21 @@ def test_what_it_does_not_serve_it_refuses_by_name() -> None:
 
 def test_it_is_taken_where_triton_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(
-        dtype: torch.dtype = bf16, dim: int = 128, asks: str = "masked", trains: bool = False
+        dtype: torch.dtype = bf16, dim: int = 128, needs: str = "masked", trains: bool = False
     ) -> str:
-        return backends.choose_attention(None, "cuda", dtype, dim, asks, trains)
+        return backends.choose_attention(None, "cuda", dtype, dim, needs, trains)
 
     there = {"triton": None, "cuda": None}
     monkeypatch.setattr(backends, "missing", lambda name: there.get(name))
     assert choose() == "triton"
     there["triton"] = "absent"
     assert choose() == "cuda"
-    assert choose(asks="scored") == "cuda"
+    assert choose(needs="scored") == "cuda"
     assert choose(trains=True) == "composed"
-    assert choose(asks="scored", trains=True) == "reference"
+    assert choose(needs="scored", trains=True) == "reference"
     assert choose(dim=80) == "cuda"
     assert choose(dim=256) == choose(dim=100) == choose(dtype=fp32) == "composed"
-    assert choose(dim=256, asks="scored") == "reference"
-    assert choose(asks="plain") == "composed"
+    assert choose(dim=256, needs="scored") == "reference"
+    assert choose(needs="plain") == "composed"
     there["cuda"] = "absent"
     assert choose() == "composed"

@@ -320,7 +320,7 @@ def test_a_library_built_for_another_torch(flash: Backend, monkeypatch: pytest.M
 def test_never_chosen_without_being_named() -> None:
     """None is measured faster yet."""
     chosen = {
-        n for asks in backends.ATTENTION_CHOICE.values() for names in asks.values() for n in names
+        n for needs in backends.ATTENTION_CHOICE.values() for names in needs.values() for n in names
     }
     assert not chosen & set(NAMES)
     assert {row["name"] for row in backends.attention_table()} == {"composed", *NAMES}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,17 @@ def test_every_folder_is_packaged() -> None:
     folders = {path.parent.relative_to(PACKAGE.parent) for path in MODULES}
     for folder in folders:
         assert f'"{".".join(folder.parts)}"' in text
+
+
+def test_the_map_is_true() -> None:
+    """CONTRIBUTING names every part of the package, and no file that is not there."""
+    root = PACKAGE.parent
+    text = (root / "CONTRIBUTING.md").read_text("utf-8")
+    folders = ("longrope_kernels", "csrc", "tests", "benchmarks", "tools", "docs", ".github")
+    files = {"/" + str(p.relative_to(root)) for name in folders for p in (root / name).rglob("*.*")}
+    files |= {f"/{path.name}" for path in root.glob("*.*")}
+    for name in re.findall(r"(?<![*\w./-])[\w./-]*\w\.(?:py|h|cpp|md|toml|yml)\b", text):
+        assert any(file.endswith(f"/{name}") for file in files), f"there is no {name}"
+    house = text.split("## How the house is built")[1].split("## ")[0]
+    for part in PARTS:
+        assert re.search(rf"\b{part}(/|\.py)", house) or part.startswith("_"), f"no {part}"

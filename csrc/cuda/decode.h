@@ -13,7 +13,7 @@ constexpr int32_t kDecodeTile = 64;
 constexpr int32_t kDecodeRows = 8;
 
 // Splits of a sequence of mean length, of any sequence at most, and tiles of one at least; see
-// longrope_kernels/backends/cuda_decode.py.
+// longrope_kernels/backends/cuda/decode.py.
 struct Splits {
   int32_t even;
   int32_t most;

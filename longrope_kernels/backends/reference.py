@@ -130,7 +130,8 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     Each query meets keys that are rotated by its own factor set.
 
     Returns:
-        As `attention`.
+        out (B, q_len, Hq, D) of the dtype of q, and the log-sum-exp of the scores, base e,
+        (B, Hq, q_len) float32 (float64 for float64). A query that sees no key gets 0 and -inf.
     """
     q, cache, tables, selection, scores = call
     lens, start = cache.lens, cache.start

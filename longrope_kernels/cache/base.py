@@ -29,7 +29,7 @@ class Cache(ABC):
     Attributes:
         rope, batch, kv_heads, head_dim, layers, dtype, device, policy: as given.
         lens: (batch,) int32 on the device, how many tokens each row has; always the same memory.
-        block_table: as in `longrope_kernels.decode`, or None.
+        block_table: (batch, max_blocks) int32, the blocks of each row in order; None if dense.
     """
 
     block_table: torch.Tensor | None = None
@@ -208,14 +208,14 @@ class Cache(ABC):
         """`extend` and `write` at once, for a cache of one layer.
 
         Args:
-            k: as in `write`.
-            v: as in `write`.
-            counts: as in `extend`; by default all tokens of k. Needed where k is packed.
-            rows: as in `extend`.
+            k: (rows, q_len, kv_heads, dim), or packed (tokens, kv_heads, dim); see `write`.
+            v: like k.
+            counts: how many tokens each row gets; by default all of k. Needed where k is packed.
+            rows: which rows, in the order of k; all by default.
 
         Raises:
-            CacheFullError: as `extend`.
-            PrefillAgain: as `extend`.
+            CacheFullError: there is no room.
+            PrefillAgain: under "recompute", rows would cross into another factor set.
             ValueError, TypeError: naming the argument. Whatever is raised, nothing has changed.
         """
         if self.layers != 1:

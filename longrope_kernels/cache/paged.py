@@ -24,19 +24,20 @@ class PagedKVCache(Cache):
 
     Args:
         rope: what `decode` rotates by.
-        batch: as in `KVCache`.
+        batch: how many rows there are; a row is one sequence.
         blocks: of all rows together, in each layer.
         block_size: tokens a block: 16, 32, 64, 128 or 256.
-        kv_heads: as in `KVCache`.
-        head_dim: as in `KVCache`.
-        layers: as in `KVCache`.
+        kv_heads: of k and v.
+        head_dim: of k and v; at least the rope's ``rotary_dim``.
+        layers: each with its storage; lengths and blocks are common to all.
         max_length: how many tokens a row may have; what all blocks hold by default. It sets the
             width of ``block_table``.
-        dtype: as in `KVCache`.
-        device: as in `KVCache`.
-        policy: as in `KVCache`.
-        k_scale: as in `KVCache`.
-        v_scale: as in `KVCache`.
+        dtype: float32, bfloat16, float16, float64, or float8_e4m3fn, to which `write` quantises.
+        device: of the storage.
+        policy: "switch", "pin" or "recompute"; may be left out for a `Rope` of one set.
+        k_scale: (kv_heads,) or (layers, kv_heads) float32 above 0, for float8: keys are divided
+            by it as they are written, and multiplied as they are read. 1 by default.
+        v_scale: like k_scale, of the values.
 
     Raises:
         ValueError, TypeError: naming the argument.

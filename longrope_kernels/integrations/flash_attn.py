@@ -55,7 +55,7 @@ def apply_rotary_emb(
         lengths: (batch,), what chooses the factor set; ``seqlen_offsets`` plus the sequence's
             tokens in x by default. A prompt in chunks needs one set for all of them.
         sets: (batch,) int32, the factor sets themselves.
-        backend: as in `apply_rotary`.
+        backend: one that `apply_rotary` knows, or None for the fastest.
 
     Returns:
         Like x.
@@ -113,11 +113,11 @@ def flash_attn_func(
             them. Served are (-1, -1), (left, 0), any left with ``causal``, and (both, both).
         softcap: of the scores; 0 for none.
         positions: of the queries, (seqlen_q,) or (batch, seqlen_q); their places by default.
-        key_positions: of the keys, likewise.
+        key_positions: of the keys, (seqlen_k,) or (batch, seqlen_k); their places by default.
         lengths: (batch,), what chooses the factor set; seqlen_k by default.
         sets: (batch,) int32, the factor sets themselves.
         return_softmax_lse: also return the log-sum-exp of the scores.
-        backend: as in `attention`.
+        backend: one that `attention` knows, or None for the fastest.
 
     Returns:
         Like q; with ``return_softmax_lse`` also (batch, heads, seqlen_q) float32.
@@ -165,12 +165,18 @@ def flash_attn_varlen_func(
         cu_seqlens_q: (batch + 1,) int32 or int64, where sequences begin in q, total_q last.
         cu_seqlens_k: the same for k and v. Pass the very same tensor where it is the same: q and k
             are then rotated together.
-        max_seqlen_q, max_seqlen_k: not needed, and not read.
-        softmax_scale, causal, window_size, softcap, sets, return_softmax_lse, backend: as in
-            `flash_attn_func`.
+        max_seqlen_q: not needed, and not read.
+        max_seqlen_k: not needed, and not read.
+        softmax_scale: dim**-0.5 by default.
+        causal: a query sees no key after its own place.
+        window_size: the windows of `flash_attn_func`.
+        softcap: of the scores; 0 for none.
         positions: (total_q,); places in the sequences by default.
-        key_positions: (total_k,), likewise.
+        key_positions: (total_k,); places in the sequences by default.
         lengths: (batch,), what chooses the factor set; the keys of each sequence by default.
+        sets: (batch,) int32, the factor sets themselves.
+        return_softmax_lse: also return the log-sum-exp of the scores.
+        backend: one that `attention` knows, or None for the fastest.
 
     Returns:
         Like q; with ``return_softmax_lse`` also (heads, total_q) float32.
@@ -225,13 +231,17 @@ def flash_attn_with_kvcache(
             (batch,) int32 or int64. (`decode`'s ``cache_lens`` counts those of the call too.)
         cache_leftpad: (batch,) int32 or int64, where the keys of a sequence begin in its slots.
             The first of them stands at position 0.
-        block_table: (batch, max_blocks) int32, as in `decode`. New keys are written into its
-            blocks; sequences must not share one that is written.
+        block_table: (batch, max_blocks) int32, the blocks of each sequence in order. New keys are
+            written into them; sequences must not share one that is written.
+        softmax_scale: dim**-0.5 by default.
         causal: False only for one query, for which it says nothing.
         window_size: (left, any).
-        lengths: (batch,) or (batch, seqlen_q), as in `decode`; by default the keys up to a query,
-            without left padding.
-        softmax_scale, softcap, sets, return_softmax_lse, backend: as in `flash_attn_func`.
+        softcap: of the scores; 0 for none.
+        lengths: (batch,) or (batch, seqlen_q); by default the keys up to each query, without left
+            padding.
+        sets: (batch,) int32, the factor sets themselves.
+        return_softmax_lse: also return the log-sum-exp of the scores.
+        backend: one that `decode` knows, or None for the fastest.
 
     Returns:
         Like q; with ``return_softmax_lse`` also (batch, heads, seqlen_q) float32.

@@ -4,6 +4,8 @@ q is rotated in registers, once for each tile of queries. k is rotated before, i
 the standalone rotation ("prepass"), or in registers in the loop ("registers"). The second repeats
 the work for every tile of queries, and in float32 sends k through registers on its way to the
 matrix unit, so it pays only where few queries share a key.
+
+Short names: see rotation.py.
 """
 
 from __future__ import annotations
@@ -118,9 +120,8 @@ def plan(
 ) -> Launch:
     """The launch of the forward pass, for tensors that are not empty.
 
-    out, lse: as in `backends.triton.attention.forward`. rotated: k is already. arch: the compute
-    capability, 90 for 9.0. config: instead of that of the table. Nothing is allocated, no tensor is
-    read.
+    out is like q, lse (B, Hq, Sq) float32. rotated: k is already. arch: the compute capability, 90
+    for 9.0. config: instead of that of the table. Nothing is allocated, no tensor is read.
     """
     q, positions, keys, tables, selection, scores = call
     sizes = sizes_of(call)

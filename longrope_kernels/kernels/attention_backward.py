@@ -5,6 +5,8 @@ forward pass. One kernel takes a tile of keys and goes through the queries of al
 it, for dk and dv; another takes a tile of queries and goes through the keys, for dq. Each sum has
 one order, so that the gradients are the same in every run. dq and dk are the gradients of the
 rotated vectors until the end, where they are rotated back in registers.
+
+Short names: see rotation.py.
 """
 
 from __future__ import annotations

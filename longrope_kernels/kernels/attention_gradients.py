@@ -1,4 +1,7 @@
-"""The kernels of the backward pass of attention; their launches are in attention_backward.py."""
+"""The kernels of the backward pass of attention; their launches are in attention_backward.py.
+
+Short names: see rotation.py; a ``d`` before one is its gradient.
+"""
 
 import triton
 import triton.language as tl

@@ -3,6 +3,8 @@
 The grid is in the order "longest first": tiles from the last, which sees most keys when causal, to
 the first, so that the short ones fill the gaps at the end. Heads run fastest, in sections whose k
 and v fit the L2 cache together.
+
+Short names: see rotation.py.
 """
 
 from __future__ import annotations
@@ -115,9 +117,9 @@ def tile_of_program(tiles, section, heads_of_all):
 
     The order of programs: sections, tiles from the last, heads.
     """
-    place = tl.program_id(0)
-    i_section = place // (tiles * section)
-    in_section = place % (tiles * section)
+    i_program = tl.program_id(0)
+    i_section = i_program // (tiles * section)
+    in_section = i_program % (tiles * section)
     width = tl.minimum(section, heads_of_all - i_section * section)
     return tiles - 1 - in_section // width, i_section * section + in_section % width
 

@@ -6,6 +6,8 @@ multiprocessor has about 25 cycles for the 512 bytes of a key and a value of 128
 bits, in which each of its four schedulers issues up to 25 instructions; reports/codegen/decode.md
 counts what a tile takes. Keys are rotated in the layout in which they are loaded, where both
 dimensions of a pair are in one thread, and go to the matrix unit through shared memory.
+
+Short names: see rotation.py.
 """
 
 from __future__ import annotations
@@ -141,10 +143,10 @@ def plan(
 ) -> list[Launch]:
     """The launches of a call, one or two, for tensors that are not empty.
 
-    out, lse: as in `backends.triton.decode.decode`. scratch: float32 (splits.most, batch, heads,
-    q_len, dim) and (splits.most, batch, heads, q_len), None where ``most`` is 1. arch: the compute
-    capability, 90 for 9.0. splits: of `splits_of`. config: instead of that of the table. Nothing is
-    allocated, no tensor is read.
+    out is like q, lse (B, Hq, q_len) float32, contiguous. scratch: float32 (splits.most, batch,
+    heads, q_len, dim) and (splits.most, batch, heads, q_len), None where ``most`` is 1. arch: the
+    compute capability, 90 for 9.0. splits: of `splits_of`. config: instead of that of the table.
+    Nothing is allocated, no tensor is read.
     """
     q, cache, tables, selection, scores = call
     batch, queries, heads, dim = q.shape
@@ -459,12 +461,12 @@ def decode_kernel(
     if SEVERAL_SETS:
         in_q = in_q & ((takers >> tl.minimum(i_t - m0 // groups, 31)) & 1 != 0)
     heads = kv_heads * groups
-    place = (i_b * heads + i_h) * queries + i_t
+    offset = (i_b * heads + i_h) * queries + i_t
     if splits == 1:
         rows = out[0] + i_b * out[1] + (i_t * out[2] + i_h * out[3])[:, None]
         store_pieces(rows, in_q[:, None], acc, WIDE, DIM, False)
-        tl.store(lse + place, top * LN2, mask=in_q)
+        tl.store(lse + offset, top * LN2, mask=in_q)
     if partial_out is not None and splits > 1:
-        place += wide(i_split) * batch * heads * queries
-        store_pieces(partial_out + (place * DIM)[:, None], in_q[:, None], acc, WIDE, DIM, False)
-        tl.store(partial_lse + place, top, mask=in_q)
+        offset += wide(i_split) * batch * heads * queries
+        store_pieces(partial_out + (offset * DIM)[:, None], in_q[:, None], acc, WIDE, DIM, False)
+        tl.store(partial_lse + offset, top, mask=in_q)

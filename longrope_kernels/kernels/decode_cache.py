@@ -1,7 +1,7 @@
 """Where the slots of a cache lie: dense, or in blocks that a table names.
 
 BLOCK_SIZE: slots of a block, any number; 0 for a dense cache. BLOCK_N: slots of a tile, which
-begins at a multiple of it.
+begins at a multiple of it. Short names: see rotation.py.
 """
 
 import triton

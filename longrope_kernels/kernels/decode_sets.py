@@ -4,7 +4,7 @@ of_sets: lengths (pointer or None, row stride, stride) of (batch, queries), the 
 sequence has one length; sets (pointer or None, stride) of (batch,), which win; max_length (SETS,).
 Without either a query takes the set of the tokens up to it. Usually all queries of a tile agree.
 What is launched follows from shapes alone: programs for every set, of which those end at once that
-have no query.
+have no query. Short names: see rotation.py.
 """
 
 from __future__ import annotations

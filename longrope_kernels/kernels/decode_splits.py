@@ -5,6 +5,8 @@ that the programs of the batch fill the multiprocessors (`Splits.even`), and how
 at most (`Splits.most`, which sizes grid and scratch). Programs read the lengths of the batch and
 derive from them the keys of a split, the same for all sequences, and from their own length which
 splits are live. So a captured graph serves all lengths.
+
+Short names: see rotation.py.
 """
 
 from __future__ import annotations
@@ -108,9 +110,9 @@ def combine_kernel(
         total = tl.zeros((1,), tl.float32)
         for s0 in range(0, splits, BLOCK_S):
             live = s0 + o_s < splits
-            place = (s0 + o_s) * rows + row
-            x = tl.load(partial_lse + place, mask=live, other=float("-inf"))
-            p_y = partial_out + place[:, None] * DIM + o_d[None, :]
+            offset = (s0 + o_s) * rows + row
+            x = tl.load(partial_lse + offset, mask=live, other=float("-inf"))
+            p_y = partial_out + offset[:, None] * DIM + o_d[None, :]
             y = tl.load(p_y, mask=live[:, None] & (o_d < DIM)[None, :], other=0.0)
             new_top = tl.maximum(top, tl.max(x, 0))
             # Splits that see nothing must not subtract infinities.

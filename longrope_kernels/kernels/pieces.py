@@ -12,6 +12,8 @@ of them, or four pieces 32, 32, 16, 16, and is never padded to 128. Two orders a
 Tuples of tensors carry them; ``PAIRS``, ``DIM`` and ``PAIRING`` say which they are. PAIRING is
 whether pairs are interleaved, a bool, or with ``ROOMY`` added to it a number: then chunks have 16
 pairs at least, some of which do not exist, and no piece is put together from two.
+
+Short names: see rotation.py.
 """
 
 import triton

@@ -8,6 +8,8 @@ thread on sm_90, so 4 programs or 16 warps on a multiprocessor and 64 KB of read
 interleaved: 4 loads, 80 registers, 24 warps, 48 KB. No shipped variant needs more than 168
 registers (tests/test_codegen.py), which is 3 programs and 48 KB at 8 loads. Not measured on a GPU
 yet.
+
+Short names: see rotation.py.
 """
 
 from __future__ import annotations

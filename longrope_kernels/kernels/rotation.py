@@ -3,6 +3,18 @@
 An angle is a fixed-point fraction of a turn. ``steps[set, 2, P]`` holds 2**-64 turns per token
 (int64); the product with a position wraps around modulo one turn, which is the range reduction,
 and exact. The top 32 bits of it, as int32, are the phase.
+
+Names in the kernels. A tensor comes as one argument, a tuple (pointer, strides in elements):
+``q[0]`` is where q lies, ``q[1]`` its first stride. Capitals are known to the compiler.
+
+    p_   a pointer, or a block of them        n         a position, int64
+    b_   a block of a tensor, in registers    j, slot   where a key, a query lies in its sequence
+    i_   an index of a program: i_b row of    a         the attention factor of a token
+         the batch, i_h head, i_hk KV head,   x_i, x_j  the two dimensions of pairs
+         i_t query, i_set factor set          s, z      scores; p is exp2 of them
+    o_   offsets within a tile or a tensor    M, N      axes of queries and keys: BLOCK_M, o_m
+    m0   the first query of a tile (j0, n0    cu, cu_k  where packed sequences begin in q, in k
+         key, s0 split)                       lse       the log-sum-exp of the scores
 """
 
 import os

@@ -57,9 +57,9 @@ def attention(
         v: like k.
         positions: of the queries, (Sq,) or (batch, Sq), for packed tokens (tokens,); int32 or
             int64.
-        factors: as in `apply_rotary`, or a `Rope`, which holds what ``n_hat``, ``base``,
-            ``interleaved`` and ``attention_factor`` would say.
-        n_hat: as in `apply_rotary`.
+        factors: (P,), one for each pair of dimensions, or a `Rope`, which holds what ``n_hat``,
+            ``base``, ``interleaved`` and ``attention_factor`` would say.
+        n_hat: tokens below this position keep the original embedding; 0 for no threshold.
         causal: a query sees keys with ``j <= s``.
         softmax_scale: multiplies the scores; dim**-0.5 by default.
         window: a query sees keys with ``s - j < window`` (not causal: ``|s - j| < window``).
@@ -72,11 +72,11 @@ def attention(
         key_positions: like positions, of the keys; by default the positions of the queries, which
             needs as many keys as queries.
         lengths: (batch,) or (sequences,), the total length of each sequence, which chooses its
-            factor set, as in `apply_rotary`.
+            factor set, on the device.
         sets: the factor set of each sequence, int32; wins over ``lengths``.
-        base: as in `apply_rotary`.
-        interleaved: as in `apply_rotary`.
-        attention_factor: as in `apply_rotary`.
+        base: ``b`` in ``theta_i = b**(-2i / R)``, ``R = 2P``.
+        interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
+        attention_factor: multiplies the rotated dimensions of q and k.
         layout: "bshd", "bhsd" or "thd".
         k_rotation: where backend "triton" rotates k: "prepass" (once, into a scratch), "registers"
             (in the loop over keys, for few queries), or None for its own rule.

@@ -59,8 +59,9 @@ def decode(
         v_cache: like k_cache.
         cache_lens: (batch,) int32 or int64, how many keys each sequence has, those of this call
             included. A query at a negative slot sees nothing.
-        factors: as in `apply_rotary`, or a `Rope`.
-        n_hat: as in `apply_rotary`.
+        factors: (P,), one for each pair of dimensions, or a `Rope`, which holds what ``n_hat``,
+            ``base``, ``interleaved`` and ``attention_factor`` would say.
+        n_hat: tokens below this position keep the original embedding; 0 for no threshold.
         block_table: (batch, max_blocks) int32: slot j of a sequence lies in row
             ``j % block_size`` of block ``block_table[sequence, j // block_size]``. Entries past
             the length of a sequence are not read.
@@ -77,9 +78,9 @@ def decode(
         softcap: scores become ``softcap * tanh(score / softcap)``.
         k_scale: (kv_heads,) float32, multiplies the keys of a float8 cache; 1 by default.
         v_scale: like k_scale, of the values.
-        base: as in `apply_rotary`.
-        interleaved: as in `apply_rotary`.
-        attention_factor: as in `apply_rotary`.
+        base: ``b`` in ``theta_i = b**(-2i / R)``, ``R = 2P``.
+        interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
+        attention_factor: multiplies the rotated dimensions of q and k.
         return_lse: also return the log-sum-exp of the scores, base e.
         backend: "reference", "native" (CPU; float32, bfloat16 and float16), "triton" or "cuda"
             (CUDA; bfloat16 and float16, and float8 caches), or None for the first that can serve,

@@ -45,7 +45,7 @@ def rerotate_(
             several.
         new_sets: (batch,) int32, the same of ``new``.
         layout: "bshd", "bhsd" or "thd"; "thd" is one sequence.
-        backend: as in `apply_rotary`.
+        backend: one that `apply_rotary` knows, or None for the fastest that can serve.
 
     Returns:
         k_cache.

@@ -68,8 +68,8 @@ def apply_rotary(
             count last; ``lengths`` and ``sets`` are then (sequences,).
         inplace: write into q and k and return them. Refused on a leaf that requires grad and on
             memory that q and k share (not detected under ``torch.compile``).
-        backend: "reference", "native" (CPU), "triton" (CUDA), or None for the fastest that can
-            serve (``longrope info`` prints the table). A named backend runs or raises.
+        backend: "reference", "native" (CPU), "triton" or "cuda" (CUDA), or None for the fastest
+            that can serve (``longrope info`` prints the table). A named backend runs or raises.
 
     Returns:
         The rotated q and k (None where k is), of the shapes and dtypes given.

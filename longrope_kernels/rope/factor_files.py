@@ -112,7 +112,7 @@ def from_arrays(
             without it has 1.
         n_hat: as in `Rope.longrope`; a GGUF file has none.
         base: the file's ``rope.freq_base``.
-        interleaved: as in `Rope`.
+        interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
 
     Raises:
         ValueError, TypeError: naming the array or argument that is missing or wrong.

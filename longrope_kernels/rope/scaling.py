@@ -47,9 +47,9 @@ def linear(
     Args:
         rotary_dim: R, the number of rotated dimensions of a head.
         factor: the extension ratio s.
-        n_hat: as in `FactorSet`.
-        base: as in `Rope`.
-        interleaved: as in `Rope`.
+        n_hat: tokens below it keep the original embedding; 0 for no threshold.
+        base: ``b`` of the frequencies ``b**(-i / P)`` of P pairs.
+        interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
 
     Raises:
         ValueError, TypeError: naming the argument that is out of range; so in all of this module.
@@ -73,9 +73,9 @@ def ntk_aware(
     Args:
         rotary_dim: R, at least 4.
         factor: of the slowest pair; the fastest keeps its frequency.
-        n_hat: as in `FactorSet`.
+        n_hat: tokens below it keep the original embedding; 0 for no threshold.
         base: the original one.
-        interleaved: as in `Rope`.
+        interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
     """
     factors = formulas.ntk_factors(_pairs(rotary_dim), factor)
     return Rope((FactorSet(factors, n_hat),), base, interleaved)
@@ -102,9 +102,9 @@ def dynamic_ntk(
         factor: of the config, not that of the length.
         max_position_embeddings: in tokens, what the model was trained for.
         length: in tokens, cached and new.
-        n_hat: as in `FactorSet`.
+        n_hat: tokens below it keep the original embedding; 0 for no threshold.
         base: the original one.
-        interleaved: as in `Rope`.
+        interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
     """
     pairs = _pairs(rotary_dim)
     factors = formulas.dynamic_ntk_factors(pairs, factor, max_position_embeddings, length)
@@ -140,9 +140,9 @@ def yarn(
             ``m(c) = 0.1 c ln s + 1``; else it is ``m(1)``.
         mscale_all_dim: see ``mscale``.
         attention_factor: overrides that formula.
-        n_hat: as in `FactorSet`.
+        n_hat: tokens below it keep the original embedding; 0 for no threshold.
         base: the original one, above 1.
-        interleaved: as in `Rope`.
+        interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
     """
     factors = formulas.yarn_factors(
         _pairs(rotary_dim),
@@ -177,9 +177,9 @@ def llama3(
         low_freq_factor: in turns.
         high_freq_factor: in turns; pairs with more keep their frequency.
         original_max_position_embeddings: in tokens.
-        n_hat: as in `FactorSet`.
+        n_hat: tokens below it keep the original embedding; 0 for no threshold.
         base: the original one (Llama 3: 500000).
-        interleaved: as in `Rope`.
+        interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
     """
     factors = formulas.llama3_factors(
         _pairs(rotary_dim),
@@ -211,8 +211,8 @@ def proportional(
         partial_rotary_factor: the share of pairs that turn, from 0 to 1.
         factor: of those.
         n_hat: as in `FactorSet`; below it all pairs turn, as in the original embedding.
-        base: as in `Rope`.
-        interleaved: as in `Rope`.
+        base: ``b`` of the frequencies ``b**(-i / P)`` of P pairs.
+        interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
     """
     pairs = _pairs(head_dim, "head_dim")
     factors = formulas.proportional_factors(pairs, partial_rotary_factor, factor)
@@ -246,7 +246,7 @@ def longrope2(
         attention_factor: as in `Rope.longrope`.
         n_hat: as in `Rope.longrope`.
         base: the original one.
-        interleaved: as in `Rope`.
+        interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
     """
     pairs = _pairs(rotary_dim)
     return Rope.longrope(

@@ -27,7 +27,7 @@ class Tables(NamedTuple):
     attention_factor: torch.Tensor  # (S,) float64
     max_length: torch.Tensor  # (S,) int64
     inv_freq: torch.Tensor  # (S, 2, P) float64, radians per token
-    interleaved: bool  # as in `Rope`
+    interleaved: bool  # pairs are dimensions (2i, 2i + 1) instead of (i, i + P)
 
     @property
     def sets(self) -> int:
@@ -55,9 +55,9 @@ def make_tables(sets: Sequence[FactorSet], base: float, interleaved: bool) -> Ta
     """The tables on the host, in extended precision.
 
     Args:
-        sets: as in `Rope`.
-        base: as in `Rope`.
-        interleaved: as in `Rope`.
+        sets: with ascending ``max_length`` and the same number of factors each.
+        base: ``b`` of the frequencies ``b**(-i / P)`` of P pairs.
+        interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
     """
     host = torch.device("cpu")
     inv_freq, steps = [], []
@@ -79,7 +79,7 @@ def make_tables(sets: Sequence[FactorSet], base: float, interleaved: bool) -> Ta
 
 
 def sets_of_lengths(lengths: torch.Tensor, max_length: torch.Tensor) -> torch.Tensor:
-    """As `Rope.set_index`, on the device: the set of each length, int64 of its shape.
+    """The first set that serves each length, else the last: int64 of its shape, on the device.
 
     Args:
         lengths: any shape, int32 or int64.

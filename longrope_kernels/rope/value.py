@@ -70,8 +70,8 @@ class Rope:
 
         Args:
             rotary_dim: R, the number of rotated dimensions of a head; even.
-            base: as in `Rope`.
-            interleaved: as in `Rope`.
+            base: ``b`` of the frequencies ``b**(-i / P)`` of P pairs.
+            interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
         """
         if not is_int(rotary_dim) or rotary_dim < 2 or rotary_dim % 2:
             raise ValueError(f"rotary_dim: expected an even number above 0, got {rotary_dim!r}")
@@ -101,8 +101,8 @@ class Rope:
                 ``s <= 1``. Needed unless ``attention_factor`` is given.
             attention_factor: overrides that formula; one for both sets, or (short, long).
             n_hat: threshold, see `FactorSet`; one for both sets, or (short, long).
-            base: as in `Rope`.
-            interleaved: as in `Rope`.
+            base: ``b`` of the frequencies ``b**(-i / P)`` of P pairs.
+            interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
         """
         original = original_max_position_embeddings
         _check_length("original_max_position_embeddings", original, 2)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..rope import FactorSet, Rope, scaling
 from ..rope.files import SIDECAR
-from . import cli, plots
+from . import arguments, plots
 from .base import Iteration, Search
 from .distributed import start_ranks
 from .documents import Document, Encode, encoder, read_documents
@@ -43,7 +43,7 @@ EVALUATION = "evaluation.json"
 # -------------------------------------------------------------------------------------- search
 
 
-def search(told: cli.Search) -> None:
+def search(told: arguments.Search) -> None:
     """``longrope search``."""
     start_ranks()
     source, encode = _opened(told.given)
@@ -89,7 +89,7 @@ def _measured(
     return documents, TransformersLosses(load_model(Path(given.model), given.device, given.dtype))
 
 
-def _space(source: Source, told: cli.Search, options: Options) -> SearchSpace:
+def _space(source: Source, told: arguments.Search, options: Options) -> SearchSpace:
     stage, reached = source.stage, source.trained
     if told.start is not None:
         if told.start_length is None:
@@ -121,7 +121,7 @@ def _space(source: Source, told: cli.Search, options: Options) -> SearchSpace:
 # ------------------------------------------------------------------------------------- readjust
 
 
-def readjust(told: cli.Readjust) -> None:
+def readjust(told: arguments.Readjust) -> None:
     """``longrope readjust``."""
     start_ranks()
     source, encode = _opened(told.given)
@@ -160,7 +160,7 @@ def readjust(told: cli.Readjust) -> None:
 # --------------------------------------------------------------------------------------- extend
 
 
-def extend(told: cli.Extend) -> None:
+def extend(told: arguments.Extend) -> None:
     """``longrope extend``."""
     start_ranks()
     out = told.out
@@ -188,7 +188,7 @@ def extend(told: cli.Extend) -> None:
 # ------------------------------------------------------------------------------------- evaluate
 
 
-def evaluate(told: cli.Evaluate) -> None:
+def evaluate(told: arguments.Evaluate) -> None:
     """``longrope evaluate``."""
     lengths, passkey, out = told.lengths, told.passkey, told.out
     source, encode = _opened(told.given)
@@ -257,7 +257,7 @@ def _by_text(values: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, f
 # ----------------------------------------------------------------------------------------- plot
 
 
-def plot(told: cli.Plot) -> None:
+def plot(told: arguments.Plot) -> None:
     """``longrope plot``."""
     _plot(told.folder)
 

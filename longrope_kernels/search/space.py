@@ -63,7 +63,7 @@ class SearchSpace:
             lower. Not together with ``stage``: those factors are of the whole extension.
         upper: the largest ``lambda``, in place of ``1.25 ratio``; a readjustment for short lengths
             lowers it.
-        interleaved: as in `Rope`.
+        interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
 
     Raises:
         ValueError, TypeError: naming the attribute that is out of range.

@@ -18,7 +18,7 @@ from .device import (
     strided,
 )
 
-# As in csrc/cuda/decode.h: keys of a tile, and rows of a block.
+# Keys of a tile, and rows of a block; csrc/cuda/decode.h has the same.
 _TILE = 64
 _ROWS = 8
 # Blocks that run on a multiprocessor at once, by the largest head_dim of a kernel.
