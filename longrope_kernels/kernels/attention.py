@@ -200,23 +200,15 @@ def _load_k(
 
 @triton.jit
 def _attend(
-    acc,
-    top,
-    total,
-    q,
-    k,
-    v,
-    key_positions,
-    rope,
-    i_set,
-    slot,
+    state,
     begin,
     end,
-    keys,
-    first_key,
-    window,
-    scale,
-    cap,
+    q,
+    of_keys,
+    rope,
+    i_set,
+    mask,
+    scores,
     DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -228,9 +220,15 @@ def _attend(
 ):
     """Online softmax over the keys from begin to end. Without MASKED all queries see all of them.
 
-    acc: plain pieces (BLOCK_M, D). top, total: (BLOCK_M,), the largest score (in units of log 2)
-    and the sum of the weights relative to it.
+    state: plain pieces (BLOCK_M, D), and two (BLOCK_M,), the largest score (in units of log 2) and
+    the sum of the weights relative to it. of_keys: (pointer, token stride) of k and of v, (pointer
+    or None, stride) of their positions. mask: the slots of the queries, the number of keys, the
+    first that is seen, the window. scores: scale and cap.
     """
+    acc, top, total = state
+    k, v, key_positions = of_keys
+    slot, keys, first_key, window = mask
+    scale, cap = scores
     o_n = tl.arange(0, BLOCK_N)
     for j0 in range(begin, end, BLOCK_N):
         exist = None
@@ -362,99 +360,32 @@ def attention_kernel(
         m0, queries, keys, first_key, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
     )
 
-    of_head_k = (k[0] + i_b * k[1] + begin_k * k[2] + i_hk * k[3], k[2])
-    of_head_v = (v[0] + i_b * v[1] + begin_k * v[2] + i_hk * v[3], v[2])
+    k_of_head = (k[0] + i_b * k[1] + begin_k * k[2] + i_hk * k[3], k[2])
+    v_of_head = (v[0] + i_b * v[1] + begin_k * v[2] + i_hk * v[3], v[2])
     n_k = (None, 0)
     if key_positions[0] is not None:
-        n_k = (
-            key_positions[0] + i_b * key_positions[1] + begin_k * key_positions[2],
-            key_positions[2],
-        )
-    slot = o_m + shift
-    acc = zero_pieces(BLOCK_M, 0, DIM, False)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+        p_n = key_positions[0] + i_b * key_positions[1] + begin_k * key_positions[2]
+        n_k = (p_n, key_positions[2])
+    of_keys = (k_of_head, v_of_head, n_k)
+    mask = (o_m + shift, keys, first_key, window)
+    scores = (scale, cap)
+    state = (
+        zero_pieces(BLOCK_M, 0, DIM, False),
+        tl.full((BLOCK_M,), float("-inf"), tl.float32),
+        tl.zeros((BLOCK_M,), tl.float32),
+    )
     if WINDOW or kv_start[0] is not None:
-        acc, top, total = _attend(
-            acc,
-            top,
-            total,
-            b_q,
-            of_head_k,
-            of_head_v,
-            n_k,
-            rope,
-            i_set,
-            slot,
-            low,
-            all_low,
-            keys,
-            first_key,
-            window,
-            scale,
-            cap,
-            DIM,
-            PAIRS,
-            INTERLEAVED,
-            CAUSAL,
-            WINDOW,
-            SOFTCAP,
-            True,
-            BLOCK_N,
+        state = _attend(
+            *(state, low, all_low, b_q, of_keys, rope, i_set, mask, scores),
+            *(DIM, PAIRS, INTERLEAVED, CAUSAL, WINDOW, SOFTCAP, True, BLOCK_N),
         )
-    acc, top, total = _attend(
-        acc,
-        top,
-        total,
-        b_q,
-        of_head_k,
-        of_head_v,
-        n_k,
-        rope,
-        i_set,
-        slot,
-        all_low,
-        all_high,
-        keys,
-        first_key,
-        window,
-        scale,
-        cap,
-        DIM,
-        PAIRS,
-        INTERLEAVED,
-        CAUSAL,
-        WINDOW,
-        SOFTCAP,
-        False,
-        BLOCK_N,
+    state = _attend(
+        *(state, all_low, all_high, b_q, of_keys, rope, i_set, mask, scores),
+        *(DIM, PAIRS, INTERLEAVED, CAUSAL, WINDOW, SOFTCAP, False, BLOCK_N),
     )
     acc, top, total = _attend(
-        acc,
-        top,
-        total,
-        b_q,
-        of_head_k,
-        of_head_v,
-        n_k,
-        rope,
-        i_set,
-        slot,
-        all_high,
-        high,
-        keys,
-        first_key,
-        window,
-        scale,
-        cap,
-        DIM,
-        PAIRS,
-        INTERLEAVED,
-        CAUSAL,
-        WINDOW,
-        SOFTCAP,
-        True,
-        BLOCK_N,
+        *(state, all_high, high, b_q, of_keys, rope, i_set, mask, scores),
+        *(DIM, PAIRS, INTERLEAVED, CAUSAL, WINDOW, SOFTCAP, True, BLOCK_N),
     )
 
     empty = total == 0.0
