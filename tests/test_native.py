@@ -10,6 +10,7 @@ import torch
 
 from longrope_kernels import FactorSet, Rope, apply_rotary
 from longrope_kernels.backends import native
+from longrope_kernels.calls.records import RotaryCall, Selection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,8 +25,8 @@ def rotate(
     """x (B, S, H, D) by one instruction set, as both q and k would be."""
     out = x if inplace else torch.full_like(x, torch.nan)
     no_k = x[:, :, :0]
-    rotation = rope.tables(x.device)
-    native.rotary(x, no_k, out, no_k, positions, rotation, None, False, instruction_set)
+    call = RotaryCall(x, no_k, positions, rope.tables(x.device), Selection())
+    native.rotary(call, out, no_k, instruction_set)
     return out
 
 

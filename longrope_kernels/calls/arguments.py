@@ -39,19 +39,19 @@ def check_layout(layout: str) -> tuple[str, ...]:
 def check_heads(name: str, x: torch.Tensor, layout: str, rotary_dim: int) -> None:
     """x is a floating tensor of ``layout`` with a unit last stride and room for the rotation."""
     axes = check_layout(layout)
-    if x.dim() != len(axes):
+    shape = x.shape
+    if len(shape) != len(axes):
         raise ValueError(
-            f"{name}: expected shape ({', '.join(axes)}) for layout {layout!r}, "
-            f"got {tuple(x.shape)}"
+            f"{name}: expected shape ({', '.join(axes)}) for layout {layout!r}, got {tuple(shape)}"
         )
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
-    if x.shape[-1] < rotary_dim:
+    if shape[-1] < rotary_dim:
         raise ValueError(
             f"{name}: expected a last dimension of at least {rotary_dim} (2 * len(factors)), "
-            f"got {x.shape[-1]}"
+            f"got {shape[-1]}"
         )
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    if x.stride()[-1] != 1 and shape[-1] > 1:
         raise ValueError(
             f"{name}: expected a unit stride in the last dimension, got strides {x.stride()}; "
             f"pass {name}.contiguous()"

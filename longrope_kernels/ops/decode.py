@@ -9,6 +9,7 @@ import torch
 
 from ..backends import choose, reference
 from ..calls import arguments, autocast, schema, values
+from ..calls.memory import device_type
 from ..calls.records import DecodeCall, Keys, Selection
 from ..rope.tables import Tables
 from ..rope.value import Rope
@@ -127,7 +128,7 @@ def decode(
         v_scale=v_scale,
     )
     call = DecodeCall(q, keys, tables, selection, scores)
-    name = choose.choose_decode(backend, q.device.type, q.dtype, k_cache.dtype, dim)
+    name = choose.choose_decode(backend, device_type(q), q.dtype, k_cache.dtype, dim)
     if name == "reference":
         values.check_decode(call)
         with autocast.off(q):
