@@ -25,11 +25,12 @@ def rotary(call: RotaryCall, q_out: torch.Tensor, k_out: torch.Tensor) -> Record
     """RotaryCall."""
     q, k, positions, of_rope, chosen, conjugate = call
     shape = q.shape
+    q_rows, k_rows = token_rows(q), token_rows(k)
     return (
         TYPES[q.dtype],
         shape,
-        _heads(q, q_out, shape[2]),
-        _heads(k, k_out, k.shape[2]),
+        (q_rows, q_rows if q_out is q else token_rows(q_out), shape[2]),
+        (k_rows, k_rows if k_out is k else token_rows(k_out), k.shape[2]),
         integers(positions),
         tables(of_rope),
         selection(chosen, shape[0]),
@@ -126,8 +127,3 @@ def integers(x: torch.Tensor | None) -> Record:
 
 def _scales(x: torch.Tensor | None) -> Record:
     return _NO_SCALES if x is None else (x.data_ptr(), x.stride())
-
-
-def _heads(x: torch.Tensor, out: torch.Tensor, heads: int) -> Record:
-    rows = token_rows(x)
-    return rows, rows if out is x else token_rows(out), heads

@@ -73,10 +73,13 @@ def check_like(
         raise ValueError(
             f"{name}: expected the device of {other_name}, {other.device}, got {x.device}"
         )
-    for axis, got, wanted in zip(LAYOUTS[layout], x.shape, other.shape, strict=True):
+    sizes, others = x.shape, other.shape
+    if sizes == others:
+        return
+    for axis, got, wanted in zip(LAYOUTS[layout], sizes, others, strict=True):
         if got != wanted and axis not in free:
             raise ValueError(
-                f"{name}: expected {axis} {wanted} as in {other_name}, got shape {tuple(x.shape)}"
+                f"{name}: expected {axis} {wanted} as in {other_name}, got shape {tuple(sizes)}"
             )
 
 

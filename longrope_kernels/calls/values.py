@@ -12,6 +12,7 @@ from .records import AttentionCall, DecodeCall, RotaryCall, Selection
 
 # So many numbers are read faster one by one than reduced by torch.
 _FEW = 64
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def check_rotary(call: RotaryCall) -> None:
@@ -142,4 +143,4 @@ def readable(x: torch.Tensor) -> bool:
 
 def is_plain(x: torch.Tensor) -> bool:
     """Whether x is torch's own class, which has data, and no stand-in such as a fake tensor."""
-    return type(x) in (torch.Tensor, torch.nn.Parameter)
+    return type(x) in _PLAIN
