@@ -12,6 +12,7 @@ import measure
 import pytest
 import test_attention
 import test_decode
+import test_host
 import test_models
 import test_rotary
 import test_search
@@ -23,7 +24,7 @@ from table import lines
 import longrope_kernels
 
 # Rows of attention take longest: of one rank they come after those of the rotation and decoding.
-BENCHMARKS = (test_rotary, test_decode, test_attention, test_models, test_search)
+BENCHMARKS = (test_rotary, test_host, test_decode, test_attention, test_models, test_search)
 BEGIN = time.monotonic()
 ITEMS: list[pytest.Item] = []
 FINISHED: set[str] = set()  # their node ids

@@ -21,6 +21,7 @@ import rotations
 import speeds
 import test_attention as attention_rows
 import test_decode as decode_rows
+import test_host as host_rows
 import test_models as model_rows
 import test_rotary as rotary_rows
 from ropes import WrongResultError
@@ -33,6 +34,7 @@ __all__ = [
     "copies",
     "decode_rows",
     "decodes",
+    "host_rows",
     "measure",
     "memory",
     "model_rows",

@@ -25,6 +25,7 @@ from benchmark_modules import (
     decode_rows,
     decodes,
     forget_inputs,
+    host_rows,
     measure,
     memory,
     parameters,
@@ -478,3 +479,40 @@ def test_the_least_important_rows_come_last() -> None:
     first = [next(i for i, x in enumerate(rows) if f"test_{name}.py" in x) for name in KINDS]
     assert first == sorted(first)
     assert max(usual) < first[KINDS.index("attention")]
+
+
+# --------------------------------------------------------------------------------------- host time
+
+
+@pytest.mark.parametrize("name", host_rows.NAMES)
+def test_rows_of_host_time_are_many_calls_of_one_token(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    timed = host_rows.prepared(name)
+    assert timed.amount == host_rows.CALLS
+    calls = []
+    inner = host_rows.native.rotary, host_rows.native.decode
+
+    def spy(index: int) -> Callable[..., None]:
+        def call(of: Any, *out: torch.Tensor) -> None:
+            calls.append(index)
+            assert of.q.shape == (1, 1, host_rows.HEADS, host_rows.DIM)
+            assert (index == 0 and out[0] is of.q) == (name == host_rows.INPLACE)
+            inner[index](of, *out)
+
+        return call
+
+    monkeypatch.setattr(host_rows.native, "rotary", spy(0))
+    monkeypatch.setattr(host_rows.native, "decode", spy(1))
+    timed.run(*timed.arguments())
+    expected = [] if name == host_rows.ADD else [int(name == host_rows.DECODE)] * host_rows.CALLS
+    assert calls == expected
+
+
+@pytest.mark.parametrize("name", [host_rows.FORWARD, host_rows.INPLACE, host_rows.DECODE])
+def test_a_wrong_row_of_host_time_fails(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    part = "decode" if name == host_rows.DECODE else "rotary"
+    monkeypatch.setattr(host_rows.native, part, lambda *_: None)
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
+    with pytest.raises(WrongResultError, match=f"{name}, q: error"):
+        host_rows.prepared(name)

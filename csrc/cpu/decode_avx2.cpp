@@ -3,6 +3,6 @@
 
 namespace longrope_cpu {
 
-void decode_avx2(const DecodeArguments& arguments) { longrope::decode_of_type(arguments); }
+void decode_avx2(const DecodeCall& call, int threads) { longrope::decode_of_type(call, threads); }
 
 }  // namespace longrope_cpu

@@ -3,6 +3,8 @@
 
 namespace longrope_cpu {
 
-void decode_baseline(const DecodeArguments& arguments) { longrope::decode_of_type(arguments); }
+void decode_baseline(const DecodeCall& call, int threads) {
+  longrope::decode_of_type(call, threads);
+}
 
 }  // namespace longrope_cpu

@@ -23,7 +23,8 @@
 namespace {
 namespace longrope {
 
-using longrope_cpu::ElementType;
+using longrope_calls::DecodeCall;
+using longrope_calls::ElementType;
 
 constexpr int64_t kWidened = 16;     // keys whose values are widened before they are summed up
 constexpr int kKeyRows = 8;          // of a KV head, at most, where keys are rotated in registers
@@ -40,8 +41,8 @@ inline void with_constant(int64_t n, const Function& function) {
 }
 
 // Consecutive queries of one sequence under one factor set, and what they ask for, in slots;
-// queries and keys stand at slot - start. Row h * queries + t is query t of head h: the rows of a KV
-// head are consecutive.
+// queries and keys stand at slot - start. Row h * queries + t is query t of head h: the rows of a
+// KV head are consecutive.
 struct Part {
   int64_t sequence;
   int64_t first_query;
@@ -63,32 +64,26 @@ struct Item {
   int64_t first_row;  // of the rows of all items
 };
 
-inline int64_t position_at(const DecodeArguments& a, int64_t sequence, int64_t slot,
+inline int64_t position_at(const DecodeCall& a, int64_t sequence, int64_t slot,
                            int64_t start) {
-  if (a.key_positions == nullptr) return slot - start;
+  if (a.keys.positions.data == nullptr) return slot - start;
   if (slot < 0) return 0;  // of a query that sees nothing
-  const int64_t at =
-      sequence * a.key_position_strides[0] + slot * a.key_position_strides[1];
-  return a.key_positions_are_int64 ? static_cast<const int64_t*>(a.key_positions)[at]
-                                   : static_cast<const int32_t*>(a.key_positions)[at];
+  return element(a.keys.positions, sequence, slot);
 }
 
-inline int64_t start_of(const DecodeArguments& a, int64_t sequence) {
-  return a.kv_start == nullptr ? 0 : a.kv_start[sequence];
+inline int64_t start_of(const DecodeCall& a, int64_t sequence) {
+  return a.keys.start.data == nullptr ? 0 : element(a.keys.start, sequence);
 }
 
-// The factor set of query t. Without lengths it takes that of the tokens up to it.
-inline int64_t set_of_query(const DecodeArguments& a, int64_t sequence, int64_t t) {
-  if (a.chosen_sets != nullptr || (a.lengths != nullptr && !a.lengths_are_of_queries)) {
-    return set_of_sequence(a, sequence);
-  }
-  const int64_t tokens = a.cache_lens[sequence] - a.queries + t + 1 - start_of(a, sequence);
-  const int64_t length = a.lengths == nullptr ? tokens : a.lengths[sequence * a.queries + t];
-  return set_of_length(length, a.max_length, a.sets);
+// The factor set of query t.
+inline int64_t set_of_query(const DecodeCall& a, int64_t sequence, int64_t t) {
+  const int64_t tokens =
+      element(a.keys.lens, sequence) - a.queries + t + 1 - start_of(a, sequence);
+  return set_of_query(a.tables, a.selection, sequence, t, tokens);
 }
 
 // Appends the parts of a sequence: one, where its queries do not lie across a boundary.
-inline void add_parts(const DecodeArguments& a, int64_t sequence, std::vector<Part>& parts) {
+inline void add_parts(const DecodeCall& a, int64_t sequence, std::vector<Part>& parts) {
   for (int64_t t = 0; t < a.queries;) {
     Part s;
     s.sequence = sequence;
@@ -97,9 +92,9 @@ inline void add_parts(const DecodeArguments& a, int64_t sequence, std::vector<Pa
     while (++t < a.queries && set_of_query(a, sequence, t) == s.set) {}
     s.queries = t - s.first_query;
     s.start = start_of(a, sequence);
-    s.end = a.cache_lens[sequence] - (a.queries - t);
+    s.end = element(a.keys.lens, sequence) - (a.queries - t);
     s.first_slot = s.end - s.queries;
-    s.begin = a.window > 0 ? std::max(s.start, s.first_slot - a.window + 1) : s.start;
+    s.begin = a.scores.window > 0 ? std::max(s.start, s.first_slot - a.scores.window + 1) : s.start;
     s.begin = std::max<int64_t>(s.begin, 0);
     s.first_row = parts.empty() ? 0 : parts.back().first_row + parts.back().queries * a.heads;
     parts.push_back(s);
@@ -126,15 +121,15 @@ inline int64_t add_items(Part& s, int64_t index, int64_t heads, int64_t first_ro
 template <bool kInterleaved, typename T>
 class Worker {
  public:
-  Worker(const DecodeArguments& a, const Layout& layout)
+  Worker(const DecodeCall& a, const Layout& layout)
       : a_(a),
         layout_(layout),
         groups_(a.kv_heads > 0 ? a.heads / a.kv_heads : 0),
         // Never 0, which would make NaN of the top of a row that sees nothing.
         scale_(std::max(
-            static_cast<float>(kLog2E * (a.softcap > 0.0 ? a.softcap : a.softmax_scale)),
+            static_cast<float>(kLog2E * (a.scores.cap > 0.0 ? a.scores.cap : a.scores.scale)),
             std::numeric_limits<float>::min())),
-        angles_(a),
+        angles_(a.tables),
         cos_(kGroup * layout.row),
         sin_(kGroup * layout.row),
         turned_(kGroup * layout.padded),
@@ -149,12 +144,12 @@ class Worker {
   // Rotates query t of a part, all heads of it, into its rows of q.
   void turn_query(const Part& s, int64_t t, float* q) {
     const int64_t position = position_at(a_, s.sequence, s.first_slot + t, s.start);
-    cos_sin_row(a_, position, s.set, false, cos_.at(0), sin_.at(0));
-    const T* const in = static_cast<const T*>(a_.q) + s.sequence * a_.q_strides[0] +
-                        (s.first_query + t) * a_.q_strides[1];
+    cos_sin_row(a_.tables, position, s.set, false, cos_.at(0), sin_.at(0));
+    const T* const in = static_cast<const T*>(a_.q.data) + s.sequence * a_.q.strides[0] +
+                        (s.first_query + t) * a_.q.strides[1];
     for (int64_t h = 0; h < a_.heads; ++h) {
       float* const row = q + (h * s.queries + t) * layout_.padded;
-      turn_row<kInterleaved>(in + h * a_.q_strides[2], row, cos_.at(0), sin_.at(0), layout_);
+      turn_row<kInterleaved>(in + h * a_.q.strides[2], row, cos_.at(0), sin_.at(0), layout_);
     }
   }
 
@@ -205,8 +200,8 @@ class Worker {
     const bool none = total == 0.0f;
     for (int64_t c = 0; c < width; ++c) sum[c] = none ? 0.0f : sum[c] / total;
     const int64_t h = row / s.queries, t = s.first_query + row % s.queries;
-    T* const out = static_cast<T*>(a_.out) + s.sequence * a_.out_strides[0] +
-                   t * a_.out_strides[1] + h * a_.out_strides[2];
+    T* const out = static_cast<T*>(a_.out.data) + s.sequence * a_.out.strides[0] +
+                   t * a_.out.strides[1] + h * a_.out.strides[2];
     int64_t c = 0;
     for (; c + 2 * kWidth <= a_.dim; c += 2 * kWidth) {
       store_two(out + c, load(sum + c), load(sum + c + kWidth));
@@ -228,15 +223,14 @@ class Worker {
 
   void find_slot(int64_t sequence, int64_t slot, int64_t j) {
     int64_t outer = sequence, inner = slot;
-    if (a_.block_table != nullptr) {
-      outer = a_.block_table[sequence * a_.block_table_strides[0] +
-                             slot / a_.block_size * a_.block_table_strides[1]];
-      inner = slot % a_.block_size;
+    if (a_.keys.block_table.data != nullptr) {
+      outer = element(a_.keys.block_table, sequence, slot / a_.keys.slots);
+      inner = slot % a_.keys.slots;
     }
-    keys_[j] = static_cast<const T*>(a_.keys) + outer * a_.key_strides[0] +
-               inner * a_.key_strides[1];
-    values_[j] = static_cast<const T*>(a_.values) + outer * a_.value_strides[0] +
-                 inner * a_.value_strides[1];
+    keys_[j] = static_cast<const T*>(a_.keys.k.data) + outer * a_.keys.k.strides[0] +
+               inner * a_.keys.k.strides[1];
+    values_[j] = static_cast<const T*>(a_.keys.v.data) + outer * a_.keys.v.strides[0] +
+                 inner * a_.keys.v.strides[1];
   }
 
   // The scores of the keys [g, g + count) of the tile that begins at slot `begin`.
@@ -257,7 +251,7 @@ class Worker {
   template <typename Fixed>
   void score_keys(Fixed layout, int64_t g, int64_t count, const float* q) {
     with_constant<kKeyRows>(group_rows_, [&](auto rows) {
-      const int64_t heads = a_.kv_heads, key_stride = a_.key_strides[2];
+      const int64_t heads = a_.kv_heads, key_stride = a_.keys.k.strides[2];
       for (int64_t j = 0; j < count; ++j) {
         const T* key = keys_[g + j];
         const T* ahead = keys_[std::min(g + j + 1, known_ - 1)];
@@ -285,7 +279,7 @@ class Worker {
     for (int64_t h = 0; h < a_.kv_heads; ++h) {
       for (int64_t j = 0; j < count; ++j) {
         prefetch_ahead(h, g + j);
-        turn_row<kInterleaved>(keys_[g + j] + h * a_.key_strides[2], turned_.at(j * padded),
+        turn_row<kInterleaved>(keys_[g + j] + h * a_.keys.k.strides[2], turned_.at(j * padded),
                                cos_.at(j * layout_.row), sin_.at(j * layout_.row), layout_);
       }
       const int64_t end = (h + 1) * group_rows_;
@@ -303,18 +297,20 @@ class Worker {
   // slower.
   LONGROPE_ALWAYS_INLINE void prefetch_ahead(int64_t h, int64_t j) {
     const int64_t next = std::min(j + kGroup, known_ - 1);
-    prefetch_row<3>(keys_[next] + h * a_.key_strides[2], a_.dim);
-    prefetch_row<2>(values_[j] + h * a_.value_strides[2], a_.dim);
+    prefetch_row<3>(keys_[next] + h * a_.keys.k.strides[2], a_.dim);
+    prefetch_row<2>(values_[j] + h * a_.keys.v.strides[2], a_.dim);
   }
 
   // Hides what a row does not see, and turns its scores into weights.
   void weigh_row(const Part& s, int64_t begin, int64_t keys, int64_t row, float* sums,
                  Softmax& state) {
     float* const scores = scores_.at(row * kTile);
-    if (a_.softcap > 0.0) cap_scores(scores, static_cast<float>(a_.softmax_scale / a_.softcap));
+    if (a_.scores.cap > 0.0) {
+      cap_scores(scores, static_cast<float>(a_.scores.scale / a_.scores.cap));
+    }
     const int64_t slot = s.first_slot + row % s.queries;
     const int64_t last = std::min(keys, slot + 1 - begin);
-    const int64_t first = a_.window > 0 ? slot - a_.window + 1 - begin : 0;
+    const int64_t first = a_.scores.window > 0 ? slot - a_.scores.window + 1 - begin : 0;
     for (int64_t j = 0; j < std::min(first, kTile); ++j) scores[j] = -kInfinity;
     for (int64_t j = std::max<int64_t>(last, 0); j < kTile; ++j) scores[j] = -kInfinity;
     const float rescale = update_softmax(scores, scale_, state);
@@ -325,8 +321,8 @@ class Worker {
 
   // Adds the weighted values of the keys [g, g + count) of the tile, and asks for the next head's.
   void add_values(int64_t h, int64_t g, int64_t count, float* sums) {
-    const int64_t offset = h * a_.value_strides[2];
-    const int64_t ahead = h + 1 < a_.kv_heads ? a_.value_strides[2] : 0;
+    const int64_t offset = h * a_.keys.v.strides[2];
+    const int64_t ahead = h + 1 < a_.kv_heads ? a_.keys.v.strides[2] : 0;
     const float* const weights = scores_.at(h * group_rows_ * kTile + g);
     float* const group_sums = sums + h * group_rows_ * layout_.values;
     if (widens_values_) {
@@ -357,7 +353,7 @@ class Worker {
     }
   }
 
-  const DecodeArguments& a_;
+  const DecodeCall& a_;
   const Layout layout_;
   const int64_t groups_;  // heads of a KV head
   const float scale_;  // of scores, to base 2
@@ -379,7 +375,7 @@ class Worker {
 
 // The steps in the order in which turn_vectors reads pairs.
 template <bool kInterleaved, typename T>
-std::vector<uint64_t> steps_in_order(const DecodeArguments& a) {
+std::vector<uint64_t> steps_in_order(const Tables& a) {
   std::vector<uint64_t> steps(a.steps, a.steps + 2 * a.sets * a.pairs);
   if (kInterleaved || !kEvenOdd<T>) return steps;
   for (int64_t row = 0; row < 2 * a.sets; ++row) {
@@ -394,11 +390,11 @@ std::vector<uint64_t> steps_in_order(const DecodeArguments& a) {
 }
 
 template <bool kInterleaved, typename T>
-void decode_of(const DecodeArguments& given) {
-  DecodeArguments a = given;
-  const std::vector<uint64_t> steps = steps_in_order<kInterleaved, T>(given);
-  a.steps = steps.data();
-  const Layout layout(a.dim, a.pairs);
+void decode_of(const DecodeCall& given, int threads) {
+  DecodeCall a = given;
+  const std::vector<uint64_t> steps = steps_in_order<kInterleaved, T>(given.tables);
+  a.tables.steps = steps.data();
+  const Layout layout(a.dim, a.tables.pairs);
   std::vector<Part> parts;
   std::vector<int64_t> part_of_query;
   std::vector<Item> items;
@@ -409,12 +405,12 @@ void decode_of(const DecodeArguments& given) {
     item_rows = add_items(parts[i], i, a.heads, item_rows, items);
   }
   const int64_t count = static_cast<int64_t>(items.size());
-  const int64_t queries = a.batch * a.queries;
+  const int64_t queries = int64_t{a.batch} * a.queries;
   Floats q(queries * a.heads * layout.padded);
   Floats sums(item_rows * layout.values);
   const std::unique_ptr<Softmax[]> states(new Softmax[item_rows]);
 
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Worker<kInterleaved, T> worker(a, layout);
 #pragma omp for schedule(static)
@@ -440,18 +436,18 @@ void decode_of(const DecodeArguments& given) {
 }
 
 template <typename T>
-void decode_of(const DecodeArguments& a) {
-  a.interleaved ? decode_of<true, T>(a) : decode_of<false, T>(a);
+void decode_of(const DecodeCall& a, int threads) {
+  a.tables.interleaved ? decode_of<true, T>(a, threads) : decode_of<false, T>(a, threads);
 }
 
-inline void decode_of_type(const DecodeArguments& a) {
+inline void decode_of_type(const DecodeCall& a, int threads) {
   switch (a.type) {
     case ElementType::kFloat32:
-      return decode_of<float>(a);
+      return decode_of<float>(a, threads);
     case ElementType::kBFloat16:
-      return decode_of<BFloat16>(a);
+      return decode_of<BFloat16>(a, threads);
     case ElementType::kFloat16:
-      return decode_of<Float16>(a);
+      return decode_of<Float16>(a, threads);
   }
 }
 

@@ -6,13 +6,10 @@
 #include <type_traits>
 #include <vector>
 
-#include "../rotation.h"
-#include "decode.h"
+#include "../selection.h"
 
 namespace {
 namespace longrope {
-
-using longrope_cpu::DecodeArguments;
 
 constexpr int64_t kGroup = 4;  // keys that are rotated before they meet the queries
 
@@ -23,9 +20,9 @@ constexpr int64_t kGroup = 4;  // keys that are rotated before they meet the que
 template <typename T>
 class KeyAngles {
  public:
-  explicit KeyAngles(const DecodeArguments& a)
-      : a_(a),
-        pairs_(a.pairs),
+  explicit KeyAngles(const Tables& tables)
+      : tables_(tables),
+        pairs_(tables.pairs),
         cos_(pairs_),
         sin_(pairs_),
         group_cos_(pairs_),
@@ -39,7 +36,7 @@ class KeyAngles {
   // Writes a * cos and a * sin of the keys at count <= kGroup positions; rows are `row` apart.
   void write(const int64_t* positions, int64_t count, int64_t set, float* cos, float* sin,
              int64_t row) {
-    const int64_t n_hat = a_.n_hat[set];
+    const int64_t n_hat = tables_.n_hat[set];
     bool together = below_threshold(positions[0], n_hat) ==
                     below_threshold(positions[count - 1], n_hat);
     for (int64_t j = 1; j < count; ++j) together = together && positions[j] == positions[0] + j;
@@ -56,11 +53,12 @@ class KeyAngles {
 
   void write_group(int64_t position, int64_t count, int64_t set, float* cos, float* sin,
                    int64_t row) {
-    const bool original = below_threshold(position, a_.n_hat[set]);
-    const uint64_t* const steps = a_.steps + (2 * set + (original ? 0 : 1)) * pairs_;
+    const bool original = below_threshold(position, tables_.n_hat[set]);
+    const uint64_t* const steps = tables_.steps + (2 * set + (original ? 0 : 1)) * pairs_;
     if (steps != steps_) set_steps(steps);
     if (position != next_) {
-      cos_sin_row(position, original ? 1.0 : a_.attention_factor[set], cos_.data(), sin_.data());
+      const double factor = original ? 1.0 : tables_.attention_factor[set];
+      cos_sin_row(position, factor, cos_.data(), sin_.data());
     }
     for (int64_t i = 0; i < pairs_; ++i) cos[i] = static_cast<float>(cos_[i]);
     for (int64_t i = 0; i < pairs_; ++i) sin[i] = static_cast<float>(sin_[i]);
@@ -109,7 +107,7 @@ class KeyAngles {
     }
   }
 
-  const DecodeArguments& a_;
+  const Tables& tables_;
   const int64_t pairs_;
   const uint64_t* steps_ = nullptr;
   int64_t next_ = kNowhere;         // the position that the next two are for

@@ -3,6 +3,6 @@
 
 namespace longrope_cpu {
 
-void rotary_avx2(const RotaryArguments& arguments) { longrope::rotary_of_type(arguments); }
+void rotary_avx2(const RotaryCall& call, int threads) { longrope::rotary_of_type(call, threads); }
 
 }  // namespace longrope_cpu

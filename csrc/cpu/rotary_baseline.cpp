@@ -3,6 +3,8 @@
 
 namespace longrope_cpu {
 
-void rotary_baseline(const RotaryArguments& arguments) { longrope::rotary_of_type(arguments); }
+void rotary_baseline(const RotaryCall& call, int threads) {
+  longrope::rotary_of_type(call, threads);
+}
 
 }  // namespace longrope_cpu

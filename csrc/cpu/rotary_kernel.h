@@ -16,31 +16,11 @@
 namespace {
 namespace longrope {
 
-using longrope_cpu::ElementType;
-using longrope_cpu::Heads;
-using longrope_cpu::RotaryArguments;
+using longrope_calls::ElementType;
+using longrope_calls::Heads;
+using longrope_calls::RotaryCall;
 
 constexpr int64_t kBlock = 16;  // tokens; 16 * 64 pairs * 2 floats = 8 KiB of cosines and sines
-
-// Finds the factor set of a token.
-class SetOfToken {
- public:
-  explicit SetOfToken(const RotaryArguments& a) : a_(a) {}
-
-  int64_t operator()(int64_t batch, int64_t token) const {
-    if (a_.lengths == nullptr && a_.chosen_sets == nullptr) return 0;
-    int64_t sequence = batch;
-    if (a_.cu_seqlens != nullptr) {
-      const int64_t* ends = a_.cu_seqlens + 1;
-      sequence = std::upper_bound(ends, ends + a_.sequences, token) - ends;
-      sequence = std::min(sequence, a_.sequences - 1);
-    }
-    return set_of_sequence(a_, sequence);
-  }
-
- private:
-  const RotaryArguments& a_;
-};
 
 template <bool kInterleaved, typename T>
 inline void rotate_vector(const T* in_i, const T* in_j, T* out_i, T* out_j, const float* cos,
@@ -92,17 +72,17 @@ inline void rotate_row(const T* in, T* out, const float* cos, const float* sin, 
 
 // All heads of the tokens [begin, end) of one batch entry; row t of cos and sin is begin + t.
 template <bool kInterleaved, typename T>
-void rotate_block(const RotaryArguments& a, const Heads& x, int64_t batch, int64_t begin,
+void rotate_block(const RotaryCall& a, const Heads& x, int64_t batch, int64_t begin,
                   int64_t end, const float* cos, const float* sin, int64_t row) {
-  const T* in = static_cast<const T*>(x.in) + batch * x.in_strides[0];
-  T* out = static_cast<T*>(x.out) + batch * x.out_strides[0];
+  const T* in = static_cast<const T*>(x.in.data) + batch * x.in.strides[0];
+  T* out = static_cast<T*>(x.out.data) + batch * x.out.strides[0];
   const auto one = [&](int64_t token, int64_t head) {
     const int64_t t = (token - begin) * row;
-    rotate_row<kInterleaved>(in + token * x.in_strides[1] + head * x.in_strides[2],
-                             out + token * x.out_strides[1] + head * x.out_strides[2], cos + t,
-                             sin + t, a.pairs, a.dim);
+    rotate_row<kInterleaved>(in + token * x.in.strides[1] + head * x.in.strides[2],
+                             out + token * x.out.strides[1] + head * x.out.strides[2], cos + t,
+                             sin + t, a.tables.pairs, a.dim);
   };
-  if (x.in_strides[2] <= x.in_strides[1]) {
+  if (x.in.strides[2] <= x.in.strides[1]) {
     for (int64_t token = begin; token < end; ++token)
       for (int64_t head = 0; head < x.heads; ++head) one(token, head);
   } else {
@@ -111,23 +91,16 @@ void rotate_block(const RotaryArguments& a, const Heads& x, int64_t batch, int64
   }
 }
 
-inline int64_t position_at(const RotaryArguments& a, int64_t batch, int64_t token) {
-  const int64_t at = batch * a.position_strides[0] + token * a.position_strides[1];
-  return a.positions_are_int64 ? static_cast<const int64_t*>(a.positions)[at]
-                               : static_cast<const int32_t*>(a.positions)[at];
-}
-
 template <bool kInterleaved, typename T>
-void rotary_of(const RotaryArguments& a) {
-  const int64_t row = round_up(a.pairs);
+void rotary_of(const RotaryCall& a, int threads) {
+  const int64_t row = round_up(a.tables.pairs);
   const int64_t blocks_of_sequence = (a.seq + kBlock - 1) / kBlock;
   const int64_t blocks = a.batch * blocks_of_sequence;
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::vector<float> table(static_cast<size_t>(2 * kBlock * row));
     float* cos = table.data();
     float* sin = cos + kBlock * row;
-    const SetOfToken set_of_token(a);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t batch = block / blocks_of_sequence;
@@ -135,8 +108,9 @@ void rotary_of(const RotaryArguments& a) {
       const int64_t end = std::min(begin + kBlock, a.seq);
       for (int64_t token = begin; token < end; ++token) {
         const int64_t t = (token - begin) * row;
-        cos_sin_row(a, position_at(a, batch, token), set_of_token(batch, token), a.conjugate,
-                    cos + t, sin + t);
+        const int64_t set = set_of_token(a.tables, a.selection, batch, token);
+        cos_sin_row(a.tables, element(a.positions, batch, token), set, a.conjugate, cos + t,
+                    sin + t);
       }
       rotate_block<kInterleaved, T>(a, a.q, batch, begin, end, cos, sin, row);
       rotate_block<kInterleaved, T>(a, a.k, batch, begin, end, cos, sin, row);
@@ -145,18 +119,18 @@ void rotary_of(const RotaryArguments& a) {
 }
 
 template <typename T>
-void rotary_of(const RotaryArguments& a) {
-  a.interleaved ? rotary_of<true, T>(a) : rotary_of<false, T>(a);
+void rotary_of(const RotaryCall& a, int threads) {
+  a.tables.interleaved ? rotary_of<true, T>(a, threads) : rotary_of<false, T>(a, threads);
 }
 
-inline void rotary_of_type(const RotaryArguments& a) {
+inline void rotary_of_type(const RotaryCall& a, int threads) {
   switch (a.type) {
     case ElementType::kFloat32:
-      return rotary_of<float>(a);
+      return rotary_of<float>(a, threads);
     case ElementType::kBFloat16:
-      return rotary_of<BFloat16>(a);
+      return rotary_of<BFloat16>(a, threads);
     case ElementType::kFloat16:
-      return rotary_of<Float16>(a);
+      return rotary_of<Float16>(a, threads);
   }
 }
 

@@ -48,7 +48,8 @@ inline void store(BFloat16* p, Vec v) {
 template <typename T>
 inline void load_pairs(const T* p, Vec& even, Vec& odd) {
   const Vec low = load(p), high = load(p + kWidth);
-  const Vec a = _mm256_permute2f128_ps(low, high, 0x20), b = _mm256_permute2f128_ps(low, high, 0x31);
+  const Vec a = _mm256_permute2f128_ps(low, high, 0x20);
+  const Vec b = _mm256_permute2f128_ps(low, high, 0x31);
   even = _mm256_shuffle_ps(a, b, 0x88);
   odd = _mm256_shuffle_ps(a, b, 0xdd);
 }

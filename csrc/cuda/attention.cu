@@ -15,8 +15,8 @@
 namespace {
 namespace longrope {
 
-using longrope_cuda::AttentionArguments;
-using longrope_cuda::TokenRows;
+using longrope_calls::AttentionCall;
+using longrope_calls::TokenRows;
 
 // How a call is shared out, and its numbers as the kernel wants them.
 struct Tiling {
@@ -46,7 +46,7 @@ struct Work {
 
 // In the order "longest first": tiles from the last, which sees most keys when causal. Heads run
 // fastest, in sections whose k and v fit the L2 cache together.
-__device__ __forceinline__ Work work_of_block(const AttentionArguments& a, const Tiling& tiling) {
+__device__ __forceinline__ Work work_of_block(const AttentionCall& a, const Tiling& tiling) {
   const int place = static_cast<int>(blockIdx.x);
   const int of_section = tiling.tiles * tiling.section;
   const int first_head = place / of_section * tiling.section;
@@ -56,18 +56,18 @@ __device__ __forceinline__ Work work_of_block(const AttentionArguments& a, const
   int tile = tiling.tiles - 1 - in_section / width;
 
   Work work;
-  work.batch = head / static_cast<int>(a.heads);
-  work.head = head % static_cast<int>(a.heads);
+  work.batch = head / a.heads;
+  work.head = head % a.heads;
   work.sequence = work.batch;
   work.begin_q = work.begin_k = 0;
-  work.queries = static_cast<int>(a.queries);
-  work.keys = static_cast<int>(a.keys);
-  if (a.cu_seqlens.data != nullptr) {
+  work.queries = a.queries;
+  work.keys = a.keys.slots;
+  if (a.selection.borders.data != nullptr) {
     // Sequence b has the tiles from cu[b] / kBlockM + b on, at least as many as it needs.
-    int first = 0, last = static_cast<int>(a.sequences) - 1;
+    int first = 0, last = static_cast<int>(a.selection.sequences) - 1;
     while (first < last) {
       const int middle = (first + last + 1) / 2;
-      const int begin = static_cast<int>(integer_at(a.cu_seqlens, middle));
+      const int begin = static_cast<int>(element(a.selection.borders, middle));
       if (begin / kBlockM + middle <= tile) {
         first = middle;
       } else {
@@ -75,10 +75,10 @@ __device__ __forceinline__ Work work_of_block(const AttentionArguments& a, const
       }
     }
     work.sequence = first;
-    work.begin_q = integer_at(a.cu_seqlens, first);
-    work.begin_k = integer_at(a.cu_seqlens_k, first);
-    work.queries = static_cast<int>(integer_at(a.cu_seqlens, first + 1) - work.begin_q);
-    work.keys = static_cast<int>(integer_at(a.cu_seqlens_k, first + 1) - work.begin_k);
+    work.begin_q = element(a.selection.borders, first);
+    work.begin_k = element(a.keys.borders, first);
+    work.queries = static_cast<int>(element(a.selection.borders, first + 1) - work.begin_q);
+    work.keys = static_cast<int>(element(a.keys.borders, first + 1) - work.begin_k);
     tile -= static_cast<int>(work.begin_q) / kBlockM + first;
   }
   work.first_query = tile * kBlockM;
@@ -88,7 +88,7 @@ __device__ __forceinline__ Work work_of_block(const AttentionArguments& a, const
 template <typename T>
 __device__ __forceinline__ T* rows_of(const TokenRows& x, int64_t batch, int64_t token,
                                       int64_t head) {
-  T* const data = static_cast<T*>(const_cast<void*>(x.data));
+  T* const data = static_cast<T*>(x.data);
   return data + batch * x.strides[0] + token * x.strides[1] + head * x.strides[2];
 }
 
@@ -101,28 +101,28 @@ struct Range {
   int first_key;
 };
 
-__device__ __forceinline__ Range keys_of_tile(const AttentionArguments& a, const Work& work,
+__device__ __forceinline__ Range keys_of_tile(const AttentionCall& a, const Work& work,
                                               int window) {
   const int shift = work.keys - work.queries;
   const int first = work.first_query + shift;
   const int last = min(work.first_query + kBlockM, work.queries) - 1 + shift;
   Range range;
   range.first_key = 0;
-  if (a.kv_start.data != nullptr) {
-    const int64_t start = integer_at(a.kv_start, work.sequence);
+  if (a.keys.start.data != nullptr) {
+    const int64_t start = element(a.keys.start, work.sequence);
     range.first_key = static_cast<int>(min(max(start, static_cast<int64_t>(0)),
                                            static_cast<int64_t>(work.keys)));
   }
   range.begin = range.all_begin = range.first_key;
   range.end = range.all_end = work.keys;
-  if (a.causal) {
+  if (a.scores.causal) {
     range.end = min(range.end, last + 1);
     range.all_end = min(range.all_end, first + 1);
   }
   if (window > 0) {
     range.begin = max(range.begin, first - window + 1);
     range.all_begin = max(range.all_begin, last - window + 1);
-    if (!a.causal) {
+    if (!a.scores.causal) {
       range.end = min(range.end, last + window);
       range.all_end = min(range.all_end, first + window);
     }
@@ -142,17 +142,17 @@ struct Shared {
 };
 
 template <typename T, int kDim>
-__device__ __forceinline__ void describe(const AttentionArguments& a, const Tiling& tiling,
+__device__ __forceinline__ void describe(const AttentionCall& a, const Tiling& tiling,
                                          Shared<T>& shared) {
   const Work work = work_of_block(a, tiling);
   const Range range = keys_of_tile(a, work, tiling.window);
-  const int kv_head = work.head / static_cast<int>(a.heads / a.kv_heads);
+  const int kv_head = work.head / (a.heads / a.kv_heads);
   shared.work = work;
   shared.range = range;
   shared.first_tile = max(range.begin, 0) / kBlockN<kDim>;
   shared.end_tile = (range.end + kBlockN<kDim> - 1) / kBlockN<kDim>;
-  shared.k = rows_of<const T>(a.k, work.batch, work.begin_k, kv_head);
-  shared.v = rows_of<const T>(a.v, work.batch, work.begin_k, kv_head);
+  shared.k = rows_of<const T>(a.keys.k, work.batch, work.begin_k, kv_head);
+  shared.v = rows_of<const T>(a.keys.v, work.batch, work.begin_k, kv_head);
 }
 
 // Hides the keys of a tile at slot j0 that the queries must not see.
@@ -258,15 +258,14 @@ __device__ __forceinline__ void rotate_row(unsigned char* tile, int row, int64_t
 }
 
 template <typename T, int kDim>
-__device__ __forceinline__ void rotate_query(const AttentionArguments& a, const Work& work,
+__device__ __forceinline__ void rotate_query(const AttentionCall& a, const Work& work,
                                              unsigned char* tile, int row) {
   const int64_t token = work.begin_q + work.first_query + row;
-  const int64_t n = integer_at(a.positions, a.positions_are_int64,
-                               work.batch * a.position_strides[0] + token * a.position_strides[1]);
-  const int64_t set = set_of_sequence(a.factors, a.selection, work.sequence);
-  const TokenFactor factor = factor_of_token(a.factors, set, n);
-  rotate_row<T, kDim>(tile, row, n, a.factors.steps + (2 * set + factor.row) * a.factors.pairs,
-                      static_cast<int>(a.factors.pairs), a.interleaved, factor.factor);
+  const int64_t n = element(a.positions, work.batch, token);
+  const int64_t set = set_of_sequence(a.tables, a.selection, work.sequence);
+  const TokenFactor factor = factor_of_token(a.tables, set, n);
+  rotate_row<T, kDim>(tile, row, n, a.tables.steps + (2 * set + factor.row) * a.tables.pairs,
+                      static_cast<int>(a.tables.pairs), a.tables.interleaved, factor.factor);
 }
 
 // -------------------------------------------------------------------------------------- the kernel
@@ -274,7 +273,7 @@ __device__ __forceinline__ void rotate_query(const AttentionArguments& a, const 
 // Grid: (tiles * heads of all batch rows). Shared memory: the queries, then the ring of tiles.
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, 2)
-    attention_kernel(const __grid_constant__ AttentionArguments a,
+    attention_kernel(const __grid_constant__ AttentionCall a,
                      const __grid_constant__ Tiling tiling) {
   using At = Layout<kDim>;
   constexpr int kN = kBlockN<kDim>;
@@ -296,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (turn < 2 * shared.end_tile) {
       const bool of_v = (turn & 1) != 0;
       copy_rows<kDim, kN, kThreads>(ring + place * kTileBytes, of_v ? shared.v : shared.k,
-                                    of_v ? a.v.strides[1] : a.k.strides[1], turn / 2 * kN,
+                                    of_v ? a.keys.v.strides[1] : a.keys.k.strides[1], turn / 2 * kN,
                                     shared.work.keys, dim, thread);
     }
     cp_async_commit();
@@ -353,7 +352,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (j0 < shared.range.all_begin || j0 + kN > shared.range.all_end) {
       const Work& work = shared.work;
       const int slot = work.first_query + first_row + work.keys - work.queries;
-      hide(s, shared.range, work.keys, a.causal, tiling.window, slot, j0, lane);
+      hide(s, shared.range, work.keys, a.scores.causal, tiling.window, slot, j0, lane);
     }
     softmax(s, o, top, sums, thread, tiling.scale);
     add_values<T, kDim>(o, s, values, lane);
@@ -443,26 +442,28 @@ int64_t choose_stages(int device) {
 }
 
 template <typename T, int kDim>
-void launch_attention(const AttentionArguments& a, const longrope_cuda::Place& place) {
+void launch_attention(const AttentionCall& a, int64_t stages,
+                      const longrope_cuda::Place& place) {
   constexpr double kLog2E = 1.4426950408889634;
-  const bool packed = a.cu_seqlens.data != nullptr;
+  const bool packed = a.selection.borders.data != nullptr;
   Tiling t;
-  t.tiles = static_cast<int>(packed ? a.queries / kBlockM + a.sequences
+  t.tiles = static_cast<int>(packed ? a.queries / kBlockM + a.selection.sequences
                                     : (a.queries + kBlockM - 1) / kBlockM);
   t.heads_of_all = static_cast<int>(packed ? a.heads : a.heads * a.batch);
-  const int64_t of_kv_head = 2 * a.keys * a.dim * static_cast<int64_t>(sizeof(T));
+  const int64_t of_kv_head = 2 * int64_t{a.keys.slots} * a.dim * static_cast<int64_t>(sizeof(T));
   const int64_t section =
       std::max<int64_t>(1, kSectionBytes / of_kv_head) * (a.heads / a.kv_heads);
   t.section = static_cast<int>(std::min<int64_t>(section, t.heads_of_all));
-  t.window = static_cast<int>(std::min<int64_t>(a.window, a.queries + a.keys));
-  t.stages = static_cast<int>(a.stages == 0 ? choose_stages<kDim>(place.device) : a.stages);
+  const int64_t all = int64_t{a.queries} + a.keys.slots;
+  t.window = static_cast<int>(std::min(a.scores.window, all));
+  t.stages = static_cast<int>(stages == 0 ? choose_stages<kDim>(place.device) : stages);
   // A scale of 0 would make NaN of scores that are hidden.
-  t.scale = std::max(static_cast<float>(kLog2E * a.softmax_scale),
+  t.scale = std::max(static_cast<float>(kLog2E * a.scores.scale),
                      std::numeric_limits<float>::min());
   t.cap = t.cap_scale = 0.0f;
-  if (a.softcap > 0.0) {
-    t.cap = static_cast<float>(kLog2E * a.softcap);
-    t.cap_scale = static_cast<float>(2.0 * kLog2E * a.softmax_scale / a.softcap);
+  if (a.scores.cap > 0.0) {
+    t.cap = static_cast<float>(kLog2E * a.scores.cap);
+    t.cap_scale = static_cast<float>(2.0 * kLog2E * a.scores.scale / a.scores.cap);
     t.scale = 1.0f;
   }
   const dim3 grid(static_cast<unsigned>(t.tiles) * static_cast<unsigned>(t.heads_of_all));
@@ -471,10 +472,10 @@ void launch_attention(const AttentionArguments& a, const longrope_cuda::Place& p
 }
 
 template <typename T>
-void attention_of(const AttentionArguments& a, const longrope_cuda::Place& place) {
-  if (a.dim <= 64) return launch_attention<T, 64>(a, place);
-  if (a.dim <= 96) return launch_attention<T, 96>(a, place);
-  launch_attention<T, 128>(a, place);
+void attention_of(const AttentionCall& a, int64_t stages, const longrope_cuda::Place& place) {
+  if (a.dim <= 64) return launch_attention<T, 64>(a, stages, place);
+  if (a.dim <= 96) return launch_attention<T, 96>(a, stages, place);
+  launch_attention<T, 128>(a, stages, place);
 }
 
 }  // namespace longrope
@@ -482,10 +483,12 @@ void attention_of(const AttentionArguments& a, const longrope_cuda::Place& place
 
 namespace longrope_cuda {
 
-void attention(const AttentionArguments& a, const Place& place) {
+void attention(const AttentionCall& a, int64_t stages, const Place& place) {
   use_device(place.device);
-  if (a.type == ElementType::kBFloat16) return longrope::attention_of<longrope::BFloat16>(a, place);
-  longrope::attention_of<longrope::Float16>(a, place);
+  if (a.type == longrope_calls::ElementType::kBFloat16) {
+    return longrope::attention_of<longrope::BFloat16>(a, stages, place);
+  }
+  longrope::attention_of<longrope::Float16>(a, stages, place);
 }
 
 }  // namespace longrope_cuda

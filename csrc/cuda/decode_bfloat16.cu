@@ -3,8 +3,8 @@
 
 namespace longrope_cuda {
 
-void decode_bfloat16(const DecodeArguments& a, void* stream) {
-  longrope::decode_of<longrope::BFloat16>(a, stream);
+void decode_bfloat16(const DecodeCall& a, const Splits& splits, void* stream) {
+  longrope::decode_of<longrope::BFloat16>(a, splits, stream);
 }
 
 }  // namespace longrope_cuda

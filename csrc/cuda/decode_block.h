@@ -9,8 +9,11 @@
 namespace {
 namespace longrope {
 
+using longrope_calls::Scales;
+using longrope_calls::TokenRows;
 using longrope_cuda::kDecodeRows;
 using longrope_cuda::kDecodeTile;
+using longrope_cuda::Splits;
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
@@ -19,8 +22,9 @@ static_assert(kWarps * kKeys == kDecodeTile, "a tile of a block is one of each w
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// What the host adds to the arguments.
+// What the host adds to the call.
 struct DecodePlan {
+  Splits splits;
   Divisor block_size;
   int32_t row_blocks;
   bool several_sets;  // queries of a sequence may differ in theirs: a block is for one of them
@@ -28,6 +32,7 @@ struct DecodePlan {
   bool values_are_wide;
   float scale;  // scores to base 2; with softcap to twice the argument of tanh
   float cap;    // softcap to base 2
+  int32_t window;  // 0: none
 };
 
 // Shared memory, in bytes: steps, queries, and what each warp has for itself, tiles that are staged
@@ -61,30 +66,17 @@ struct RowOf {
   bool exists;
 };
 
-__device__ __forceinline__ RowOf row_at(const DecodeArguments& a, int32_t kv_head, int32_t row) {
+__device__ __forceinline__ RowOf row_at(const DecodeCall& a, int32_t kv_head, int32_t row) {
   const int32_t groups = a.heads / a.kv_heads;
   return {row / groups, kv_head * groups + row % groups, row < groups * a.queries};
 }
 
-// The factor set of a query; tokens: how many there are up to it.
-__device__ __forceinline__ int64_t set_of_query(const DecodeArguments& a, int32_t sequence,
-                                                int32_t query, int32_t tokens) {
-  const Integers& lengths = a.selection.lengths;
-  if (a.selection.sets.data != nullptr) return set_of_sequence(a.factors, a.selection, sequence);
-  const int64_t length = lengths.data == nullptr
-                             ? tokens
-                             : integer_at(lengths.data, lengths.are_int64,
-                                          sequence * lengths.stride + query * a.length_stride);
-  return set_of_length(length, a.factors.max_length, a.factors.count);
-}
-
 // Positions fit 32 bits.
-__device__ __forceinline__ int32_t position_of_slot(const DecodeArguments& a, int32_t sequence,
+__device__ __forceinline__ int32_t position_of_slot(const DecodeCall& a, int32_t sequence,
                                                     int32_t start, int32_t j) {
-  if (a.key_positions == nullptr) return j - start;
-  return static_cast<int32_t>(
-      integer_at(a.key_positions, a.key_positions_are_int64,
-                 sequence * a.key_position_strides[0] + j * a.key_position_strides[1]));
+  const Integers& positions = a.keys.positions;
+  return positions.data == nullptr ? j - start
+                                   : static_cast<int32_t>(element(positions, sequence, j));
 }
 
 }  // namespace longrope

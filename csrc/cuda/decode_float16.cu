@@ -3,8 +3,8 @@
 
 namespace longrope_cuda {
 
-void decode_float16(const DecodeArguments& a, void* stream) {
-  longrope::decode_of<longrope::Float16>(a, stream);
+void decode_float16(const DecodeCall& a, const Splits& splits, void* stream) {
+  longrope::decode_of<longrope::Float16>(a, splits, stream);
 }
 
 }  // namespace longrope_cuda

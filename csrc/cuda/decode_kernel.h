@@ -1,10 +1,10 @@
 // Split-KV decoding: the kernel that attends.
 //
-// A block takes kDecodeRows rows, queries of the heads that share a KV head, and a split of the keys,
-// which its warps share out in tiles of 16: each key is loaded and rotated once for all rows. Scores
-// are keys times queries and the output is values times weights, so that keys and values are the
-// matrix unit's operand of 16 rows, as they come from memory, and the few queries that of 8 columns.
-// Not measured on a GPU yet.
+// A block takes kDecodeRows rows, queries of the heads that share a KV head, and a split of the
+// keys, which its warps share out in tiles of 16: each key is loaded and rotated once for all rows.
+// Scores are keys times queries and the output is values times weights, so that keys and values are
+// the matrix unit's operand of 16 rows, as they come from memory, and the few queries that of 8
+// columns. Not measured on a GPU yet.
 #pragma once
 
 #include <cmath>
@@ -43,7 +43,7 @@ class DecodeBlock {
   static constexpr int kChunks = kDim / 64;  // of 16 dimensions, of a lane
   static constexpr bool kLoadsAhead = kFloat8 || kDim < 256;
 
-  __device__ __forceinline__ DecodeBlock(const DecodeArguments& arguments, const DecodePlan& plan)
+  __device__ __forceinline__ DecodeBlock(const DecodeCall& arguments, const DecodePlan& plan)
       : a_(arguments),
         plan_(plan),
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
@@ -67,9 +67,9 @@ class DecodeBlock {
 
   __device__ __forceinline__ void run() {
     const int32_t units = a_.batch * a_.kv_heads * plan_.row_blocks;
-    const int32_t programs = units * a_.splits.most;  // for each set
+    const int32_t programs = units * plan_.splits.most;  // for each set
     const int32_t split = static_cast<int32_t>(blockIdx.x) % programs / units;
-    range_ = keys_of_sequence(a_, sequence_, lane_);
+    range_ = keys_of_sequence(a_, plan_.splits, plan_.window, sequence_, lane_);
     if (split >= range_.splits) return;
     const int32_t first_row =
         static_cast<int32_t>(blockIdx.x) % plan_.row_blocks * kDecodeRows;
@@ -80,7 +80,7 @@ class DecodeBlock {
     begin_ = range_.first + split * range_.each;
     end_ = min(begin_ + range_.each, range_.high);
     if (threadIdx.x == 0) {
-      *frame_ = {a_.factors.n_hat[set], static_cast<float>(a_.factors.attention_factor[set]),
+      *frame_ = {a_.tables.n_hat[set], static_cast<float>(a_.tables.attention_factor[set]),
                  split, range_.splits, first_row, queries};
     }
     load_steps(set);
@@ -103,21 +103,23 @@ class DecodeBlock {
     const int32_t first = first_row / groups;
     const int32_t last = min((first_row + kDecodeRows - 1) / groups, a_.queries - 1);
     if (!plan_.several_sets) {
-      set = static_cast<int32_t>(set_of_query(a_, sequence_, 0, tokens));
+      set = static_cast<int32_t>(set_of_query(a_.tables, a_.selection, sequence_, 0, tokens));
       return ~0u;
     }
     set = of_block;
     uint32_t queries = 0;
 #pragma unroll 1
     for (int32_t t = first; t <= last; ++t) {
-      if (set_of_query(a_, sequence_, t, tokens + t) == set) queries |= 1u << (t - first);
+      const int64_t of_query =
+          set_of_query(a_.tables, a_.selection, sequence_, t, tokens + t);
+      if (of_query == set) queries |= 1u << (t - first);
     }
     return queries;
   }
 
   __device__ __forceinline__ void load_steps(int64_t set) {
-    const int32_t pairs = static_cast<int32_t>(a_.factors.pairs);
-    const uint64_t* const steps = a_.factors.steps + 2 * set * pairs;
+    const int32_t pairs = static_cast<int32_t>(a_.tables.pairs);
+    const uint64_t* const steps = a_.tables.steps + 2 * set * pairs;
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < kDim; i += kThreads) {
       const int32_t row = i / (kDim / 2), pair = i % (kDim / 2);
       steps_[row * (kDim / 2) + place_of_step(pair)] =
@@ -127,7 +129,7 @@ class DecodeBlock {
 
   // The pairs of a chunk that a lane turns are those below `pairs`.
   __device__ __forceinline__ int32_t rotated_of(int32_t chunk) const {
-    return static_cast<int32_t>(a_.factors.pairs) - 8 * chunk;
+    return static_cast<int32_t>(a_.tables.pairs) - 8 * chunk;
   }
 
   __device__ __forceinline__ void rotate(Words<4>& x, Words<4>& y, int i, int32_t position) const {
@@ -144,11 +146,11 @@ class DecodeBlock {
     const RowOf row = row_at(a_, kv_head_, frame_->first_row + n_);
     const int32_t slot = range_.high - a_.queries + row.query;
     const int32_t position =
-        row.exists && (a_.key_positions == nullptr || slot >= 0)
+        row.exists && (a_.keys.positions.data == nullptr || slot >= 0)
             ? position_of_slot(a_, sequence_, range_.start, slot)
             : 0;
-    const T* const q = static_cast<const T*>(a_.q) + sequence_ * a_.q_strides[0] +
-                       row.query * a_.q_strides[1] + row.head * a_.q_strides[2];
+    const T* const q = static_cast<const T*>(a_.q.data) + sequence_ * a_.q.strides[0] +
+                       row.query * a_.q.strides[1] + row.head * a_.q.strides[2];
 #pragma unroll 1
     for (int32_t i = warp_; i < kChunks; i += kWarps) {
       Words<4> x = no_words<4>(), y = no_words<4>();
@@ -161,7 +163,7 @@ class DecodeBlock {
           if (d_y >= 0) y.at[e / 2] |= static_cast<uint32_t>(q[d_y].bits) << (e % 2 * 16);
         }
       }
-      if (a_.interleaved) part_pairs(x, y);
+      if (a_.tables.interleaved) part_pairs(x, y);
       rotate(x, y, i, position);
       queries_[(2 * i) * 32 + lane_] = x;
       queries_[(2 * i + 1) * 32 + lane_] = y;
@@ -192,20 +194,20 @@ class DecodeBlock {
 
   __device__ __forceinline__ void load_keys(int32_t j0, const Slot& slots, Keys& keys) const {
     const Element* const head =
-        static_cast<const Element*>(a_.keys) + kv_head_ * a_.key_strides[2];
+        static_cast<const Element*>(a_.keys.k.data) + kv_head_ * a_.keys.k.strides[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int32_t j = j0 + n_ + 8 * i;
       keys.position[i] = exists(j) ? position_of_slot(a_, sequence_, range_.start, j) : 0;
     }
     if (!plan_.keys_are_wide) {
-      stage_tile<kDim>(staged_, head, a_.key_strides, slots, j0, range_.low, end_, lane_,
+      stage_tile<kDim>(staged_, head, a_.keys.k.strides, slots, j0, range_.low, end_, lane_,
                        [&](int32_t i) { return dimension_of(a_, i / 16, i % 16); });
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int32_t key = n_ + 8 * i;
-      const Element* const row = row_of_key(head, a_.key_strides, slots, key);
+      const Element* const row = row_of_key(head, a_.keys.k.strides, slots, key);
 #pragma unroll
       for (int k = 0; k < kChunks; ++k) {
         keys.x[i][k] = keys.y[i][k] = no_words<kFloat8 ? 2 : 4>();
@@ -227,15 +229,15 @@ class DecodeBlock {
   __device__ __forceinline__ void load_values(int32_t j0, const Slot& slots,
                                               Values& values) const {
     const Element* const head =
-        static_cast<const Element*>(a_.values) + kv_head_ * a_.value_strides[2];
+        static_cast<const Element*>(a_.keys.v.data) + kv_head_ * a_.keys.v.strides[2];
     if (!plan_.values_are_wide) {
-      stage_tile<kDim>(staged_, head, a_.value_strides, slots, j0, range_.low, end_, lane_,
+      stage_tile<kDim>(staged_, head, a_.keys.v.strides, slots, j0, range_.low, end_, lane_,
                        [&](int32_t i) { return i < a_.dim ? i : -1; });
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int32_t key = 2 * c_ + i % 2 + i / 2 * 8;
-      const Element* const row = row_of_key(head, a_.value_strides, slots, key);
+      const Element* const row = row_of_key(head, a_.keys.v.strides, slots, key);
 #pragma unroll
       for (int k = 0; k < kChunks; ++k) {
         values.at[i][k] = no_words<kFloat8 ? 2 : 4>();
@@ -261,7 +263,7 @@ class DecodeBlock {
       for (int i = 0; i < 2; ++i) {
         x[i] = elements_of<T>(keys.x[i][k]);
         y[i] = elements_of<T>(keys.y[i][k]);
-        if (a_.interleaved) part_pairs(x[i], y[i]);
+        if (a_.tables.interleaved) part_pairs(x[i], y[i]);
         rotate(x[i], y[i], k, keys.position[i]);
       }
       const Words<4> q_x = queries_[(2 * k) * 32 + lane_];
@@ -284,7 +286,7 @@ class DecodeBlock {
       const int32_t j = j0 + n_ + i / 2 * 8;
       const int32_t slot = slot_[i % 2];
       const bool seen =
-          exists(j) && j <= slot && (a_.window == 0 || slot - j < a_.window);
+          exists(j) && j <= slot && (plan_.window == 0 || slot - j < plan_.window);
       float score = scores[i] * scale_;
       if (plan_.cap > 0.0f) score = plan_.cap - 2.0f * plan_.cap / (exp2_approx(score) + 1.0f);
       scores[i] = seen ? score : -INFINITY;
@@ -315,8 +317,8 @@ class DecodeBlock {
     }
   }
 
-  // Keys down the columns: of weights (key n, rows 2 c and 2 c + 1) those of keys 2 c and 2 c + 1 for
-  // row n.
+  // Keys down the columns: of weights (key n, rows 2 c and 2 c + 1) those of keys 2 c and 2 c + 1
+  // for row n.
   __device__ __forceinline__ uint32_t transposed(uint32_t weights) const {
     const uint32_t low = __shfl_sync(kAllLanes, weights, 8 * c_ + n_ / 2);
     const uint32_t high = __shfl_sync(kAllLanes, weights, 8 * c_ + 4 + n_ / 2);
@@ -345,7 +347,8 @@ class DecodeBlock {
 
   __device__ __forceinline__ void attend() {
     scale_ = plan_.scale;
-    if (a_.key_scale != nullptr) scale_ *= a_.key_scale[kv_head_ * a_.key_scale_stride];
+    const Scales& k_scale = a_.keys.k_scale;
+    if (k_scale.data != nullptr) scale_ *= k_scale.data[kv_head_ * k_scale.stride];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const RowOf row = row_at(a_, kv_head_, frame_->first_row + 2 * c_ + i);
@@ -407,8 +410,9 @@ class DecodeBlock {
 
   // The sums of the warps become those of the block.
   __device__ __forceinline__ void combine() {
+    const Scales& v_scale = a_.keys.v_scale;
     const float value_scale =
-        a_.value_scale == nullptr ? 1.0f : a_.value_scale[kv_head_ * a_.value_scale_stride];
+        v_scale.data == nullptr ? 1.0f : v_scale.data[kv_head_ * v_scale.stride];
 #pragma unroll 1
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < kDecodeRows * kDim; i += kThreads) {
       const int32_t row = i / kDim, d = i % kDim;
@@ -433,20 +437,20 @@ class DecodeBlock {
       const int64_t place =
           (static_cast<int64_t>(sequence_) * a_.heads + of.head) * a_.queries + of.query;
       if (frame_->splits == 1) {
-        T* const out = static_cast<T*>(a_.out) + sequence_ * a_.out_strides[0] +
-                       of.query * a_.out_strides[1] + of.head * a_.out_strides[2];
+        T* const out = static_cast<T*>(a_.out.data) + sequence_ * a_.out.strides[0] +
+                       of.query * a_.out.strides[1] + of.head * a_.out.strides[2];
         out[d].bits = static_cast<uint16_t>(pack<T>(sum, 0.0f));
         if (d == 0) a_.lse[place] = lse * kLn2;
       } else {
         const int64_t rows = static_cast<int64_t>(a_.batch) * a_.heads * a_.queries;
         const int64_t partial = frame_->split * rows + place;
-        a_.partial_out[partial * a_.dim + d] = sum;
-        if (d == 0) a_.partial_lse[partial] = lse;
+        plan_.splits.out[partial * a_.dim + d] = sum;
+        if (d == 0) plan_.splits.lse[partial] = lse;
       }
     }
   }
 
-  const DecodeArguments& a_;
+  const DecodeCall& a_;
   const DecodePlan& plan_;
   const int32_t lane_;
   const int32_t warp_;
@@ -479,7 +483,7 @@ constexpr int kBlocks = kDim == 64 ? 4 : kDim == 128 ? 3 : 2;
 // differ in their factor sets, as many for each set, of which those without a query end at once.
 template <typename T, int kDim, bool kFloat8>
 __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
-    decode_kernel(const __grid_constant__ DecodeArguments a,
+    decode_kernel(const __grid_constant__ DecodeCall a,
                   const __grid_constant__ DecodePlan plan) {
   DecodeBlock<T, kDim, kFloat8> block(a, plan);
   block.run();

@@ -1,7 +1,8 @@
-// Split-KV decoding: the kernel that combines splits, and the launches; included by the file of each
-// type, so that they compile side by side.
+// Split-KV decoding: the kernel that combines splits, and the launches; included by the file of
+// each type, so that they compile side by side.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "decode_kernel.h"
@@ -10,21 +11,22 @@
 namespace {
 namespace longrope {
 
-// One row of the result, of a query and head, from those of the live splits; a sequence of one split
-// has its result already. Grid: (batch * heads * queries,).
+// One row of the result, of a query and head, from those of the live splits; a sequence of one
+// split has its result already. Grid: (batch * heads * queries,).
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    combine_kernel(const __grid_constant__ DecodeArguments a) {
+    combine_kernel(const __grid_constant__ DecodeCall a, const __grid_constant__ Splits splits,
+                   const int32_t window) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
   const int32_t row = static_cast<int32_t>(blockIdx.x);
   const int32_t sequence = row / (a.heads * a.queries);
   const int32_t head = row / a.queries % a.heads;
   const int32_t query = row % a.queries;
-  const KeyRange range = keys_of_sequence(a, sequence, lane);
+  const KeyRange range = keys_of_sequence(a, splits, window, sequence, lane);
   if (range.splits == 1) return;
 
   const int64_t rows = static_cast<int64_t>(a.batch) * a.heads * a.queries;
-  const float* const lse = a.partial_lse + row;
+  const float* const lse = splits.lse + row;
   float top = -INFINITY;
   for (int32_t i = lane; i < range.splits; i += 32) top = fmaxf(top, lse[i * rows]);
 #pragma unroll
@@ -41,21 +43,21 @@ __global__ void __launch_bounds__(kThreads)
   }
   const float divisor = total == 0.0f ? 1.0f : total;
 
-  T* const out = static_cast<T*>(a.out) + sequence * a.out_strides[0] +
-                 query * a.out_strides[1] + head * a.out_strides[2];
+  T* const out = static_cast<T*>(a.out.data) + sequence * a.out.strides[0] +
+                 query * a.out.strides[1] + head * a.out.strides[2];
   for (int32_t d = static_cast<int32_t>(threadIdx.x); d < a.dim; d += kThreads) {
     float sum = 0.0f;
 #pragma unroll 4
     for (int32_t i = 0; i < range.splits; ++i) {
       sum += exp2_approx(lse[i * rows] - base_of(top)) *
-             a.partial_out[(i * rows + row) * a.dim + d];
+             splits.out[(i * rows + row) * a.dim + d];
     }
     out[d].bits = static_cast<uint16_t>(pack<T>(sum / divisor, 0.0f));
   }
   if (threadIdx.x == 0) a.lse[row] = (top + log2f(divisor)) * kLn2;
 }
 
-// ----------------------------------------------------------------------------------------- the host
+// ---------------------------------------------------------------------------------------- the host
 
 inline Divisor divisor_of(uint32_t divisor) {
   uint32_t shift = 0;
@@ -64,54 +66,56 @@ inline Divisor divisor_of(uint32_t divisor) {
   return {divisor, static_cast<uint32_t>(multiplier), shift};
 }
 
-// Whether all rows of a cache are whole pieces of eight elements, and begin where one can be loaded.
-inline bool rows_are_wide(const DecodeArguments& a, const void* cache,
-                          const int64_t (&strides)[3]) {
+// Whether all rows of a cache are whole pieces of eight elements, and begin where one can be
+// loaded.
+inline bool rows_are_wide(const DecodeCall& a, const TokenRows& cache) {
   const uintptr_t bytes = a.caches_are_float8 ? 8 : 16;
-  bool wide = reinterpret_cast<uintptr_t>(cache) % bytes == 0 && a.dim % 8 == 0;
-  for (const int64_t stride : strides) wide = wide && stride % 8 == 0;
+  bool wide = reinterpret_cast<uintptr_t>(cache.data) % bytes == 0 && a.dim % 8 == 0;
+  for (const int64_t stride : cache.strides) wide = wide && stride % 8 == 0;
   return wide;
 }
 
 template <typename T, int kDim, bool kFloat8>
-void launch_decode(const DecodeArguments& a, void* stream) {
+void launch_decode(const DecodeCall& a, const Splits& splits, void* stream) {
   const int32_t rows = a.heads / a.kv_heads * a.queries;
   DecodePlan plan;
-  plan.block_size = divisor_of(static_cast<uint32_t>(a.block_size));
+  plan.splits = splits;
+  plan.block_size = divisor_of(static_cast<uint32_t>(a.keys.slots));
   plan.row_blocks = (rows + kDecodeRows - 1) / kDecodeRows;
   const Selection& selection = a.selection;
-  const bool one_length = selection.lengths.data != nullptr && a.length_stride == 0;
-  plan.several_sets = a.factors.count > 1 && a.queries > 1 && selection.sets.data == nullptr &&
+  const bool one_length = selection.lengths.data != nullptr && selection.lengths.strides[1] == 0;
+  plan.several_sets = a.tables.sets > 1 && a.queries > 1 && selection.sets.data == nullptr &&
                       !one_length;
-  const int64_t sets = plan.several_sets ? a.factors.count : 1;
-  plan.values_are_wide = rows_are_wide(a, a.values, a.value_strides);
-  plan.keys_are_wide = rows_are_wide(a, a.keys, a.key_strides) &&
-                       (a.interleaved || a.factors.pairs % 8 == 0);
-  const bool caps = a.softcap > 0.0f;
-  plan.scale = caps ? 2.0f * kLog2E * a.softmax_scale / a.softcap : kLog2E * a.softmax_scale;
-  plan.cap = caps ? kLog2E * a.softcap : 0.0f;
-  const dim3 grid(static_cast<unsigned>(sets * a.splits.most * a.batch * a.kv_heads *
+  const int64_t sets = plan.several_sets ? a.tables.sets : 1;
+  plan.values_are_wide = rows_are_wide(a, a.keys.v);
+  plan.keys_are_wide = rows_are_wide(a, a.keys.k) &&
+                       (a.tables.interleaved || a.tables.pairs % 8 == 0);
+  const float scale = static_cast<float>(a.scores.scale), cap = static_cast<float>(a.scores.cap);
+  plan.scale = cap > 0.0f ? 2.0f * kLog2E * scale / cap : kLog2E * scale;
+  plan.cap = cap > 0.0f ? kLog2E * cap : 0.0f;
+  plan.window = static_cast<int32_t>(std::min<int64_t>(a.scores.window, 1 << 30));
+  const dim3 grid(static_cast<unsigned>(sets * splits.most * a.batch * a.kv_heads *
                                         plan.row_blocks));
   longrope_cuda::launch(&decode_kernel<T, kDim, kFloat8>, "decode_kernel", grid, dim3(kThreads),
                         Shared<kDim>::kBytes, stream, a, plan);
-  if (a.splits.most > 1) {
+  if (splits.most > 1) {
     const dim3 of_rows(static_cast<unsigned>(a.batch * a.heads * a.queries));
     longrope_cuda::launch(&combine_kernel<T>, "combine_kernel", of_rows, dim3(kThreads), 0, stream,
-                          a);
+                          a, splits, plan.window);
   }
 }
 
 template <typename T, int kDim>
-void launch_decode(const DecodeArguments& a, void* stream) {
-  a.caches_are_float8 ? launch_decode<T, kDim, true>(a, stream)
-                      : launch_decode<T, kDim, false>(a, stream);
+void launch_decode(const DecodeCall& a, const Splits& splits, void* stream) {
+  a.caches_are_float8 ? launch_decode<T, kDim, true>(a, splits, stream)
+                      : launch_decode<T, kDim, false>(a, splits, stream);
 }
 
 template <typename T>
-void decode_of(const DecodeArguments& a, void* stream) {
-  if (a.dim <= 64) return launch_decode<T, 64>(a, stream);
-  if (a.dim <= 128) return launch_decode<T, 128>(a, stream);
-  return launch_decode<T, 256>(a, stream);
+void decode_of(const DecodeCall& a, const Splits& splits, void* stream) {
+  if (a.dim <= 64) return launch_decode<T, 64>(a, splits, stream);
+  if (a.dim <= 128) return launch_decode<T, 128>(a, splits, stream);
+  return launch_decode<T, 256>(a, splits, stream);
 }
 
 }  // namespace longrope

@@ -2,10 +2,12 @@
 // which the matrix unit wants them, and how keys are rotated there.
 //
 // A warp takes 16 keys. With n = lane / 4 and c = lane % 4, a lane holds
-//   of keys n and n + 8: the chunks c, c + 4, c + 8, ... of 16 dimensions, each as two words of four
-//     registers, so that both dimensions of a pair are in one lane (`dimension_of`). Which dimension
-//     stands where is of no consequence for a product: those of the queries stand alike.
-//   of values 2 c, 2 c + 1, 2 c + 8 and 2 c + 9: dimensions 8 n to 8 n + 7, and so on in steps of 64.
+//   of keys n and n + 8: the chunks c, c + 4, c + 8, ... of 16 dimensions, each as two words of
+//   four
+//     registers, so that both dimensions of a pair are in one lane (`dimension_of`). Which
+//     dimension stands where is of no consequence for a product: those of the queries stand alike.
+//   of values 2 c, 2 c + 1, 2 c + 8 and 2 c + 9: dimensions 8 n to 8 n + 7, and so on in steps of
+//   64.
 // Either way 16 bytes are loaded at a time, without shared memory and without a shuffle.
 #pragma once
 
@@ -17,7 +19,7 @@
 namespace {
 namespace longrope {
 
-using longrope_cuda::DecodeArguments;
+using longrope_calls::DecodeCall;
 
 constexpr int kKeys = 16;  // of a warp's tile
 
@@ -68,13 +70,13 @@ __device__ __forceinline__ Words<4> elements_of(const Words<2>& x) {
 // ------------------------------------------------------------------------------------------ chunks
 
 // The dimension of a head at place i of 16 in a chunk, or -1. In the half pairing places 0 to 7 are
-// the first dimensions of eight pairs, 8 to 15 the second; what is not rotated fills the places that
-// are left. Interleaved, dimensions are in order.
-__device__ __forceinline__ int32_t dimension_of(const DecodeArguments& a, int32_t chunk,
+// the first dimensions of eight pairs, 8 to 15 the second; what is not rotated fills the places
+// that are left. Interleaved, dimensions are in order.
+__device__ __forceinline__ int32_t dimension_of(const DecodeCall& a, int32_t chunk,
                                                 int32_t i) {
-  const int32_t pairs = static_cast<int32_t>(a.factors.pairs);
+  const int32_t pairs = static_cast<int32_t>(a.tables.pairs);
   int32_t dimension = 16 * chunk + i;
-  if (!a.interleaved) {
+  if (!a.tables.interleaved) {
     const int32_t pair = 8 * chunk + i % 8;
     const int32_t last = pairs % 8;  // pairs of a chunk that is not full
     if (pair < pairs) {
@@ -160,14 +162,14 @@ struct Slot {
 
 // Of keys j0 + lane % 16, for lanes to ask each other. Only keys from low to end have one: the
 // other entries of the table may hold anything.
-__device__ __forceinline__ Slot slot_of_lane(const DecodeArguments& a, const Divisor& block_size,
+__device__ __forceinline__ Slot slot_of_lane(const DecodeCall& a, const Divisor& block_size,
                                              int32_t sequence, int32_t j0, int32_t low,
                                              int32_t end, int32_t lane) {
   const int32_t j = j0 + lane % kKeys;
-  if (a.block_table == nullptr) return {sequence, j};
+  if (a.keys.block_table.data == nullptr) return {sequence, j};
   if (j < low || j >= end) return {0, 0};
   const uint32_t block = block_size.quotient(static_cast<uint32_t>(j));
-  return {a.block_table[sequence * a.block_table_strides[0] + block * a.block_table_strides[1]],
+  return {static_cast<int32_t>(element(a.keys.block_table, sequence, block)),
           j - static_cast<int32_t>(block * block_size.divisor)};
 }
 
@@ -182,7 +184,8 @@ __device__ __forceinline__ const Element* row_of_key(const Element* head,
 }
 
 // Copies a tile element by element to shared memory, in rows of kDim elements whose place i holds
-// dimension(i), zeros where there is none or no key. For rows that are not whole pieces of 16 bytes.
+// dimension(i), zeros where there is none or no key. For rows that are not whole pieces of 16
+// bytes.
 template <int kDim, typename Element, typename Dimension>
 __device__ __forceinline__ void stage_tile(Element* tile, const Element* head,
                                            const int64_t (&strides)[3], const Slot& slots,

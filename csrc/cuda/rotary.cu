@@ -13,8 +13,8 @@
 namespace {
 namespace longrope {
 
-using longrope_cuda::Heads;
-using longrope_cuda::RotaryArguments;
+using longrope_calls::Heads;
+using longrope_calls::RotaryCall;
 
 constexpr int kThreads = 128;
 constexpr int kHeadsInFlight = 4;
@@ -67,7 +67,9 @@ struct WidePiece<float> {
     float at[4];
   } values;
 
-  __device__ __forceinline__ void load(const float* p) { values = *reinterpret_cast<const Values*>(p); }
+  __device__ __forceinline__ void load(const float* p) {
+    values = *reinterpret_cast<const Values*>(p);
+  }
   __device__ __forceinline__ void store(float* p) const { *reinterpret_cast<Values*>(p) = values; }
   __device__ __forceinline__ void get(float (&x)[4]) const {
 #pragma unroll
@@ -106,7 +108,7 @@ struct OneElement<float> {
   __device__ __forceinline__ void set(const float (&x)[1]) { value = x[0]; }
 };
 
-// ------------------------------------------------------------------------------ what a thread holds
+// ----------------------------------------------------------------------------- what a thread holds
 
 // The pairs of a thread: two pieces, the first and the second dimensions of each.
 template <typename Piece>
@@ -168,7 +170,7 @@ struct Neighbours {
   }
 };
 
-// --------------------------------------------------------------------------------------- the kernel
+// -------------------------------------------------------------------------------------- the kernel
 
 // Where the row of a head begins; k's heads follow those of q.
 template <typename T>
@@ -178,35 +180,27 @@ struct Row {
 };
 
 template <typename T>
-__device__ __forceinline__ Row<T> row_of(const RotaryArguments& a, int64_t batch, int64_t token,
+__device__ __forceinline__ Row<T> row_of(const RotaryCall& a, int64_t batch, int64_t token,
                               int64_t head) {
   const bool of_q = head < a.q.heads;
   const Heads& x = of_q ? a.q : a.k;
   const int64_t i = of_q ? head : head - a.q.heads;
-  return {static_cast<const T*>(x.in) + batch * x.in_strides[0] + token * x.in_strides[1] +
-              i * x.in_strides[2],
-          static_cast<T*>(x.out) + batch * x.out_strides[0] + token * x.out_strides[1] +
-              i * x.out_strides[2]};
+  return {static_cast<const T*>(x.in.data) + batch * x.in.strides[0] + token * x.in.strides[1] +
+              i * x.in.strides[2],
+          static_cast<T*>(x.out.data) + batch * x.out.strides[0] + token * x.out.strides[1] +
+              i * x.out.strides[2]};
 }
 
 // a cos and a sin of some pairs of a token.
 template <int kPairs>
-__device__ __forceinline__ void token_cos_sin(const RotaryArguments& a, int64_t batch, int64_t token,
+__device__ __forceinline__ void token_cos_sin(const RotaryCall& a, int64_t batch, int64_t token,
                                    int64_t first_pair, float (&cos)[kPairs],
                                    float (&sin)[kPairs]) {
-  const int64_t n =
-      integer_at(a.positions, a.positions_are_int64,
-                 batch * a.position_strides[0] + token * a.position_strides[1]);
-  int64_t set = 0;
-  if (a.selection.sets.data != nullptr || a.selection.lengths.data != nullptr) {
-    const int64_t sequence = a.cu_seqlens.data == nullptr
-                                 ? batch
-                                 : sequence_of_token(a.cu_seqlens, a.sequences, token);
-    set = set_of_sequence(a.factors, a.selection, sequence);
-  }
-  const TokenFactor of_token = factor_of_token(a.factors, set, n);
+  const int64_t n = element(a.positions, batch, token);
+  const int64_t set = set_of_token(a.tables, a.selection, batch, token);
+  const TokenFactor of_token = factor_of_token(a.tables, set, n);
   const uint64_t* const steps =
-      a.factors.steps + (2 * set + of_token.row) * a.factors.pairs + first_pair;
+      a.tables.steps + (2 * set + of_token.row) * a.tables.pairs + first_pair;
   const float sine_factor = a.conjugate ? -of_token.factor : of_token.factor;
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
@@ -220,7 +214,7 @@ __device__ __forceinline__ void token_cos_sin(const RotaryArguments& a, int64_t 
 // Held holds the pairs of a thread; Piece is what its rest is copied by.
 template <typename T, typename Held, typename Piece>
 __global__ void __launch_bounds__(kThreads)
-    rotary_kernel(const __grid_constant__ RotaryArguments a, const __grid_constant__ Tiling tiling) {
+    rotary_kernel(const __grid_constant__ RotaryCall a, const __grid_constant__ Tiling tiling) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % tiling.lanes;
   const int32_t slot = static_cast<int32_t>(threadIdx.x) / tiling.lanes;
   const int32_t head_slot = slot / tiling.tokens;
@@ -233,9 +227,9 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t piece = static_cast<int32_t>(blockIdx.z) * tiling.lanes + lane;
   const bool rotates = piece < tiling.pieces;
   const int64_t pair = static_cast<int64_t>(piece) * Held::kPairs;
-  const int64_t at = a.interleaved ? 2 * pair : pair;
-  const int64_t apart = a.interleaved ? 1 : a.factors.pairs;
-  const int64_t rest = 2 * a.factors.pairs + static_cast<int64_t>(piece) * Piece::kCount;
+  const int64_t at = a.tables.interleaved ? 2 * pair : pair;
+  const int64_t apart = a.tables.interleaved ? 1 : a.tables.pairs;
+  const int64_t rest = 2 * a.tables.pairs + static_cast<int64_t>(piece) * Piece::kCount;
   const int64_t rest_stride = static_cast<int64_t>(gridDim.z) * tiling.lanes * Piece::kCount;
 
   const int64_t heads = a.q.heads + a.k.heads;
@@ -290,11 +284,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ----------------------------------------------------------------------------------------- the host
+// ---------------------------------------------------------------------------------------- the host
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline Tiling tiling_of(const RotaryArguments& a, int64_t pieces, int64_t rest_pieces) {
+inline Tiling tiling_of(const RotaryCall& a, int64_t pieces, int64_t rest_pieces) {
   const int64_t heads = a.q.heads + a.k.heads;
   Tiling t;
   t.pieces = static_cast<int32_t>(pieces);
@@ -314,10 +308,10 @@ inline Tiling tiling_of(const RotaryArguments& a, int64_t pieces, int64_t rest_p
 }
 
 template <typename T, typename Held, typename Piece>
-void launch_rotary(const RotaryArguments& a, const char* name, void* stream) {
-  const int64_t pieces = ceil_div(a.factors.pairs, Held::kPairs);
-  const bool copies = a.q.in != a.q.out || a.k.in != a.k.out;
-  const int64_t rest = copies ? a.dim - 2 * a.factors.pairs : 0;
+void launch_rotary(const RotaryCall& a, const char* name, void* stream) {
+  const int64_t pieces = ceil_div(a.tables.pairs, Held::kPairs);
+  const bool copies = a.q.in.data != a.q.out.data || a.k.in.data != a.k.out.data;
+  const int64_t rest = copies ? a.dim - 2 * a.tables.pairs : 0;
   const int64_t rest_pieces = ceil_div(rest, Piece::kCount);
   const Tiling t = tiling_of(a, pieces, rest_pieces);
   const dim3 grid(static_cast<unsigned>(a.batch * t.tiles),
@@ -329,30 +323,30 @@ void launch_rotary(const RotaryArguments& a, const char* name, void* stream) {
 
 // Whether all rows begin at 16 bytes, and so do the parts of a row.
 template <typename T>
-bool rows_are_wide(const RotaryArguments& a) {
+bool rows_are_wide(const RotaryCall& a) {
   constexpr int64_t kCount = 16 / sizeof(T);
   const auto whole = [](int64_t n) { return n % kCount == 0; };
   const auto heads_are = [&](const Heads& x) {
-    bool wide = x.heads == 0 || (reinterpret_cast<uintptr_t>(x.in) % 16 == 0 &&
-                                 reinterpret_cast<uintptr_t>(x.out) % 16 == 0);
+    bool wide = x.heads == 0 || (reinterpret_cast<uintptr_t>(x.in.data) % 16 == 0 &&
+                                 reinterpret_cast<uintptr_t>(x.out.data) % 16 == 0);
     // A stride counts where it is taken.
     const int64_t sizes[] = {a.batch, a.seq, x.heads};
     for (int i = 0; i < 3; ++i) {
-      wide = wide && (sizes[i] <= 1 || (whole(x.in_strides[i]) && whole(x.out_strides[i])));
+      wide = wide && (sizes[i] <= 1 || (whole(x.in.strides[i]) && whole(x.out.strides[i])));
     }
     return wide;
   };
-  const int64_t rotated = a.interleaved ? 2 * a.factors.pairs : a.factors.pairs;
+  const int64_t rotated = a.tables.interleaved ? 2 * a.tables.pairs : a.tables.pairs;
   return whole(rotated) && whole(a.dim) && heads_are(a.q) && heads_are(a.k);
 }
 
 template <typename T>
-void rotary_of(const RotaryArguments& a, void* stream) {
+void rotary_of(const RotaryCall& a, void* stream) {
   using Wide = WidePiece<T>;
   using One = OneElement<T>;
   if (!rows_are_wide<T>(a)) {
     launch_rotary<T, Halves<One>, One>(a, "rotary_kernel (element by element)", stream);
-  } else if (a.interleaved) {
+  } else if (a.tables.interleaved) {
     launch_rotary<T, Neighbours<Wide>, Wide>(a, "rotary_kernel (interleaved)", stream);
   } else {
     launch_rotary<T, Halves<Wide>, Wide>(a, "rotary_kernel", stream);
@@ -364,15 +358,15 @@ void rotary_of(const RotaryArguments& a, void* stream) {
 
 namespace longrope_cuda {
 
-void rotary(const RotaryArguments& a, const Place& place) {
+void rotary(const RotaryCall& a, const Place& place) {
   if (a.batch == 0 || a.seq == 0 || a.q.heads + a.k.heads == 0) return;
   use_device(place.device);
   switch (a.type) {
-    case ElementType::kFloat32:
+    case longrope_calls::ElementType::kFloat32:
       return longrope::rotary_of<float>(a, place.stream);
-    case ElementType::kBFloat16:
+    case longrope_calls::ElementType::kBFloat16:
       return longrope::rotary_of<longrope::BFloat16>(a, place.stream);
-    case ElementType::kFloat16:
+    case longrope_calls::ElementType::kFloat16:
       return longrope::rotary_of<longrope::Float16>(a, place.stream);
   }
 }

@@ -39,19 +39,19 @@ def check_layout(layout: str) -> tuple[str, ...]:
 def check_heads(name: str, x: torch.Tensor, layout: str, rotary_dim: int) -> None:
     """x is a floating tensor of ``layout`` with a unit last stride and room for the rotation."""
     axes = check_layout(layout)
-    if x.dim() != len(axes):
+    shape = x.shape
+    if len(shape) != len(axes):
         raise ValueError(
-            f"{name}: expected shape ({', '.join(axes)}) for layout {layout!r}, "
-            f"got {tuple(x.shape)}"
+            f"{name}: expected shape ({', '.join(axes)}) for layout {layout!r}, got {tuple(shape)}"
         )
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
-    if x.shape[-1] < rotary_dim:
+    if shape[-1] < rotary_dim:
         raise ValueError(
             f"{name}: expected a last dimension of at least {rotary_dim} (2 * len(factors)), "
-            f"got {x.shape[-1]}"
+            f"got {shape[-1]}"
         )
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    if x.stride()[-1] != 1 and shape[-1] > 1:
         raise ValueError(
             f"{name}: expected a unit stride in the last dimension, got strides {x.stride()}; "
             f"pass {name}.contiguous()"
@@ -73,10 +73,13 @@ def check_like(
         raise ValueError(
             f"{name}: expected the device of {other_name}, {other.device}, got {x.device}"
         )
-    for axis, got, wanted in zip(LAYOUTS[layout], x.shape, other.shape, strict=True):
+    sizes, others = x.shape, other.shape
+    if sizes == others:
+        return
+    for axis, got, wanted in zip(LAYOUTS[layout], sizes, others, strict=True):
         if got != wanted and axis not in free:
             raise ValueError(
-                f"{name}: expected {axis} {wanted} as in {other_name}, got shape {tuple(x.shape)}"
+                f"{name}: expected {axis} {wanted} as in {other_name}, got shape {tuple(sizes)}"
             )
 
 
@@ -188,4 +191,5 @@ def check_scores(
         if not 0 < value < LARGEST:
             raise ValueError(f"{name}: expected a finite number above 0, got {value}")
     scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
-    return Scores(causal, scale, window or 0, float(softcap or 0.0))
+    # No sequence has more slots; kernels count in 32 bits.
+    return Scores(causal, scale, min(window or 0, 2**30), float(softcap or 0.0))

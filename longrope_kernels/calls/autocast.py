@@ -6,12 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from .memory import device_type
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dtype_of(x: torch.Tensor) -> torch.dtype | None:
     """What autocast makes of x: None outside of it, and for what it leaves alone, as float64."""
-    kind = x.device.type
+    kind = device_type(x)
     if x.dtype not in DTYPES or not torch.amp.is_autocast_available(kind):
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -38,7 +40,7 @@ def like_cache(x: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
 
 def off(x: torch.Tensor) -> AbstractContextManager[object]:
     """Where torch's own operators keep the dtypes they are given, on the device of x."""
-    kind = x.device.type
+    kind = device_type(x)
     if not torch.amp.is_autocast_available(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)

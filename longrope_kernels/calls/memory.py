@@ -1,8 +1,13 @@
-"""Do strided views share memory? Decided from shapes and strides, without touching the data."""
+"""Where tensors lie, and whether strided views share memory, without touching the data."""
 
 from __future__ import annotations
 
 import torch
+
+
+def device_type(x: torch.Tensor) -> str:
+    """As ``x.device.type``, which takes longer than most checks of a call: it makes a string."""
+    return "cpu" if x.is_cpu else x.device.type
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:

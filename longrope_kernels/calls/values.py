@@ -12,6 +12,7 @@ from .records import AttentionCall, DecodeCall, RotaryCall, Selection
 
 # So many numbers are read faster one by one than reduced by torch.
 _FEW = 64
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def check_rotary(call: RotaryCall) -> None:
@@ -73,8 +74,10 @@ def check_decode(call: DecodeCall) -> None:
 
 def _check_selection(tables: Tables, selection: Selection, tokens: int) -> None:
     lengths, sets, borders = selection
-    if lengths is not None and (least := min(lengths.flatten().tolist(), default=0)) < 0:
-        raise ValueError(f"lengths: expected token counts from 0, got {least}")
+    if lengths is not None:
+        held = lengths if lengths.dim() == 1 else lengths.flatten()
+        if (least := min(held.tolist(), default=0)) < 0:
+            raise ValueError(f"lengths: expected token counts from 0, got {least}")
     if sets is not None:
         check_sets("sets", tables.sets, sets)
     if borders is not None:
@@ -94,7 +97,9 @@ def _check_32_bits(name: str, positions: torch.Tensor) -> None:
     count = positions.numel()
     if positions.dtype != torch.int64 or not count:
         return
-    if count <= _FEW:
+    if count == 1:
+        low = high = int(positions.item())
+    elif count <= _FEW:
         held = [n for row in positions.tolist() for n in row]
         low, high = min(held), max(held)
     else:
@@ -133,9 +138,9 @@ def readable(x: torch.Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or not is_plain(x):
         return False
-    return x.device.type == "cpu" or os.environ.get("LONGROPE_CHECK") == "1"
+    return x.is_cpu or os.environ.get("LONGROPE_CHECK") == "1"
 
 
 def is_plain(x: torch.Tensor) -> bool:
     """Whether x is torch's own class, which has data, and no stand-in such as a fake tensor."""
-    return type(x) in (torch.Tensor, torch.nn.Parameter)
+    return type(x) in _PLAIN

@@ -161,7 +161,7 @@ def plan(
         k, v = k.view(torch.uint8), v.view(torch.uint8)
     of_sequences = (vector_args(cache.lens), vector_args(cache.start))
     partial_out, partial_lse = scratch or (None, None)
-    window = min(scores.window, 2**30)
+    window = scores.window
     constants = {
         "DIM": dim,
         "PAIRS": tables.pairs,

@@ -9,6 +9,7 @@ import torch
 
 from ..backends import choose, reference
 from ..calls import arguments, autocast, schema, values
+from ..calls.memory import device_type
 from ..calls.records import DecodeCall, Keys, Selection
 from ..rope.tables import Tables
 from ..rope.value import Rope
@@ -128,7 +129,7 @@ def decode(
         v_scale=v_scale,
     )
     call = DecodeCall(q, keys, tables, selection, scores)
-    name = choose.choose_decode(backend, q.device.type, q.dtype, k_cache.dtype, dim)
+    name = choose.choose_decode(backend, device_type(q), q.dtype, k_cache.dtype, dim)
     if name == "reference":
         values.check_decode(call)
         with autocast.off(q):
@@ -182,21 +183,21 @@ def _check_caches(
     block_table: torch.Tensor | None,
 ) -> None:
     """The caches go with q and with one another."""
-    axes = ("batch", "capacity") if block_table is None else ("blocks", "block_size")
+    dim, dtype, device = q.shape[3], q.dtype, q.device
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        arguments.check_tensor(name, x)
-        if x.dim() != 4 or x.shape[3] != q.shape[3]:
+        shape = arguments.check_tensor(name, x).shape
+        if len(shape) != 4 or shape[3] != dim:
+            axes = "batch, capacity" if block_table is None else "blocks, block_size"
             raise ValueError(
-                f"{name}: expected shape ({', '.join(axes)}, kv_heads, {q.shape[3]}), "
-                f"got {tuple(x.shape)}"
+                f"{name}: expected shape ({axes}, kv_heads, {dim}), got {tuple(shape)}"
             )
-        if x.dtype not in (q.dtype, torch.float8_e4m3fn):
+        if x.dtype not in (dtype, torch.float8_e4m3fn):
             raise TypeError(
-                f"{name}: expected the dtype of q, {q.dtype}, or float8_e4m3fn, got {x.dtype}"
+                f"{name}: expected the dtype of q, {dtype}, or float8_e4m3fn, got {x.dtype}"
             )
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
-        if x.stride(3) != 1 and x.shape[3] > 1:
+        if x.device != device:
+            raise ValueError(f"{name}: expected the device of q, {device}, got {x.device}")
+        if x.stride()[3] != 1 and dim > 1:
             raise ValueError(
                 f"{name}: expected a unit stride in the last dimension, got strides {x.stride()}"
             )

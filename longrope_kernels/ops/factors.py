@@ -36,7 +36,7 @@ def resolve(
                 "factors: got a Rope, which holds n_hat, base, interleaved and attention_factor; "
                 "expected none of them beside it"
             )
-        if _capturing_without(factors, device):
+        if _capturing_without(factors, q):
             raise RuntimeError(
                 f"factors: this Rope has no tables on {device} yet and a CUDA graph is being "
                 f"captured; call rope.to({str(device)!r}) before the capture"
@@ -88,8 +88,8 @@ def like(tables: Tables, q: torch.Tensor) -> Tables:
     return tables if mode is None else tables.convert(mode.from_tensor)
 
 
-def _capturing_without(rope: Rope, device: torch.device) -> bool:
-    if device.type != "cuda" or torch.compiler.is_compiling() or rope.has_tables(device):
+def _capturing_without(rope: Rope, q: torch.Tensor) -> bool:
+    if not q.is_cuda or torch.compiler.is_compiling() or rope.has_tables(q.device):
         return False
     return torch.cuda.is_current_stream_capturing()
 

@@ -13,7 +13,7 @@ import torch
 
 from ..backends import choose, reference
 from ..calls import arguments, autocast, schema, values
-from ..calls.memory import overlap, overlaps_itself
+from ..calls.memory import device_type, overlap, overlaps_itself
 from ..calls.records import RotaryCall, Selection
 from ..rope.value import Rope
 from ..torch_private import below_autograd, unwatched
@@ -96,7 +96,7 @@ def apply_rotary(
     selection = arguments.select(tables, q, batch, layout, lengths, sets, cu_seqlens)
     # Borders make no difference where all sequences take one set.
     call = RotaryCall(q4, k4, positions, tables, selection if selection.chooses else Selection())
-    name = choose.choose_rotary(backend, q.device.type, q.dtype == torch.float64)
+    name = choose.choose_rotary(backend, device_type(q), q.dtype == torch.float64)
     if inplace:
         check_writable("q", q)
         if k is not None:

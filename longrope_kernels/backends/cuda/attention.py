@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from ...calls import addresses
 from ...calls.records import AttentionCall, RotaryCall
-from .device import TYPES, extension, integers, on_device, place_of, rope_of, strided
+from .device import extension, on_device, place_of
 from .rotary import rotary
 
 # Rotated copies larger than this are made for one KV head at a time.
@@ -33,7 +34,7 @@ def forward(
         out.zero_()
         lse.fill_(float("-inf"))
         return
-    (batch, queries, _, dim), slots = q.shape, k.shape[1]
+    (batch, slots, _, dim) = k.shape
     q, v = _aligned(q), _aligned(keys.v)
     of_keys = selection._replace(borders=keys.borders)
     kv_bytes = batch * slots * dim * k.element_size()
@@ -46,23 +47,16 @@ def forward(
             rotated, part = scratch[:, :, : of_k.stop - first], k[:, :, of_k]
             of_part = RotaryCall(part, part[:, :, :0], keys.positions, tables, of_keys)
             rotary(of_part, rotated, rotated[:, :, :0])
-            of_lse = lse[:, of_q]
-            extension().attention(
-                TYPES[q.dtype],
-                (batch, queries, slots, of_q.stop - of_q.start, of_k.stop - first, dim),
-                *map(strided, (q[:, :, of_q], rotated, v[:, :, of_k], out[:, :, of_q])),
-                (of_lse.data_ptr(), of_lse.stride()[:2]),
-                (positions.data_ptr(), positions.stride(), positions.dtype == torch.int64),
-                rope_of(tables),
-                (integers(selection.lengths), integers(selection.sets)),
-                (integers(selection.borders), integers(keys.borders)),
-                integers(keys.start),
-                selection.sequences(batch),
-                (tables.interleaved, scores.causal),
-                (scores.scale, scores.window, scores.cap),
-                _STAGES,
-                place_of(q),
+            part_of_call = AttentionCall(
+                q[:, :, of_q],
+                positions,
+                keys._replace(k=rotated, v=v[:, :, of_k]),
+                tables,
+                selection,
+                scores,
             )
+            record = addresses.attention(part_of_call, out[:, :, of_q], lse[:, of_q])
+            extension().attention(record, _STAGES, place_of(q))
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

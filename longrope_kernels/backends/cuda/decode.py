@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...calls import addresses
 from ...calls.records import DecodeCall
 from ...kernels.splits import Splits, choose_splits
-from .device import (
-    TYPES,
-    emulating,
-    extension,
-    integers,
-    matrix,
-    on_device,
-    place_of,
-    rope_of,
-    strided,
-)
+from .device import emulating, extension, on_device, place_of
 
 # Keys of a tile, and rows of a block; csrc/cuda/decode.h has the same.
 _TILE = 64
@@ -47,53 +38,19 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
     q is bfloat16 or float16, the caches of that dtype or float8_e4m3fn. What is launched follows
     from shapes and strides alone, so that one captured graph serves all lengths.
     """
-    q, cache, tables, selection, scores = call
+    q = call.q
     if out.numel() == 0:
         return
-    if cache.empty:
+    if call.keys.empty:
         out.zero_()
         lse.fill_(float("-inf"))
         return
-    batch, queries, heads, dim = q.shape
     splits = _splits_of(call)
-    scratch = None
+    partial = 0, 0
     if splits.most > 1:
         shape = (splits.most, *lse.shape)
-        scratch = lse.new_empty(*shape, dim), lse.new_empty(shape)
+        scratch = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape)
+        partial = scratch[0].data_ptr(), scratch[1].data_ptr()
     with on_device(q):
-        extension().decode(
-            (TYPES[q.dtype], cache.k.dtype == torch.float8_e4m3fn),
-            (batch, queries, heads, cache.heads, dim),
-            strided(q),
-            strided(out),
-            lse.data_ptr(),
-            strided(cache.k),
-            strided(cache.v),
-            (*matrix(cache.block_table), cache.k.shape[1]),
-            (*_vector(cache.k_scale), *_vector(cache.v_scale)),
-            integers(cache.lens),
-            integers(cache.start),
-            (*matrix(cache.positions), _is_int64(cache.positions)),
-            rope_of(tables),
-            (integers(selection.lengths), integers(selection.sets), _of_queries(selection.lengths)),
-            tables.interleaved,
-            scores.scale,
-            min(scores.window, 2**30),
-            scores.cap,
-            splits,
-            (0, 0) if scratch is None else (scratch[0].data_ptr(), scratch[1].data_ptr()),
-            place_of(q),
-        )
-
-
-def _of_queries(lengths: torch.Tensor | None) -> int:
-    """The stride of lengths between queries."""
-    return 0 if lengths is None or lengths.dim() == 1 else lengths.stride(1)
-
-
-def _vector(x: torch.Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
-
-
-def _is_int64(x: torch.Tensor | None) -> bool:
-    return x is not None and x.dtype == torch.int64
+        record = addresses.decode(call, out, lse)
+        extension().decode(record, (*splits, *partial), place_of(q))

@@ -1,4 +1,4 @@
-"""The compiled CUDA backend (csrc/cuda): hands addresses, sizes and strides to the extension.
+"""The compiled CUDA backend (csrc/cuda): hands the addresses of a call to the extension.
 
 Under ``LONGROPE_CUDA_EMULATE=1`` the same kernels run on CPU tensors, in an emulator that tests
 build (tests/cpp/emulator), slowly.
@@ -13,10 +13,6 @@ from functools import cache
 from types import ModuleType
 
 import torch
-
-from ...rope.tables import Tables
-
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def emulating() -> bool:
@@ -54,27 +50,6 @@ def missing() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     return None
-
-
-def rope_of(tables: Tables) -> tuple[int, ...]:
-    """The sets, the pairs and the tables, as the extension takes them."""
-    pointers = (tables.steps, tables.n_hat, tables.attention_factor, tables.max_length)
-    return tables.sets, tables.pairs, *(x.data_ptr() for x in pointers)
-
-
-def strided(x: torch.Tensor) -> tuple[int, tuple[int, ...]]:
-    """x (B, S, H, D), a unit last stride, as the extension takes it."""
-    return x.data_ptr(), x.stride()[:3]
-
-
-def matrix(x: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """A matrix that may be absent, as the extension takes it."""
-    return (0, (0, 0)) if x is None else (x.data_ptr(), x.stride())
-
-
-def integers(x: torch.Tensor | None) -> tuple[int, int, bool]:
-    """A vector of int32 or int64 that may be absent, as the extension takes it."""
-    return (0, 0, False) if x is None else (x.data_ptr(), x.stride(0), x.dtype == torch.int64)
 
 
 def place_of(x: torch.Tensor) -> tuple[int, int]:

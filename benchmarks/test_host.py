@@ -1,0 +1,113 @@
+"""What a call costs on the host: one token, where the arithmetic is the smaller part.
+
+``pytest benchmarks/ --benchmark-only`` is the measurement; without the option it is a check that
+everything runs. On the CPU and by the native backend, also where there is a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from clock import HOST
+from measure import Timed, measure
+from ropes import EXACT, allowed_error, assert_right, rope
+from table import Row, Table, median_of
+
+from longrope_kernels import apply_rotary, decode
+from longrope_kernels.backends import native
+
+CALLS = 100  # of a round: one alone is near what the clock can tell
+HEADS, KV_HEADS, DIM = 32, 8, 96
+CAPACITY, CACHED = 128, 16
+POSITION = 77
+
+ADD = "torch: q + k"  # what one operation of torch costs, to read the others by
+FORWARD, INPLACE, DECODE = "apply_rotary", "apply_rotary in place", "decode"
+NAMES = (ADD, FORWARD, INPLACE, DECODE)
+NOT_TIMED: dict[str, str] = {}
+if reason := native.missing():
+    NOT_TIMED = dict.fromkeys((FORWARD, INPLACE, DECODE), reason)
+TABLE = Table(
+    f"host time: q and k (1, 1, {HEADS}, {DIM}), decode over {CACHED} keys, {CALLS} calls, medians",
+    "calls/s",
+    1,
+    "",
+    "x q + k",
+    "calls/s: of one thread that makes no others; float32, native",
+)
+ROWS: list[Row] = []  # for the table at the end
+
+SECONDS_A_ROW = 0.3
+
+Call = Callable[[], Any]
+
+
+@pytest.mark.benchmark(timer=HOST.now, disable_gc=True)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, id=f"host-{name}") for name in NAMES if name not in NOT_TIMED]
+)
+def test_host(benchmark: Any, request: pytest.FixtureRequest, name: str) -> None:
+    benchmark.group = f"host time, {CALLS} calls of one token"
+    found = measure(benchmark, request, prepared, (), SECONDS_A_ROW, clock=HOST)
+    if found is None:
+        return
+    of_add = found.median if name == ADD else median_of(ROWS, benchmark.group, ADD)
+    ROWS.append(Row(benchmark.group, name, found.median, found.amount, None, of_add))
+    benchmark.extra_info.update(
+        work="host",
+        calls=CALLS,
+        seconds_a_call=found.median / CALLS,
+        peak_bytes=found.peak_bytes,
+    )
+
+
+def prepared(name: str) -> Timed:
+    """The calls of a row, after the result of one was checked."""
+    call, right = _calls()[name]
+    if right is not None:
+        result = call()
+        first = result[0] if isinstance(result, tuple) else result
+        assert_right(name, "q", first, right, allowed_error(torch.float32, POSITION, EXACT))
+
+    def run() -> None:
+        for _ in range(CALLS):
+            call()
+
+    return Timed(run, tuple, None, CALLS)
+
+
+def _calls() -> dict[str, tuple[Call, torch.Tensor | None]]:
+    """Each call, and what is right of its first result; its inputs are its own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator)
+
+    q, k = normal(1, 1, HEADS, DIM), normal(1, 1, HEADS, DIM)
+    cache = normal(1, CAPACITY, KV_HEADS, DIM), normal(1, CAPACITY, KV_HEADS, DIM)
+    positions, lengths = torch.tensor([[POSITION]]), torch.tensor([POSITION + 1])
+    lens, turn = torch.tensor([CACHED]), rope(DIM)
+    into = q.clone(), k.clone()
+    rotated, _ = apply_rotary(
+        q.double(), k.double(), positions, turn, lengths=lengths, backend="reference"
+    )
+    attended = decode(q.double(), *(x.double() for x in cache), lens, turn, backend="reference")
+    assert isinstance(attended, torch.Tensor)
+    return {
+        ADD: (lambda: q + k, None),
+        FORWARD: (
+            lambda: apply_rotary(q, k, positions, turn, lengths=lengths, backend="native"),
+            rotated,
+        ),
+        # Further and further; the norms stay.
+        INPLACE: (
+            lambda: apply_rotary(
+                *into, positions, turn, lengths=lengths, inplace=True, backend="native"
+            ),
+            rotated,
+        ),
+        DECODE: (lambda: decode(q, *cache, lens, turn, backend="native"), attended),
+    }
