@@ -106,7 +106,7 @@ def test_apply_rotary_pos_emb_once_an_untouched_model_was_compiled(cache):
 
 
 def test_attention_interface(monkeypatch):
-    monkeypatch.setattr(transformers, "AttentionInterface", None)
+    monkeypatch.setattr(contacts.transformers, "AttentionInterface", None)
     refused(family_model("phi3"), "transformers has no AttentionInterface")
     monkeypatch.undo()
     enable(family_model("phi3"))
@@ -114,7 +114,7 @@ def test_attention_interface(monkeypatch):
 
 
 def test_attention_mask_interface(monkeypatch):
-    monkeypatch.setattr(transformers, "AttentionMaskInterface", None)
+    monkeypatch.setattr(contacts.transformers, "AttentionMaskInterface", None)
     refused(family_model("phi3"), "transformers has no AttentionMaskInterface")
     monkeypatch.undo()
     enable(family_model("phi3"))
