@@ -138,11 +138,15 @@ def test_the_next_token_goes_on_with_the_last_sequence():
     assert max_diff(step.logits[0], alone("phi3", last[0])[-1:]) < CLOSE
 
 
-def test_a_static_cache_takes_packed_sequences():
+@pytest.mark.parametrize(
+    "arguments", [{}, {"cu_seq_lens_q": BORDERS}], ids=["positions", "borders"]
+)
+def test_a_static_cache_takes_packed_sequences(arguments):
     model = enable(family_model("phi3"))
     cache = StaticCache(config=model.config, max_cache_len=TOTAL + 9)
     with torch.no_grad():
-        actual = model(PACKED, position_ids=RESTARTING, past_key_values=cache).logits[0]
+        given = {"position_ids": RESTARTING, "past_key_values": cache, **arguments}
+        actual = model(PACKED, **given).logits[0]
     for row, of_row in zip(ROWS, actual.split(LENGTHS), strict=True):
         assert max_diff(of_row, alone("phi3", row)) < CLOSE
 

@@ -95,6 +95,23 @@ def test_two_forwards_before_one_backward_under_checkpointing():
         assert torch.equal(a, e)
 
 
+def test_two_packings_of_the_same_positions_under_checkpointing():
+    """Borders tell them apart too."""
+    found, positions = [], torch.arange(24)[None]
+    for checkpointed in (False, True):
+        model = enable(family_model("phi3")).train()
+        if checkpointed:
+            checkpoint(model, use_reentrant=False)
+        loss = torch.zeros(())
+        for borders in (torch.tensor([0, 9, 24]), torch.tensor([0, 16, 24])):
+            given = {"cu_seq_lens_q": borders, "position_ids": positions, "labels": tokens(1)}
+            loss = loss + model(tokens(1), **given).loss
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    for a, e in zip(*found, strict=True):
+        assert torch.equal(a, e)
+
+
 @pytest.mark.parametrize("name", ["phi3", "qwen3"])
 def test_autocast_is_no_further_off_than_the_untouched_model(name):
     truth = gradients(family_model(name))

@@ -44,13 +44,6 @@ def call_of(
     padding. mask: of `masks.slots_of_mask`. keys: N. borders: (sequences + 1,), the caller's.
     """
     queries = positions.shape[1]
-    if borders is not None:
-        if keys != queries:
-            raise ValueError(
-                f"cu_seq_lens_q: expected no keys in the cache, got {keys - queries} more slots "
-                f"than the {queries} tokens; packed sequences are whole ones"
-            )
-        return _packed(chooses, positions, borders, batch)
     start = filled = behind = None
     end: torch.Tensor | int = keys
     count: int | None = keys
@@ -60,6 +53,13 @@ def call_of(
         end, filled = slots.end - slots.dropped, slots.filled - slots.dropped
         behind = filled - end
         count = _count(filled, queries, keys)
+    if borders is not None:
+        if count != queries:
+            raise ValueError(
+                f"cu_seq_lens_q: expected no keys in the cache, got {keys - queries} more slots "
+                f"than the {queries} tokens; packed sequences are whole ones"
+            )
+        return _packed(chooses, positions, borders, batch)
     if count != queries:
         _check_behind_keys(positions, mask)
     elif (found := _restarts(positions, mask, batch)) is not None:
@@ -210,7 +210,7 @@ class Memory:
 
     def forget(self) -> None:
         """Begin a new forward: its positions may lie in the tensor of the last one."""
-        self._held: tuple[Any, list[tuple[Any, int, int, Call]]] = (None, [])
+        self._held: tuple[Any, list[tuple[Any, Any, int, int, Call]]] = (None, [])
 
     def call(
         self,
@@ -229,11 +229,12 @@ class Memory:
         if of is not positions:
             calls = []
             self._held = positions, calls
-        for its_mask, its_batch, its_keys, call in calls:
-            if its_mask is mask and (its_batch, its_keys) == (batch, keys):
+        for its_mask, its_borders, its_batch, its_keys, call in calls:
+            same = its_mask is mask and its_borders is borders
+            if same and (its_batch, its_keys) == (batch, keys):
                 return call
         call = call_of(chooses, positions, mask, batch, keys, borders)
-        calls.append((mask, batch, keys, call))
+        calls.append((mask, borders, batch, keys, call))
         return call
 
     def __reduce__(self) -> tuple[Any, ...]:
