@@ -15,6 +15,15 @@ def below_autograd() -> Any:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+def expect(condition: torch.Tensor, message: str) -> None:
+    """An error where () bool ``condition`` is False, without waiting for a device, in graphs too.
+
+    On the CPU a RuntimeError with the message; on a GPU the assertion of the device, which
+    whoever next waits for it meets.
+    """
+    torch._assert_async(condition, message)
+
+
 def constant_in_graphs(function: Function) -> Function:
     """What `torch.compiler.assume_constant_result` does, without its import of torch._dynamo.
 

@@ -264,6 +264,26 @@ def test_inference_mode_and_gradients(make: Maker) -> None:
 
 
 @every_cache
+@pytest.mark.parametrize("dtype", [fp32, bf16, fp8], ids=str)
+def test_autocast_writes_in_the_dtype_of_the_cache(make: Maker, dtype: torch.dtype) -> None:
+    """k and v of any; a float8 cache rounds them once."""
+    cache, plain = (make(policy="pin", dtype=dtype) for _ in range(2))
+    k, _ = tokens(3, 4, dtype=fp32)
+    _, v = tokens(3, 4, dtype=bf16)
+    with torch.autocast("cpu", dtype=bf16):
+        cache.append(k, v)
+        cache.extend(4)
+        cache.write(k, v)
+    for _ in range(2):
+        plain.append(*((k, v) if dtype == fp8 else (k.to(dtype), v.to(dtype))))
+    for found, expected in zip(cache.gather(1), plain.gather(1), strict=True):
+        assert torch.equal(found, expected)
+    if dtype != fp8:
+        with pytest.raises(TypeError, match=r"[kv]: expected (float32|bfloat16), got"):
+            cache.append(k, v)
+
+
+@every_cache
 def test_another_default_device_does_not_matter(make: Maker) -> None:
     cache = make(policy="pin")
     k, v = tokens(23)

@@ -4,6 +4,7 @@ The same tests on the oldest, the locked and the newest transformers that are su
 """
 
 import inspect
+import os
 import pickle
 import subprocess
 import sys
@@ -81,6 +82,27 @@ def test_apply_rotary_pos_emb_is_the_original_on_tables(name):
     assert names == ["q", "k", "cos", "sin", "unsqueeze_dim"]
     assert torch.equal(logits(model), expected)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
+
+
+@pytest.mark.parametrize("cache", ["unrotated", "rotated"])
+def test_apply_rotary_pos_emb_once_an_untouched_model_was_compiled(cache):
+    """Dynamo keeps the arguments of a function that it has traced. In a fresh process."""
+    script = (
+        "import sys, torch\n"
+        "from model_cases import family_model, logits, max_diff\n"
+        "model = family_model('llama')\n"
+        "expected = logits(torch.compile(model, backend='eager'))\n"
+        "from longrope_kernels.integrations.transformers import enable\n"
+        "torch.compiler.reset()\n"
+        "enable(model, cache=sys.argv[1])\n"
+        "found = logits(torch.compile(model, backend='eager', fullgraph=True))\n"
+        "print('difference', max_diff(found, expected))\n"
+    )
+    command = [sys.executable, "-c", script, cache]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < CLOSE
 
 
 def test_attention_interface(monkeypatch):

@@ -476,6 +476,21 @@ def test_the_default_backend_serves_everything(dtype: torch.dtype) -> None:
 
 
 @every_backend
+def test_autocast_takes_caches_of_two_dtypes_to_its_own(backend: Backend) -> None:
+    given = backend.nearest(Case((9, 3), 2)).call().arguments
+    k, v = (given[name].to(bf16) for name in ("k_cache", "v_cache"))
+    call = Call(**{**given, "q": given["q"].to(bf16), "k_cache": k, "v_cache": v})
+    for wide in ("k_cache", "v_cache"):
+        mixed = {**call.arguments, wide: call.arguments[wide].float()}
+        with torch.autocast(backend.device, dtype=bf16):
+            out, lse = backend.decode(**mixed, return_lse=True)
+        assert_decoded(out, call.expected().out)
+        assert_lse_close(lse, call.expected().lse)
+        with pytest.raises(TypeError, match="v_cache: expected the dtype of"):
+            backend.decode(**{**mixed, "q": mixed["q"].to(mixed["k_cache"].dtype)})
+
+
+@every_backend
 def test_autocast_takes_q_to_the_dtype_of_the_cache(backend: Backend) -> None:
     """Beside float8 to its own; a cache is never cast, which would cost more than the step."""
     for case in (Case((9, 3), 2), Case((9, 3), block=16, float8=backend.float8)):

@@ -212,6 +212,17 @@ def test_a_static_cache_no_longer_than_its_window(length):
         goes_on(model, cache)
 
 
+@pytest.mark.parametrize("counts", [[20, 13], [32, 1], [33]], ids=str)
+def test_a_static_cache_that_would_drop_keys(counts):
+    """Shorter than its window and full: transformers forgets the first keys."""
+    model = enable(family_model("mistral", sliding_window=48))
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    for count in counts[:-1]:
+        model(tokens(1, count), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"past_key_values: expected at most 32 tokens.* got 33"):
+        model(tokens(1, counts[-1]), past_key_values=cache)
+
+
 # ---------------------------------------------------------------------- a model inside a model
 
 

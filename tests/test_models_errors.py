@@ -186,6 +186,17 @@ def test_a_model_that_was_not_enabled_is_told_to():
         run(model)
 
 
+def test_a_copied_config_of_an_enabled_model():
+    """Says "longrope" as well; the error says what to do."""
+    enabled = enable(family_model("llama"))
+    model = type(enabled)(copy.deepcopy(enabled.config)).eval()
+    model.load_state_dict(enabled.state_dict())
+    with pytest.raises(ValueError, match=r"module: .*set_attn_implementation\('sdpa'\)"):
+        run(model)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(logits(model), logits(family_model("llama")))
+
+
 def test_attention_weights_cannot_be_had():
     with pytest.raises(ValueError, match="output_attentions: expected False"):
         run(enable(family_model("phi3")), output_attentions=True)

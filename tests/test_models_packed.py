@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_cases import ONE_OF_EACH, SWITCH, family_model, max_diff, tokens
+from model_cases import ONE_OF_EACH, SWITCH, family_model, logits, max_diff, tokens
 from test_models_forward import true_model
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
@@ -138,11 +138,15 @@ def test_the_next_token_goes_on_with_the_last_sequence():
     assert max_diff(step.logits[0], alone("phi3", last[0])[-1:]) < CLOSE
 
 
-def test_a_static_cache_takes_packed_sequences():
+@pytest.mark.parametrize(
+    "arguments", [{}, {"cu_seq_lens_q": BORDERS}], ids=["positions", "borders"]
+)
+def test_a_static_cache_takes_packed_sequences(arguments):
     model = enable(family_model("phi3"))
     cache = StaticCache(config=model.config, max_cache_len=TOTAL + 9)
     with torch.no_grad():
-        actual = model(PACKED, position_ids=RESTARTING, past_key_values=cache).logits[0]
+        given = {"position_ids": RESTARTING, "past_key_values": cache, **arguments}
+        actual = model(PACKED, **given).logits[0]
     for row, of_row in zip(ROWS, actual.split(LENGTHS), strict=True):
         assert max_diff(of_row, alone("phi3", row)) < CLOSE
 
@@ -155,6 +159,33 @@ def test_compiled_by_borders():
         actual = step(PACKED, **borders(position_ids=RESTARTING, use_cache=False)).logits[0]
     for row, of_row in zip(ROWS, actual.split(LENGTHS), strict=True):
         assert max_diff(of_row, alone("phi3", row)) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["alone", "mask of ones", "static cache"])
+def test_a_graph_refuses_positions_that_restart(kind):
+    """It can't look for borders, and says so without waiting; padding is no border."""
+    torch.compiler.reset()
+    model = enable(family_model("phi3"))
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+
+    def given(**more):
+        if kind == "static cache":
+            more["past_key_values"] = StaticCache(config=model.config, max_cache_len=TOTAL + 9)
+        elif kind == "mask of ones":
+            more = {"attention_mask": torch.ones_like(PACKED), "use_cache": False, **more}
+        return {"use_cache": False, **more}
+
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match=r"position_ids: .*give their borders as cu_seq_le"):
+            step(PACKED, position_ids=RESTARTING, **given())
+        actual = step(PACKED, position_ids=torch.arange(TOTAL)[None], **given()).logits
+        assert max_diff(actual, logits(model, ids=PACKED)) < CLOSE
+        if kind == "mask of ones":
+            mask = torch.ones_like(PACKED)
+            mask[:, :5] = 0
+            where = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+            actual = step(PACKED, position_ids=where, **given(attention_mask=mask)).logits
+            assert max_diff(actual[:, 5:], logits(model, ids=PACKED[:, 5:])) < CLOSE
 
 
 REFUSED = {
@@ -175,3 +206,16 @@ def test_borders_behind_keys_of_a_cache():
     model(tokens(1, 4), past_key_values=cache)
     with pytest.raises(ValueError, match="cu_seq_lens_q: expected no keys in the cache, got 4"):
         model(PACKED, past_key_values=cache, **borders())
+
+
+@pytest.mark.parametrize("count", [3, 20])
+def test_positions_behind_keys_of_a_cache(count):
+    """Where cached keys lie follows from the last token, so that nothing may be skipped."""
+    model = enable(family_model("phi3"))
+    for turn in (0, 1, 3):  # a restart, one twice, some skipped
+        cache, where = DynamicCache(), torch.arange(4, 4 + count)[None].clone()
+        where[:, 2:] += turn - where[0, 2] if turn == 0 else turn - 2
+        with torch.no_grad():
+            model(tokens(1, 4), past_key_values=cache)
+            with pytest.raises(ValueError, match=r"position_ids: expected each one more .*cache"):
+                model(tokens(1, count), position_ids=where, past_key_values=cache)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from model_cases import FAMILIES, ONE_OF_EACH, family_model, gradients, logits, max_diff, tokens
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from longrope_kernels.integrations.transformers import disable, enable
 
@@ -95,6 +95,23 @@ def test_two_forwards_before_one_backward_under_checkpointing():
         assert torch.equal(a, e)
 
 
+def test_two_packings_of_the_same_positions_under_checkpointing():
+    """Borders tell them apart too."""
+    found, positions = [], torch.arange(24)[None]
+    for checkpointed in (False, True):
+        model = enable(family_model("phi3")).train()
+        if checkpointed:
+            checkpoint(model, use_reentrant=False)
+        loss = torch.zeros(())
+        for borders in (torch.tensor([0, 9, 24]), torch.tensor([0, 16, 24])):
+            given = {"cu_seq_lens_q": borders, "position_ids": positions, "labels": tokens(1)}
+            loss = loss + model(tokens(1), **given).loss
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    for a, e in zip(*found, strict=True):
+        assert torch.equal(a, e)
+
+
 @pytest.mark.parametrize("name", ["phi3", "qwen3"])
 def test_autocast_is_no_further_off_than_the_untouched_model(name):
     truth = gradients(family_model(name))
@@ -105,6 +122,21 @@ def test_autocast_is_no_further_off_than_the_untouched_model(name):
     for t, own, actual in zip(truth, *found, strict=True):
         assert actual.dtype == torch.float32
         assert max_diff(actual, t) <= 2 * max_diff(own, t) + 1e-6
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_steps_under_autocast(name):
+    """From a cache too, of which qwen3 keeps float32 keys beside bfloat16 values."""
+    found, ids = [], tokens(2, 24)
+    truth = logits(family_model(name), ids=ids)[:, 20:]
+    for model in (family_model(name), enable(family_model(name))):
+        cache = DynamicCache(config=model.config)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            model(ids[:, :20], past_key_values=cache)
+            steps = [model(ids[:, i, None], past_key_values=cache).logits for i in range(20, 24)]
+        found.append(torch.cat(steps, 1))
+    own, actual = (max_diff(x, truth) for x in found)
+    assert actual <= 2 * own + 1e-6
 
 
 def test_trainer_follows_the_untouched_model(tmp_path):

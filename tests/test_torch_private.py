@@ -134,3 +134,17 @@ def test_fake_mode() -> None:
         x = torch.zeros(2)
     assert torch_private.fake_mode_of(x) is mode
     assert torch_private.fake_mode_of(torch.zeros(2)) is None
+
+
+@pytest.mark.parametrize("backend", ["", "eager", "aot_eager", "inductor"])
+def test_what_is_expected_is_seen_in_graphs_too(backend: str) -> None:
+    def look(x: torch.Tensor) -> torch.Tensor:
+        torch_private.expect((x > 0).all(), "x: expected numbers above 0")
+        return x + 1
+
+    if backend:
+        torch.compiler.reset()
+        look = torch.compile(look, fullgraph=True, backend=backend)
+    assert torch.equal(look(torch.ones(2)), torch.full((2,), 2.0))
+    with pytest.raises(RuntimeError, match="x: expected numbers above 0"):
+        look(torch.zeros(2))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..calls import arguments, values
+from ..calls import arguments, autocast, values
 from ..ops.decode import MAX_QUERIES, decode
 from ..rope.value import Rope, check_device
 from .rows import Policy, Rows, check_count
@@ -180,8 +180,8 @@ class Cache(ABC):
             k: (rows, q_len, kv_heads, dim), rows as in `extend` and q_len its largest count: a row
                 with fewer new tokens has them last, and what stands before them is dropped. Or
                 packed, (tokens, kv_heads, dim), row after row. Of the dtype of the cache; for
-                a float8 cache of any floating dtype, and divided by the scale, clamped to 448
-                and rounded to nearest.
+                a float8 cache and under autocast of any floating dtype, for the former divided by
+                the scale, clamped to 448 and rounded to nearest.
             v: like k.
             layer: which layer.
 
@@ -193,7 +193,7 @@ class Cache(ABC):
             RuntimeError: nothing was extended, or something else came between.
         """
         check_count("layer", layer, 0, self.layers - 1)
-        self._check_new(k, v)
+        k, v = self._check_new(k, v)
         address = self._address(k)
         _store(self._k[layer], address, k, _of_layer(self._k_scale, layer))
         _store(self._v[layer], address, v, _of_layer(self._v_scale, layer))
@@ -391,10 +391,13 @@ class Cache(ABC):
 
     # ----------------------------------------------------------------------------- arguments
 
-    def _check_new(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """k and v are new tokens of one layer."""
+    def _check_new(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v, new tokens of one layer, as autocast hands them on."""
         for name, x in (("k", k), ("v", v)):
             arguments.check_tensor(name, x)
+        if self.dtype != FLOAT8:  # which takes any dtype, and would be rounded to twice
+            k, v = (autocast.like_cache(x, self._k[0]) for x in (k, v))
+        for name, x in (("k", k), ("v", v)):
             heads = (self.kv_heads, self.head_dim)
             if x.dim() not in (3, 4) or tuple(x.shape[-2:]) != heads:
                 raise ValueError(
@@ -411,6 +414,7 @@ class Cache(ABC):
                 )
         if v.shape != k.shape:
             raise ValueError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+        return k, v
 
     def _scale(self, name: str, scale: torch.Tensor | None) -> torch.Tensor | None:
         """A scale for each layer and KV head, (layers, kv_heads), on the device."""

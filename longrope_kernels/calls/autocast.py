@@ -38,6 +38,13 @@ def like_cache(x: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
     return x.to(stored.dtype) if stored.dtype in DTYPES else x
 
 
+def alike(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Caches of two dtypes in that of autocast, where it is on: kernels read both in one."""
+    if k.dtype == v.dtype or dtype_of(k) is None or dtype_of(v) is None:
+        return k, v
+    return cast(k), cast(v)
+
+
 def off(x: torch.Tensor) -> AbstractContextManager[object]:
     """Where torch's own operators keep the dtypes they are given, on the device of x."""
     kind = device_type(x)

@@ -92,8 +92,8 @@ def decode(
         (batch, heads, q_len) float32 (float64 for float64). A query that sees no key gets 0 and
         -inf.
 
-    Under autocast q takes the dtype of the caches, which are never cast, and beside float8 caches
-    that of autocast.
+    Under autocast q takes the dtype of the caches, which are not cast unless their dtypes differ,
+    and beside float8 caches that of autocast.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected. Values of
@@ -103,7 +103,10 @@ def decode(
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: expected a bool, got {return_lse!r}")
     arguments.check_tensor("q", q)
-    q = autocast.like_cache(q, arguments.check_tensor("k_cache", k_cache))
+    arguments.check_tensor("k_cache", k_cache)
+    arguments.check_tensor("v_cache", v_cache)
+    k_cache, v_cache = autocast.alike(k_cache, v_cache)
+    q = autocast.like_cache(q, k_cache)
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
     _check_q(q, 2 * tables.pairs)
     batch, _, heads, _ = q.shape
@@ -185,7 +188,7 @@ def _check_caches(
     """The caches go with q and with one another."""
     dim, dtype, device = q.shape[3], q.dtype, q.device
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        shape = arguments.check_tensor(name, x).shape
+        shape = x.shape
         if len(shape) != 4 or shape[3] != dim:
             axes = "batch, capacity" if block_table is None else "blocks, block_size"
             raise ValueError(

@@ -74,7 +74,8 @@ def longrope_attention(
         raise ValueError(
             f"module: expected a model that longrope_kernels' enable was called on, got a "
             f"{type(module).__name__} without, whose attention implementation is {NAME!r}; if it "
-            "shares its config object with an enabled model, build it from a copy"
+            "shares its config object with an enabled model, build it from a copy, and call its "
+            "set_attn_implementation('sdpa') where the copy says the same"
         )
     if output_attentions:
         raise ValueError(

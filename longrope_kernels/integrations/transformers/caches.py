@@ -38,10 +38,12 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         enabled.memory.forget()
     if settings.cache == "unrotated":
         _check_implementation(module.config)
-    for given in (*args, *kwargs.values()):
+    everything = (*args, *kwargs.values())
+    queries = next(x.shape[1] for x in everything if isinstance(x, torch.Tensor))
+    for given in everything:
         if isinstance(given, Cache):
             if settings.cache == "unrotated":
-                _check_layers(given, module.config)
+                _check_layers(given, module.config, queries)
             _check_keys(given, settings)
 
 
@@ -67,7 +69,7 @@ def _check_implementation(config: Any) -> None:
         )
 
 
-def _check_layers(cache: Any, config: Any) -> None:
+def _check_layers(cache: Any, config: Any, queries: int) -> None:
     layers = getattr(cache, "layers", None)
     if layers is None:
         raise ValueError(
@@ -89,6 +91,12 @@ def _check_layers(cache: Any, config: Any) -> None:
                 f"past_key_values: expected max_cache_len below the sliding window, {window}, got "
                 "a StaticSlidingWindowLayer that drops keys; use a DynamicCache, or "
                 "enable(model, cache='rotated')"
+            )
+        count, dropped = layer.get_mask_sizes(queries)
+        if count + dropped > layer.max_cache_len:
+            raise ValueError(
+                f"past_key_values: expected at most {layer.max_cache_len} tokens, the length of "
+                f"the static cache, got {count + dropped}; a sliding one drops keys then"
             )
 
 

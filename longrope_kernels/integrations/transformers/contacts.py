@@ -59,7 +59,10 @@ def install(architecture: Architecture) -> None:
 
 
 def _dispatch_rotation(module: Any) -> None:
-    """Give the function another body and keep the object: models hold it, pickled by its name."""
+    """Give the function another body and keep the object: models hold it, pickled by its name.
+
+    Its arguments stay as they are, since dynamo keeps those of each object it has traced.
+    """
     function = contact(module, "apply_rotary_pos_emb")
     if getattr(function, _OURS, False):
         return
@@ -75,13 +78,9 @@ def _dispatch_rotation(module: Any) -> None:
         return original(q, k, cos, sin, *args, **kwargs)
 
     module.longrope_rotation = longrope_rotation
-    function.__signature__ = inspect.signature(original)
-    function.__code__, function.__defaults__ = _body.__code__, None
+    given = ", ".join(inspect.signature(original).parameters)
+    function.__code__ = eval(f"lambda {given}: longrope_rotation({given})").__code__
     setattr(function, _OURS, True)
-
-
-def _body(*args: Any, **kwargs: Any) -> Any:
-    return longrope_rotation(*args, **kwargs)  # type: ignore[name-defined] # noqa: F821
 
 
 def _keep_cache(model: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from ...calls.values import readable
 from ...ops.decode import MAX_QUERIES
+from ...torch_private import expect
 from .masks import Slots, can_wait, read_slots
 
 
@@ -43,13 +44,6 @@ def call_of(
     padding. mask: of `masks.slots_of_mask`. keys: N. borders: (sequences + 1,), the caller's.
     """
     queries = positions.shape[1]
-    if borders is not None:
-        if keys != queries:
-            raise ValueError(
-                f"cu_seq_lens_q: expected no keys in the cache, got {keys - queries} more slots "
-                f"than the {queries} tokens; packed sequences are whole ones"
-            )
-        return _packed(chooses, positions, borders, batch)
     start = filled = behind = None
     end: torch.Tensor | int = keys
     count: int | None = keys
@@ -59,7 +53,16 @@ def call_of(
         end, filled = slots.end - slots.dropped, slots.filled - slots.dropped
         behind = filled - end
         count = _count(filled, queries, keys)
-    if count == queries and (found := _restarts(positions, mask, batch)) is not None:
+    if borders is not None:
+        if count != queries:
+            raise ValueError(
+                f"cu_seq_lens_q: expected no keys in the cache, got {keys - queries} more slots "
+                f"than the {queries} tokens; packed sequences are whole ones"
+            )
+        return _packed(chooses, positions, borders, batch)
+    if count != queries:
+        _check_behind_keys(positions, mask)
+    elif (found := _restarts(positions, mask, batch)) is not None:
         return _packed(chooses, positions, found, batch)
 
     last = last_positions(positions, behind, batch)
@@ -119,13 +122,17 @@ def _restarts(
 ) -> torch.Tensor | None:
     """Borders of packed sequences in a prompt, from positions that do not go up; None: no such.
 
-    A graph can't look for them: whoever compiles gives ``cu_seq_lens_q``. Otherwise this waits for
-    a device, once in a prompt, as transformers does.
+    A graph can't look for them, and refuses them: whoever compiles gives ``cu_seq_lens_q``.
+    Otherwise this waits for a device, once in a prompt, as transformers does.
     """
     queries = positions.shape[1]
-    if queries == 1 or not can_wait():
+    if queries == 1:
         return None
     step = positions.diff()
+    if not can_wait():
+        # Where it has no mask, transformers' own graph takes skipped positions for borders.
+        _expect(~_of_tokens(step < 1 if mask is not None else step != 1, mask, queries).any())
+        return None
     restarts = step < 1
     if mask is None:
         if not bool(restarts.any()):
@@ -134,15 +141,47 @@ def _restarts(
     else:
         slots = Slots(*(x[:, None] for x in read_slots(mask)))
         # Where transformers looks for packed sequences, a skipped position is a border as well.
-        restarts = restarts | ((step != 1) & (slots.packed == 1))
-        token = torch.arange(1, queries, device=positions.device)
-        restarts = restarts & (token > slots.start) & (token < slots.end)
+        restarts = _of_tokens(restarts | ((step != 1) & (slots.packed == 1)), mask, queries)
         if not bool(restarts.any()):
             return None
+        token = torch.arange(1, queries, device=positions.device)
         edges = (token == slots.start) | (token == slots.end)
     first = torch.nn.functional.pad(edges | restarts, (1, 0), value=True)
     begin = first.flatten().nonzero()[:, 0]
     return torch.nn.functional.pad(begin, (0, 1), value=first.numel())
+
+
+def _check_behind_keys(positions: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Tokens behind keys of a cache go on one by one: where each key lies follows from the last."""
+    queries = positions.shape[1]
+    if queries == 1:
+        return
+    step = positions.diff()
+    goes_on = ~_of_tokens(step != 1, mask, queries).any()
+    if not can_wait():
+        _expect(goes_on)
+    elif (readable(positions) or queries > MAX_QUERIES) and not bool(goes_on):
+        raise ValueError(
+            "position_ids: expected each one more than the one before behind keys of a cache, got "
+            f"steps of {int(step.min())} to {int(step.max())}; packed sequences are whole ones"
+        )
+
+
+def _of_tokens(found: torch.Tensor, mask: torch.Tensor | None, queries: int) -> torch.Tensor:
+    """What was found between queries, (1 or batch, queries - 1), padding left out."""
+    if mask is None:
+        return found
+    slots = Slots(*(x[:, None] for x in read_slots(mask)))
+    slot = slots.filled - queries + torch.arange(1, queries, device=found.device)
+    return found & (slot > slots.start) & (slot < slots.end)
+
+
+def _expect(goes_on: torch.Tensor) -> None:
+    expect(
+        goes_on,
+        "position_ids: expected each one more than the one before in a graph, which can't look "
+        "for packed sequences; give their borders as cu_seq_lens_q and cu_seq_lens_k",
+    )
 
 
 def _packed(chooses: bool, positions: torch.Tensor, borders: torch.Tensor, batch: int) -> Call:
@@ -171,7 +210,7 @@ class Memory:
 
     def forget(self) -> None:
         """Begin a new forward: its positions may lie in the tensor of the last one."""
-        self._held: tuple[Any, list[tuple[Any, int, int, Call]]] = (None, [])
+        self._held: tuple[Any, list[tuple[Any, Any, int, int, Call]]] = (None, [])
 
     def call(
         self,
@@ -190,11 +229,12 @@ class Memory:
         if of is not positions:
             calls = []
             self._held = positions, calls
-        for its_mask, its_batch, its_keys, call in calls:
-            if its_mask is mask and (its_batch, its_keys) == (batch, keys):
+        for its_mask, its_borders, its_batch, its_keys, call in calls:
+            same = its_mask is mask and its_borders is borders
+            if same and (its_batch, its_keys) == (batch, keys):
                 return call
         call = call_of(chooses, positions, mask, batch, keys, borders)
-        calls.append((mask, batch, keys, call))
+        calls.append((mask, borders, batch, keys, call))
         return call
 
     def __reduce__(self) -> tuple[Any, ...]:
