@@ -102,14 +102,14 @@ def check_positions(
 ) -> torch.Tensor:
     """Positions as a (batch, seq) view."""
     check_index(name, positions, q)
-    shape = tuple(positions.shape)
+    shape = positions.shape
     if shape == (seq,):
         return positions.unsqueeze(0).expand(batch, seq)
     if shape == (batch, seq):
         return positions
     if shape == (1, seq):
         return positions.expand(batch, seq)
-    raise ValueError(f"{name}: expected shape ({seq},) or ({batch}, {seq}), got {shape}")
+    raise ValueError(f"{name}: expected shape ({seq},) or ({batch}, {seq}), got {tuple(shape)}")
 
 
 def check_index(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
@@ -159,7 +159,7 @@ def select(
 
 def check_per_sequence(name: str, x: torch.Tensor, count: int, q: torch.Tensor) -> None:
     check_index(name, x, q)
-    if tuple(x.shape) != (count,):
+    if x.shape != (count,):
         raise ValueError(
             f"{name}: expected shape ({count},), one for each sequence, got {tuple(x.shape)}"
         )

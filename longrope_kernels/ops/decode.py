@@ -105,8 +105,9 @@ def decode(
     arguments.check_tensor("q", q)
     arguments.check_tensor("k_cache", k_cache)
     arguments.check_tensor("v_cache", v_cache)
-    k_cache, v_cache = autocast.alike(k_cache, v_cache)
-    q = autocast.like_cache(q, k_cache)
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        k_cache, v_cache = autocast.alike(k_cache, v_cache)
+        q = autocast.like_cache(q, k_cache)
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
     _check_q(q, 2 * tables.pairs)
     batch, _, heads, _ = q.shape
