@@ -233,12 +233,15 @@ def _rows(
     k,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """Where the rows of a group of heads begin; the groups of q come before those of k.
 
-    Returns pointers (BLOCK_T, BLOCK_H, 1), and which heads exist, (1, BLOCK_H, 1). The axes are
-    in this order so that neighbouring threads take neighbouring tokens.
+    o_s: the token of each row, (BLOCK_H * BLOCK_T,): all tokens of one head, then of the next. Two
+    axes and no third leave Triton one order for the threads, whatever its version: neighbouring
+    ones take neighbouring tokens, and a thread the heads of one token, whose cosines it holds.
+    Returns pointers (BLOCK_H * BLOCK_T, 1), and which heads exist.
     """
     Q_GROUPS: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
     # A branch for each keeps what the compiler knows of alignment where one of them is absent.
@@ -258,9 +261,21 @@ def _rows(
         stride_h = tl.where(of_q, q[3], k[3])
         heads = tl.where(of_q, Q_HEADS, K_HEADS)
         begin = tl.where(of_q, 0, Q_GROUPS)
-    o_h = (i_group - begin) * BLOCK_H + tl.arange(0, BLOCK_H)
-    offsets = (o_s * stride_s)[:, None, None] + (o_h.to(tl.int64) * stride_h)[None, :, None]
-    return p + i_b * stride_b + offsets, (o_h < heads)[None, :, None]
+    h0 = (i_group - begin) * BLOCK_H
+    o_h = h0 + tl.arange(0, BLOCK_H * BLOCK_T) // BLOCK_T
+    if Q_HEADS % BLOCK_H == 0 and K_HEADS % BLOCK_H == 0:
+        exist = tl.zeros_like(o_h) + h0 < heads  # one predicate for all rows of a thread
+    else:
+        exist = o_h < heads
+    offsets = o_s * stride_s + o_h.to(tl.int64) * stride_h
+    return (p + i_b * stride_b + offsets)[:, None], exist[:, None]
+
+
+@triton.jit
+def _of_heads(x, BLOCK_H: tl.constexpr):
+    """x (BLOCK_T, BLOCK_P), which all heads share, for the rows of `_rows`."""
+    x = tl.broadcast_to(x[None, :, :], (BLOCK_H, x.shape[0], x.shape[1]))
+    return tl.reshape(x, (BLOCK_H * x.shape[1], x.shape[2]))
 
 
 @triton.jit
@@ -270,11 +285,11 @@ def _load(rows, mask, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_P: t
     Conversion and splitting come later: they would wait for the data.
     """
     if INTERLEAVED:
-        o_d = tl.arange(0, 2 * BLOCK_P)[None, None, :]
+        o_d = tl.arange(0, 2 * BLOCK_P)[None, :]
         x_i = tl.load(rows + o_d, mask=mask & (o_d < 2 * PAIRS))
         x_j = x_i
     else:
-        o_d = tl.arange(0, BLOCK_P)[None, None, :]
+        o_d = tl.arange(0, BLOCK_P)[None, :]
         mask = mask & (o_d < PAIRS)
         x_i = tl.load(rows + o_d, mask=mask)
         x_j = tl.load(rows + PAIRS + o_d, mask=mask)
@@ -293,17 +308,17 @@ def _rotate_and_store(
     INTERLEAVED: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Rotate what `_load` returned and store it to ``rows``. cos and sin: (BLOCK_T, BLOCK_P)."""
+    """Rotate what `_load` returned and store it to ``rows``. cos and sin: (rows, BLOCK_P)."""
     dtype: tl.constexpr = x_i.dtype
     if INTERLEAVED:
-        x_i, x_j = tl.split(tl.reshape(x_i, (x_i.shape[0], x_i.shape[1], BLOCK_P, 2)))
-    y_i, y_j = rotate(x_i, x_j, cos[:, None, :], sin[:, None, :])
+        x_i, x_j = tl.split(tl.reshape(x_i, (x_i.shape[0], BLOCK_P, 2)))
+    y_i, y_j = rotate(x_i, x_j, cos, sin)
     y_i, y_j = narrow(y_i, dtype), narrow(y_j, dtype)
     if INTERLEAVED:
-        o_d = tl.arange(0, 2 * BLOCK_P)[None, None, :]
+        o_d = tl.arange(0, 2 * BLOCK_P)[None, :]
         tl.store(rows + o_d, tl.interleave(y_i, y_j), mask=mask & (o_d < 2 * PAIRS))
     else:
-        o_d = tl.arange(0, BLOCK_P)[None, None, :]
+        o_d = tl.arange(0, BLOCK_P)[None, :]
         mask = mask & (o_d < PAIRS)
         tl.store(rows + o_d, y_i, mask=mask)
         tl.store(rows + PAIRS + o_d, y_j, mask=mask)
@@ -350,13 +365,15 @@ def rotary_kernel(
     Dimensions from 2 * PAIRS on are copied; in place, REST is 0 and they are left alone.
     """
     i_b = (tl.program_id(0) // tiles).to(tl.int64)
-    o_s = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    s0 = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_T
+    o_s = s0 + tl.arange(0, BLOCK_T)
     in_seq = o_s < seq
+    row_s = s0 + tl.arange(0, BLOCK_H * BLOCK_T) % BLOCK_T
     i_begin = tl.program_id(1) * groups
     i_end = i_begin + groups
 
-    rows, exists = _rows(i_begin, i_b, o_s, q, k, Q_HEADS, K_HEADS, BLOCK_H)
-    mask = exists & in_seq[:, None, None]
+    rows, exists = _rows(i_begin, i_b, row_s, q, k, Q_HEADS, K_HEADS, BLOCK_T, BLOCK_H)
+    mask = exists & (row_s < seq)[:, None]
     x_i, x_j = _load(rows, mask, PAIRS, INTERLEAVED, BLOCK_P)
     # Without it ptxas moves these loads below the chain of loads that ends in cosine and sine,
     # and the two latencies add up.
@@ -377,17 +394,18 @@ def rotary_kernel(
         CONJUGATE,
         BLOCK_P,
     )
+    cos, sin = _of_heads(cos, BLOCK_H), _of_heads(sin, BLOCK_H)
     for i_group in range(i_begin, i_end):
-        rows_out, _ = _rows(i_group, i_b, o_s, q_out, k_out, Q_HEADS, K_HEADS, BLOCK_H)
-        rows, exists = _rows(i_group + 1, i_b, o_s, q, k, Q_HEADS, K_HEADS, BLOCK_H)
+        rows_out, _ = _rows(i_group, i_b, row_s, q_out, k_out, Q_HEADS, K_HEADS, BLOCK_T, BLOCK_H)
+        rows, exists = _rows(i_group + 1, i_b, row_s, q, k, Q_HEADS, K_HEADS, BLOCK_T, BLOCK_H)
         tokens = tl.where(i_group + 1 < i_end, seq, 0)  # none after the last group
-        mask_next = exists & (o_s < tokens)[:, None, None]
+        mask_next = exists & (row_s < tokens)[:, None]
         next_i, next_j = _load(rows, mask_next, PAIRS, INTERLEAVED, BLOCK_P)
         _rotate_and_store(rows_out, mask, x_i, x_j, cos, sin, PAIRS, INTERLEAVED, BLOCK_P)
         if REST > 0:
             # The wait for these overlaps with that for the next group.
-            rows, _ = _rows(i_group, i_b, o_s, q, k, Q_HEADS, K_HEADS, BLOCK_H)
-            o_rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)[None, None, :]
+            rows, _ = _rows(i_group, i_b, row_s, q, k, Q_HEADS, K_HEADS, BLOCK_T, BLOCK_H)
+            o_rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)[None, :]
             mask_rest = mask & (o_rest < 2 * PAIRS + REST)
             rest = tl.load(rows + o_rest, mask=mask_rest)
             tl.store(rows_out + o_rest, rest, mask=mask_rest)
