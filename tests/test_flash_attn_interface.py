@@ -6,10 +6,10 @@ import pytest
 import torch
 import truth
 from attention_truth import Call, assert_lse_close, bf16, fp32, fp64
-from cases import Shape, factors, two_sets
+from cases import Shape, factors
 from tolerance import assert_close
 
-from longrope_kernels import FactorSet, KVCache, Rope, apply_rotary, attention, decode
+from longrope_kernels import FactorSet, Rope, apply_rotary, decode
 from longrope_kernels.integrations.flash_attn import (
     apply_rotary_emb,
     flash_attn_func,
@@ -149,19 +149,6 @@ def test_named_positions():
         flash_attn_func(q, k, v, TWO, **rest)
 
 
-def test_gradients():
-    leaves = [x.requires_grad_() for x in tensors((1, 14, 4), (1, 14, 2), (1, 14, 2))]
-    flash_attn_func(*leaves, TWO, causal=True).square().sum().backward()
-    grads = [x.grad for x in leaves]
-    for x in leaves:
-        x.grad = None
-    out = attention(*leaves, torch.arange(14), TWO, lengths=torch.tensor([14]))
-    assert isinstance(out, torch.Tensor)
-    out.square().sum().backward()
-    for x, grad in zip(leaves, grads, strict=True):
-        assert torch.equal(x.grad, grad)
-
-
 # ----------------------------------------------------------------------------------------- packed
 
 
@@ -184,16 +171,6 @@ def test_packed_sequences(rope, causal, counts_k):
     )
     assert_close(out, call.expected().out)
     assert_lse_close(lse, call.expected().lse)
-
-
-def test_packed_sequences_are_those_of_a_batch():
-    q, k, v = tensors((2, 13, 4), (2, 13, 2), (2, 13, 2))
-    packed = [x.flatten(0, 1) for x in (q, k, v)]
-    cu = borders(13, 13)
-    rest = {"causal": True, "window_size": (4, 0), "backend": "reference"}
-    out = flash_attn_varlen_func(*packed, TWO, cu, cu, 13, 13, **rest)
-    expected = flash_attn_func(q, k, v, TWO, **rest)
-    torch.testing.assert_close(out, expected.flatten(0, 1))
 
 
 # ------------------------------------------------------------------------------------------ cache
@@ -267,24 +244,6 @@ def test_a_number_of_tokens_for_all_rows_and_pinned_sets():
     assert torch.equal(out, decode(q, k_cache, v_cache, lens, TWO, **rest))
     assert torch.equal(k_cache[:, 15:17], k)
     assert torch.equal(v_cache[:, 15:17], v)
-
-
-def test_generation_is_that_of_our_cache_across_the_switch():
-    """Ten tokens of a prompt, then five more; the rope changes its set after twelve."""
-    q, k, v = tensors((1, 15, 4), (1, 15, 2), (1, 15, 2))
-    cache = KVCache(TWO, 1, 16, 2, DIM, dtype=fp32, policy="switch")
-    k_cache, v_cache = torch.zeros(1, 16, 2, DIM), torch.zeros(1, 16, 2, DIM)
-    cache.append(k[:, :10], v[:, :10])
-    k_cache[:, :10], v_cache[:, :10] = k[:, :10], v[:, :10]
-    for n in range(10, 15):
-        new = [x[:, n : n + 1] for x in (q, k, v)]
-        cache.append(*new[1:])
-        out = flash_attn_with_kvcache(
-            new[0], k_cache, v_cache, TWO, *new[1:], cache_seqlens=n, causal=True
-        )
-        assert torch.equal(out, cache.decode(new[0]))
-    whole = flash_attn_func(q, k, v, TWO, causal=True)
-    torch.testing.assert_close(out, whole[:, -1:])
 
 
 # ----------------------------------------------------------------------------------------- errors
@@ -374,6 +333,9 @@ def test_a_cache_says_what_is_wrong_and_stays_as_it_was():
         call, *caches, k, v, block_table=torch.zeros(1, 1).int(), **given,
     )  # fmt: skip
     refused("window_size: expected", call, *caches, k, v, window_size=None, kind=TypeError, **given)
+    pads = torch.zeros(3, dtype=torch.int32)
+    refused(r"cache_leftpad: expected shape \(2,\)", call, *caches, cache_leftpad=pads, **given)
+    refused("return_softmax_lse: ", call, *caches, return_softmax_lse=1, kind=TypeError, **given)
     assert torch.equal(k_cache, before[0])
     assert torch.equal(v_cache, before[1])
 
@@ -395,13 +357,3 @@ def test_compile_fullgraph():
     for a, b in zip(compiled(q, k, v, k_cache, v_cache, lens), expected, strict=True):
         torch.testing.assert_close(a, b)
     assert torch.equal(k_cache[1, 12], k[1, 0])
-
-
-def test_published_rope_of_two_sets_chooses_at_the_boundary():
-    (x,) = tensors((2, 1, 2))
-    rope = two_sets(DIM // 2)
-    out = apply_rotary_emb(x, rope, seqlen_offsets=torch.tensor([4095, 4096]))
-    for row, chosen in enumerate((0, 1)):
-        sets = torch.tensor([chosen], dtype=torch.int32)
-        at = torch.tensor([[4095 + row]])
-        assert_close(out[row : row + 1], truth.rotary(x[row : row + 1], at, rope, sets=sets))

@@ -12,7 +12,8 @@ log-sum-exp of a query that sees no key is minus infinity.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,7 +21,7 @@ from ..calls import arguments, values
 from ..calls.masks import sequence_of_token
 from ..ops.attention import attention
 from ..ops.decode import decode
-from ..ops.rotary import apply_rotary as _apply_rotary
+from ..ops.rotary import apply_rotary
 from ..rope.value import Rope
 
 __all__ = [
@@ -29,6 +30,15 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
 ]
+
+_T = TypeVar("_T")
+# What arguments of `attention` and `decode` are called here.
+_THEIRS = {
+    "cu_seqlens": "cu_seqlens_q",
+    "cache_lens": "cache_seqlens",
+    "kv_start": "cache_leftpad",
+    "return_lse": "return_softmax_lse",
+}
 
 
 def apply_rotary_emb(
@@ -66,10 +76,12 @@ def apply_rotary_emb(
     layout: arguments.Layout = "bshd" if cu_seqlens is None else "thd"
     _check(rope, layout, x=x)
     counts = _counts("cu_seqlens", cu_seqlens, x)
+    if cu_seqlens is not None:  # `apply_rotary` reads them only where sequences choose their sets
+        values.check_borders("cu_seqlens", cu_seqlens, x.shape[0])
     first = _per_sequence("seqlen_offsets", seqlen_offsets, len(counts), x)
     if lengths is None and sets is None:
         lengths = first + counts
-    return _apply_rotary(
+    return apply_rotary(
         x,
         None,
         _places(x, cu_seqlens, first),
@@ -126,9 +138,11 @@ def flash_attn_func(
         ValueError, TypeError: naming the argument.
     """
     return _attend(
-        *(q, k, v, rope, "bshd", None, None, causal, window_size, softcap),
+        *(q, k, v, rope, "bshd", None, None),
         *(positions, key_positions, lengths, sets),
+        **_window(causal, window_size),
         softmax_scale=softmax_scale,
+        softcap=softcap or None,
         return_lse=return_softmax_lse,
         backend=backend,
     )
@@ -185,9 +199,11 @@ def flash_attn_varlen_func(
         ValueError, TypeError: naming the argument.
     """
     return _attend(
-        *(q, k, v, rope, "thd", cu_seqlens_q, cu_seqlens_k, causal, window_size, softcap),
+        *(q, k, v, rope, "thd", cu_seqlens_q, cu_seqlens_k),
         *(positions, key_positions, lengths, sets),
+        **_window(causal, window_size),
         softmax_scale=softmax_scale,
+        softcap=softcap or None,
         return_lse=return_softmax_lse,
         backend=backend,
     )
@@ -256,7 +272,7 @@ def flash_attn_with_kvcache(
         raise ValueError(
             f"causal: expected True for more than one query, got {causal!r} for {q.shape[1]}"
         )
-    _, window = _window(True, window_size)
+    window = _window(True, window_size)["window"]
     cache_lens = _per_sequence("cache_seqlens", cache_seqlens, q.shape[0], q)
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither, got one of them")
@@ -266,19 +282,16 @@ def flash_attn_with_kvcache(
             k_cache.index_put_(slots, k)
             v_cache.index_put_(slots, v)
         cache_lens = cache_lens + k.shape[1]
-    return decode(
-        q,
-        k_cache,
-        v_cache,
-        cache_lens,
-        rope,
+    return _called(
+        decode,
+        *(q, k_cache, v_cache, cache_lens, rope),
         block_table=block_table,
         lengths=lengths,
         sets=sets,
         kv_start=cache_leftpad,
         softmax_scale=softmax_scale,
         window=window,
-        softcap=None if softcap == 0 else softcap,
+        softcap=softcap or None,
         return_lse=return_softmax_lse,
         backend=backend,
     )
@@ -292,9 +305,6 @@ def _attend(
     layout: arguments.Layout,
     cu_seqlens: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
     positions: torch.Tensor | None,
     key_positions: torch.Tensor | None,
     lengths: torch.Tensor | None,
@@ -303,7 +313,6 @@ def _attend(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`attention` with the last query of each sequence at its last key."""
     _check(rope, layout, q=q, k=k)
-    causal, window = _window(causal, window_size)
     if positions is None:
         if key_positions is not None:
             raise ValueError("positions: expected them beside key_positions, got None")
@@ -319,17 +328,11 @@ def _attend(
         dense = cu_seqlens is None
         if q.shape[1] != k.shape[1] if dense else cu_seqlens_k is not cu_seqlens:
             key_positions = _places(k, cu_seqlens_k, torch.zeros_like(counts))
-        if lengths is None and sets is None and len(rope.sets) > 1:
+        if lengths is None and sets is None:
             lengths = counts
-    return attention(
-        q,
-        k,
-        v,
-        positions,
-        rope,
-        causal=causal,
-        window=window,
-        softcap=None if softcap == 0 else softcap,
+    return _called(
+        attention,
+        *(q, k, v, positions, rope),
         cu_seqlens=cu_seqlens,
         cu_seqlens_k=cu_seqlens_k,
         key_positions=key_positions,
@@ -338,6 +341,15 @@ def _attend(
         layout=layout,
         **rest,
     )
+
+
+def _called(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+    """What the function returns; its errors name the arguments as they are called here."""
+    try:
+        return function(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        name, colon, rest = str(error).partition(": ")
+        raise type(error)(_THEIRS.get(name, name) + colon + rest) from None
 
 
 # ----------------------------------------------------------------------------------------- places
@@ -349,7 +361,6 @@ def _counts(name: str, cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> torc
         return torch.full((x.shape[0],), x.shape[1], device=x.device)
     cu_seqlens = arguments.check_tensor(name, cu_seqlens)
     arguments.check_borders(name, cu_seqlens, x, "thd")
-    values.check_borders(name, cu_seqlens, x.shape[0])
     return cu_seqlens.diff()
 
 
@@ -417,26 +428,19 @@ def _new_slots(
 # -------------------------------------------------------------------------------------- arguments
 
 
-def _window(causal: bool, window_size: tuple[int, int]) -> tuple[bool, int | None]:
+def _window(causal: bool, window_size: tuple[int, int]) -> dict[str, Any]:
     """``causal`` and ``window`` of `attention`, which counts a query's own place."""
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: expected a bool, got {causal!r}")
     try:
         left, right = (int(side) for side in window_size)
     except (TypeError, ValueError):
         raise TypeError(f"window_size: expected (left, right), got {window_size!r}") from None
-    if causal:
-        right = 0
-    if right == 0:
-        return True, None if left < 0 else left + 1
-    if left < 0 and right < 0:
-        return False, None
-    if left == right:
-        return False, left + 1
-    raise ValueError(
-        "window_size: expected (-1, -1), (left, 0), (both, both), or causal=True; got "
-        f"{tuple(window_size)}"
-    )
+    if causal is False and right != 0 and left != right and (left >= 0 or right >= 0):
+        raise ValueError(
+            "window_size: expected (-1, -1), (left, 0), (both, both), or causal=True; got "
+            f"{tuple(window_size)}"
+        )
+    causal = right == 0 if causal is False else causal
+    return {"causal": causal, "window": None if left < 0 else left + 1}
 
 
 def _check(rope: object, layout: arguments.Layout, **tensors: object) -> None:
