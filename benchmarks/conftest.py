@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import copies
@@ -18,6 +19,7 @@ import test_rotary
 import test_search
 import torch
 from report import facts, recorder
+from report.results import Row
 from ropes import DEVICE
 from table import lines
 
@@ -114,10 +116,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     name = item.callspec.params["name"]
     item.user_properties.append(("row", f"{benchmark.group}, {name}"))
     if benchmark.stats and not benchmark.disabled:
-        found = benchmark.stats.stats
-        stats = {key: getattr(found, key) for key in ("median", "q1", "q3", "rounds", "data")}
-        row = {"group": benchmark.group, "name": name, "stats": stats}
-        item.user_properties.append(("benchmark", {**row, "extra_info": benchmark.extra_info}))
+        row = Row.of(benchmark.group, name, benchmark.stats.stats.data, benchmark.extra_info)
+        item.user_properties.append(("benchmark", asdict(row)))
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:

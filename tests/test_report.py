@@ -53,23 +53,19 @@ def save(path: Path, *members: Row) -> Path:
     return path
 
 
-def benchmark(test: str, data: list[float], **info: Any) -> dict[str, Any]:
-    median = sorted(data)[len(data) // 2]
-    stats = {"median": median, "q1": -1.0, "q3": -2.0, "rounds": len(data), "data": data}
-    return {"group": "g", "name": f"test[{test}]", "stats": stats, "extra_info": info}
-
-
 def test_rows_of_the_recorder() -> None:
-    data = [float(i) for i in range(11)]
+    of_eleven = Row.of("g", "ours", [float(i) for i in range(11)], {"bytes": 8})
+    assert of_eleven == Row("g", "ours", 5.0, 2.0, 8.0, 11, {"bytes": 8})
+    assert Row.of("g", "once", [3.0], {}) == Row("g", "once", 3.0, 3.0, 3.0, 1)
     lines = [
-        {"test": "a", "outcome": "passed", "benchmark": benchmark("a", data, name="ours", bytes=8)},
+        {"test": "a", "outcome": "passed", "benchmark": vars(of_eleven)},
         {"test": "b", "outcome": "failed", "reason": "E: wrong", "row": "g, theirs"},
         {"test": "c", "outcome": "failed", "reason": "E: no such file"},
         {"test": "d", "outcome": "skipped", "reason": "no", "row": "g, none"},
         {"note": {"not_measured": {"x": "no"}}},
     ]
     read, found = results.benchmarks_of(map(json.dumps, lines))
-    assert read == [Row("g", "ours", 5.0, 2.0, 8.0, 11, {"bytes": 8})]
+    assert read == [of_eleven]
     assert found["failed"] == {"g, theirs": "E: wrong", "c": "E: no such file"}
     assert found["not_measured"] == {"x": "no"}
 
@@ -209,56 +205,36 @@ def test_a_gpu_runs_many_tests_at_once_and_none_that_takes_long_without_it(
     assert names == ["test_slow_on_it", "test_workers"]
 
 
-def test_a_copy_without_git_names_its_commit(
+@needs_git
+def test_a_checkout_names_its_commit_and_whether_it_has_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.delenv("LONGROPE_COMMIT", raising=False)
-    assert facts.describe(tmp_path)["commit"] is None
-    monkeypatch.setenv("LONGROPE_COMMIT", "0123456789ab")
-    assert facts.describe(tmp_path)["commit"] == "0123456789ab"
-
-
-@pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with the package in it, and no configuration of git but its own."""
-    monkeypatch.delenv("LONGROPE_COMMIT", raising=False)
     for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
         monkeypatch.setenv(name, os.devnull)
     for role in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{role}_NAME", "a name")
         monkeypatch.setenv(f"GIT_{role}_EMAIL", "name@example.org")
-    package = tmp_path / "longrope_kernels"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (tmp_path / ".gitignore").write_text(".venv\n")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "a.py").touch()
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "--message", "all of it")
-    return tmp_path
+    git(tmp_path, "tag", "v1")
+    head = git(tmp_path, "rev-parse", "HEAD")[:12]
+    assert facts.commit(tmp_path) == head
+    (copy / "a.py").write_text("changed = True\n")
+    assert facts.commit(tmp_path) == f"{head} with changes"
+    # A copy without git is not of the repository around it.
+    monkeypatch.delenv("LONGROPE_COMMIT", raising=False)
+    assert facts.commit(copy) is None
+    monkeypatch.setenv("LONGROPE_COMMIT", "0123456789ab")
+    assert facts.describe(copy)["commit"] == "0123456789ab"
 
 
 def git(root: Path, *arguments: str) -> str:
     command = ("git", "-C", str(root), *arguments)
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-@needs_git
-def test_a_checkout_names_its_commit_and_whether_it_has_changes(repository: Path) -> None:
-    head = git(repository, "rev-parse", "HEAD")[:12]
-    assert facts.commit(repository) == head
-    (repository / "longrope_kernels" / "__init__.py").write_text("changed = True\n")
-    assert facts.commit(repository) == f"{head} with changes"
-
-
-@needs_git
-def test_an_installed_package_has_no_commit_of_the_repository_around_it(
-    repository: Path,
-) -> None:
-    packages = repository / ".venv" / "site-packages"
-    (packages / "longrope_kernels").mkdir(parents=True)
-    (packages / "longrope_kernels" / "__init__.py").touch()
-    assert facts.commit(packages) is None
 
 
 def test_python_runs_the_command_line_of_a_checkout_that_is_not_installed(tmp_path: Path) -> None:

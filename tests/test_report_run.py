@@ -228,22 +228,6 @@ def test_a_report_is_never_written_over_another(
     assert f"after:  {folders[1]} " in text
 
 
-def test_a_report_that_ended_meanwhile_keeps_its_folder(
-    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    of_run, out = runs.run_benchmarks, tmp_path / "out"
-
-    def run_benchmarks(*arguments: Any) -> Any:
-        out.mkdir()
-        (out / "results.json").write_text("of the other")
-        return of_run(*arguments)
-
-    monkeypatch.setattr(runs, "run_benchmarks", run_benchmarks)
-    made = make.make(out, 9, tests=None, benchmarks=(), builds=False)
-    assert made.folder == tmp_path / "out-2"
-    assert (out / "results.json").read_text() == "of the other"
-
-
 @pytest.mark.parametrize("out", [".", "../day", ".."])
 def test_a_folder_without_a_name_gets_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
@@ -256,41 +240,18 @@ def test_a_folder_without_a_name_gets_one(
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(
-    tmp_path: Path,
-    measured: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, measured: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "file"
     file.touch()
     for out in (file, file / "below"):
         assert main(["--out", str(out)]) == 1
         told = capsys.readouterr().err
-        assert f"--out: expected a folder or a path to make one at, {file} is" in told
-    monkeypatch.setattr(make.os, "access", lambda path, mode: path != tmp_path)
-    assert main(["--out", str(tmp_path / "a" / "b")]) == 1
-    told = capsys.readouterr().err
-    assert f"--out: expected a folder that can be written, {tmp_path} cannot be" in told
+        assert "--out: [Errno" in told
+        assert f"'{out}'" in told
     assert main(["--budget", "0"]) == 1
     assert "--budget: expected a second at least, got 0" in capsys.readouterr().err
     assert measured == []
-
-
-def test_what_cannot_be_written_in_the_end_is_kept_elsewhere(
-    tmp_path: Path,
-    measured: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    kept = tmp_path / "kept"
-    monkeypatch.setattr(make.tempfile, "mkdtemp", lambda prefix: kept.mkdir() or str(kept))
-    monkeypatch.setattr(build, "build", lambda root: None)
-    (tmp_path / "out" / "report.md").mkdir(parents=True)
-    (tmp_path / "out" / "report.md" / "report.md").mkdir()
-    assert main(["--out", str(tmp_path / "out")]) == 1
-    assert f"the report is in {kept}" in capsys.readouterr().err
-    assert results.load(kept)[1] == [results.Row("g", "a", 1.0, 1.0, 1.0, 5)]
-    assert (kept / "report.md").exists()
 
 
 def test_the_time_for_everything_is_under_eight_minutes() -> None:
@@ -327,8 +288,7 @@ def test_clocks_under_load_are_what_was_answered_in_time(smi: Path) -> None:
     asked._process.wait()
     sample = asked.answer()
     assert list(sample.values()) == ["1755 MHz", "2619 MHz", "640.50 W", "61"]
-    smi.write_text("1980 MHz, [N/A], 650.50 W, 63\n")
-    other = facts._smi(facts._CHANGING)
+    other = dict(zip(sample, ("1980 MHz", "[N/A]", "650.50 W", "63"), strict=True))
     spread = facts.spread([sample, {}, other, other])
     assert spread == {
         "clocks.sm": {"min": 1755, "median": 1980, "max": 1980, "unit": "MHz", "samples": 3},
@@ -354,37 +314,29 @@ def test_without_nvidia_smi_there_are_no_clocks(monkeypatch: pytest.MonkeyPatch)
     assert facts.spread([{}]) == {}
 
 
-def test_the_page_says_when_clocks_were_seen(
+def test_the_page_says_what_clocks_were_seen(
     tmp_path: Path, measured: list[str], smi: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smi.write_text("345 MHz, 2619 MHz, 71.20 W, 40\n")
-    monkeypatch.setattr(facts.torch.cuda, "is_available", lambda: True)
+    smi.touch()
+    assert facts._lasting()["driver_version"] == "580.1"
     gpu = {"name": "NVIDIA H100", "driver_version": "580.1", "clocks.max.sm": "1980 MHz"}
-    assert facts._smi(facts._LASTING)["driver_version"] == "580.1"
     monkeypatch.setattr(facts, "describe", lambda root: {"cpu": "a processor", "gpu": gpu})
     of_run = runs.run_benchmarks
 
     def run_benchmarks(*arguments: Any) -> Any:
         rows, found = of_run(*arguments)
         samples = [{"clocks.sm": "1755 MHz"}, {"clocks.sm": "1980 MHz"}, {"clocks.sm": "1980 MHz"}]
-        smi.write_text("1410 MHz, 2619 MHz, 300.00 W, 66\n")
         return rows, {**found, "clocks": facts.spread(samples)}
 
     monkeypatch.setattr(runs, "run_benchmarks", run_benchmarks)
     made = make.make(tmp_path / "out", 9, tests=None, benchmarks=(), builds=False)
     lines = (made.folder / "report.md").read_text("utf-8").splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines if "|" in line]
-    names = [fact for fact, _ in cells]
-    assert len(names) == len(set(names))
-    values = dict(cells)
+    values = dict([cell.strip() for cell in line.split("|")[1:3]] for line in lines if "|" in line)
     assert values["gpu driver version"] == "580.1"
-    assert values["gpu clocks.sm before the run"] == "345 MHz"
     assert values["gpu clocks.sm during the benchmarks"] == (
         "1755 to 1980 MHz, median 1980, of 3 samples"
     )
-    assert values["gpu clocks.sm after the run"] == "1410 MHz"
-    assert values["gpu power.draw after the run"] == "300.00 W"
-    assert results.load(made.folder)[0]["machine"]["clocks"]["during"]["clocks.sm"]["min"] == 1755
+    assert results.load(made.folder)[0]["machine"]["clocks"]["clocks.sm"]["min"] == 1755
 
 
 # ------------------------------------------------------------------------------------ not measured

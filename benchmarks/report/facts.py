@@ -38,24 +38,20 @@ def describe(root: Path) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            **_smi(_LASTING),
+            **_lasting(),
         }
     return facts
 
 
 def commit(root: Path) -> str | None:
-    """The commit of the package under ``root``, with a mark where tracked files differ from it.
+    """The commit of a checkout, with a mark where tracked files differ from it.
 
-    A copy of a checkout without git has it from LONGROPE_COMMIT; without that it is None. So it is
-    for an installed package, whatever repository its environment lies in.
+    A copy without git has it from LONGROPE_COMMIT; without that it is None.
     """
-    git = ("git", "-C", str(root))
-    tracked = _output(*git, "ls-files", "--error-unmatch", "longrope_kernels/__init__.py")
-    head = tracked and _output(*git, "rev-parse", "--short=12", "HEAD")
-    if not head:
+    if not (root / ".git").exists():  # one of a repository around it would be another's
         return os.environ.get("LONGROPE_COMMIT")
-    changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
-    return head + (" with changes" if changed else "")
+    described = ("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty= with changes")
+    return _output("git", "-C", str(root), *described)
 
 
 def folder_name(facts: dict[str, Any]) -> str:
@@ -65,15 +61,10 @@ def folder_name(facts: dict[str, Any]) -> str:
     return f"cpu-{facts['threads']}-cores"
 
 
-def clocks() -> dict[str, str]:
-    """What nvidia-smi says now of what changes; empty without it."""
-    return _smi(_CHANGING) if torch.cuda.is_available() else {}
-
-
 class Asked:
-    """`clocks` of a time when this process has other things to do.
+    """What nvidia-smi says of clocks, power and heat while this process has other things to do.
 
-    ``answer`` is of what nvidia-smi said since, or empty where it has said nothing yet.
+    ``answer`` is what it said since, or empty where it has said nothing yet.
     """
 
     def __init__(self) -> None:
@@ -129,9 +120,9 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _smi(fields: tuple[str, ...]) -> dict[str, str]:
-    line = _output(*_question(fields))
-    return {} if line is None else _values(fields, line)
+def _lasting() -> dict[str, str]:
+    line = _output(*_question(_LASTING))
+    return {} if line is None else _values(_LASTING, line)
 
 
 def _question(fields: tuple[str, ...]) -> tuple[str, ...]:

@@ -58,16 +58,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _machine(machine: dict[str, Any]) -> list[str]:
     facts = {name: value for name, value in machine.items() if not isinstance(value, dict)}
     facts |= {f"gpu {name}".replace("_", " "): x for name, x in machine.get("gpu", {}).items()}
-    clocks = machine.get("clocks", {})
-    for name in dict.fromkeys(name for of_a_time in clocks.values() for name in of_a_time):
-        for when in ("before", "after"):
-            if name in clocks.get(when, {}):
-                facts[f"gpu {name} {when} the run"] = clocks[when][name]
-        if seen := clocks.get("during", {}).get(name):
-            facts[f"gpu {name} during the benchmarks"] = (
-                f"{seen['min']:g} to {seen['max']:g} {seen['unit']}".rstrip()
-                + f", median {seen['median']:g}, of {seen['samples']} samples"
-            )
+    for name, seen in machine.get("clocks", {}).items():
+        facts[f"gpu {name} during the benchmarks"] = (
+            f"{seen['min']:g} to {seen['max']:g} {seen['unit']}".rstrip()
+            + f", median {seen['median']:g}, of {seen['samples']} samples"
+        )
     return table(("fact", "value"), [(name, str(value)) for name, value in facts.items()])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,14 @@ class Row:
     p80: float
     rounds: int
     info: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, group: str, name: str, times: Sequence[float], info: dict[str, Any]) -> Row:
+        """The row of some rounds."""
+        low = high = times[0]
+        if len(times) > 1:
+            low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
+        return cls(group, name, statistics.median(times), low, high, len(times), info)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -48,24 +56,10 @@ def benchmarks_of(lines: Iterable[str]) -> tuple[list[Row], dict[str, Any]]:
         if "note" in entry:
             found |= entry["note"]
         elif "benchmark" in entry:
-            rows.append(_row(entry["benchmark"]))
+            rows.append(Row(**entry["benchmark"]))
         elif entry["outcome"] == "failed":
             found["failed"][entry.get("row") or entry["test"]] = entry["reason"]
     return rows, found
-
-
-def _row(benchmark: dict[str, Any]) -> Row:
-    stats, info = benchmark["stats"], dict(benchmark["extra_info"])
-    name = info.pop("name", None) or (benchmark.get("params") or {}).get("name")
-    times = sorted(stats.get("data") or [])
-    low, high = stats["q1"], stats["q3"]
-    if len(times) > 1:
-        cuts = statistics.quantiles(times, n=10, method="inclusive")
-        low, high = cuts[1], cuts[7]
-    rounds = stats["rounds"]
-    return Row(
-        benchmark["group"], name or benchmark["name"], stats["median"], low, high, rounds, info
-    )
 
 
 def tests_of(lines: Iterable[str]) -> dict[str, Any]:
@@ -106,32 +100,6 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
         raise ValueError(
             f"{file}: expected a results.json of this package, got {error!r}"
         ) from None
-
-
-def speeds(
-    seconds: float, nbytes: float | None, flops: float | None, reached: dict[str, float]
-) -> dict[str, float]:
-    """How fast a row was, and its shares of what the ceilings of the same run reached.
-
-    Args:
-        seconds: its time.
-        nbytes: what its work has to read and write, if that is told.
-        flops: what it has to compute, if that is told.
-        reached: bytes a second of "copy", FLOP a second of "matmul", where they were timed.
-
-    Returns:
-        ``gb_per_s`` and ``of_copy``, ``tflop_per_s`` and ``of_matmul``, as far as they are known.
-    """
-    known = {}
-    for amount, speed, unit, ceiling in (
-        (nbytes, "gb_per_s", 1e9, "copy"),
-        (flops, "tflop_per_s", 1e12, "matmul"),
-    ):
-        if amount:
-            known[speed] = amount / seconds / unit
-            if ceiling in reached:
-                known[f"of_{ceiling}"] = amount / seconds / reached[ceiling]
-    return known
 
 
 def groups(rows: list[Row]) -> dict[str, list[Row]]:
