@@ -6,6 +6,10 @@ and selections are its own. Each message once, by the front end; then all cases 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from attention_truth import (
@@ -36,10 +40,13 @@ from test_errors import (
     several,
 )
 
-from longrope_kernels import FactorSet, Rope, attention
+from longrope_kernels import FactorSet, Rope, apply_rotary, attention
 from longrope_kernels.backends import choose as backends
+from longrope_kernels.calls import values
 
 __all__ = ["checked"]  # the fixture
+COMPOSED = next(backend for backend in BACKENDS if backend.backend == "composed")
+ONES = torch.ones(2, dtype=torch.int32)
 NAN, INF = float("nan"), float("inf")
 # Another number of keys is no mistake here, as long as key_positions come with it.
 ROTARY = [bad for bad in [*QK, *POSITIONS, *FACTORS, *NUMBERS, *SELECTION] if bad.id != "k-seq"]
@@ -278,6 +285,35 @@ def test_good_input_is_taken(backend: Backend) -> None:
         for name in "qkv":
             arguments[name] = arguments[name].to(backend.dtypes[0])
         assert attention(**arguments).shape == arguments["q"].shape
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["plain", "trained"])
+def test_values_are_read_once_where_the_rotation_is_a_call_of_its_own(
+    trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[str] = Counter()
+
+    def counting(check: Callable[..., None]) -> Callable[..., None]:
+        def count(*arguments: Any) -> None:
+            read[arguments[0] if isinstance(arguments[0], str) else "selection"] += 1
+            check(*arguments)
+
+        return count
+
+    for name in ("_check_32_bits", "_check_selection"):
+        monkeypatch.setattr(values, name, counting(getattr(values, name)))
+    arguments = {
+        **good(COMPOSED),
+        **keys(),
+        "factors": two_sets(8),
+        "lengths": torch.tensor([7, 9]),
+    }
+    arguments["q"].requires_grad_(trained)
+    attention(**arguments)
+    assert read == {"positions": 1, "key_positions": 1, "selection": 1}
+    read.clear()
+    apply_rotary(*(arguments[name] for name in ("q", "q", "positions", "factors")), sets=ONES)
+    assert read == {"positions": 1, "selection": 1}
 
 
 @pytest.mark.parametrize("scores", [{"softcap": 2.0}, {"return_lse": True}], ids=str)

@@ -16,7 +16,7 @@ from ..rope.value import Rope
 from ..torch_private import below_autograd, unwatched
 from . import library
 from .factors import resolve
-from .rotary import no_heads, rotate
+from .rotary import no_heads, rotate, rotate_read
 
 
 def attention(
@@ -197,12 +197,13 @@ def _rotated(call: AttentionCall) -> AttentionCall:
     name = choose.choose_rotary(None, q.device.type, q.dtype == torch.float64)
     of_q = selection if selection.chooses else Selection()
     of_k = of_q._replace(borders=keys.borders) if selection.chooses else of_q
+    turn = rotate_read if values.readable(positions) else rotate  # in a graph the op reads them
     if keys.positions is positions:
-        q, k = rotate(RotaryCall(q, keys.k, positions, tables, of_q), name)
+        q, k = turn(RotaryCall(q, keys.k, positions, tables, of_q), name)
     else:
         no_q, no_k = no_heads(keys.k), no_heads(q)
-        q, _ = rotate(RotaryCall(q, no_k, positions, tables, of_q), name)
-        _, k = rotate(RotaryCall(no_q, keys.k, keys.positions, tables, of_k), name)
+        q, _ = turn(RotaryCall(q, no_k, positions, tables, of_q), name)
+        _, k = turn(RotaryCall(no_q, keys.k, keys.positions, tables, of_k), name)
     return call._replace(q=q, keys=keys._replace(k=k))
 
 

@@ -7,6 +7,7 @@ negated (``conjugate``), for every backend and to any order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from ..rope.value import Rope
 from ..torch_private import below_autograd, unwatched
 from . import library
 from .factors import resolve
+
+# Whether what a rotation reads was read with the call that it is a part of.
+_read = ContextVar("longrope_read", default=False)
 
 
 def apply_rotary(
@@ -121,12 +125,21 @@ def rotate(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
         _, k_out = rotate(call._replace(q=no_heads(k)), backend)
         return q_out, k_out
     if backend == "reference":
-        values.check_rotary(call)
+        _check(call)
         with autocast.off(q):
             return reference.rotary(call)
     if unwatched(q, k):
         return _run(call, backend)
     return _rotary(*schema.flatten(call), backend)  # type: ignore[no-any-return]
+
+
+def rotate_read(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotate` for a call that has read the index tensors: they are not read again."""
+    token = _read.set(True)
+    try:
+        return rotate(call, backend)
+    finally:
+        _read.reset(token)
 
 
 def rotate_(call: RotaryCall, backend: str) -> None:
@@ -178,7 +191,7 @@ def check_writable(name: str, x: torch.Tensor) -> None:
 
 def _run(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     out = _fake(call, backend)
-    values.check_rotary(call)
+    _check(call)
     choose.part(backend, "rotary").rotary(call, *out)
     return out
 
@@ -186,6 +199,11 @@ def _run(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
 def _run_inplace(call: RotaryCall, backend: str) -> None:
     values.check_rotary(call)
     choose.part(backend, "rotary").rotary(call, call.q, call.k)
+
+
+def _check(call: RotaryCall) -> None:
+    if torch.compiler.is_compiling() or not _read.get():
+        values.check_rotary(call)
 
 
 def _fake(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
