@@ -86,7 +86,7 @@ def demo(
     where the model generates other tokens with the kernels than without.
     """
     _require("demo", "transformers", "matplotlib")
-    from .demo import run
+    from .demo.run import run
 
     if not run(out, quick=quick)["generate"]["equal"]:
         raise typer.Exit(1)

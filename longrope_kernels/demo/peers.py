@@ -33,6 +33,11 @@ class TransformersRotary:
         """(cos, sin), each (1, seq, R) of ``dtype``, for positions (1, seq) int64."""
         return self.embedding(torch.empty(0, dtype=dtype, device=positions.device), positions)
 
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> Any:
+        """Rotated q and k, (1, seq, heads, dim) each, of tokens at ``positions``."""
+        rotated = self.apply(q.transpose(1, 2), k.transpose(1, 2), *self.table(positions, q.dtype))
+        return [x.transpose(1, 2) for x in rotated]
+
     @staticmethod
     def apply(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
         """Rotated q and k, (batch, heads, seq, dim) each."""

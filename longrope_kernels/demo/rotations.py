@@ -15,28 +15,19 @@ from ..ops.rotary import apply_rotary
 from ..rope import Rope
 from .peers import TransformersRotary
 
-Rotate = Callable[..., Any]
+Rotations = dict[str, Callable[..., Any]]
 Rows = list[dict[str, Any]]
+_COMPILED = "transformers torch.compile"
 
 
-def methods(rope: Rope, rotary: TransformersRotary, device: torch.device) -> dict[str, Rotate]:
-    """``rotate(q, k, positions)`` of transformers and of each backend made for this device.
-
-    q and k are (1, seq, heads, dim) and positions (1, seq); the last chooses the factor set.
-    """
-
-    def by_transformers(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> Any:
-        table = rotary.table(positions, q.dtype)
-        rotated = rotary.apply(q.transpose(1, 2), k.transpose(1, 2), *table)
-        return [x.transpose(1, 2) for x in rotated]
-
+def backends_for(device: torch.device) -> list[str]:
+    """Those made for this kind of device, where they can run."""
     rows = [row for row in backends.table() if {"any", device.type} & set(row["devices"])]
-    ours = {row["name"]: by(rope, row["name"]) for row in rows if row["missing"] is None}
-    return {"transformers": by_transformers, **ours}
+    return [row["name"] for row in rows if row["missing"] is None]
 
 
-def by(rope: Rope, backend: str, **how: Any) -> Rotate:
-    """As in `methods`, by a named backend."""
+def by(rope: Rope, backend: str, **how: Any) -> Callable[..., Any]:
+    """``rotate(q, k, positions)`` by a named backend; the last position chooses the factor set."""
 
     def rotate(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> Any:
         lengths = positions[:, -1] + 1
@@ -45,8 +36,8 @@ def by(rope: Rope, backend: str, **how: Any) -> Rotate:
     return rotate
 
 
-def errors_at(last: int, q: torch.Tensor, rope: Rope, rotations: dict[str, Rotate]) -> Rows:
-    """A row for each of `methods`, for a float32 q whose last token stands at ``last``.
+def errors_at(last: int, q: torch.Tensor, rope: Rope, rotations: Rotations) -> Rows:
+    """A row for each rotation of a float32 q (1, seq, heads, dim), its last token at ``last``.
 
     ``angle_error`` is the largest, in rad; ``float32_error`` that of rotated q, norm over norm.
     """
@@ -56,7 +47,7 @@ def errors_at(last: int, q: torch.Tensor, rope: Rope, rotations: dict[str, Rotat
     unit = torch.zeros_like(q[:, :, :1])
     unit[..., : rope.pairs] = 1.0
 
-    def angles(method: Rotate, x: torch.Tensor) -> torch.Tensor:
+    def angles(method: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
         x = method(x, x, positions)[0].double()
         return torch.atan2(x[..., rope.pairs : rope.rotary_dim], x[..., : rope.pairs])
 
@@ -66,8 +57,8 @@ def errors_at(last: int, q: torch.Tensor, rope: Rope, rotations: dict[str, Rotat
         turns = (angles(method, unit) - angles(exact, unit.double())) / (2 * math.pi)
         angle = float((turns - turns.round()).abs().max()) * 2 * math.pi
         error = float((method(q, q, positions)[0] - truth).norm() / truth.norm())
-        row = {"position": last, "method": name, "angle_error": angle, "float32_error": error}
-        rows.append(row)
+        found = {"angle_error": angle, "float32_error": error}
+        rows.append({"position": last, "method": name, **found})
     return rows
 
 
@@ -84,12 +75,10 @@ def time_rotations(
     given, spare, into = ([torch.randn_like(q).to(dtype) for _ in "qk"] for _ in range(3))
     table = rotary.table(positions, dtype)
     heads_first = [x.transpose(1, 2) for x in given]  # as views, which is how a model has them
-    variants: dict[str, Callable[[], Any]] = {
-        "transformers eager": partial(rotary.apply, *heads_first, *table)
-    }
     compiled = torch.compile(rotary.apply, dynamic=False)
-    variants["transformers torch.compile"] = partial(compiled, *heads_first, *table)
-    for name in list(methods(rope, rotary, q.device))[1:]:
+    variants: Rotations = {"transformers eager": partial(rotary.apply, *heads_first, *table)}
+    variants[_COMPILED] = partial(compiled, *heads_first, *table)
+    for name in backends_for(q.device):
         variants[name] = partial(by(rope, name), *given, positions)
         if name != "reference":
             variants[f"{name}, in place"] = partial(by(rope, name, inplace=True), *spare, positions)
@@ -103,7 +92,7 @@ def time_rotations(
         try:
             row["ms"] = 1e3 * timer.blocked_autorange(min_run_time=seconds).median
         except Exception as error:
-            if name != "transformers torch.compile":
+            if name != _COMPILED:
                 raise
             row["reason"] = str(error).strip().splitlines()[0]  # no C++ compiler, say
         else:

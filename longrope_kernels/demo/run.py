@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import sysconfig
 import time
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from ..rope import Rope
 from .figure import draw
 from .model import build_model, generate_agreement, logits_agreement
 from .peers import TransformersRotary
-from .rotations import errors_at, methods, time_rotations
+from .rotations import Rotations, backends_for, by, errors_at, time_rotations
 
 _POSITIONS = (4095, 2**17 - 1, 2**20 - 1, 2**21 - 1)  # of the table
 
@@ -40,17 +38,12 @@ def run(out: Path, *, quick: bool = False) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     model = build_model(device)
     rope, rotary = Rope.from_config(model.config), TransformersRotary(model.config, device)
-    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))  # a text every machine has
-    source = b"".join(path.read_bytes() for path in paths)[: max(logits_of, prompt)]
-    text = torch.tensor(list(source), device=device)[None]
+    text = torch.randint(256, (1, max(logits_of, prompt)), device=device)
 
     print(f"A Phi-3 of 2 layers, 32 heads of 96 and random weights on {where} ...", flush=True)
     logits = logits_agreement(model, text[:, :logits_of])
-    _table(
-        f"Largest difference from its float32 logits (up to {logits['largest_logit']:.1f})",
-        ("model", "difference"),
-        ([name, f"{logits[name]:.1e}"] for name in list(logits)[2:]),
-    )
+    rows = [{"model": name, "difference": f"{logits[name]:.1e}"} for name in list(logits)[2:]]
+    _table(f"Largest difference from float32 logits up to {logits['largest_logit']:.1f}", rows)
     generated = generate_agreement(model, text[:, :prompt], new)
     across = "" if quick else " across the switch at 4097, cache='rotated'"
     verdict = "the same tokens" if generated["equal"] else "OTHER TOKENS"
@@ -59,20 +52,17 @@ def run(out: Path, *, quick: bool = False) -> dict[str, Any]:
     # Last positions from 2**8 to 2**31 - 1, evenly spaced in their logarithm.
     spaced = {round(2 ** (8 + 23 * i / (points - 1))) - 1 for i in range(points)}
     last, q = sorted({*_POSITIONS, *spaced}), torch.randn((1, 64, 32, 96), device=device)
-    rotations = methods(rope, rotary, device)
+    rotations: Rotations = {"transformers": rotary}
+    rotations |= {name: by(rope, name) for name in backends_for(device)}
     errors = [row for n in last for row in errors_at(n, q, rope, rotations)]
     draw(errors, out / "error.png")
-    _table(
-        "Error against float64",
-        ("method", "last position", "angle (rad)", "q in float32"),
-        map(error_cells, (row for row in errors if row["position"] in _POSITIONS)),
-    )
+    rows = [error_cells(row) for row in errors if row["position"] in _POSITIONS]
+    _table("Error against float64", rows)
 
     q = torch.randn((1, seq, 32, 96), device=device)
     times = time_rotations(rope, rotary, q, torch.float32, seconds)
     times += time_rotations(rope, rotary, q, torch.bfloat16, seconds)
-    header = ("variant", "dtype", "ms", "GB/s", "x eager")
-    _table(f"Time of rotating q and k {tuple(q.shape)} each", header, map(time_cells, times))
+    _table(f"Time of rotating q and k {tuple(q.shape)} each", [time_cells(row) for row in times])
 
     versions = {"longrope_kernels": __version__, "python": platform.python_version()}
     versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -84,28 +74,29 @@ def run(out: Path, *, quick: bool = False) -> dict[str, Any]:
         "times": {"shape": q.shape, "rows": times},
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    took = time.perf_counter() - begin
-    print(f"\n{out / 'error.png'} and {out / 'results.json'} written; {took:.0f} s")
+    print(f"\nwritten: {out}/error.png, results.json; {time.perf_counter() - begin:.0f} s")
     return results
 
 
-def error_cells(row: dict[str, Any]) -> list[str]:
+def error_cells(row: dict[str, Any]) -> dict[str, str]:
     """A row of `errors_at` as text."""
-    errors = (row["angle_error"], row["float32_error"])
-    return [row["method"], f"{row['position']:,}", *(f"{error:.1e}" for error in errors)]
+    cells = {"method": row["method"], "last position": f"{row['position']:,}"}
+    names = {"angle_error": "angle (rad)", "float32_error": "q in float32"}
+    return cells | {shown: f"{row[name]:.1e}" for name, shown in names.items()}
 
 
-def time_cells(row: dict[str, Any]) -> list[str]:
+def time_cells(row: dict[str, Any]) -> dict[str, str]:
     """A row of `time_rotations` as text."""
-    numbers = [f"not measured: {row.get('reason')}", "", ""]
-    if "ms" in row:
-        numbers = [f"{row['ms']:.2f}", f"{row['gb_per_s']:.1f}", f"{row['speedup']:.1f}"]
-    return [row["variant"], row["dtype"], *numbers]
+    cells = {"variant": row["variant"], "dtype": row["dtype"]}
+    if "reason" in row:
+        return {**cells, "ms": f"not measured: {row['reason']}", "GB/s": "", "x eager": ""}
+    names = {"ms": ("ms", ".2f"), "gb_per_s": ("GB/s", ".1f"), "speedup": ("x eager", ".1f")}
+    return cells | {shown: format(row[name], form) for name, (shown, form) in names.items()}
 
 
-def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def _table(title: str, rows: list[dict[str, str]]) -> None:
     print(f"\n{title}")
-    lines = [header, *rows]
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *rest in lines:
         print("  ".join((first.ljust(widths[0]), *map(str.rjust, rest, widths[1:]))), flush=True)
