@@ -38,7 +38,7 @@ def describe(root: Path) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            **_lasting(),
+            **_smi(_LASTING),
         }
     return facts
 
@@ -48,10 +48,11 @@ def commit(root: Path) -> str | None:
 
     A copy without git has it from LONGROPE_COMMIT; without that it is None.
     """
-    if not (root / ".git").exists():  # one of a repository around it would be another's
-        return os.environ.get("LONGROPE_COMMIT")
-    described = ("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty= with changes")
-    return _output("git", "-C", str(root), *described)
+    head = None
+    if (root / ".git").exists():  # that of a repository around it would be another's
+        told = ("--always", "--abbrev=12", "--exclude=*", "--dirty= with changes")
+        head = _output("git", "-C", str(root), "describe", *told)
+    return head or os.environ.get("LONGROPE_COMMIT")
 
 
 def folder_name(facts: dict[str, Any]) -> str:
@@ -61,10 +62,15 @@ def folder_name(facts: dict[str, Any]) -> str:
     return f"cpu-{facts['threads']}-cores"
 
 
-class Asked:
-    """What nvidia-smi says of clocks, power and heat while this process has other things to do.
+def clocks() -> dict[str, str]:
+    """What nvidia-smi says now of clocks, power and heat; empty without it."""
+    return _smi(_CHANGING) if torch.cuda.is_available() else {}
 
-    ``answer`` is what it said since, or empty where it has said nothing yet.
+
+class Asked:
+    """`clocks` of a time when this process has other things to do.
+
+    ``answer`` is what nvidia-smi said since, or empty where it has said nothing yet.
     """
 
     def __init__(self) -> None:
@@ -120,9 +126,9 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _lasting() -> dict[str, str]:
-    line = _output(*_question(_LASTING))
-    return {} if line is None else _values(_LASTING, line)
+def _smi(fields: tuple[str, ...]) -> dict[str, str]:
+    line = _output(*_question(fields))
+    return {} if line is None else _values(fields, line)
 
 
 def _question(fields: tuple[str, ...]) -> tuple[str, ...]:
