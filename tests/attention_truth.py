@@ -28,12 +28,16 @@ ORDERS = range(4)
 
 @dataclass(frozen=True)
 class Backend(Target):
-    """A backend, the dtypes it takes (its usual one first), whether it has softcap and lse."""
+    """A backend, the dtypes it takes (its usual one first), whether it has softcap and lse.
+
+    ``slow`` is the interpreter, a tenth of a second a tile: large cases get one KV head there.
+    """
 
     dtypes: tuple[torch.dtype, ...] = (fp32,)
     of_scores: bool = True
     k_rotation: str | None = None
     smallest_dim: int = 1
+    slow: bool = False
 
     def __str__(self) -> str:
         return super().__str__() + (f"-{self.k_rotation}" if self.k_rotation else "")
@@ -48,16 +52,26 @@ class Backend(Target):
         )
 
     def nearest(self, case: Case) -> Case:
-        """The case in a dtype and with a head_dim that the backend serves."""
+        """The case in a dtype, with a head_dim and of a size that the backend serves."""
         dtype = case.dtype if case.dtype in self.dtypes else self.dtypes[0]
-        return replace(case, dtype=dtype, dim=max(case.dim, self.smallest_dim))
+        case = replace(case, dtype=dtype, dim=max(case.dim, self.smallest_dim))
+        if self.slow and case.tiles > 4 and case.kv_heads > 1:
+            return replace(case, heads=case.heads // case.kv_heads, kv_heads=1)
+        return case
 
 
 REFERENCE = Backend("reference", "cpu", (fp32, bf16, fp16, fp64))
 COMPOSED = Backend("composed", "cpu", (fp32, bf16, fp16), of_scores=False)
 # Without a GPU the interpreter runs the same kernels on CPU tensors.
 PREPASS, REGISTERS = (
-    Backend("triton", "cuda" if CUDA else "cpu", (bf16, fp16), k_rotation=name, smallest_dim=16)
+    Backend(
+        "triton",
+        "cuda" if CUDA else "cpu",
+        (bf16, fp16),
+        k_rotation=name,
+        smallest_dim=16,
+        slow=not CUDA,
+    )
     for name in ("prepass", "registers")
 )
 BACKENDS = [REFERENCE, COMPOSED, PREPASS, REGISTERS]
@@ -409,6 +423,12 @@ class Case:
     def of_scores(self) -> bool:
         return self.softcap is not None or self.return_lse
 
+    @property
+    def tiles(self) -> int:
+        """How many tiles of 32 queries there are, of all heads."""
+        counts = self.counts or (self.queries,) * (1 if self.layout == "thd" else self.batch)
+        return self.heads * sum(-(-count // 32) for count in counts)
+
     def rope(self) -> Rope:
         if self.lengths or self.sets:
             return two_sets(self.pairs or self.dim // 2, interleaved=self.interleaved)
@@ -455,16 +475,25 @@ class Case:
         return made
 
 
-def every_case(cases: list[Case]) -> pytest.MarkDecorator:
-    """``backend`` and ``case``: each case on each backend that serves it, in a dtype it takes."""
-    pairs: dict[str, Any] = {}
+def every_case(cases: list[Case], both_ways: bool = False) -> pytest.MarkDecorator:
+    """``backend`` and ``case``: each case on each backend that serves it, in a dtype it takes.
+
+    The two ways to rotate k take turns; the other one of a case runs where much does, see
+    conftest.py.
+    """
+    params: dict[str, Any] = {}
     for backend in BACKENDS:
-        for case in cases:
-            if case.of_scores <= backend.of_scores:
-                served = backend.nearest(case)
-                pairs[f"{backend}-{served}"] = (backend, served)
-    params = [pytest.param(*pair, id=name) for name, pair in pairs.items()]
-    return pytest.mark.parametrize(("backend", "case"), params)
+        for i, case in enumerate(cases):
+            if case.of_scores > backend.of_scores:
+                continue
+            served = backend.nearest(case)
+            name = f"{backend}-{served}"
+            if backend is (REGISTERS, PREPASS)[i % 2] and not both_ways:
+                more = pytest.param(backend, served, id=name, marks=pytest.mark.full)
+                params.setdefault(name, more)
+            else:
+                params[name] = pytest.param(backend, served, id=name)
+    return pytest.mark.parametrize(("backend", "case"), params.values())
 
 
 def check(backend: Backend, case: Case, tensors: list[torch.Tensor] | None = None) -> torch.Tensor:

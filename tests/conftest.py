@@ -30,6 +30,10 @@ if not torch.cuda.is_available():
         from ptx.install import install
 
         install(int(os.environ["LONGROPE_PTX"]))
+    else:
+        import interpreted
+
+        interpreted.patch_once()
 
 import codegen_cuda
 import codegen_pages

@@ -74,7 +74,7 @@ def test_forward_and_gradients(backend: Backend, case: Case) -> None:
 
 @every_backend
 def test_dense_equals_eager_bit_for_bit(backend: Backend) -> None:
-    case = Case(2, 19, dtype=backend.dtypes[0])
+    case = backend.nearest(Case(2, 19))
     rope, at = case.rope().to(backend.device), backend.move(positions_for(19, 128))
     tensors = [backend.move(x) for x in case.tensors()]
 
@@ -87,7 +87,7 @@ def test_dense_equals_eager_bit_for_bit(backend: Backend) -> None:
 @every_backend
 def test_lengths_and_borders_are_data(backend: Backend) -> None:
     """Other sets, other borders, other padding: the same graph."""
-    case = Case(counts=(5, 4, 10), layout="thd", dtype=backend.dtypes[0])
+    case = backend.nearest(Case(counts=(5, 4, 10), layout="thd"))
     tensors, rope = case.tensors(), two_sets(16).to(backend.device)
     at = positions_for(19, 7)
 
@@ -119,7 +119,7 @@ def test_sequence_lengths_do_not_recompile_each_time(backend: Backend) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     run = compiled(call, counter)
     for seq in (5, 6, 9, 17, 33):
-        tensors = Case(2, seq, dtype=backend.dtypes[0]).tensors()
+        tensors = backend.nearest(Case(2, seq)).tensors()
         at, lengths = torch.arange(seq), torch.tensor([5, 5000])
         out = run(*(backend.move(x) for x in (*tensors, at, lengths)))
         expected = Call(*tensors, at, rope, lengths=lengths, window=4).expected()

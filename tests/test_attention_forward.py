@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_truth import (
+    BACKENDS,
     REFERENCE,
     Backend,
     Call,
@@ -111,8 +112,13 @@ def test_a_thousand_tokens(backend: Backend, case: Case) -> None:
     check(backend, case)
 
 
-@every_case([*SHAPES, *CHUNKS, *EMPTY_ROWS])
+@every_case(SHAPES, both_ways=True)
 def test_shapes(backend: Backend, case: Case) -> None:
+    check(backend, case)
+
+
+@every_case([*CHUNKS, *EMPTY_ROWS])
+def test_more_keys_or_fewer(backend: Backend, case: Case) -> None:
     check(backend, case)
 
 
@@ -156,11 +162,13 @@ def test_the_low_precision_truth_is_the_truth_in_float64() -> None:
         assert (low - ref64).abs().max() <= 64 * torch.finfo(fp64).eps * ref64.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [fp32, bf16, fp16, fp64], ids=DTYPE_NAMES.get)
-@forwards_of_scores
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(backend, dtype) for backend in BACKENDS if backend.of_scores for dtype in backend.dtypes],
+    ids=lambda x: DTYPE_NAMES.get(x, str(x)),
+)
 def test_lse_has_no_less_than_float32(backend: Backend, dtype: torch.dtype) -> None:
     """(batch, heads, Sq) in both dense layouts and (heads, tokens) packed."""
-    dtype = dtype if dtype in backend.dtypes else backend.dtypes[0]
     for layout, shape in (("bshd", (2, 4, 5)), ("bhsd", (2, 4, 5)), ("thd", (4, 5))):
         case = Case(2, 5, layout=layout, counts=(2, 3) if layout == "thd" else (), dtype=dtype)
         args = (*case.tensors(), case.arguments().pop("positions"), case.rope())
@@ -212,7 +220,7 @@ def test_a_query_that_sees_no_key_gets_zeros(backend: Backend) -> None:
 
 @forwards_of_scores
 def test_log_sum_exp_of_no_key_is_minus_infinity(backend: Backend) -> None:
-    case = Case(3, 8, kv_start=(0, 3, 8), dtype=backend.dtypes[0], return_lse=True)
+    case = backend.nearest(Case(3, 8, kv_start=(0, 3, 8), return_lse=True))
     args = case.arguments()
     _, lse = backend.attend(
         *case.tensors(), args.pop("positions"), case.rope(), **args, return_lse=True
@@ -273,7 +281,7 @@ def test_views_of_packed_qkv(backend: Backend, layout: str) -> None:
 @every_forward
 def test_expanded_and_sliced_keys(backend: Backend) -> None:
     """One head of keys seen as two (stride 0), and a cache longer than what is used."""
-    case = Case(2, 9, 12, heads=4, dtype=backend.dtypes[0])
+    case = Case(2, 9, 12, dtype=backend.dtypes[0])
     q, k, v = case.tensors()
     check(backend, case, [q, k[:, :, :1].expand(2, 12, 2, 32), v])
     k, v = (torch.randn(2, 20, 2, 48).to(q.dtype)[:, 3:15, :, 16:] for _ in range(2))
@@ -285,7 +293,7 @@ def test_expanded_and_sliced_keys(backend: Backend) -> None:
 @every_forward
 def test_positions_of_each_sequence(backend: Backend, dtype: torch.dtype, shared: bool) -> None:
     """(Sq,) and (Sk,) for all sequences or one row each, in both integer dtypes."""
-    case = Case(3, 12, 18, dtype=backend.dtypes[0])
+    case = backend.nearest(Case(3, 12, 18))
     tensors, rope = case.tensors(), case.rope()
     rows = 1 if shared else 3
     at = positions_for(30 * rows, 128, dtype).reshape(rows, 30)
@@ -298,7 +306,7 @@ def test_positions_of_each_sequence(backend: Backend, dtype: torch.dtype, shared
 @every_forward
 def test_key_positions_are_taken_where_counts_agree(backend: Backend) -> None:
     """As many keys as queries, and yet at other places (cross attention)."""
-    case = Case(2, 12, dtype=backend.dtypes[0], causal=False)
+    case = backend.nearest(Case(2, 12, causal=False))
     tensors, rope = case.tensors(), case.rope()
     at = positions_for(24, 128)
     arguments = {"key_positions": at[12:], "causal": False}
@@ -310,7 +318,7 @@ def test_key_positions_are_taken_where_counts_agree(backend: Backend) -> None:
 @pytest.mark.parametrize("kind", ["list", "tensor"])
 @every_forward
 def test_raw_factors_are_the_rope_they_describe(backend: Backend, kind: str) -> None:
-    case = Case(2, 19, dtype=backend.dtypes[0], interleaved=True, pairs=12)
+    case = backend.nearest(Case(2, 19, interleaved=True, pairs=12))
     tensors, at = case.tensors(), positions_for(19, 128)
     values = factors(12)
     given = torch.tensor(values, dtype=fp64) if kind == "tensor" else list(values)
@@ -351,7 +359,7 @@ def test_huge_scores_do_not_overflow(backend: Backend) -> None:
 
     Which key gets all the weight hangs on the last bit of a score, so the truth is no measure.
     """
-    case = Case(2, 19, dtype=backend.dtypes[0], scale=2000.0)
+    case = backend.nearest(Case(2, 19, scale=2000.0))
     (q, k, v), arguments = case.tensors(), case.arguments()
     out = backend.attend(q, k, v, arguments.pop("positions"), case.rope(), **arguments)
     assert out.isfinite().all()

@@ -84,7 +84,7 @@ def test_kv_start_of_packed_sequences(backend: Backend, case: Case) -> None:
 @every_forward
 def test_one_token_more_than_short_is_long(backend: Backend, sequences: int) -> None:
     """The same tensors: 4096 gives what the short set alone gives, 4097 what the long one does."""
-    case = Case(sequences, 19, dtype=backend.dtypes[0])
+    case = backend.nearest(Case(sequences, 19))
     tensors, at, rope = case.tensors(), torch.arange(4078, 4097), two_sets(16)
     alone = [backend.attend(*tensors, at, Rope(one)) for one in rope.sets]
     assert not torch.equal(*alone)
@@ -95,7 +95,7 @@ def test_one_token_more_than_short_is_long(backend: Backend, sequences: int) -> 
 
 @every_forward
 def test_sets_win_over_lengths(backend: Backend) -> None:
-    case = Case(2, 9, 14, dtype=backend.dtypes[0])
+    case = backend.nearest(Case(2, 9, 14))
     arguments = case.arguments()
     args = (*case.tensors(), arguments.pop("positions"), two_sets(16))
     sets = torch.tensor([1, 0], dtype=torch.int32)
@@ -110,7 +110,7 @@ def test_sets_win_over_lengths(backend: Backend) -> None:
 @every_forward
 def test_keys_take_the_set_of_their_own_sequence(backend: Backend) -> None:
     """Borders of q and k differ, and so does which token of either is in which sequence."""
-    case = Case(counts=(2, 9), counts_k=(12, 3), layout="thd", dtype=backend.dtypes[0])
+    case = backend.nearest(Case(counts=(2, 9), counts_k=(12, 3), layout="thd"))
     arguments = case.arguments()
     args = (*case.tensors(), arguments.pop("positions"), two_sets(16))
     for lengths in ([5, 5000], [5000, 5]):
@@ -123,7 +123,7 @@ def test_keys_take_the_set_of_their_own_sequence(backend: Backend) -> None:
 @every_forward
 def test_index_dtypes(backend: Backend, dtype: torch.dtype) -> None:
     """int32 and int64 serve alike for borders, lengths and kv_start."""
-    case = Case(counts=(4, 9), counts_k=(7, 9), layout="thd", dtype=backend.dtypes[0])
+    case = backend.nearest(Case(counts=(4, 9), counts_k=(7, 9), layout="thd"))
     tensors, arguments = case.tensors(), case.arguments()
     arguments["lengths"], arguments["kv_start"] = torch.tensor([5000, 5]), torch.tensor([2, 0])
     expected = Call(*tensors, arguments["positions"], two_sets(16), **rest(arguments)).expected()
@@ -141,7 +141,7 @@ def rest(arguments: dict[str, object]) -> dict[str, object]:
 
 @every_forward
 def test_packed_without_borders_is_one_sequence(backend: Backend) -> None:
-    case = Case(1, 19, layout="thd", dtype=backend.dtypes[0])
+    case = backend.nearest(Case(1, 19, layout="thd"))
     args = (*case.tensors(), case.arguments()["positions"], case.rope())
     one = backend.attend(*args, layout="thd", cu_seqlens=torch.tensor([0, 19]))
     assert torch.equal(backend.attend(*args, layout="thd"), one)
@@ -150,7 +150,7 @@ def test_packed_without_borders_is_one_sequence(backend: Backend) -> None:
 @every_forward
 def test_one_packed_sequence_of_several_sets(backend: Backend) -> None:
     """No borders and a Rope of two sets: one length for all tokens."""
-    case = Case(1, 19, layout="thd", dtype=backend.dtypes[0])
+    case = backend.nearest(Case(1, 19, layout="thd"))
     args = (*case.tensors(), case.arguments()["positions"], two_sets(16))
     for length in (4096, 4097):
         arguments = {"layout": "thd", "lengths": torch.tensor([length])}
@@ -160,7 +160,7 @@ def test_one_packed_sequence_of_several_sets(backend: Backend) -> None:
 @forwards_of_scores
 def test_log_sum_exp_of_packed_sequences(backend: Backend) -> None:
     """(heads, tokens): each sequence its own columns, empty ones none."""
-    case = Case(counts=(4, 0, 9), counts_k=(2, 3, 9), layout="thd", dtype=backend.dtypes[0])
+    case = backend.nearest(Case(counts=(4, 0, 9), counts_k=(2, 3, 9), layout="thd"))
     arguments = case.arguments()
     args = (*case.tensors(), arguments.pop("positions"), case.rope())
     _, lse = backend.attend(*args, **arguments, return_lse=True)
@@ -172,7 +172,7 @@ def test_log_sum_exp_of_packed_sequences(backend: Backend) -> None:
 @every_forward
 def test_borders_of_the_keys_alone_may_differ_in_nothing(backend: Backend) -> None:
     """cu_seqlens_k equal to cu_seqlens, as a tensor of its own, beside key_positions."""
-    case = Case(counts=(4, 9), layout="thd", dtype=backend.dtypes[0])
+    case = backend.nearest(Case(counts=(4, 9), layout="thd"))
     arguments = case.arguments()
     positions = arguments.pop("positions")
     args = (*case.tensors(), positions, case.rope())
