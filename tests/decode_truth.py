@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import truth
-from attention_truth import Attended, assert_lse_close, errors_of_sums, product, worst
+from attention_truth import Attended, assert_lse_close
 from cases import CUDA, DTYPE_NAMES, Target, factors, positions_for
+from orders import errors_of_sums, product, worst
 from tolerance import assert_close
 
 from longrope_kernels import FactorSet, Rope, decode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -177,9 +178,21 @@ def test_one_launch_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------------------------- tiles and rows
 
 
-def paged(case: Case, block_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of a dense call, and of the same in blocks, which lie in reverse order."""
-    dense = case.call().arguments
+def decoded(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    moved = {name: TRITON.move(x) for name, x in arguments.items()}
+    return TRITON.decode(**moved, return_lse=True)
+
+
+@lru_cache
+def dense_call(float8: bool) -> tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor]]:
+    """The arguments of a call, and what it returns."""
+    case = Case((37, 16), heads=2, kv_heads=1, dim=16, dtype=bf16, float8=float8)
+    arguments = case.call().arguments
+    return arguments, decoded(arguments)
+
+
+def paged(dense: dict[str, Any], block_size: int) -> dict[str, Any]:
+    """The same in blocks, which lie in reverse order."""
     batch, slots = dense["k_cache"].shape[:2]
     blocks = -(-slots // block_size)
     made = dict(dense)
@@ -192,7 +205,7 @@ def paged(case: Case, block_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
     first = torch.arange(blocks) * block_size
     unused = first >= dense["cache_lens"][:, None]
     made["block_table"] = torch.where(unused, 2**31 - 1, ids).int()
-    return dense, made
+    return made
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 8, 12, 16, 24, 32, 48])
@@ -200,12 +213,9 @@ def paged(case: Case, block_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_blocks_narrower_and_wider_than_a_tile_give_the_same_bits(
     block_size: int, float8: bool
 ) -> None:
-    case = Case((37, 16), heads=2, kv_heads=1, dim=16, dtype=bf16, float8=float8)
-    results = [
-        TRITON.decode(**{name: TRITON.move(x) for name, x in arguments.items()}, return_lse=True)
-        for arguments in paged(case, block_size)
-    ]
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    arguments, wanted = dense_call(float8)
+    results = decoded(paged(arguments, block_size))
+    assert all(torch.equal(x, y) for x, y in zip(results, wanted, strict=True))
 
 
 @pytest.mark.parametrize(("heads", "queries"), [(1, 1), (8, 2), (24, 1), (5, 16)])
