@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import copies
@@ -48,6 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the same as a time, in seconds since the epoch",
     )
     parser.addoption(
+        "--done", type=Path, help="a record of `report.recorder`; its rows are not run again"
+    )
+    parser.addoption(
+        "--rows", type=Path, help="a file of row ids, one a line, beside the ceilings all to run"
+    )
+    parser.addoption(
         "--cache-mb",
         type=float,
         default=1e-6 * copies.cache,
@@ -60,6 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     until = time.monotonic() + config.getoption("until") - time.time()
     measure.deadline = min(BEGIN + config.getoption("budget"), until)
     copies.cache = int(1e6 * config.getoption("cache_mb"))
+    measure.config = config
 
 
 def _rank(item: pytest.Item) -> int:
@@ -78,10 +86,28 @@ def _place(item: pytest.Item) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The ceilings first, what is less important last."""
     items.sort(key=lambda item: (_rank(item), _place(item)))
-    if not config.getoption("benchmark_only"):
-        dropped = [item for item in items if _rank(item) > LEAST_IMPORTANT_SMALL]
-        items[:] = [item for item in items if _rank(item) <= LEAST_IMPORTANT_SMALL]
-        config.hook.pytest_deselected(items=dropped)
+    full_size, done = config.getoption("benchmark_only"), _done(config.getoption("done"))
+    named = config.getoption("rows")
+    wanted = None if named is None else set(named.read_text("utf-8").splitlines())
+
+    def runs(item: pytest.Item) -> bool:
+        if _rank(item) < 0:  # other rows are told as parts of what they reached
+            return done.get(item.nodeid) != "failed"
+        if wanted is not None and not (hasattr(item, "callspec") and item.callspec.id in wanted):
+            return False
+        is_of_size = full_size or _rank(item) <= LEAST_IMPORTANT_SMALL
+        return is_of_size and item.nodeid not in done
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = filter(runs, items)
+
+
+def _done(record: Path | None) -> dict[str, str]:
+    """The outcome of each row that the record tells of, by node id."""
+    if record is None:
+        return {}
+    entries = recorder.entries(record)
+    return {entry["test"]: entry["outcome"] for entry in entries if "test" in entry}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

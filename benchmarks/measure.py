@@ -14,7 +14,8 @@ import pytest
 import torch
 from clock import CLOCK, Clock, seconds
 from memory import available, peak_bytes
-from report.facts import Asked
+from report import recorder
+from report.facts import Asked, gpu_refuses
 from ropes import DEVICE, WrongResultError
 
 FEWEST, MOST = 5, 60  # rounds
@@ -24,6 +25,7 @@ COMPILED = "torch.compile"  # in the name of a row
 COMPILING = 60  # seconds that torch.compile may take; with fewer left its rows are dropped
 CLOCKS: list[dict[str, str]] = []  # of the GPU, amid the rounds of each group
 deadline = math.inf  # by time.monotonic
+config: pytest.Config | None = None  # by which a recorder is found; conftest.py sets it
 
 
 class NotMeasuredError(Exception):
@@ -90,7 +92,7 @@ def measure(
         WrongResultError: the result is wrong.
     """
     global _turns
-    name, key, names = _of_item(request.node)
+    name, key, items = _of_item(request.node)
     if benchmark.disabled:
         timed = prepare(name)
         benchmark.pedantic(timed.run, setup=lambda: (timed.arguments(), {}))
@@ -99,8 +101,9 @@ def measure(
         _turns = None  # what it holds is freed first
         full_size = bool(request.config.getoption("benchmark_only"))
         rounds = (fewest, MOST) if full_size else (3, 3)
-        _turns = _Turns(key, clock, seconds_a_row, *rounds)
-        _turns.take(names, prepare, peers)
+        ids = {n: (item.nodeid, f"{benchmark.group}, {n}") for n, item in items.items()}
+        _turns = _Turns(key, ids, clock, seconds_a_row, *rounds)
+        _turns.take(list(items), prepare, peers)
     if name in _turns.failed:
         error = _turns.failed[name]
         if not isinstance(error, NotMeasuredError):
@@ -126,7 +129,8 @@ def fits(item: pytest.Item, seconds_a_row: float) -> bool:
     if deadline == math.inf or not is_row(item):
         return True
     left = deadline - time.monotonic()
-    _, key, names = _of_item(item)
+    _, key, items = _of_item(item)
+    names = list(items)
     if left < COMPILING:  # see `require_time_to_compile`
         names = [name for name in names if COMPILED not in name]
     return sum(_expected(key, name, seconds_a_row) for name in names) <= left
@@ -168,9 +172,15 @@ class _Turns:
     """The rounds of all rows of a group."""
 
     def __init__(
-        self, key: Any, clock: Clock, seconds_a_row: float, fewest: int, most: int
+        self,
+        key: Any,
+        ids: dict[str, tuple[str, str]],
+        clock: Clock,
+        seconds_a_row: float,
+        fewest: int,
+        most: int,
     ) -> None:
-        self.key, self._clock = key, clock
+        self.key, self._ids, self._clock = key, ids, clock
         self.failed: dict[str, Exception] = {}
         self.times: dict[str, list[float]] = {}
         self.ceilings: dict[str, list[float]] = {}
@@ -216,6 +226,7 @@ class _Turns:
             rounds |= {name: self._fewest + int(n * spare / wanted) for name, n in more.items()}
 
     def _all_rounds(self, rows: dict[str, Timed], rounds: dict[str, int]) -> None:
+        recorder.begun(config, dict(self._ids[name] for name in rounds))
         collects = gc.isenabled()
         gc.disable()
         passes = max(rounds.values())
@@ -253,6 +264,7 @@ class _Turns:
         rows: dict[str, Timed],
         rounds: dict[str, int],
     ) -> None:
+        recorder.begun(config, dict([self._ids[name]]))
         begin = time.monotonic()
         try:
             row = prepare(name)
@@ -264,6 +276,8 @@ class _Turns:
             self._fail(name, error)
 
     def _fail(self, name: str, error: Exception) -> None:
+        if gpu_refuses():
+            recorder.broke(config, *self._ids[name], error)
         is_told = isinstance(error, (NotMeasuredError, WrongResultError))
         self.failed[name] = error if is_told or name not in self._peers else _cannot_run(error)
 
@@ -300,11 +314,11 @@ _turns: _Turns | None = None
 _took: dict[Any, dict[str, tuple[float, int]]] = {}
 
 
-def _of_item(item: Any) -> tuple[str, Any, list[str]]:
-    """The name of a row, the key of its group, and the names of the group that will be run."""
+def _of_item(item: Any) -> tuple[str, Any, dict[str, Any]]:
+    """The name of a row, the key of its group, and the items of it that will be run, by name."""
     name, key = _row_of(item)
-    rows = (_row_of(x) for x in item.session.items if hasattr(x, "callspec"))
-    return name, key, [n for n, k in rows if k == key]
+    rows = ((x, _row_of(x)) for x in item.session.items if hasattr(x, "callspec"))
+    return name, key, {n: x for x, (n, k) in rows if k == key}
 
 
 def is_row(item: Any) -> bool:

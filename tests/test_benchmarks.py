@@ -44,7 +44,9 @@ class Group:
         session = SimpleNamespace(items=[])
         for name in (name for name in seconds if name != "ceiling"):
             spec = SimpleNamespace(params={"name": name, "size": 1})
-            session.items.append(SimpleNamespace(callspec=spec, function="f", session=session))
+            session.items.append(
+                SimpleNamespace(callspec=spec, function="f", session=session, nodeid=f"t[{name}]")
+            )
         self.items = {item.callspec.params["name"]: item for item in session.items}
         monkeypatch.setattr(measure, "_turns", None)
         monkeypatch.setattr(measure, "REASONS", {})

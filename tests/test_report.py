@@ -64,10 +64,10 @@ def test_rows_of_the_recorder() -> None:
         {"test": "d", "outcome": "skipped", "reason": "no", "row": "g, none"},
         {"note": {"not_measured": {"x": "no"}}},
     ]
-    read, found = results.benchmarks_of(map(json.dumps, lines))
+    read, found = results.benchmarks_of(lines)
     assert read == [of_eleven]
     assert found["failed"] == {"g, theirs": "E: wrong", "c": "E: no such file"}
-    assert found["not_measured"] == {"x": "no"}
+    assert found["not_measured"] == {"g, none": "no", "x": "no"}
 
 
 def test_a_test_that_fails_in_teardown_has_failed() -> None:
@@ -77,7 +77,7 @@ def test_a_test_that_fails_in_teardown_has_failed() -> None:
         {"test": "b", "outcome": "failed", "reason": "E: teardown"},
         {"test": "c", "outcome": "skipped", "reason": "no such thing"},
     ]
-    found = results.tests_of(map(json.dumps, lines))
+    found = results.tests_of(lines)
     assert (found["passed"], found["failed"], found["skipped"]) == (["a"], ["b"], ["c"])
     assert found["reasons"] == {"b": "E: teardown", "c": "no such thing"}
 
@@ -177,6 +177,36 @@ def test_tests_of_the_device_come_first(tmp_path: Path) -> None:
         *("test_at[cuda]", "test_marked", "test_of_module"),
         *("test_anywhere", "test_at[cpu]", "test_anywhere_too"),
     ]
+
+
+def test_only_those_of_the_device(tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\ndef test_anywhere(): pass\n@pytest.mark.gpu\ndef test_marked(): pass\n"
+    )
+    options = ("-p", "report.order", "--on-device", "-p", "no:cacheprovider", str(tmp_path))
+    assert runs.run_tests(tmp_path, 60, options)["passed"] == ["test_a.py::test_marked"]
+
+
+def test_a_process_whose_gpu_refuses_gives_way_to_another(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import os, pytest\n"
+        "from report import order\n"
+        "broken = []\n"
+        "order.gpu_refuses = lambda: bool(broken)\n"
+        "@pytest.mark.parametrize('i', range(6))\n"
+        "def test_it(i):\n"
+        "    assert not broken, 'of another test'\n"
+        "    if i % 3 == 1:\n"
+        "        broken.append(i)\n"
+        "        raise RuntimeError('an illegal memory access was encountered')\n"
+    )
+    options = ("-p", "report.order", "-n", "1", "-p", "no:cacheprovider", str(tmp_path))
+    found = runs.run_tests(tmp_path, 100, options)
+    failed = [f"test_it.py::test_it[{i}]" for i in (1, 4)]
+    assert len(found["passed"]) == 4
+    assert found["failed"] == failed
+    reason = "RuntimeError: an illegal memory access was encountered"
+    assert found["reasons"] == dict.fromkeys(failed, reason)
 
 
 def test_a_gpu_runs_many_tests_at_once_and_none_that_takes_long_without_it(

@@ -22,6 +22,7 @@ import os, signal, time
 from pathlib import Path
 import pytest
 from clock import HOST
+import measure as measure_module
 from measure import Timed, measure
 from ropes import WrongResultError
 
@@ -35,6 +36,13 @@ def prepare(name):
         raise RuntimeError(f"no kernel for {name}")
     if name == "crash":
         os.kill(os.getpid(), signal.SIGKILL)
+    if name == "amid":
+        calls = iter(range(100))
+        run = lambda: next(calls) > 5 and os.abort()
+        return Timed(run, tuple, None, 1)
+    if name == "access":
+        measure_module.gpu_refuses = lambda: True
+        raise RuntimeError("an illegal memory access was encountered")
     if name == "hang":
         Path(__file__).with_name("hangs").touch()
         time.sleep(600)
@@ -90,11 +98,35 @@ def test_a_benchmark_that_failed_is_told(checkout: Path) -> None:
     assert text.index("## Machine") < text.index("## Failed") < text.index("## Measurements")
 
 
-def test_a_crash_leaves_what_was_measured(checkout: Path) -> None:
-    made = report(checkout, 100, write(checkout, ("1", "right"), ("2", "crash"), ("3", "right")))
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("crash", "it ended with -9 while this ran"),
+        ("access", "an illegal memory access was encountered"),
+        ("hang", "nothing was heard for 30 s while this ran"),
+    ],
+)
+def test_a_row_that_ends_its_process_leaves_all_others(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+) -> None:
+    """Those of its group too; what was measured before is not measured again."""
+    if name == "hang":
+        monkeypatch.setattr(runs, "SILENT", 30)
+    ceilings = "benchmarks/test_ceilings.py"
+    rows_of = [("1", "right"), ("2", "first"), ("2", name), ("2", "right"), ("3", "right")]
+    made = report(checkout, 100, ceilings, write(checkout, *rows_of))
     content, rows = results.load(made.folder)
-    assert [row.key for row in rows] == [("group of 1", "right")]
-    assert content["failed"] == {"the benchmarks": "pytest ended with -9; its output tells why"}
+    measured = [(f"group of {size}", n) for size, n in rows_of if n != name]
+    assert [row.key for row in rows] == [("ceilings", "copy"), ("ceilings", "matmul"), *measured]
+    assert content["failed"] == {f"group of 2, {name}": reason}
+
+
+def test_where_none_of_a_group_can_be_told_from_the_others_all_have_failed(checkout: Path) -> None:
+    rows_of = [("1", "right"), ("2", "amid"), ("2", "right"), ("3", "right")]
+    content, rows = results.load(report(checkout, 100, write(checkout, *rows_of)).folder)
+    assert [row.key for row in rows] == [("group of 1", "right"), ("group of 3", "right")]
+    reason = "it ended with -6 while this ran or another of its group"
+    assert content["failed"] == dict.fromkeys(("group of 2, amid", "group of 2, right"), reason)
 
 
 def test_a_row_that_does_not_end_is_stopped(

@@ -67,6 +67,17 @@ def clocks() -> dict[str, str]:
     return _smi(_CHANGING) if torch.cuda.is_available() else {}
 
 
+def gpu_refuses() -> bool:
+    """Whether the GPU takes nothing more of this process: so it is after an illegal access."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 class Asked:
     """`clocks` of a time when this process has other things to do.
 

@@ -1,18 +1,47 @@
 """A pytest plugin: the tests that the device runs come first, the others where time is left.
 
-``python -m pytest -p report.order``
+``python -m pytest -p report.order``; with ``--on-device`` there are no others. Of processes of
+pytest-xdist, one in which the GPU refuses what comes next ends, and another takes its place.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+import pytest
+
+from .facts import gpu_refuses
+from .recorder import BROKEN
 
 # What test modules call the place where they run, of those that give it no parameter.
 PLACES = {"CUDA", "DEVICE", "TRITON", "COMPILED"}
 
 
-def pytest_collection_modifyitems(items: list[Any]) -> None:
+_failed: set[str] = set()
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--on-device", action="store_true", help="no tests but those it runs")
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     items.sort(key=lambda item: not _on_device(item))
+    if config.getoption("on_device"):
+        config.hook.pytest_deselected(items=[item for item in items if not _on_device(item)])
+        items[:] = filter(_on_device, items)
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    if report.failed:
+        _failed.add(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """Once the failure was told; alone in a process, a test would end all others with it."""
+    if "PYTEST_XDIST_WORKER" in os.environ and nodeid in _failed and gpu_refuses():
+        os._exit(BROKEN)
 
 
 def _on_device(item: Any) -> bool:

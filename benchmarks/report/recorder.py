@@ -6,10 +6,15 @@ A benchmark's line has its row; see benchmarks/conftest.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+BROKEN = 70  # how a process ends in which the GPU refuses all that comes after a row
 
 
 def pytest_configure(config: Any) -> None:
@@ -22,9 +27,42 @@ def pytest_configure(config: Any) -> None:
 
 def note(config: Any, what: dict[str, Any]) -> None:
     """A line of what is known beside the tests, where a recorder runs."""
-    recorder = config.pluginmanager.get_plugin("longrope-recorder")
+    recorder = _of(config)
     if recorder is not None:
         recorder.write({"note": what})
+
+
+def begun(config: Any, rows: Mapping[str, str]) -> None:
+    """These rows, by node id, run from now on: where the process ends amid them, one ended it."""
+    recorder = _of(config)
+    if recorder is not None:
+        recorder.write({"begun": dict(rows)})
+
+
+def broke(config: Any, test: str, row: str, error: Exception) -> None:
+    """Ends this process, of which a row left nothing to measure with; others go on elsewhere."""
+    recorder = _of(config)
+    if recorder is not None:
+        recorder.write(failure(test, row, (str(error).splitlines() or [repr(error)])[0]))
+        os._exit(BROKEN)  # what pytest would do at its end waits for the GPU
+
+
+def failure(test: str, row: str, reason: str) -> dict[str, Any]:
+    """The line of a row that no pytest could tell of any more."""
+    return {"test": test, "outcome": "failed", "seconds": 0.0, "reason": reason, "row": row}
+
+
+def entries(record: Path) -> list[dict[str, Any]]:
+    """What the lines say; one that was cut short with its process says nothing."""
+    found = []
+    for line in record.read_text("utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def _of(config: Any) -> Any:
+    return config and config.pluginmanager.get_plugin("longrope-recorder")
 
 
 class _Recorder:

@@ -43,30 +43,35 @@ class Row:
         return (self.p80 - self.p20) / (2 * self.median)
 
 
-def benchmarks_of(lines: Iterable[str]) -> tuple[list[Row], dict[str, Any]]:
-    """The rows in the recorder's lines, and what else they tell.
+def benchmarks_of(entries: Iterable[dict[str, Any]]) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of the recorder's entries, and what else they tell.
 
     That is "failed" and "not_measured", with reasons; "dropped" by the budget, counts of rows by
     benchmark and group; "clocks" seen.
     """
     rows: list[Row] = []
     found: dict[str, Any] = {"failed": {}, "not_measured": {}, "dropped": {}, "clocks": {}}
-    for line in lines:
-        entry = json.loads(line)
-        if "note" in entry:
-            found |= entry["note"]
+    for entry in entries:
+        if "note" in entry:  # one of each process; what was not measured, none forgets
+            not_measured = {**found["not_measured"], **entry["note"].get("not_measured", {})}
+            found |= {**entry["note"], "not_measured": not_measured}
+        elif "begun" in entry:
+            continue
         elif "benchmark" in entry:
-            rows.append(Row(**entry["benchmark"]))
+            row = Row(**entry["benchmark"])
+            if all(row.key != other.key for other in rows):  # the ceilings, in each process anew
+                rows.append(row)
         elif entry["outcome"] == "failed":
             found["failed"][entry.get("row") or entry["test"]] = entry["reason"]
+        elif entry["outcome"] == "skipped" and entry.get("row"):
+            found["not_measured"][entry["row"]] = entry["reason"].removeprefix("Skipped: ")
     return rows, found
 
 
-def tests_of(lines: Iterable[str]) -> dict[str, Any]:
-    """Sum up the recorder's lines: counts, what passed, and what did not with its reason."""
+def tests_of(entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Sum up the recorder's entries: counts, what passed, and what did not with its reason."""
     results: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        entry = json.loads(line)
+    for entry in entries:
         if results.get(entry["test"], {}).get("outcome") != "failed":
             results[entry["test"]] = entry
     by_outcome: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
