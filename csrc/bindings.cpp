@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/append.h"
 #include "cpu/instruction_sets.h"
 #include "from_python.h"
 
@@ -53,6 +54,12 @@ void decode(const py::tuple& call, int threads, const std::string& instruction_s
   function(a, threads);
 }
 
+void append(const py::tuple& call, int threads) {
+  const auto a = longrope_calls::from_python<longrope_calls::AppendCall>(call);
+  py::gil_scoped_release release;
+  longrope_cpu::append(a, threads);
+}
+
 // Ask for huge pages below [address, address + bytes), memory that nothing has touched yet: a
 // fresh output otherwise costs a page fault every 4 KiB, more than the rotation itself.
 void advise_huge_pages(int64_t address, int64_t bytes) {
@@ -73,5 +80,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_sets", &instruction_sets, "What this processor runs, best first.");
   m.def("rotary", &rotary, "Rotate q and k: RotaryCall, threads, instruction set.");
   m.def("decode", &decode, "Attend to a cache: DecodeCall, threads, instruction set.");
+  m.def("append", &append, "Write into a cache: AppendCall, threads.");
   m.def("advise_huge_pages", &advise_huge_pages);
 }

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cuda/append.h"
 #include "cuda/attention.h"
 #include "cuda/decode.h"
 #include "cuda/rotary.h"
@@ -36,6 +37,13 @@ void rotary(const py::tuple& call, const py::tuple& place) {
   longrope_cuda::rotary(a, on);
 }
 
+void append(const py::tuple& call, const py::tuple& place) {
+  const auto a = from_python<longrope_calls::AppendCall>(call);
+  const auto on = place_of(place);
+  py::gil_scoped_release release;
+  longrope_cuda::append(a, on);
+}
+
 void attention(const py::tuple& call, int64_t stages, const py::tuple& place) {
   const auto a = from_python<longrope_calls::AttentionCall>(call);
   const auto on = place_of(place);
@@ -60,6 +68,7 @@ PYBIND11_MODULE(_cuda_emulated, m) {
 PYBIND11_MODULE(_cuda, m) {
 #endif
   m.doc() = "Compiled CUDA kernels of longrope_kernels; call them through the package.";
+  m.def("append", &append, "Write into a cache: AppendCall, place.");
   m.def("attention", &attention, "Attend: AttentionCall, stages, place.");
 #if defined(LONGROPE_EMULATE)
   m.def("order_warps",

@@ -124,6 +124,15 @@ inline void load(PyObject* from, AttentionCall& to) {
   load_shape(shape, to);
 }
 
+inline void load(PyObject* from, AppendCall& to) {
+  int64_t shape[4];
+  load_fields(from, to.type, shape, to.cache_is_float8, to.k, to.v, to.cache, to.slot_mapping);
+  to.batch = shape[0];
+  to.tokens = shape[1];
+  to.heads = shape[2];
+  to.dim = shape[3];
+}
+
 inline void load(PyObject* from, DecodeCall& to) {
   int64_t shape[4];
   load_fields(from, to.type, shape, to.kv_heads, to.q, to.out, to.lse, to.caches_are_float8,

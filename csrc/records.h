@@ -108,6 +108,19 @@ struct AttentionCall {
   Scores scores;
 };
 
+struct AppendCall {
+  ElementType type;  // of k and v
+  int64_t batch;
+  int64_t tokens;    // of a batch row
+  int64_t heads;
+  int64_t dim;
+  bool cache_is_float8;  // else of `type` too
+  TokenRows k;
+  TokenRows v;
+  Keys cache;            // written; its lens say where, and its block table
+  Integers slot_mapping;  // (batch, tokens), in place of both; or nothing
+};
+
 struct DecodeCall {
   ElementType type;  // of q and out
   int32_t batch;

@@ -5,6 +5,7 @@ from ._version import __version__
 from .cache.dense import KVCache
 from .cache.paged import PagedKVCache
 from .cache.rows import CacheFullError, PrefillAgain
+from .ops.append import append
 from .ops.attention import attention
 from .ops.decode import decode
 from .ops.rerotate import rerotate_
@@ -19,6 +20,7 @@ __all__ = [
     "PrefillAgain",
     "Rope",
     "__version__",
+    "append",
     "apply_rotary",
     "attention",
     "decode",

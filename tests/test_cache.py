@@ -74,7 +74,7 @@ def test_a_write_touches_new_tokens_only(make: Maker, q_len: int) -> None:
     counts = (q_len, 0, q_len // 2)
     cache.extend(counts)
     before = [x.clone() for x in (cache.k(), cache.v())]
-    changed = torch.zeros(cache._spare, dtype=torch.bool)
+    changed = torch.zeros(cache._k[0].shape[0], dtype=torch.bool)
     for row, count in enumerate(counts):
         changed[cache._places(row, 20, 20 + count)] = True
     cache.write(*tokens(3, q_len))

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from ..calls import addresses
-from ..calls.records import DecodeCall, RotaryCall
+from ..calls.records import AppendCall, DecodeCall, RotaryCall
 
 # Below this many elements a second thread costs more than it saves (as in ATen).
 _GRAIN = 32768
@@ -78,6 +78,13 @@ def decode(
     elements = sum(cache.lens.tolist()) * heads * dim
     threads = 1 if elements < _GRAIN else torch.get_num_threads()
     _native.decode(addresses.decode(call, out, lse), threads, instruction_set)
+
+
+def append(call: AppendCall) -> None:
+    """Write keys and values into the cache; see csrc/cpu/append.h."""
+    assert _native is not None
+    threads = 1 if 2 * call.k.numel() < _GRAIN else torch.get_num_threads()
+    _native.append(addresses.append(call), threads)
 
 
 def ask_for_huge_pages(x: torch.Tensor) -> None:

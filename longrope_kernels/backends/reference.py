@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from ..calls.caches import FLOAT8
 from ..calls.masks import sequence_of_token
-from ..calls.records import AttentionCall, DecodeCall, Keys, RotaryCall, Selection
+from ..calls.records import AppendCall, AttentionCall, DecodeCall, Keys, RotaryCall, Selection
 from ..rope.tables import Tables, sets_of_lengths
 
 
@@ -122,6 +123,38 @@ def attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     out = (weights / total) @ values
     lse = torch.where(some, total.log() + top, -torch.inf).squeeze(-1)
     return out.transpose(1, 2).to(q.dtype), lse
+
+
+def append(call: AppendCall) -> None:
+    """Write new keys and values into a cache, those for a float8 one divided by its scales."""
+    k, v, cache, _ = call
+    if k.numel() == 0 or cache.k.numel() == 0:
+        return
+    # A token that is dropped stands for one that is not, and where all are, for what is there:
+    # nobody waits for a device to say which.
+    address = call.addresses().flatten()
+    kept = address >= 0
+    source = torch.where(kept, torch.arange(len(kept), device=kept.device), kept.int().argmax())
+    address = address[source].clamp(min=0)
+    slots = cache.k.shape[1]
+    places = address // slots, address % slots
+    for x, stored, scale in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
+        new = (quantised(x, scale) if stored.dtype == FLOAT8 else x).flatten(0, 1)[source]
+        old = as_bytes(stored)[places]
+        as_bytes(stored).index_put_(places, torch.where(kept.any(), as_bytes(new), old))
+
+
+def quantised(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """x (..., heads, dim) over the scale of each head, clamped to 448, rounded to float8."""
+    x = x.float() if scale is None else x.float() / scale[:, None]
+    # Beyond the largest float8 number older torch casts to NaN.
+    bound = torch.finfo(FLOAT8).max
+    return x.clamp(-bound, bound).to(FLOAT8)
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """A float8 tensor as uint8, which has all operations that move data; others as they are."""
+    return x.view(torch.uint8) if x.dtype == FLOAT8 else x
 
 
 def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:

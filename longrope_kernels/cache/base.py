@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
-from ..calls import arguments, autocast, values
+from ..backends.reference import as_bytes
+from ..calls import arguments, values
+from ..calls.caches import FLOAT8
+from ..calls.memory import check_apart
+from ..calls.records import AppendCall, Keys
+from ..ops.append import alike, autocast_new, choose_append, write
 from ..ops.decode import MAX_QUERIES, decode
 from ..rope.value import Rope, check_device
 from .rows import Policy, Rows, check_count
-
-FLOAT8 = torch.float8_e4m3fn
 
 _HOST = torch.device("cpu")
 
@@ -66,16 +69,14 @@ class Cache(ABC):
         self._addresses_of_step: dict[bool, torch.Tensor] = {}
         # What is made in inference mode can be written in no other.
         with torch.inference_mode(False):
-            # Tokens that must not be written go to one slot more than there are.
-            self._spare = slots
-            shape = (slots + 1, kv_heads, head_dim)
+            shape = (slots, kv_heads, head_dim)
             self._k, self._v = (
                 [_pool(shape, dtype, self.device) for _ in range(layers)] for _ in range(2)
             )
             self._counters = torch.zeros((2, batch), dtype=torch.int32, device=self.device)
             self.lens = self._counters[0]
-            # Where the last tokens of each row go, those of earlier steps to the spare slot.
-            self._newest = torch.full((batch, MAX_QUERIES), slots, device=self.device)
+            # Where the last tokens of each row go; those of earlier steps nowhere.
+            self._newest = torch.full((batch, MAX_QUERIES), -1, device=self.device)
         rope.to(self.device)
 
     # -------------------------------------------------------------------------------- upkeep
@@ -194,9 +195,19 @@ class Cache(ABC):
         """
         check_count("layer", layer, 0, self.layers - 1)
         k, v = self._check_new(k, v)
-        address = self._address(k)
-        _store(self._k[layer], address, k, _of_layer(self._k_scale, layer))
-        _store(self._v[layer], address, v, _of_layer(self._v_scale, layer))
+        mapping = self._address(k)
+        if k.dim() == 3:
+            k, v, mapping = k[None], v[None], mapping[None]
+        k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+        cache = Keys(
+            self.k(layer),
+            self.v(layer),
+            k_scale=_of_layer(self._k_scale, layer),
+            v_scale=_of_layer(self._v_scale, layer),
+        )
+        check_apart({"k_cache": cache.k, "v_cache": cache.v}, {"k": k, "v": v})
+        call = AppendCall(*alike(k, v), cache, mapping)
+        write(call, choose_append(None, call))
 
     def append(
         self,
@@ -232,7 +243,13 @@ class Cache(ABC):
         self.write(k, v)
 
     def decode(
-        self, q: torch.Tensor, layer: int = 0, **kwargs: Any
+        self,
+        q: torch.Tensor,
+        layer: int = 0,
+        *,
+        k_new: torch.Tensor | None = None,
+        v_new: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """`longrope_kernels.decode` of q over a layer.
 
@@ -240,6 +257,9 @@ class Cache(ABC):
             q: (batch, q_len, heads, dim), the queries of the newest q_len tokens of each row. Where
                 rows keep no set, each query takes that of the row's length at its token.
             layer: which layer.
+            k_new: (batch, new, kv_heads, dim), the unrotated keys of the last `extend`, to be
+                written before as by `write`.
+            v_new: like k_new.
             **kwargs: to `longrope_kernels.decode`; what the cache knows (caches, lengths, rope,
                 block table, scales, and the sets of rows that stay on one) is given by it.
         """
@@ -248,6 +268,11 @@ class Cache(ABC):
             "k_scale": _of_layer(self._k_scale, layer),
             "v_scale": _of_layer(self._v_scale, layer),
         }
+        if k_new is not None and v_new is not None:
+            k_new, v_new = self._check_new(k_new, v_new, ("k_new", "v_new"))
+            own |= {"slot_mapping": self._address(k_new, "k_new"), "k_new": k_new, "v_new": v_new}
+        elif k_new is not v_new:
+            raise ValueError("k_new, v_new: expected both or neither, got one of them")
         if self.sets is not None:
             own["sets"] = self.sets
         return decode(q, self.k(layer), self.v(layer), self.lens, self.rope, **own, **kwargs)
@@ -255,12 +280,12 @@ class Cache(ABC):
     def k(self, layer: int = 0) -> torch.Tensor:
         """The keys of a layer as `longrope_kernels.decode` takes them: a view."""
         check_count("layer", layer, 0, self.layers - 1)
-        return self._shaped(self._k[layer][: self._spare])
+        return self._shaped(self._k[layer])
 
     def v(self, layer: int = 0) -> torch.Tensor:
         """The values of a layer, like `k`."""
         check_count("layer", layer, 0, self.layers - 1)
-        return self._shaped(self._v[layer][: self._spare])
+        return self._shaped(self._v[layer])
 
     def gather(self, row: int, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values of one row in order, for `longrope_kernels.attention`.
@@ -348,21 +373,21 @@ class Cache(ABC):
         ).view(-1, 3, 1)
         from_end = torch.arange(-width, 0, device=_HOST)
         address = self._addresses(of_row[:, 0], (of_row[:, 1] + from_end).clamp(min=0))
-        return torch.where(from_end >= -of_row[:, 2], address, self._spare)
+        return torch.where(from_end >= -of_row[:, 2], address, -1)
 
-    def _address(self, k: torch.Tensor) -> torch.Tensor:
+    def _address(self, k: torch.Tensor, name: str = "k") -> torch.Tensor:
         """Where the tokens of k go: int64 on the device, of the leading shape of k."""
         if self._captures():
             if k.dim() != 4 or k.shape[0] != self.batch or not 1 <= k.shape[1] <= MAX_QUERIES:
                 raise ValueError(
-                    f"k: expected shape ({self.batch}, 1 to {MAX_QUERIES}, {self.kv_heads}, "
+                    f"{name}: expected shape ({self.batch}, 1 to {MAX_QUERIES}, {self.kv_heads}, "
                     f"{self.head_dim}) in a CUDA graph, got {tuple(k.shape)}"
                 )
             return self._newest[:, MAX_QUERIES - k.shape[1] :]
         if self._rows.step is None:
-            raise RuntimeError("k: expected an extend just before the first write, got none")
+            raise RuntimeError(f"{name}: expected an extend just before the first write, got none")
         rows, counts = self._rows.step
-        _check_tokens(k, rows, counts)
+        _check_tokens(k, rows, counts, name)
         packed = k.dim() == 3
         if not packed and rows == tuple(range(self.batch)) and k.shape[1] <= MAX_QUERIES:
             return self._newest[:, MAX_QUERIES - k.shape[1] :]
@@ -391,13 +416,14 @@ class Cache(ABC):
 
     # ----------------------------------------------------------------------------- arguments
 
-    def _check_new(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _check_new(
+        self, k: torch.Tensor, v: torch.Tensor, names: tuple[str, str] = ("k", "v")
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v, new tokens of one layer, as autocast hands them on."""
-        for name, x in (("k", k), ("v", v)):
+        for name, x in zip(names, (k, v), strict=True):
             arguments.check_tensor(name, x)
-        if self.dtype != FLOAT8:  # which takes any dtype, and would be rounded to twice
-            k, v = (autocast.like_cache(x, self._k[0]) for x in (k, v))
-        for name, x in (("k", k), ("v", v)):
+        k, v = autocast_new(k, v, self._k[0])
+        for name, x in zip(names, (k, v), strict=True):
             heads = (self.kv_heads, self.head_dim)
             if x.dim() not in (3, 4) or tuple(x.shape[-2:]) != heads:
                 raise ValueError(
@@ -406,14 +432,17 @@ class Cache(ABC):
                 )
             served = arguments.FLOAT_DTYPES if self.dtype == FLOAT8 else (self.dtype,)
             if x.dtype not in served:
-                names = " or ".join(str(dtype).removeprefix("torch.") for dtype in served)
-                raise TypeError(f"{name}: expected {names}, got {x.dtype}")
+                known = " or ".join(str(dtype).removeprefix("torch.") for dtype in served)
+                raise TypeError(f"{name}: expected {known}, got {x.dtype}")
             if x.device != self.device:
                 raise ValueError(
                     f"{name}: expected the device of the cache, {self.device}, got {x.device}"
                 )
         if v.shape != k.shape:
-            raise ValueError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+            raise ValueError(
+                f"{names[1]}: expected the shape of {names[0]}, {tuple(k.shape)}, got "
+                f"{tuple(v.shape)}"
+            )
         return k, v
 
     def _scale(self, name: str, scale: torch.Tensor | None) -> torch.Tensor | None:
@@ -441,35 +470,20 @@ def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def as_bytes(x: torch.Tensor) -> torch.Tensor:
-    """A float8 tensor as uint8, which has all operations that move data; others as they are."""
-    return x.view(torch.uint8) if x.dtype == FLOAT8 else x
-
-
 def _of_layer(scale: torch.Tensor | None, layer: int) -> torch.Tensor | None:
     return None if scale is None else scale[layer]
 
 
-def _check_tokens(k: torch.Tensor, rows: Sequence[int], counts: Sequence[int]) -> None:
+def _check_tokens(
+    k: torch.Tensor, rows: Sequence[int], counts: Sequence[int], name: str = "k"
+) -> None:
     """k has the tokens that were announced."""
     if k.dim() == 3 and k.shape[0] != sum(counts):
         raise ValueError(
-            f"k: expected {sum(counts)} tokens, the sum of counts, got shape {tuple(k.shape)}"
+            f"{name}: expected {sum(counts)} tokens, the sum of counts, got shape {tuple(k.shape)}"
         )
     if k.dim() == 4 and tuple(k.shape[:2]) != (len(rows), max(counts, default=0)):
         raise ValueError(
-            f"k: expected {len(rows)} rows of {max(counts, default=0)} tokens, the largest of "
+            f"{name}: expected {len(rows)} rows of {max(counts, default=0)} tokens, the largest of "
             f"counts, got shape {tuple(k.shape)}"
         )
-
-
-def _store(
-    pool: torch.Tensor, address: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None
-) -> None:
-    """Write tokens x to their addresses in a pool (slots + 1, kv_heads, dim)."""
-    if pool.dtype == FLOAT8:
-        x = x.float() if scale is None else x.float() / scale[:, None]
-        # Beyond the largest float8 number older torch casts to NaN.
-        bound = torch.finfo(FLOAT8).max
-        x = x.clamp(-bound, bound).to(FLOAT8)
-    as_bytes(pool).index_put_((address,), as_bytes(x))

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..backends.reference import as_bytes
 from ..rope.value import Rope
-from .base import Cache, as_bytes
+from .base import Cache
 from .rows import CacheFullError, Policy, check_count
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)

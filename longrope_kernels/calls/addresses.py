@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..rope.tables import Tables
-from .records import AttentionCall, DecodeCall, Keys, RotaryCall, Selection
+from .records import AppendCall, AttentionCall, DecodeCall, Keys, RotaryCall, Selection
 
 Record = tuple[Any, ...]
 
@@ -55,6 +55,20 @@ def attention(call: AttentionCall, out: torch.Tensor, lse: torch.Tensor) -> Reco
         tables(of_rope),
         selection(chosen, shape[0]),
         scores,
+    )
+
+
+def append(call: AppendCall) -> Record:
+    """AppendCall."""
+    k, v, cache, slot_mapping = call
+    return (
+        TYPES[k.dtype],
+        k.shape,
+        cache.k.dtype == torch.float8_e4m3fn,
+        token_rows(k),
+        token_rows(v),
+        keys(cache),
+        integers(slot_mapping),
     )
 
 

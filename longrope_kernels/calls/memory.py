@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations, product
+
 import torch
 
 
@@ -27,8 +29,27 @@ def overlaps_itself(x: torch.Tensor) -> bool:
     return False
 
 
+def check_apart(written: dict[str, torch.Tensor], read: dict[str, torch.Tensor]) -> None:
+    """What a call writes shares no element with itself, or with what else it writes or reads."""
+    # A graph being traced has no addresses yet.
+    everything = written | read
+    if torch.compiler.is_compiling() or not all(map(_has_address, everything.values())):
+        return
+    for name, x in written.items():
+        if overlaps_itself(x):
+            raise ValueError(
+                f"{name}: elements share memory (shape {tuple(x.shape)}, strides {x.stride()}); "
+                "expected a place for each"
+            )
+    held = {name: x.untyped_storage().data_ptr() for name, x in everything.items()}
+    pairs = [*product(read.items(), written.items()), *combinations(written.items(), 2)]
+    for (name, x), (other, y) in pairs:
+        if held[name] == held[other] and overlap(x, y):
+            raise ValueError(f"{name}: overlaps {other} in memory; expected separate elements")
+
+
 def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether x and y (of one dtype) may share an element.
+    """Whether x and y may share an element.
 
     Views of one packed QKV tensor do not: they interleave. For a stride m that all larger strides
     of both are multiples of, x lies in one interval of addresses modulo m and y in another; where
@@ -42,10 +63,10 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
     # In bytes, since two storages may lie over one buffer at any distance.
     start = [x.data_ptr(), y.data_ptr()]
     if x.is_contiguous() and y.is_contiguous():
-        size = x.element_size()
-        return start[0] < start[1] + y.numel() * size and start[1] < start[0] + x.numel() * size
-    dims = [_dims(x), _dims(y)]
-    extent = [_extent(d, x.element_size()) for d in dims]
+        ends = [at + t.numel() * t.element_size() for at, t in zip(start, (x, y), strict=True)]
+        return start[0] < ends[1] and start[1] < ends[0]
+    dims, sizes = [_dims(x), _dims(y)], [x.element_size(), y.element_size()]
+    extent = [_extent(d, size) for d, size in zip(dims, sizes, strict=True)]
     if start[0] + extent[0] <= start[1] or start[1] + extent[1] <= start[0]:
         return False
     for modulus in {stride for d in dims for stride, _ in d if stride > 0}:
@@ -53,7 +74,7 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
         outer = [stride for d in dims for stride, _ in d if stride >= modulus]
         if any(stride % modulus for stride in outer):
             continue
-        inner_extent = [_extent(d, x.element_size()) for d in inner]
+        inner_extent = [_extent(d, size) for d, size in zip(inner, sizes, strict=True)]
         gap = (start[1] - start[0]) % modulus
         if inner_extent[0] <= gap and gap + inner_extent[1] <= modulus:
             return False

@@ -124,6 +124,33 @@ class AttentionCall(NamedTuple):
         )
 
 
+class AppendCall(NamedTuple):
+    """Write new keys and values into a cache, where its lengths or a mapping say."""
+
+    k: torch.Tensor  # (B, S, Hk, D), of the dtype of the cache, or any beside float8; a unit
+    v: torch.Tensor  # last stride, any others
+    cache: Keys  # ``k`` and ``v`` are written; without ``slot_mapping`` by ``lens``
+    slot_mapping: torch.Tensor | None = None  # (B, S) int32 or int64
+
+    def addresses(self) -> torch.Tensor:
+        """Where each token goes among all slots of the cache: (B, S) int64, negative: nowhere.
+
+        Address a is slot ``a % n`` of row (or block) ``a // n``, of n slots. By lengths token t
+        goes to slot ``lens - S + t`` of its sequence.
+        """
+        if self.slot_mapping is not None:
+            return self.slot_mapping.long()
+        (batch, tokens), (lens, table) = self.k.shape[:2], (self.cache.lens, self.cache.block_table)
+        assert lens is not None
+        size = self.cache.k.shape[1]
+        slot = lens[:, None].long() - tokens + torch.arange(tokens, device=lens.device)
+        if table is None:
+            address = torch.arange(batch, device=lens.device)[:, None] * size + slot
+        else:
+            address = table.long().gather(1, slot.clamp(min=0) // size) * size + slot % size
+        return torch.where(slot < 0, -1, address)
+
+
 class DecodeCall(NamedTuple):
     """Attend to a cache, whose newest keys are those of the queries."""
 

@@ -8,7 +8,7 @@ import torch
 
 from ..rope.factor_set import as_factors
 from ..rope.tables import Tables
-from .records import AttentionCall, DecodeCall, RotaryCall, Selection
+from .records import AppendCall, AttentionCall, DecodeCall, Keys, RotaryCall, Selection
 
 # So many numbers are read faster one by one than reduced by torch.
 _FEW = 64
@@ -40,7 +40,7 @@ def check_attention(call: AttentionCall) -> None:
 def check_decode(call: DecodeCall) -> None:
     """Check what `decode` reads from index tensors, where reading is free."""
     keys = call.keys
-    lens, block_table, key_positions = keys.lens, keys.block_table, keys.positions
+    lens, key_positions = keys.lens, keys.positions
     assert lens is not None
     if not readable(lens):
         return
@@ -50,26 +50,66 @@ def check_decode(call: DecodeCall) -> None:
         unused = held >= lens[:, None]
         _check_32_bits("key_positions", key_positions.masked_fill(unused, 0))
         slots = min(slots, key_positions.shape[1])
+    _check_lens(lens, slots)
+    _check_selection(call.tables, call.selection, 0)
+    if keys.start is not None:
+        _check_start(keys.start)
+    _check_blocks(keys)
+
+
+def check_append(call: AppendCall) -> None:
+    """Check where the tokens of `append` go, where reading that is free."""
+    cache, mapping = call.cache, call.slot_mapping
+    where = cache.lens if mapping is None else mapping
+    assert where is not None
+    if not call.k.numel() or not readable(where):
+        return
+    if mapping is None:
+        _check_lens(where, cache.capacity)
+        if cache.block_table is None:
+            return
+        _check_blocks(cache, call.k.shape[1])
+    addresses = [a for a in call.addresses().flatten().tolist() if a >= 0]
+    slots = cache.k.shape[0] * cache.k.shape[1]
+    name = "block_table" if mapping is None else "slot_mapping"
+    if max(addresses, default=0) >= max(slots, 1):
+        raise ValueError(
+            f"{name}: expected addresses below {slots} (the slots there are), or negative ones for "
+            f"tokens that are dropped, got {max(addresses)}"
+        )
+    if len(set(addresses)) < len(addresses):
+        twice = next(a for a in addresses if addresses.count(a) > 1)
+        raise ValueError(
+            f"{name}: expected a slot for each new token, got two tokens for slot "
+            f"{twice % cache.k.shape[1]} of {'block' if mapping is None else 'row'} "
+            f"{twice // cache.k.shape[1]}"
+        )
+
+
+def _check_lens(lens: torch.Tensor, slots: int) -> None:
     for i, length in enumerate(lens.tolist()):
         if not 0 <= length <= slots:
             raise ValueError(
                 f"cache_lens: expected from 0 to {slots} (the slots there are), got {length} for "
                 f"sequence {i}"
             )
-    _check_selection(call.tables, call.selection, 0)
-    if keys.start is not None:
-        _check_start(keys.start)
-    if block_table is not None:
-        blocks, block_size = keys.k.shape[:2]
-        first = torch.arange(block_table.shape[1], device=block_table.device) * block_size
-        used = first < lens[:, None]
-        bad = (used & ((block_table < 0) | (block_table >= blocks))).nonzero()
-        if len(bad):
-            i, j = bad[0].tolist()
-            raise ValueError(
-                f"block_table: expected block ids from 0 to {blocks - 1}, got "
-                f"{int(block_table[i, j])} for block {j} of sequence {i}"
-            )
+
+
+def _check_blocks(keys: Keys, last: int = 2**31) -> None:
+    """The blocks of the ``last`` slots of each sequence are some."""
+    lens, block_table = keys.lens, keys.block_table
+    if lens is None or block_table is None:
+        return
+    blocks, block_size = keys.k.shape[:2]
+    first = torch.arange(block_table.shape[1], device=block_table.device) * block_size
+    used = (first < lens[:, None]) & (first + block_size > lens[:, None] - last)
+    bad = (used & ((block_table < 0) | (block_table >= blocks))).nonzero()
+    if len(bad):
+        i, j = bad[0].tolist()
+        raise ValueError(
+            f"block_table: expected block ids from 0 to {blocks - 1}, got "
+            f"{int(block_table[i, j])} for block {j} of sequence {i}"
+        )
 
 
 def _check_selection(tables: Tables, selection: Selection, tokens: int) -> None:

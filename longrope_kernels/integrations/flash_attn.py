@@ -263,9 +263,8 @@ def flash_attn_with_kvcache(
         Like q; with ``return_softmax_lse`` also (batch, heads, seqlen_q) float32.
 
     Raises:
-        ValueError, TypeError: naming the argument; a check that comes with `decode` comes after
-            k and v were written. Whether new keys fit is checked on the host, and on a device
-            under ``LONGROPE_CHECK=1`` alone.
+        ValueError, TypeError: naming the argument; nothing has been written. Whether new keys fit
+            is checked on the host, and on a device under ``LONGROPE_CHECK=1`` alone.
     """
     _check(rope, "bshd", q=q)
     if not causal and q.shape[1] > 1:
@@ -277,10 +276,7 @@ def flash_attn_with_kvcache(
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither, got one of them")
     if k is not None and v is not None:
-        slots = _new_slots(k, v, q, k_cache, v_cache, cache_lens, block_table)
-        with torch.no_grad():
-            k_cache.index_put_(slots, k)
-            v_cache.index_put_(slots, v)
+        _check_new(k, v, q, k_cache, v_cache, cache_lens, block_table)
         cache_lens = cache_lens + k.shape[1]
     return _called(
         decode,
@@ -293,6 +289,8 @@ def flash_attn_with_kvcache(
         window=window,
         softcap=softcap or None,
         return_lse=return_softmax_lse,
+        k_new=k,
+        v_new=v,
         backend=backend,
     )
 
@@ -386,7 +384,7 @@ def _per_sequence(
     return torch.full((count,), value, device=x.device)
 
 
-def _new_slots(
+def _check_new(
     k: torch.Tensor,
     v: torch.Tensor,
     q: torch.Tensor,
@@ -394,8 +392,8 @@ def _new_slots(
     v_cache: torch.Tensor,
     cache_seqlens: torch.Tensor,
     block_table: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where new tokens go in the first two dimensions of the cache: two (batch, seqlen_new)."""
+) -> None:
+    """New keys go with the cache, by the names they have here, and have room."""
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         arguments.check_tensor(f"{name}_cache", cache)
         expected = (q.shape[0], k.shape[1], *cache.shape[2:])
@@ -418,11 +416,6 @@ def _new_slots(
                     f"cache_seqlens: expected from 0 to {width * size - k.shape[1]} (the slots "
                     f"there are less {k.shape[1]} new keys), got {length} for sequence {i}"
                 )
-    new = cache_seqlens[:, None].long() + torch.arange(k.shape[1], device=k.device)
-    rows = torch.arange(q.shape[0], device=k.device)[:, None].expand_as(new)
-    if block_table is None:
-        return rows, new
-    return block_table.long()[rows, new // size], new % size
 
 
 # -------------------------------------------------------------------------------------- arguments

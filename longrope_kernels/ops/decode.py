@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 
 from ..backends import choose, reference
-from ..calls import arguments, autocast, schema, values
+from ..calls import arguments, autocast, caches, schema, values
 from ..calls.memory import device_type
-from ..calls.records import DecodeCall, Keys, Selection
+from ..calls.records import AppendCall, DecodeCall, Keys, Selection
 from ..rope.tables import Tables
 from ..rope.value import Rope
 from ..torch_private import unwatched
 from . import library
+from .append import autocast_new, check_new, choose_append, write
 from .factors import resolve
 
 MAX_QUERIES = 16
@@ -42,15 +43,18 @@ def decode(
     interleaved: bool = False,
     attention_factor: float = 1.0,
     return_lse: bool = False,
+    k_new: torch.Tensor | None = None,
+    v_new: torch.Tensor | None = None,
+    slot_mapping: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of a few new queries to a cache whose keys lie unrotated.
 
     Keys are rotated as they are read, so the factor set of a sequence may change from one step to
     the next, and each sequence of a batch has its own. The keys of this call are in the cache
-    already: query t of q_len has slot ``s = cache_lens - q_len + t`` and sees the keys at slots
-    ``j <= s``. Key j stands at position ``j - kv_start``, or ``key_positions[j]``; a query stands
-    where the key of its slot does.
+    already, or come as ``k_new`` and are written there first: query t of q_len has slot
+    ``s = cache_lens - q_len + t`` and sees the keys at slots ``j <= s``. Key j stands at position
+    ``j - kv_start``, or ``key_positions[j]``; a query stands where the key of its slot does.
 
     Args:
         q: (batch, q_len, heads, dim), q_len from 1 to 16; float32, bfloat16 or float16, and
@@ -83,6 +87,12 @@ def decode(
         interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
         attention_factor: multiplies the rotated dimensions of q and k.
         return_lse: also return the log-sum-exp of the scores, base e.
+        k_new: (batch, new, kv_heads, dim), unrotated, of the dtype of the caches, any beside
+            float8: written into the cache as by `append`, key t to slot ``cache_lens - new + t``.
+            One launch writes keys and values, before those that attend.
+        v_new: like k_new.
+        slot_mapping: (batch, new) int32 or int64, where new keys go in place of that, as in
+            `append`: for rows with fewer new keys than others, whose first ones are -1.
         backend: "reference", "native" (CPU; float32, bfloat16 and float16), "triton" or "cuda"
             (CUDA; bfloat16 and float16, and float8 caches), or None for the first that can serve,
             in the order that `longrope info` prints. A named backend runs or raises.
@@ -106,18 +116,19 @@ def decode(
     arguments.check_tensor("k_cache", k_cache)
     arguments.check_tensor("v_cache", v_cache)
     if not q.dtype == k_cache.dtype == v_cache.dtype:
-        k_cache, v_cache = autocast.alike(k_cache, v_cache)
+        if k_new is None:  # which must not be written into copies
+            k_cache, v_cache = autocast.alike(k_cache, v_cache)
         q = autocast.like_cache(q, k_cache)
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
     _check_q(q, 2 * tables.pairs)
     batch, _, heads, _ = q.shape
     dim = operator.index(q.shape[3])  # a constant, also where a graph is traced with dynamic sizes
-    _check_caches(q, k_cache, v_cache, block_table)
+    caches.check_caches("q", q, k_cache, v_cache, block_table)
     arguments.check_groups("k_cache", heads, k_cache.shape[2])
     scores = arguments.check_scores(True, softmax_scale, window, softcap, dim)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
-            _check_scale(name, scale, k_cache, q)
+            caches.check_scale(name, scale, k_cache, "q")
     arguments.check_per_sequence("cache_lens", cache_lens, batch, q)
     if kv_start is not None:
         arguments.check_per_sequence("kv_start", kv_start, batch, q)
@@ -134,6 +145,11 @@ def decode(
     )
     call = DecodeCall(q, keys, tables, selection, scores)
     name = choose.choose_decode(backend, device_type(q), q.dtype, k_cache.dtype, dim)
+    if k_new is not None or v_new is not None or slot_mapping is not None:
+        new = _check_new(k_new, v_new, keys, slot_mapping, batch)
+        where = choose_append(backend, new)
+        values.check_decode(call)  # all of it, before anything is written
+        write(new, where)
     if name == "reference":
         values.check_decode(call)
         with autocast.off(q):
@@ -145,6 +161,22 @@ def decode(
     return (out, lse) if return_lse else out
 
 
+def _check_new(
+    k_new: torch.Tensor | None,
+    v_new: torch.Tensor | None,
+    keys: Keys,
+    slot_mapping: torch.Tensor | None,
+    batch: int,
+) -> AppendCall:
+    """New keys and values that go with the caches of the call."""
+    for name, x in (("k_new", k_new), ("v_new", v_new)):
+        arguments.check_tensor(name, x)
+    assert k_new is not None
+    assert v_new is not None
+    k_new, v_new = autocast_new(k_new, v_new, keys.k)
+    return check_new(("k_new", "v_new"), k_new, v_new, keys, slot_mapping, batch)
+
+
 def _check_q(q: torch.Tensor, rotary_dim: int) -> None:
     arguments.check_heads("q", q, "bshd", rotary_dim)
     if not 1 <= q.shape[1] <= MAX_QUERIES:
@@ -152,7 +184,7 @@ def _check_q(q: torch.Tensor, rotary_dim: int) -> None:
             f"q: expected from 1 to {MAX_QUERIES} tokens a sequence, got {q.shape[1]}; "
             "longrope_kernels.attention serves longer chunks"
         )
-    _check_no_gradient("q", q)
+    caches.check_no_gradient("q", q, "decode")
 
 
 def _select(
@@ -170,81 +202,6 @@ def _select(
     if sets is not None:
         return arguments.select(tables, q, batch, "bshd", None, sets, None)
     return Selection(lengths if tables.sets > 1 else None)
-
-
-def _check_no_gradient(name: str, x: torch.Tensor) -> None:
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError(
-            f"{name}: decode has no gradient, got a tensor that requires grad; expected "
-            "torch.no_grad(), or longrope_kernels.attention"
-        )
-
-
-def _check_caches(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor | None,
-) -> None:
-    """The caches go with q and with one another."""
-    dim, dtype, device = q.shape[3], q.dtype, q.device
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        shape = x.shape
-        if len(shape) != 4 or shape[3] != dim:
-            axes = "batch, capacity" if block_table is None else "blocks, block_size"
-            raise ValueError(
-                f"{name}: expected shape ({axes}, kv_heads, {dim}), got {tuple(shape)}"
-            )
-        if x.dtype not in (dtype, torch.float8_e4m3fn):
-            raise TypeError(
-                f"{name}: expected the dtype of q, {dtype}, or float8_e4m3fn, got {x.dtype}"
-            )
-        if x.device != device:
-            raise ValueError(f"{name}: expected the device of q, {device}, got {x.device}")
-        if x.stride()[3] != 1 and dim > 1:
-            raise ValueError(
-                f"{name}: expected a unit stride in the last dimension, got strides {x.stride()}"
-            )
-        _check_no_gradient(name, x)
-    if v_cache.shape != k_cache.shape:
-        raise ValueError(
-            f"v_cache: expected the shape of k_cache, {tuple(k_cache.shape)}, "
-            f"got {tuple(v_cache.shape)}"
-        )
-    if v_cache.dtype != k_cache.dtype:
-        raise TypeError(
-            f"v_cache: expected the dtype of k_cache, {k_cache.dtype}, got {v_cache.dtype}"
-        )
-    if block_table is None:
-        if k_cache.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"k_cache: expected batch {q.shape[0]} as in q, or a block_table, "
-                f"got shape {tuple(k_cache.shape)}"
-            )
-        return
-    arguments.check_index("block_table", block_table, q)
-    if block_table.dtype != torch.int32:
-        raise TypeError(f"block_table: expected int32, got {block_table.dtype}")
-    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"block_table: expected shape ({q.shape[0]}, max_blocks), "
-            f"got {tuple(block_table.shape)}"
-        )
-
-
-def _check_scale(name: str, scale: torch.Tensor, k_cache: torch.Tensor, q: torch.Tensor) -> None:
-    arguments.check_tensor(name, scale)
-    if k_cache.dtype != torch.float8_e4m3fn:
-        raise ValueError(f"{name}: expected with float8_e4m3fn caches only, got {k_cache.dtype}")
-    if scale.dtype != torch.float32:
-        raise TypeError(f"{name}: expected float32, got {scale.dtype}")
-    if scale.device != q.device:
-        raise ValueError(f"{name}: expected the device of q, {q.device}, got {scale.device}")
-    if tuple(scale.shape) != (k_cache.shape[2],):
-        raise ValueError(
-            f"{name}: expected shape ({k_cache.shape[2]},), one for each KV head, "
-            f"got {tuple(scale.shape)}"
-        )
 
 
 def _check_key_positions(key_positions: torch.Tensor, batch: int, q: torch.Tensor) -> None:

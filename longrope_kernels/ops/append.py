@@ -1,0 +1,179 @@
+"""`append` and its op: check, choose a backend, and write new keys and values into a cache."""
+
+from __future__ import annotations
+
+import torch
+
+from ..backends import choose, reference
+from ..calls import arguments, autocast, caches, schema, values
+from ..calls.memory import check_apart, device_type
+from ..calls.records import AppendCall, Keys
+from ..torch_private import unwatched
+from . import library
+
+
+def append(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lens: torch.Tensor | None = None,
+    *,
+    block_table: torch.Tensor | None = None,
+    slot_mapping: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Write new keys and values into a cache, in place and by one launch.
+
+    By ``cache_lens``, as `decode` reads them: token t of ``new`` goes to slot
+    ``cache_lens - new + t`` of its sequence, and nowhere where that is negative. Or by
+    ``slot_mapping``, whatever rows the tokens belong to, as vLLM's ``reshape_and_cache`` has it.
+    No other slot changes. Keys stay as they are; `decode` rotates them as it reads.
+
+    Args:
+        k: (batch, new, kv_heads, dim); with ``slot_mapping`` also (tokens, kv_heads, dim). Of the
+            dtype of the caches: float32, bfloat16, float16, and float64 in the reference backend;
+            any of them for float8 caches. A unit last stride, any others.
+        v: like k.
+        k_cache: (batch, capacity, kv_heads, dim), or in blocks (blocks, block_size, kv_heads, dim).
+            A unit last stride, any others. float8_e4m3fn takes numbers divided by the scale,
+            clamped to 448 and rounded to nearest even.
+        v_cache: like k_cache.
+        cache_lens: (batch,) int32 or int64, how many keys each sequence has, the new ones included.
+        block_table: (batch, max_blocks) int32, where slots lie by ``cache_lens``: see `decode`.
+        slot_mapping: (tokens,) or (batch, new) int32 or int64, in place of ``cache_lens``: address
+            a is slot ``a % n`` of row or block ``a // n``, for rows of n slots. A token with a
+            negative address is dropped. No two tokens may have one address.
+        k_scale: (kv_heads,) float32, for float8 caches; 1 by default.
+        v_scale: like k_scale, of the values.
+        backend: one that `apply_rotary` knows, or None for the first that can serve, in its order.
+
+    Under autocast k and v take the dtype of the caches.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is expected; nothing has
+            been written. Values of tensors on a device are checked only under
+            ``LONGROPE_CHECK=1``.
+        RuntimeError: the named backend is not available.
+    """
+    given = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    for name, x in given.items():
+        arguments.check_tensor(name, x)
+    if (cache_lens is None) == (slot_mapping is None):
+        got = "neither" if cache_lens is None else "both"
+        raise ValueError(f"cache_lens: expected it, or slot_mapping in its place, got {got}")
+    if slot_mapping is not None and block_table is not None:
+        raise ValueError("block_table: expected with cache_lens only, got it with slot_mapping")
+    k, v = autocast_new(k, v, k_cache)
+    layout: arguments.Layout = "bshd" if cache_lens is not None or k.dim() != 3 else "thd"
+    arguments.check_heads("k", k, layout, 0)
+    of_k = arguments.as_bshd(k, layout)
+    caches.check_caches(
+        "k", of_k, k_cache, v_cache, block_table, by_row=slot_mapping is None, does="append"
+    )
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            caches.check_scale(name, scale, k_cache, "k")
+    if cache_lens is not None:
+        arguments.check_per_sequence("cache_lens", cache_lens, of_k.shape[0], k)
+    cache = Keys(
+        k_cache, v_cache, lens=cache_lens, block_table=block_table, k_scale=k_scale, v_scale=v_scale
+    )
+    call = check_new(("k", "v"), k, v, cache, slot_mapping, of_k.shape[0], layout)
+    write(call, choose_append(backend, call))
+
+
+def autocast_new(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New keys and values as autocast hands them on.
+
+    Not for a float8 cache, which takes any dtype: they would be rounded twice.
+    """
+    if k_cache.dtype == caches.FLOAT8:
+        return k, v
+    return autocast.like_cache(k, k_cache), autocast.like_cache(v, k_cache)
+
+
+def check_new(
+    names: tuple[str, str],
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: Keys,
+    slot_mapping: torch.Tensor | None,
+    batch: int,
+    layout: arguments.Layout = "bshd",
+) -> AppendCall:
+    """New keys and values, called ``names``, that go with a cache which was checked."""
+    expected = (batch, k.shape[0 if layout == "thd" else 1], *cache.k.shape[2:])
+    if layout == "thd":
+        expected = expected[1:]
+    for name, x in zip(names, (k, v), strict=True):
+        arguments.check_heads(name, x, layout, 0)
+        if x.shape != expected:
+            raise ValueError(
+                f"{name}: expected shape {tuple(expected)}, as k_cache has heads, got "
+                f"{tuple(x.shape)}"
+            )
+        if cache.k.dtype not in (x.dtype, caches.FLOAT8):
+            raise TypeError(
+                f"{name}: expected the dtype of k_cache, {cache.k.dtype}, got {x.dtype}"
+            )
+        if x.device != cache.k.device:
+            raise ValueError(
+                f"{name}: expected the device of k_cache, {cache.k.device}, got {x.device}"
+            )
+        caches.check_no_gradient(name, x, "append")
+    if slot_mapping is not None:
+        arguments.check_index("slot_mapping", slot_mapping, k)
+        if slot_mapping.shape != k.shape[:-2]:
+            raise ValueError(
+                f"slot_mapping: expected shape {tuple(k.shape[:-2])}, one for each new token, got "
+                f"{tuple(slot_mapping.shape)}"
+            )
+        if layout == "thd":
+            slot_mapping = slot_mapping.unsqueeze(0)
+    written = {"k_cache": cache.k, "v_cache": cache.v}
+    check_apart(written, dict(zip(names, (k, v), strict=True)))
+    k, v = arguments.as_bshd(k, layout), arguments.as_bshd(v, layout)
+    return AppendCall(*alike(k, v), cache, slot_mapping)
+
+
+def alike(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v of one dtype, as kernels take them; only for a float8 cache they may differ."""
+    return (k, v) if k.dtype == v.dtype else (k.float(), v.float())
+
+
+def choose_append(backend: str | None, call: AppendCall) -> str:
+    """The backend: it is traffic of memory as the rotation is, and served alike."""
+    return choose.choose_rotary(backend, device_type(call.k), call.k.dtype == torch.float64)
+
+
+def write(call: AppendCall, backend: str) -> None:
+    """Append by a chosen backend, once all but values was checked."""
+    k, v, cache, _ = call
+    if backend == "reference":
+        values.check_append(call)
+        with torch.no_grad(), autocast.off(k):
+            reference.append(call)
+    elif unwatched(k, v, cache.k, cache.v):
+        _run(call, backend)
+        torch.autograd.graph.increment_version((cache.k, cache.v))
+    else:
+        _append(*schema.flatten(call), backend)
+
+
+# -------------------------------------------------------------------------------------------- op
+
+
+def _run(call: AppendCall, backend: str) -> None:
+    values.check_append(call)
+    if call.k.numel() and call.cache.k.numel():
+        choose.part(backend, "append").append(call)
+
+
+_append = library.define(
+    "append", AppendCall, "()", _run, lambda *_: None, mutable=("cache_k", "cache_v")
+)
