@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/cuda/rotary.cu and decode*.cu, for GPUs that need not be there."""
+"""What nvcc makes of csrc/cuda/append.cu, rotary.cu and decode*.cu, for GPUs that need not be there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from codegen_cuda import ARCHITECTURES, rows_of
+from codegen_cuda import ARCHITECTURES, count, rows_of
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.slow, pytest.mark.full]
 
@@ -15,6 +15,11 @@ REGISTERS = 65536  # of a multiprocessor
 DECODE_BLOCKS = {64: 4, 128: 3, 256: 2}
 DECODE_THREADS = 128
 Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def append() -> list[Row]:
+    return [row for arch in ARCHITECTURES for row in rows_of("append.cu", arch)]
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +34,34 @@ def decode() -> list[Row]:
 
 
 def test_every_variant_is_compiled_for_each_architecture(
-    rotary: list[Row], decode: list[Row]
+    append: list[Row], rotary: list[Row], decode: list[Row]
 ) -> None:
     for arch in ARCHITECTURES:
+        # Three types; to their own and to float8; in pieces and element by element.
+        assert sum(row["arch"] == arch for row in append) == 12
         # Three types; halves, interleaved and element by element.
         assert sum(row["arch"] == arch for row in rotary) == 9
         # Three head_dims with caches of 16 and of 8 bits, and the kernel that combines splits.
         assert sum(row["arch"] == arch for row in decode) == 7
 
 
-def test_nothing_spills(rotary: list[Row], decode: list[Row]) -> None:
-    assert [row for row in (*rotary, *decode) if row["stack"] or row["spilled"]] == []
+def test_nothing_spills(append: list[Row], rotary: list[Row], decode: list[Row]) -> None:
+    assert [row for row in (*append, *rotary, *decode) if row["stack"] or row["spilled"]] == []
+
+
+def test_all_threads_of_a_multiprocessor_can_append(append: list[Row]) -> None:
+    """2048, of which each has 16 bytes in flight: 32 KB."""
+    for row in append:
+        assert 2048 * allocated(row) <= REGISTERS, row["kernel"]
+
+
+def test_rows_are_appended_in_pieces_of_16_bytes(append: list[Row]) -> None:
+    for row in append:
+        counts = row["of_kernel"]
+        if "WidePiece" in row["kernel"]:
+            assert count(counts, "LDG.E.NA.128") + count(counts, "LDG.E.128") == 1, row["kernel"]
+            whole = count(counts, "STG.E.128") == 1
+            assert whole or "Lb1" in row["kernel"], row["kernel"]
 
 
 def test_five_blocks_of_the_rotation_fit_a_multiprocessor(rotary: list[Row]) -> None:

@@ -8,8 +8,12 @@ and fit one tile of a GPU.
 from __future__ import annotations
 
 import pytest
+from append_truth import Case as AppendCase
+from append_truth import check as check_append
+from append_truth import fp32
 from attention_truth import PREPASS, REGISTERS, Case, bf16, check, check_grads, fp16
 from cases import CUDA
+from cases import TRITON as TRITON_TARGET
 from decode_truth import TRITON
 from decode_truth import Case as DecodeCase
 from decode_truth import check as check_decode
@@ -46,6 +50,13 @@ DECODES = [
         (130,), 5, 4, 1, 96, dtype=bf16, block=16, lengths=((90, 91, 90, 91, 3),), boundary=90
     ),
 ]
+APPENDS = [
+    AppendCase((9, 17), 2, 3, 96, 16, source="fused"),
+    AppendCase((9, 2), 3, 2, 33, dtype=fp32),
+    AppendCase((9, 17), 3, 2, 128, 16, mapping="packed"),
+    AppendCase((9, 3), 4, 2, 64, 12, float8=True),
+    AppendCase((9, 3), 2, 2, 20, float8=True, dtype=fp16, mapping="rows", storage="one"),
+]
 
 
 def assert_fenced(unfenced_copies: bool = False) -> None:
@@ -81,4 +92,10 @@ def test_gradients(case: Case) -> None:
 @pytest.mark.parametrize("case", DECODES, ids=str)
 def test_decoding(case: DecodeCase) -> None:
     check_decode(TRITON, case.call())
+    assert_fenced()
+
+
+@pytest.mark.parametrize("case", APPENDS, ids=str)
+def test_appending(case: AppendCase) -> None:
+    check_append(TRITON_TARGET, case.arguments())
     assert_fenced()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longrope_kernels.calls import schema
-from longrope_kernels.calls.records import AttentionCall, DecodeCall, RotaryCall
+from longrope_kernels.calls.records import AppendCall, AttentionCall, DecodeCall, RotaryCall
 
 
 class Inner(NamedTuple):
@@ -45,7 +45,12 @@ def test_there_and_back() -> None:
 
 @pytest.mark.parametrize(
     ("name", "record"),
-    [("rotary", RotaryCall), ("attention", AttentionCall), ("decode", DecodeCall)],
+    [
+        ("append", AppendCall),
+        ("attention", AttentionCall),
+        ("decode", DecodeCall),
+        ("rotary", RotaryCall),
+    ],
 )
 def test_ops_take_the_fields_of_their_record(name: str, record: type) -> None:
     op = getattr(torch.ops.longrope_kernels, name).default
