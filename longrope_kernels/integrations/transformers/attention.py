@@ -11,6 +11,7 @@ from ...calls.values import readable
 from ...ops.attention import attention as attend
 from ...ops.decode import MAX_QUERIES, decode
 from ...ops.rotary import apply_rotary
+from ...rope.value import Rope
 from .masks import ANY_MASK, is_slots
 from .sequences import Call, Memory
 from .settings import Settings
@@ -109,22 +110,26 @@ def longrope_attention(
     }
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    few = queries <= MAX_QUERIES and not recorded
-    if call.cache_lens is not None and (few or call.filled is None):
-        reading = _decode if few else _attend_to_mask
-        return reading(q, k, v, call, settings, rest), None
+    if call.cache_lens is not None and queries <= MAX_QUERIES and not recorded:
+        out: Any = decode(
+            *(q, k, v, call.cache_lens, settings.rope),
+            lengths=call.query_lengths,
+            kv_start=call.kv_start,
+            key_positions=call.key_positions,
+            backend=settings.decode_backend,
+            **rest,
+        )
+        return out, None
+    if call.cache_lens is not None and call.filled is None:
+        return _attend_to_mask(q, k, v, call, settings.rope, rest), None
     k, v = k[:, : call.filled], v[:, : call.filled]
     if call.cu_seqlens is not None:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         rest |= {"layout": "thd", "cu_seqlens": call.cu_seqlens}
     elif call.cache_lens is not None:
         rest["key_positions"] = _key_positions(call, k)
-    out: Any = attend(
-        q,
-        k,
-        v,
-        call.positions,
-        settings.rope,
+    out = attend(
+        *(q, k, v, call.positions, settings.rope),
         lengths=call.lengths,
         kv_start=call.kv_start,
         backend=settings.attention_backend,
@@ -155,49 +160,25 @@ def _check_borders(
             )
 
 
-def _decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    call: Call,
-    settings: Settings,
-    rest: dict[str, Any],
-) -> Any:
-    """A few queries against a cache, each under the set of its own length."""
-    assert call.cache_lens is not None
-    return decode(
-        q,
-        k,
-        v,
-        call.cache_lens,
-        settings.rope,
-        lengths=call.query_lengths,
-        kv_start=call.kv_start,
-        key_positions=call.key_positions,
-        backend=settings.decode_backend,
-        **rest,
-    )
-
-
 def _attend_to_mask(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     call: Call,
-    settings: Settings,
+    rope: Rope,
     rest: dict[str, Any],
-) -> Any:
+) -> torch.Tensor:
     """A chunk against a cache of which a graph does not know how much is filled: all slots."""
     from ...backends import composed
 
     if rest["softcap"] is not None:
         raise ValueError("softcap: not served in a compiled prefill of a static cache")
     chosen = {"lengths": call.lengths, "sets": rest["sets"]}
-    q, _ = apply_rotary(q, None, call.positions, settings.rope, **chosen)
-    k, _ = apply_rotary(k, None, _key_positions(call, k), settings.rope, **chosen)
+    q, _ = apply_rotary(q, None, call.positions, rope, **chosen)
+    k, _ = apply_rotary(k, None, _key_positions(call, k), rope, **chosen)
     scale = q.shape[-1] ** -0.5 if rest["softmax_scale"] is None else rest["softmax_scale"]
     keys = Keys(k, v, start=call.kv_start, lens=call.cache_lens)
-    scores, tables = Scores(True, scale, rest["window"] or 0), settings.rope.tables(q.device)
+    scores, tables = Scores(True, scale, rest["window"] or 0), rope.tables(q.device)
     return composed.attend(AttentionCall(q, call.positions, keys, tables, Selection(), scores))
 
 

@@ -99,9 +99,9 @@ def is_slots(mask: torch.Tensor) -> bool:
     return mask.dtype == torch.int64 and mask.dim() == 4 and mask.shape[1:] == of_ours
 
 
-def read_slots(mask: torch.Tensor) -> Slots:
-    """What `slots_of_mask` wrote."""
-    return Slots(*mask[:, 0, 0].unbind(1))
+def read_slots(mask: torch.Tensor, *, columns: bool = False) -> Slots:
+    """What `slots_of_mask` wrote: each (B,), or (B, 1) as ``columns``."""
+    return Slots(*(mask[:, 0] if columns else mask[:, 0, 0]).unbind(-1))
 
 
 def _may_wait(q_length: int) -> bool:

@@ -13,7 +13,7 @@ import torch
 from ...calls.values import readable
 from ...ops.decode import MAX_QUERIES
 from ...torch_private import expect
-from .masks import Slots, can_wait, read_slots
+from .masks import can_wait, read_slots
 
 
 class Call(NamedTuple):
@@ -139,7 +139,7 @@ def _restarts(
             return None
         edges = restarts.new_zeros((batch, queries - 1))
     else:
-        slots = Slots(*(x[:, None] for x in read_slots(mask)))
+        slots = read_slots(mask, columns=True)
         # Where transformers looks for packed sequences, a skipped position is a border as well.
         restarts = _of_tokens(restarts | ((step != 1) & (slots.packed == 1)), mask, queries)
         if not bool(restarts.any()):
@@ -171,7 +171,7 @@ def _of_tokens(found: torch.Tensor, mask: torch.Tensor | None, queries: int) -> 
     """What was found between queries, (1 or batch, queries - 1), padding left out."""
     if mask is None:
         return found
-    slots = Slots(*(x[:, None] for x in read_slots(mask)))
+    slots = read_slots(mask, columns=True)
     slot = slots.filled - queries + torch.arange(1, queries, device=found.device)
     return found & (slot > slots.start) & (slot < slots.end)
 
@@ -210,7 +210,8 @@ class Memory:
 
     def forget(self) -> None:
         """Begin a new forward: its positions may lie in the tensor of the last one."""
-        self._held: tuple[Any, list[tuple[Any, Any, int, int, Call]]] = (None, [])
+        self._of: torch.Tensor | None = None
+        self._calls: dict[tuple[int, ...], tuple[Call, Any, Any]] = {}
 
     def call(
         self,
@@ -225,17 +226,14 @@ class Memory:
         # A traced graph finds by itself what repeats, and must not leave its tensors here.
         if torch.compiler.is_compiling():
             return call_of(chooses, positions, mask, batch, keys, borders)
-        of, calls = self._held
-        if of is not positions:
-            calls = []
-            self._held = positions, calls
-        for its_mask, its_borders, its_batch, its_keys, call in calls:
-            same = its_mask is mask and its_borders is borders
-            if same and (its_batch, its_keys) == (batch, keys):
-                return call
-        call = call_of(chooses, positions, mask, batch, keys, borders)
-        calls.append((mask, borders, batch, keys, call))
-        return call
+        if self._of is not positions:
+            self.forget()
+            self._of = positions
+        key = (id(mask), id(borders), batch, keys)
+        if key not in self._calls:
+            call = call_of(chooses, positions, mask, batch, keys, borders)
+            self._calls[key] = call, mask, borders  # which, held here, keep their ids
+        return self._calls[key][0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Memory, ()  # a copy of a model is not in the middle of a forward
