@@ -23,7 +23,7 @@ QKV = ("q", "keys_k", "keys_v")
 def op_arguments(packed: bool, k_rotation: str | None = None) -> tuple[Any, ...]:
     """Canonical arguments of the op: 2 rows of 5 tokens, or 2 packed sequences of 3 and 7."""
     shape = (1, 10) if packed else (2, 5)
-    q, k, v = (torch.randn(*shape, h, 16, device=DEVICE).bfloat16() for h in (4, 2, 2))
+    q, k, v = (torch.randn(*shape, h, 16, device=DEVICE).bfloat16() for h in (2, 1, 1))
     positions = torch.arange(shape[1], device=DEVICE).expand(shape)
     cu_seqlens = torch.tensor([0, 3, 10], device=DEVICE) if packed else None
     start = None if packed else torch.tensor([0, 1], device=DEVICE)

@@ -182,11 +182,17 @@ def test_layouts_and_packing_do_not_matter(backend: Backend, layout: str) -> Non
             assert_close(out, expected.out)
 
 
-CHUNKED = [(0, 1, 30, 33, 70), (0, 35, 70), (0, 64, 70)]
+CHUNKED = [
+    ((0, 35, 70), None),
+    ((0, 1, 30, 33, 70), 20),
+    ((0, 64, 70), 20),
+    pytest.param((0, 35, 70), 20, marks=pytest.mark.full),
+    pytest.param((0, 1, 30, 33, 70), None, marks=pytest.mark.full),
+    pytest.param((0, 64, 70), None, marks=pytest.mark.full),
+]
 
 
-@pytest.mark.parametrize("window", [None, 20], ids=["", "window"])
-@pytest.mark.parametrize("bounds", CHUNKED, ids=str)
+@pytest.mark.parametrize(("bounds", "window"), CHUNKED, ids=str)
 @every_backend
 def test_a_prompt_in_chunks_equals_the_prompt_whole(
     backend: Backend, bounds: tuple[int, ...], window: int | None

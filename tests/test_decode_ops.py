@@ -163,8 +163,10 @@ def test_compiled_equals_eager(backend: Backend, case: Case) -> None:
     assert_lse_close(outs[1], call.expected().lse)
 
 
-@pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.parametrize("block", [0, 8], ids=["dense", "paged"])
+@pytest.mark.parametrize(
+    ("block", "queries"),
+    [(0, 3), (8, 1), *(pytest.param(*each, marks=pytest.mark.full) for each in ((0, 1), (8, 3)))],
+)
 @every_backend
 def test_lengths_are_data(backend: Backend, block: int, queries: int) -> None:
     """Other lengths, over the boundary and back: the same graph."""

@@ -28,6 +28,7 @@ def run(out: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.full
 def test_small_run_and_a_second_one(tmp_path: Path) -> None:
     first = run(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))["results"]

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.full
 def test_switch_script(tmp_path: Path) -> None:
     file = tmp_path / "switch.json"
     command = [sys.executable, str(ROOT / "benchmarks/switch.py"), "--quick", "--out", str(file)]
