@@ -33,7 +33,7 @@ if not torch.cuda.is_available():
     else:
         import interpreted
 
-        interpreted.patch_once()
+        interpreted.hasten()
 
 import codegen_cuda
 import codegen_pages
