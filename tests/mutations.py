@@ -55,7 +55,7 @@ ATTENTION = [
     Mutation("queries at the first keys", "calls/masks.py", "slot = slot + keys - queries", "slot = slot + 0", "test_attention_forward.py -k 'reference and x'"),
     Mutation("keys of another sequence's border", "ops/attention.py", "of_q._replace(borders=keys.borders)", "of_q", "test_attention_sets.py -k composed"),
     Mutation("weights that are not rescaled", "kernels/attention.py", "alpha = tl.exp2(top - base)", "alpha = tl.exp2(top - top)", "test_attention_forward.py -k triton"),
-    Mutation("the log-sum-exp to base 2", "kernels/decode.py", "tl.store(lse + place, top * LN2, mask=in_q)", "tl.store(lse + place, top, mask=in_q)", "test_decode_forward.py -k triton"),
+    Mutation("the log-sum-exp to base 2", "kernels/decode.py", "tl.store(lse + offset, top * LN2, mask=in_q)", "tl.store(lse + offset, top, mask=in_q)", "test_decode_forward.py -k triton"),
     Mutation("softcap without its factor", "backends/reference.py", "scores = how.cap * torch.tanh(scores / how.cap)", "scores = torch.tanh(scores / how.cap)", "test_attention_forward.py -k reference"),
     Mutation("dropped autocast", "calls/autocast.py", "return x if dtype is None else x.to(dtype)", "return x", "test_attention_compile.py -k autocast"),
     Mutation("an op that nobody sees", "torch_private.py", "or torch._C._len_torch_dispatch_stack()", "", "test_torch_private.py"),

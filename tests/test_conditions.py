@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import mpmath
+import mutations
 import pytest
 import torch
 import truth
@@ -30,6 +31,13 @@ def test_empty_memory_is_poisoned(dtype: torch.dtype) -> None:
     ]
     for x in made:
         assert x.isnan().all()
+
+
+@pytest.mark.parametrize("mutation", mutations.ALL, ids=lambda one: one.name.replace(" ", "-"))
+def test_the_text_of_each_fault_is_in_its_file_once(mutation: mutations.Mutation) -> None:
+    text = (mutations.ROOT / mutations.PACKAGE / mutation.file).read_text("utf-8")
+    assert text.count(mutation.old) == 1
+    assert mutation.new != mutation.old
 
 
 def test_interpreter_is_on_without_a_gpu() -> None:
