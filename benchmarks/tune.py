@@ -25,7 +25,8 @@ import torch
 import triton
 
 from longrope_kernels import Rope
-from longrope_kernels.backends.triton import launch as triton_launch
+from longrope_kernels.backends.triton import device
+from longrope_kernels.backends.triton.launch import run_launch
 from longrope_kernels.calls.records import (
     AttentionCall,
     DecodeCall,
@@ -138,7 +139,7 @@ def decoding(dim: int, shape: Shape, arch: int) -> Iterator[Job]:
         def launches(
             config: Any, call: DecodeCall = call, out: Any = out, lse: Any = lse
         ) -> list[Launch]:
-            multiprocessors = triton_launch.multiprocessors_of(call.q, 16)
+            multiprocessors = device.multiprocessors_of(call.q, 16)
             splits = decode.splits_of(call, arch, multiprocessors, config)
             of_splits = (splits.most, *lse.shape)
             scratch = (lse.new_empty(*of_splits, dim), lse.new_empty(of_splits))
@@ -179,7 +180,7 @@ def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> At
 
 def _run(launches: Sequence[Launch]) -> None:
     for launch in launches:
-        triton_launch.run_launch(launch)
+        run_launch(launch)
 
 
 def difference(output: torch.Tensor, expected: torch.Tensor) -> float:
@@ -271,7 +272,7 @@ def tune(
     kernels: Sequence[str], dims: Sequence[int], shape: Shape, budget: float
 ) -> dict[str, dict[int, Any]]:
     """The table of this device's architecture for each kernel, each entry in its share of time."""
-    arch, end = triton_launch.arch_of(torch.empty(0, device=DEVICE)), time.monotonic() + budget
+    arch, end = device.arch_of(torch.empty(0, device=DEVICE)), time.monotonic() + budget
     left, tables = len(kernels) * len(dims), {}
     for kernel in kernels:
         module: Any = KERNELS[kernel]
@@ -322,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = getattr(torch, chosen.dtype)
     shape = Shape(chosen.seq, chosen.heads, chosen.kv_heads, dtype)
     tables = tune(chosen.kernel, chosen.head_dim, shape, chosen.budget)
-    print(source(tables, triton_launch.arch_of(torch.empty(0, device=DEVICE))))
+    print(source(tables, device.arch_of(torch.empty(0, device=DEVICE))))
 
 
 if __name__ == "__main__":

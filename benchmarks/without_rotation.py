@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from longrope_kernels.backends.triton import launch as triton_launch
+from longrope_kernels.backends.triton import device
 from longrope_kernels.calls.records import AttentionCall, Keys, Scores, Selection
 from longrope_kernels.rope.tables import Tables
 
@@ -18,27 +18,29 @@ class _WithoutRotation(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
     ) -> torch.Tensor:
+        from longrope_kernels.backends.triton.launch import run_launch
         from longrope_kernels.kernels import attention
 
         out = torch.empty_like(q)
         lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-        call, arch = unrotated(q, k, v, causal), triton_launch.arch_of(q)
-        triton_launch.run_launch(attention.plan(call, out, lse, rotated=True, arch=arch))
+        call, arch = unrotated(q, k, v, causal), device.arch_of(q)
+        run_launch(attention.plan(call, out, lse, rotated=True, arch=arch))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.causal = causal
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from longrope_kernels.backends.triton.launch import run_launch
         from longrope_kernels.kernels import attention_backward
 
         q, k, v, out, lse = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in (q, k, v)]
         delta = torch.empty_like(lse)
-        call, arch = unrotated(q, k, v, ctx.causal), triton_launch.arch_of(q)
+        call, arch = unrotated(q, k, v, ctx.causal), device.arch_of(q)
         launches = attention_backward.plan(call, d_out, lse, delta, *gradients, arch)
         for launch in (attention_backward.plan_delta(d_out, None, out, lse, delta), *launches):
-            triton_launch.run_launch(launch)
+            run_launch(launch)
         return (*gradients, None)
 
 

@@ -57,10 +57,10 @@ def count(case: Case, folder: Path) -> dict[str, Any]:
     from ptx.traffic import CountingMachine
 
     from longrope_kernels import FactorSet, Rope, decode
-    from longrope_kernels.backends.triton import decode as triton_decode
+    from longrope_kernels.backends.triton import device as triton_device
 
     device = install(case.arch, CountingMachine)
-    triton_decode.multiprocessors_of = lambda x, interpreted: 1
+    triton_device.multiprocessors_of = lambda x, interpreted: 1
     torch.manual_seed(0)
     factors = FactorSet([1.0 + i / 64 for i in range(case.dim // 2)])
     rope = Rope(factors, interleaved=case.interleaved)

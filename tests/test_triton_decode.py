@@ -16,6 +16,7 @@ from decode_truth import TRITON, Case, bf16, check, fp8, fp16, same
 from test_triton import phases
 
 from longrope_kernels.backends.triton import decode as triton_decode
+from longrope_kernels.backends.triton import device as triton_device
 from longrope_kernels.calls.records import DecodeCall, Keys, Scores, Selection
 from longrope_kernels.kernels import decode as kernels
 from longrope_kernels.kernels.decode_float8 import CONVERT, SHIFT, half_of_e4m3
@@ -153,7 +154,7 @@ def test_every_number_of_splits_has_the_same_result(monkeypatch: pytest.MonkeyPa
     case = Case((70,), heads=2, kv_heads=1, dim=16, dtype=bf16)
     call = case.call()
     for multiprocessors in (1, 2, 5):
-        monkeypatch.setattr(triton_decode, "multiprocessors_of", lambda *_, n=multiprocessors: n)
+        monkeypatch.setattr(triton_device, "multiprocessors_of", lambda *_, n=multiprocessors: n)
         check(TRITON, call)
 
 

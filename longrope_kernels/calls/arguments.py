@@ -103,11 +103,9 @@ def check_positions(
     """Positions as a (batch, seq) view."""
     check_index(name, positions, q)
     shape = positions.shape
-    if shape == (seq,):
-        return positions.unsqueeze(0).expand(batch, seq)
     if shape == (batch, seq):
         return positions
-    if shape == (1, seq):
+    if shape in ((seq,), (1, seq)):
         return positions.expand(batch, seq)
     raise ValueError(f"{name}: expected shape ({seq},) or ({batch}, {seq}), got {tuple(shape)}")
 
@@ -142,11 +140,12 @@ def select(
     """``lengths`` or ``sets``, checked; with one factor set it needs neither, and has none."""
     if cu_seqlens is not None:
         batch = check_borders("cu_seqlens", cu_seqlens, q, layout)
-    for name, x in (("lengths", lengths), ("sets", sets)):
-        if x is not None:
-            check_per_sequence(name, x, batch, q)
-    if sets is not None and sets.dtype != torch.int32:
-        raise TypeError(f"sets: expected int32, got {sets.dtype}")
+    if lengths is not None:
+        check_per_sequence("lengths", lengths, batch, q)
+    if sets is not None:
+        check_per_sequence("sets", sets, batch, q)
+        if sets.dtype != torch.int32:
+            raise TypeError(f"sets: expected int32, got {sets.dtype}")
     if tables.sets == 1:
         return Selection(borders=cu_seqlens)
     if lengths is None and sets is None:

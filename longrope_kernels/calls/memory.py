@@ -56,15 +56,15 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
     these are disjoint for some m, so are x and y. Anything else whose address ranges meet counts
     as overlapping. Fake tensors have no addresses, and never overlap.
     """
-    if x.numel() == 0 or y.numel() == 0 or x.device != y.device:
-        return False
-    if not (_has_address(x) and _has_address(y)):
+    if not (_has_address(x) and _has_address(y)) or x.numel() == 0 or y.numel() == 0:
         return False
     # In bytes, since two storages may lie over one buffer at any distance.
     start = [x.data_ptr(), y.data_ptr()]
     if x.is_contiguous() and y.is_contiguous():
-        ends = [at + t.numel() * t.element_size() for at, t in zip(start, (x, y), strict=True)]
-        return start[0] < ends[1] and start[1] < ends[0]
+        meet = start[0] < start[1] + y.nbytes and start[1] < start[0] + x.nbytes
+        return meet and x.device == y.device
+    if x.device != y.device:
+        return False
     dims, sizes = [_dims(x), _dims(y)], [x.element_size(), y.element_size()]
     extent = [_extent(d, size) for d, size in zip(dims, sizes, strict=True)]
     if start[0] + extent[0] <= start[1] or start[1] + extent[1] <= start[0]:

@@ -10,6 +10,8 @@ Short names: see rotation.py.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -82,6 +84,7 @@ CANDIDATES = tuple(
 )
 
 
+@lru_cache(maxsize=256)
 def choose_config(
     arch: int,
     dim: int,

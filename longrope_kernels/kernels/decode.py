@@ -12,6 +12,7 @@ Short names: see rotation.py.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,7 @@ CANDIDATES = tuple(
 )
 
 
+@lru_cache(maxsize=256)
 def choose_config(arch: int, dim: int, rows: int) -> Config:
     """The tiles for a device of compute capability ``arch`` (90 for 9.0).
 

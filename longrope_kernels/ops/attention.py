@@ -103,9 +103,10 @@ def attention(
     for name, flag in (("causal", causal), ("return_lse", return_lse)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {flag!r}")
-    q, k, v = (
-        autocast.cast(arguments.check_tensor(name, x)) for name, x in (("q", q), ("k", k), ("v", v))
-    )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        arguments.check_tensor(name, x)
+    if autocast.dtype_of(q) or not q.dtype == k.dtype == v.dtype:
+        q, k, v = map(autocast.cast, (q, k, v))
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         arguments.check_heads(name, x, layout, 2 * tables.pairs)
@@ -162,7 +163,8 @@ def _choose(
     elif call.scores.window or call.keys.start is not None or call.keys.borders is not None:
         needs = "masked"
     q, keys = call.q, call.keys
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys.k, keys.v))
+    recorded = q.requires_grad or keys.k.requires_grad or keys.v.requires_grad
+    trains = recorded and torch.is_grad_enabled()
     dim = operator.index(q.shape[-1])  # a constant, also where a graph is traced with dynamic sizes
     return choose.choose_attention(backend, q.device.type, q.dtype, dim, needs, trains)
 

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from longrope_kernels.backends.triton import attention as triton_attention
-from longrope_kernels.backends.triton import decode as triton_decode
 from longrope_kernels.backends.triton import device as triton
-from longrope_kernels.backends.triton import launch as triton_launch
+from longrope_kernels.backends.triton import private
 
 from .launch import Device
 from .machine import Machine
@@ -32,8 +30,8 @@ def install(arch: int, machine: type[Machine] = Machine) -> Device:
         return arch
 
     JITFunction.run = run
+    private.USED = False
     # The backend takes tensors of the CPU where it interprets.
     triton.interpreting = lambda: "LONGROPE_PTX" in os.environ
-    for module in (triton_attention, triton_decode, triton_launch):
-        module.arch_of = arch_of
+    triton.arch_of = arch_of
     return there

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 
 from ...calls.records import AttentionCall, RotaryCall, Selection
+from ...kernels import attention as kernels
+from ...kernels import attention_backward as gradients
 from ...rope.tables import Tables
-from .launch import arch_of, on_device, run_launch
+from . import device
+from .launch import run_launch
 from .rotary import rotary
 
 # Rotated copies larger than this are made for one KV head at a time.
@@ -21,8 +24,6 @@ def forward(
     A query that sees no key gets 0 and -inf. k_rotation: "prepass", "registers", or None for
     `kernels.attention.choose_rotation`.
     """
-    from ...kernels import attention as kernels
-
     if out.numel() == 0:
         return
     q, k = call.q, call.keys.k
@@ -33,19 +34,20 @@ def forward(
     if k_rotation is None:
         sequences = call.selection.sequences(q.shape[0])
         k_rotation = kernels.choose_rotation(q.shape[0] * q.shape[1], sequences, call.groups)
-    arch = arch_of(q)
-    call = _with(call, q, k, _short_strides(call.keys.v))
+    arch = device.arch_of(q)
+    v = _short_strides(call.keys.v)
 
-    with on_device(q):
+    with device.on_device(q):
         if k_rotation == "registers":
-            call = _with(call, q, _short_strides(k), call.keys.v)
+            call = _with(call, q, _short_strides(k), v)
             run_launch(kernels.plan(call, out, lse, rotated=False, arch=arch))
             return
         scratch = None
         for heads, kv in _heads_at_once(call, k.numel() // k.shape[2] * k.element_size()):
             scratch = _rotated_keys(call, kv, scratch)
-            part = _with(call, q[:, :, heads], scratch, call.keys.v[:, :, kv])
-            run_launch(kernels.plan(part, out[:, :, heads], lse[:, heads], rotated=True, arch=arch))
+            part = _with(call, _part(q, heads), scratch, _part(v, kv))
+            of_heads = _part(out, heads), _part(lse, heads, 1)
+            run_launch(kernels.plan(part, *of_heads, rotated=True, arch=arch))
 
 
 def backward(
@@ -63,37 +65,35 @@ def backward(
     d_out: like out, any strides. d_lse: like lse, or None; ignored where a query sees no key. q and
     k are rotated before, wherever `forward` did it.
     """
-    from ...kernels import attention_backward as kernels
-
     q, k = call.q, call.keys.k
     if q.numel() == 0 or k.numel() == 0:
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    arch = arch_of(q)
+    arch = device.arch_of(q)
     if d_out.stride(3) != 1:
         d_out = d_out.contiguous()
     d_out, v = _short_strides(d_out), _short_strides(call.keys.v)
     delta = torch.empty_like(lse)
 
-    with on_device(q):
-        run_launch(kernels.plan_delta(d_out, d_lse, out, lse, delta))
+    with device.on_device(q):
+        run_launch(gradients.plan_delta(d_out, d_lse, out, lse, delta))
         k_scratch = q_scratch = None
         both = (k.numel() + q.numel()) // k.shape[2] * k.element_size()
         for heads, kv in _heads_at_once(call, both):
             k_scratch = _rotated_keys(call, kv, k_scratch)
             q_scratch = _rotated(
-                q[:, :, heads], q_scratch, call.positions, call.tables, call.selection
+                _part(q, heads), q_scratch, call.positions, call.tables, call.selection
             )
-            part = _with(call, q_scratch, k_scratch, v[:, :, kv])
-            launches = kernels.plan(
+            part = _with(call, q_scratch, k_scratch, _part(v, kv))
+            launches = gradients.plan(
                 part,
-                d_out[:, :, heads],
-                lse[:, heads],
-                delta[:, heads],
-                dq[:, :, heads],
-                dk[:, :, kv],
-                dv[:, :, kv],
+                _part(d_out, heads),
+                _part(lse, heads, 1),
+                _part(delta, heads, 1),
+                _part(dq, heads),
+                _part(dk, kv),
+                _part(dv, kv),
                 arch,
             )
             for launch in launches:
@@ -118,11 +118,20 @@ def _heads_at_once(call: AttentionCall, bytes_of_head: int) -> list[tuple[slice,
     return [(slice(kv.start * groups, kv.stop * groups), kv) for kv in parts]
 
 
+def _part(x: torch.Tensor, heads: slice, axis: int = 2) -> torch.Tensor:
+    """x of some of its heads; a view costs the host more than a look."""
+    if heads.stop - heads.start == x.shape[axis]:
+        return x
+    return x.narrow(axis, heads.start, heads.stop - heads.start)
+
+
 def _rotated_keys(call: AttentionCall, kv: slice, scratch: torch.Tensor | None) -> torch.Tensor:
     keys = call.keys
     assert keys.positions is not None
-    selection = call.selection._replace(borders=keys.borders)
-    return _rotated(keys.k[:, :, kv], scratch, keys.positions, call.tables, selection)
+    selection = call.selection
+    if selection.borders is not keys.borders:
+        selection = selection._replace(borders=keys.borders)
+    return _rotated(_part(keys.k, kv), scratch, keys.positions, call.tables, selection)
 
 
 def _rotated(
@@ -136,6 +145,6 @@ def _rotated(
     batch, seq, heads, dim = x.shape
     if scratch is None:
         scratch = x.new_empty(batch, heads, seq, dim).transpose(1, 2)
-    y = scratch[:, :, :heads]
-    rotary(RotaryCall(x, x[:, :, :0], positions, tables, selection), y, y[:, :, :0])
+    y, none = _part(scratch, slice(0, heads)), x.narrow(2, 0, 0)
+    rotary(RotaryCall(x, none, positions, tables, selection), y, none)
     return y

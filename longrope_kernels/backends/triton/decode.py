@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from ...calls.records import DecodeCall
-from .launch import arch_of, multiprocessors_of, on_device, run_launch
+from ...kernels import decode as kernels
+from . import device
+from .launch import run_launch
 
 # What the interpreter stands for: enough that small tests see several splits.
 _INTERPRETED_MULTIPROCESSORS = 16
@@ -18,8 +20,6 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
     a query that sees no key gets 0 and -inf. What is launched follows from shapes alone, so that
     one captured graph serves all lengths.
     """
-    from ...kernels import decode as kernels
-
     if out.numel() == 0:
         return
     if call.keys.empty:
@@ -27,14 +27,14 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
         lse.fill_(float("-inf"))
         return
     q = call.q
-    arch = arch_of(q)
-    multiprocessors = multiprocessors_of(q, _INTERPRETED_MULTIPROCESSORS)
+    arch = device.arch_of(q)
+    multiprocessors = device.multiprocessors_of(q, _INTERPRETED_MULTIPROCESSORS)
     config = kernels.config_of(call, arch)
     splits = kernels.splits_of(call, arch, multiprocessors, config)
     scratch = None
     if splits.most > 1:
         shape = (splits.most, *lse.shape)
         scratch = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape)
-    with on_device(q):
+    with device.on_device(q):
         for launch in kernels.plan(call, out, lse, scratch, arch, splits, config):
             run_launch(launch)

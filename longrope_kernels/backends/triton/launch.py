@@ -1,37 +1,60 @@
-"""What every launch of a Triton kernel needs: the device and its numbers."""
+"""Launches: the first for arguments of a kind goes Triton's own way, later ones past its binder."""
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
-import torch
+from torch import Tensor
+
+from ...kernels.launch import Launch
+from . import private
+
+# What Triton chose, by all that its choice may depend on.
+_CHOSEN: dict[tuple[Any, ...], private.Chosen] = {}
+# So many are kept; other strides are another kind.
+_MOST = 4096
 
 
-def arch_of(x: torch.Tensor) -> int:
-    """The compute capability of the device of x, 90 for 9.0; 0 for the interpreter."""
-    if not x.is_cuda:
-        return 0
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
+def run_launch(plan: Launch) -> None:
+    """Launch on the current device."""
+    kernel, grid, args, constants, warps, stages = plan
+    if not (private.USED and private.plain(kernel)):
+        kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)
+        return
+    device, stream = private.place()
+    key = key_of(plan, device)
+    chosen = _CHOSEN.get(key)
+    if chosen is not None and private.unchanged(chosen):
+        private.start(chosen, grid, stream, (*args, *constants.values()))
+        return
+    compiled = kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)
+    chosen = private.chosen(kernel, compiled)
+    if chosen is not None and [*constants] == kernel.arg_names[len(args) :]:
+        if len(_CHOSEN) >= _MOST:
+            _CHOSEN.clear()
+        _CHOSEN[key] = chosen
 
 
-def multiprocessors_of(x: torch.Tensor, interpreted: int) -> int:
-    """Those of the device of x, or what the interpreter stands for."""
-    if not x.is_cuda:
-        return interpreted
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+def key_of(plan: Launch, device: int) -> tuple[Any, ...]:
+    """All that Triton's choice of a compiled kernel may depend on, and no tensor.
 
-
-def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of x."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
-
-
-def run_launch(plan: Any) -> None:
-    """Launch a `kernels.launch.Launch`."""
-    plan.kernel[plan.grid](
-        *plan.args, **plan.constants, num_warps=plan.warps, num_stages=plan.stages
-    )
+    Triton tells apart dtypes, pointers and numbers by whether 16 divides them, numbers also by
+    their type, by the bits that they need, and 1 from all others. Numbers stand here as they are,
+    which is finer.
+    """
+    key = [plan.kernel.fn, device, plan.warps, plan.stages, *plan.constants.values()]
+    add = key.append
+    for group in plan.args:
+        if type(group) is int:
+            add(group)
+            continue
+        for x in group if type(group) is tuple else (group,):
+            if type(x) is int:
+                add(x)
+            elif isinstance(x, Tensor):
+                key += (x.dtype, x.data_ptr() % 16)
+            elif x is None:
+                add(None)
+            else:
+                key += (type(x), x)
+    return tuple(key)
