@@ -5,6 +5,7 @@ from ._version import __version__
 from .cache.dense import KVCache
 from .cache.paged import PagedKVCache
 from .cache.rows import CacheFullError, PrefillAgain
+from .cache.warmup import warmup
 from .ops.append import append
 from .ops.attention import attention
 from .ops.decode import decode
@@ -25,4 +26,5 @@ __all__ = [
     "attention",
     "decode",
     "rerotate_",
+    "warmup",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from longrope_kernels import Rope, apply_rotary, attention, decode
+from longrope_kernels import (
+    KVCache,
+    PagedKVCache,
+    Rope,
+    apply_rotary,
+    attention,
+    decode,
+    warmup,
+)
 from longrope_kernels.backends.triton import launch as launches
 from longrope_kernels.backends.triton import private
 from longrope_kernels.kernels import decode as decode_kernels
@@ -37,6 +46,7 @@ TWO = Rope.longrope([1.0] * 16, [2.0] * 16, 4096, 8192)
 def not_compiled(source: Any, target: Any, options: dict[str, Any]) -> CompiledKernel:
     """A kernel that remembers that it was started."""
     assert source.fn.cache_key  # notes which globals it uses
+    COMPILED.append(source.name)
     kernel: Any = object.__new__(CompiledKernel)
     kernel.src, kernel.name = source, source.name
     kernel.module, kernel._module_pid = 1, None
@@ -52,6 +62,7 @@ def not_compiled(source: Any, target: Any, options: dict[str, Any]) -> CompiledK
     return kernel  # type: ignore[no-any-return]
 
 
+COMPILED: list[str] = []
 STARTED: list[tuple[CompiledKernel, tuple[int, ...], tuple[Any, ...]]] = []
 
 
@@ -68,6 +79,7 @@ def driver() -> Iterator[Driver]:
 def _forget() -> None:
     launches._CHOSEN.clear()
     STARTED.clear()
+    COMPILED.clear()
 
 
 @pytest.fixture
@@ -144,7 +156,7 @@ def plans() -> dict[str, Launch]:
     """A launch of each kernel, taken from a call."""
     found: list[Launch] = []
     run = launches.run_launch
-    modules = [sys.modules[f"longrope_kernels.backends.triton.{name}"] for name in PARTS]
+    modules = [import_module(f"longrope_kernels.backends.triton.{name}") for name in PARTS]
     for module in modules:
         module.run_launch = found.append
     try:
@@ -321,3 +333,75 @@ def test_a_stream_is_asked_for_at_each_launch(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Driver, "get_current_stream", lambda self, device: 5)
     with pytest.raises(AssertionError):  # of `start`, which expects stream 0
         rotate(**LENGTHS)
+
+
+# ------------------------------------------------------------------------------------------ warmup
+
+SIZES = (4, 2, 32)
+FLOAT8 = torch.float8_e4m3fn
+
+
+@pytest.fixture
+def cold() -> None:
+    """As in a process in which no kernel was compiled."""
+    for kernel in {plan.kernel for plan in plans().values()}:
+        kernel.device_caches.clear()
+    launches._CHOSEN.clear()
+
+
+CACHES: dict[str, tuple[dict[str, Any], Any]] = {
+    "dense": ({}, lambda: KVCache(TWO, 3, 4096, 2, 32, policy="switch")),
+    "paged": (
+        {"block_size": 16},
+        lambda: PagedKVCache(TWO, 3, 9, 16, 2, 32, max_length=4096, policy="switch"),
+    ),
+    "float8": (
+        {"cache_dtype": FLOAT8, "policy": "pin"},
+        lambda: KVCache(TWO, 3, 4096, 2, 32, policy="pin", dtype=FLOAT8),
+    ),
+    "float8, scales": (
+        {"cache_dtype": FLOAT8, "policy": "pin"},
+        lambda: KVCache(
+            TWO, 3, 4096, 2, 32, policy="pin", dtype=FLOAT8,
+            k_scale=torch.full((2,), 0.5), v_scale=torch.full((2,), 0.5),
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("cold")
+@pytest.mark.parametrize("name", CACHES)
+def test_steps_after_it_compile_nothing(name: str, by_triton: list[str]) -> None:
+    named, make = CACHES[name]
+    warmup(
+        TWO, *SIZES, device="cpu", batch=3, tokens=(1, 4), capacity=4096, backend="triton", **named
+    )
+    compiled = len(COMPILED)
+    assert compiled
+    by_triton.clear()
+    cache = make()
+    for seq in (1, 4, 1):
+        cache.append(tensors(3, seq, 2, 32), tensors(3, seq, 2, 32))
+        q, k = tensors(3, seq, 4, 32), tensors(3, seq, 2, 32)
+        lengths = torch.tensor([1, 2, 3]) if cache.sets is None else None
+        at = torch.arange(3 * seq).view(3, seq)
+        chosen = {"lengths": lengths, "sets": cache.sets, "backend": "triton"}
+        apply_rotary(q, k, at, TWO, **chosen, inplace=True)
+        cache.decode(q, backend="triton")
+    assert len(COMPILED) == compiled
+    assert by_triton == []
+
+
+@pytest.mark.usefixtures("cold")
+@pytest.mark.parametrize("prompt", [8, 100, 512])
+def test_prompts_after_it_compile_nothing(prompt: int, by_triton: list[str]) -> None:
+    warmup(TWO, *SIZES, device="cpu", batch=2, prompts=prompt, window=64, backend="triton")
+    compiled = len(COMPILED)
+    by_triton.clear()
+    q, k = tensors(2, prompt, 4, 32), tensors(2, prompt, 2, 32)
+    for at in (torch.arange(prompt), torch.arange(2 * prompt).view(2, prompt)):
+        lengths = torch.tensor([5000, 3])
+        apply_rotary(q, k, at, TWO, lengths=lengths, backend="triton")
+        attention(q, k, k, at, TWO, lengths=lengths, window=64, backend="triton")
+    assert len(COMPILED) == compiled
+    assert by_triton == []
