@@ -15,10 +15,12 @@ from typing import Any
 sys.path += [str(Path(__file__).parents[1] / "benchmarks"), str(Path(__file__).parents[1])]
 
 import pytest
+import test_host as host_rows
 import torch
 import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ropes import WrongResultError
 from stand_in_driver import Driver, installed
 from triton import knobs
 from triton.compiler import CompiledKernel
@@ -52,11 +54,13 @@ def not_compiled(source: Any, target: Any, options: dict[str, Any]) -> CompiledK
     kernel.module, kernel._module_pid = 1, None
     kernel.function, kernel.packed_metadata = 7, ("metadata of", id(kernel))
 
-    def start(
-        x: int, y: int, z: int, stream: int, function: int, metadata: Any, *rest: Any
-    ) -> None:
+    note = triton.runtime.driver.active.launcher_cls(source, kernel)
+
+    def start(*given: Any) -> None:
+        (x, y, z, stream, function, metadata), args = given[:6], given[9:]
         assert (stream, function, metadata) == (0, 7, kernel.packed_metadata)
-        STARTED.append((kernel, (x, y, z), rest[3:]))
+        STARTED.append((kernel, (x, y, z), args))
+        note(*given)
 
     kernel._run = start
     return kernel  # type: ignore[no-any-return]
@@ -147,6 +151,23 @@ def test_a_second_call_goes_past_the_binder(name: str, by_triton: list[str]) -> 
     call()
     assert by_triton == expected
     assert [(k, grid) for k, grid, _ in STARTED[len(first) :]] == [(k, g) for k, g, _ in first]
+
+
+@pytest.mark.parametrize("name", host_rows.STANDING_IN)
+def test_rows_of_host_time_start_what_they_say(
+    monkeypatch: pytest.MonkeyPatch, by_triton: list[str], name: str
+) -> None:
+    timed = host_rows.prepared(name)
+    STARTED.clear()
+    by_triton.clear()
+    timed.run(*timed.arguments())
+    assert timed.amount == host_rows.CALLS
+    started = [kernel.name for kernel, *_ in STARTED]
+    assert started == host_rows.STANDING_IN[name] * host_rows.CALLS
+    assert by_triton == []
+    monkeypatch.setattr(launches.private, "start", lambda *_: None)
+    with pytest.raises(WrongResultError, match=r"expected .* to start, got"):
+        host_rows.prepared(name)
 
 
 # ----------------------------------------------------------------------- the very kernel of Triton

@@ -79,5 +79,5 @@ def unchanged(what: Chosen) -> bool:
 
 def start(what: Chosen, grid: tuple[int, ...], stream: int, args: tuple[Any, ...]) -> None:
     """Start a kernel on the current device; args: all of them, constants included."""
-    x, y = grid if len(grid) == 2 else (grid[0], 1)
-    what.run(x, y, 1, stream, what.function, what.metadata, None, None, None, *args)
+    x, y, z = (*grid, 1, 1)[:3]
+    what.run(x, y, z, stream, what.function, what.metadata, None, None, None, *args)
