@@ -27,7 +27,7 @@ def first(small: bool) -> list[Step]:
     few = ("--only", "rotary", "decode graph", "--at-once", "2") if small else ()
     many = few or ("--at-once", "12")
     rows = ("--rows", "none") if small else ()
-    tests = ("tests/test_rotary_inplace.py", "-k", "triton and dtypes") if small else ()
+    tests = ("tests/test_triton_decode.py", "-k", "wave or once") if small else ()
     return [
         Step("facts", 9, 10, 30, _of("measured", "facts")),
         Step("build", 8, 40 if small else 60, 150, _of("measured", "build")),

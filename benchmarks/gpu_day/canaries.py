@@ -288,6 +288,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--name: expected one of {', '.join(canaries)}, got {chosen.name!r}")
         if chosen.one_stage:
             one_stage()
+        if "cuda" in chosen.name and os.environ.get("LONGROPE_CUDA_EMULATE"):
+            import emulated
+
+            emulated.build()
         canaries[chosen.name].run()
         print(RIGHT)
         return 0
@@ -306,9 +310,6 @@ def prepare() -> None:
 
     if not torch.cuda.is_available():
         os.environ |= {"TRITON_INTERPRET": "1", "LONGROPE_CUDA_EMULATE": "1"}
-        import emulated
-
-        emulated.build()
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]

@@ -47,7 +47,7 @@ def _of_step(result: dict[str, Any]) -> list[str]:
     failing = {x["canary"] for x in entries if x.get("outcome") == "failed" and "canary" in x}
     for entry in entries:
         retried = "again" in entry and entry.get("canary") in failing
-        if entry.get("outcome") in (*FAULTS, "dropped", "not_measured") or retried:
+        if entry.get("outcome") in (*FAULTS, "dropped") or retried:
             names = ("canary", "again", "launch", "test", "what", "tests", "why")
             words = [str(entry[name]) for name in names if entry.get(name)]
             lines.append(f"- {entry['outcome']}: {': '.join(words)}")
