@@ -31,8 +31,9 @@ def info() -> None:
     """Show versions, devices and backends, and which serves a call.
 
     A backend that is missing says why and how to get it. Of attention, "plain" calls are causal or
-    not, "masked" ones also have a window, left padding or packed sequences, and "scored" ones
-    softcap or the log-sum-exp.
+    not, "chunk" ones causal with fewer queries than keys, "wide" ones of a head_dim above 128;
+    "masked" ones also have a window or packed sequences, "padded" ones left padding, and "scored"
+    ones softcap or the log-sum-exp. "cuda 9" is compute capability 9.
     """
     import torch
 
@@ -66,7 +67,7 @@ def info() -> None:
         typer.echo(f"  decode        {device:<5} {' > '.join(names)}")
     for device, needs in backends.ATTENTION_CHOICE.items():
         for kind, names in needs.items():
-            typer.echo(f"  attention     {device:<5} {kind:<7} {' > '.join(names)}")
+            typer.echo(f"  attention     {device:<6} {kind:<7} {' > '.join(names)}")
 
 
 @app.command()

@@ -46,6 +46,20 @@ def fake_mode_of(x: torch.Tensor) -> Any:
     return getattr(x, "fake_mode", None)
 
 
+def runs_now(*tensors: torch.Tensor) -> bool:
+    """Whether a library that knows of no more than torch's own autograd can be called with these.
+
+    Nothing traces or vectorises, differentiates forward, or puts a mode in between.
+    """
+    return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors) and not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def unwatched(*tensors: torch.Tensor) -> bool:
     """Whether nobody would see a call of an op on these tensors: it may be left out then.
 
@@ -53,17 +67,6 @@ def unwatched(*tensors: torch.Tensor) -> bool:
     on the stack, and the tensors are torch's own. An op costs some 10 us of the host beside what it
     does, a third of the rotation of one token on a CPU.
     """
-    records = torch.is_grad_enabled()
-    for x in tensors:
-        if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
-            return False
-        if records and x.requires_grad:
-            return False
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return runs_now(*tensors) and not torch._C._autograd._profiler_enabled()

@@ -96,12 +96,50 @@ CHOICES = [
     ("cuda", torch.float32, "masked", "composed"),
     ("cuda", torch.float32, "scored", "reference"),
     ("xpu", torch.bfloat16, "scored", "reference"),
+    *(("cuda", torch.bfloat16, needs, "composed") for needs in ("chunk", "wide")),
+    ("cuda", torch.bfloat16, "padded", "triton"),
+    *(("cpu", torch.bfloat16, needs, "composed") for needs in ("chunk", "wide", "padded")),
+]
+# By major compute capability: with FlashAttention-4, and without. 256 is the head_dim of "wide".
+BY_CAPABILITY = [
+    (9, "plain", "composed", "composed"),
+    (9, "chunk", "flash-attn-4", "triton"),
+    (9, "wide", "flash-attn-4", "composed"),
+    (9, "masked", "flash-attn-4", "triton"),
+    (9, "padded", "triton", "triton"),
+    (9, "scored", "triton", "triton"),
+    *((major, "chunk", "composed", "composed") for major in (8, 10, 12)),
+    *((major, "wide", "composed", "composed") for major in (8, 10, 12)),
+    *((major, "masked", "triton", "triton") for major in (8, 10, 12)),
 ]
 
 
 @pytest.mark.parametrize(("device", "dtype", "needs", "name"), CHOICES)
 def test_choice(device: str, dtype: torch.dtype, needs: str, name: str) -> None:
     assert backends.choose_attention(None, device, dtype, 128, needs) == name
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["", "trains"])
+@pytest.mark.parametrize(("major", "needs", "name", "without"), BY_CAPABILITY)
+def test_choice_by_capability(
+    major: int, needs: str, name: str, without: str, trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent: set[str] = set()
+    monkeypatch.setattr(
+        backends, "missing", lambda name: "not installed" if name in absent else None
+    )
+    dim = 256 if needs == "wide" else 128
+
+    def choose(dtype: torch.dtype = torch.bfloat16, **rest: Any) -> str:
+        return backends.choose_attention(
+            None, "cuda", dtype, dim, needs, trains, capability=major, **rest
+        )
+
+    assert choose() == name
+    assert choose(libraries=False) == without
+    assert choose(torch.float32) == ("reference" if needs == "scored" else "composed")
+    absent.add("flash-attn-4")
+    assert choose() == without
 
 
 def test_choice_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

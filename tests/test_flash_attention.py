@@ -245,7 +245,7 @@ def test_what_flash_attn_4_serves_by_device(
 ) -> None:
     """Through `attention`, as if the CPU had that capability; tests are deterministic."""
     install(monkeypatch, "flash-attn-4", *stand_ins("flash-attn-4"))
-    monkeypatch.setattr(flash_attention, "_capability", lambda device: major)
+    monkeypatch.setattr(flash_attention, "capability", lambda device: major)
     given = arguments(FLASH["flash-attn-4"], dim, softcap=2.0 if softcap else None)
     given["q"].requires_grad_(trains)
     if says is None:
@@ -317,12 +317,76 @@ def test_a_library_built_for_another_torch(flash: Backend, monkeypatch: pytest.M
     assert reason == f"undefined symbol: _ZN3c10; {LIBRARIES[flash.backend].get}"
 
 
-def test_never_chosen_without_being_named() -> None:
-    """None is measured faster yet."""
+CHOSEN = [
+    (Case(2, 9, 40, dim=64, dtype=bf16), "flash-attn-4"),
+    (Case(1, 19, dim=256, dtype=bf16), "flash-attn-4"),
+    (Case(1, 19, window=5, dtype=bf16), "flash-attn-4"),
+    (Case(counts=(7, 1, 30), layout="thd", dtype=bf16), "flash-attn-4"),
+    (Case(1, 19, dtype=bf16), "composed"),
+    (Case(1, 9, 40, causal=False, dtype=bf16), "composed"),
+    (Case(1, 40, 9, dtype=bf16), "composed"),
+    (Case(2, 9, 40, kv_start=(3, 0), dtype=bf16), "triton"),
+    (Case(2, 20, 5, window=8, causal=False, dtype=bf16), "triton"),
+    (Case(1, 19, dim=33, window=5, dtype=bf16), "triton"),
+    (Case(1, 9, 40, softcap=5.0, dtype=bf16), "triton"),
+    (Case(1, 9, 40, dtype=bf16, return_lse=True), "triton"),
+    (Case(1, 9, 40, dtype=fp32), "composed"),
+]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The CPU as a GPU of compute capability 9 with FlashAttention-4; what is chosen, is told."""
+    install(monkeypatch, "flash-attn-4", *stand_ins("flash-attn-4"))
+    monkeypatch.setattr(flash_attention, "capability", lambda device: 9)
+    monkeypatch.setitem(backends.ATTENTION_CHOICE, "cpu", backends.ATTENTION_CHOICE["cuda 9"])
+    chosen: list[str] = []
+    choose = backends.choose_attention
+
+    def spy(*args: Any) -> str:
+        chosen.append(choose(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr(backends, "choose_attention", spy)
+    return chosen
+
+
+UNNAMED = Backend(None, "cpu", (bf16, fp16))  # type: ignore[arg-type]  # what the choice takes
+
+
+@pytest.mark.parametrize(("case", "name"), CHOSEN, ids=str)
+def test_what_hopper_takes(hopper: list[str], case: Case, name: str) -> None:
+    check(UNNAMED, case)
+    assert hopper == [name]
+
+
+@pytest.mark.parametrize("case", [case for case, name in CHOSEN[:4]], ids=str)
+def test_what_hopper_trains_by(hopper: list[str], case: Case) -> None:
+    check_grads(UNNAMED, case)
+    assert hopper == ["flash-attn-4"]
+
+
+def test_a_graph_takes_no_library(hopper: list[str]) -> None:
+    q, k, v = (torch.randn(1, n, 2, 64, dtype=bf16) for n in (9, 40, 40))
+    at, rope = torch.arange(40), Rope.plain(64)
+
+    def attend(q: torch.Tensor) -> Any:
+        return attention(q, k, v, at[31:], rope, key_positions=at, window=20)
+
+    right = attend(q)
+    assert hopper.pop() == "flash-attn-4"
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(q)
+    torch.testing.assert_close(compiled, right, rtol=0, atol=0.02)
+    assert "flash-attn-4" not in hopper
+
+
+def test_the_others_are_never_chosen_without_being_named() -> None:
+    """None is measured faster, and of them nobody says what serves which device."""
     chosen = {
         n for needs in backends.ATTENTION_CHOICE.values() for names in needs.values() for n in names
     }
-    assert not chosen & set(NAMES)
+    assert chosen & set(NAMES) == {"flash-attn-4"}
     assert {row["name"] for row in backends.attention_table()} == {"composed", *NAMES}
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longrope_kernels import Rope, apply_rotary, torch_private
-from longrope_kernels.torch_private import unwatched
+from longrope_kernels.torch_private import runs_now, unwatched
 
 
 class Watcher(TorchDispatchMode):
@@ -48,14 +48,17 @@ def test_who_watches_is_seen(context: Callable[[], AbstractContextManager[object
     x = torch.zeros(2)
     with context():
         assert not unwatched(x)
+        assert runs_now(x) == (context is WATCHED["the profiler"])
     assert unwatched(x)
 
 
 def test_recording_tracing_and_vectorising_are_seen() -> None:
     seen: list[bool] = []
+    runs: list[bool] = []
 
     def look(x: torch.Tensor) -> torch.Tensor:
         seen.append(unwatched(x))
+        runs.append(runs_now(x))
         return x + 1
 
     look(torch.zeros(2, requires_grad=True))
@@ -68,6 +71,7 @@ def test_recording_tracing_and_vectorising_are_seen() -> None:
 
     look(torch.zeros(2).as_subclass(Own))
     assert seen == [False] * 5
+    assert runs == [True] + [False] * 4
 
 
 def test_a_mode_sees_the_op() -> None:

@@ -12,7 +12,7 @@ import torch
 from ..torch_private import constant_in_graphs
 
 BACKENDS = ("reference", "native", "triton", "cuda")
-# Our rotation before a library that has to be there; served where named, not measured faster yet.
+# Our rotation before a library that has to be there; the choice of its own by compute capability.
 FLASH_BACKENDS = ("flash-attn-2", "flash-attn-3", "flash-attn-4")
 ATTENTION_BACKENDS = ("reference", "composed", "triton", "cuda", *FLASH_BACKENDS)
 
@@ -22,18 +22,33 @@ ROTARY_CHOICE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference"),
 }
 
-# By device type and by what a call needs; the reference serves the rest, and float64.
+# By device type, or that and the major compute capability, and by what a call needs; the reference
+# serves the rest, and float64.
 #   plain: causal or not, at most. torch's SDPA has its fastest kernels for these.
-#   masked: also a window, left padding or packed sequences, for which SDPA takes a mask in memory.
-#   scored: also softcap or the log-sum-exp, which SDPA has not.
-ATTENTION_CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
-    "cuda": {
-        "plain": ("composed",),
-        "masked": ("triton", "cuda", "composed"),
-        "scored": ("triton", "cuda", "reference"),
-    },
-    "cpu": {"plain": ("composed",), "masked": ("composed",), "scored": ("reference",)},
+#   chunk: causal, of fewer queries than keys. SDPA serves it by FlashAttention-2.
+#   wide: a head_dim above 128, which cuDNN has not; FlashAttention-2 again.
+#   masked: a window or packed sequences, for which SDPA takes a mask in memory.
+#   padded: left padding, or a window that flash-attn has not. A mask in memory too.
+#   scored: softcap or the log-sum-exp, which SDPA has not.
+_CUDA: dict[str, tuple[str, ...]] = {
+    "plain": ("composed",),
+    "chunk": ("composed",),
+    "wide": ("composed",),
+    "masked": ("triton", "cuda", "composed"),
+    "padded": ("triton", "cuda", "composed"),
+    "scored": ("triton", "cuda", "reference"),
 }
+ATTENTION_CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
+    "cuda": _CUDA,
+    "cuda 9": {
+        **_CUDA,
+        "chunk": ("flash-attn-4", "triton", "composed"),
+        "wide": ("flash-attn-4", "composed"),
+        "masked": ("flash-attn-4", "triton", "cuda", "composed"),
+    },
+    "cpu": {**dict.fromkeys(_CUDA, ("composed",)), "scored": ("reference",)},
+}
+WIDE = 128  # the largest head_dim that is not
 # Over a cache of unrotated keys; the reference serves the rest.
 DECODE_CHOICE: dict[str, tuple[str, ...]] = ROTARY_CHOICE
 DECODE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
@@ -124,6 +139,8 @@ def choose_attention(
     head_dim: int,
     needs: str,
     trains: bool = False,
+    capability: int | None = None,
+    libraries: bool = True,
 ) -> str:
     """The backend for attention: the named one, or the first of `ATTENTION_CHOICE` that can serve.
 
@@ -132,8 +149,10 @@ def choose_attention(
         device: the type of the device the tensors are on.
         dtype: of q, k and v.
         head_dim: of q, k and v.
-        needs: "plain", "masked" or "scored", the columns of the table.
+        needs: a column of the table.
         trains: whether gradients are wanted.
+        capability: the major compute capability of the device.
+        libraries: whether those of others can be called here, as they cannot in a traced graph.
 
     Raises:
         ValueError: an unknown name, or one that does not serve this call.
@@ -142,11 +161,16 @@ def choose_attention(
     if backend is None:
         if dtype == torch.float64:
             return "reference"
-        names = ATTENTION_CHOICE.get(device, ATTENTION_CHOICE["cpu"])[needs]
+        tables = (ATTENTION_CHOICE.get(key) for key in (f"{device} {capability}", device, "cpu"))
+        names = next(filter(None, tables))[needs]
         for name in names:
             if name in ("reference", "composed"):
                 return name
             if trains and name in WITHOUT_GRADIENTS:
+                continue
+            if name in FLASH_BACKENDS and not (
+                libraries and _module("flash_attention").serves(name, capability, head_dim, trains)
+            ):
                 continue
             if dtype in FUSED_DTYPES and head_dim in _head_dims(name) and missing(name) is None:
                 return name
@@ -183,6 +207,12 @@ def choose_attention(
             f" got {head_dim}; expected 'composed' or 'reference'"
         )
     return backend
+
+
+def capability_of(device: torch.device) -> int | None:
+    """The major compute capability, by which `ATTENTION_CHOICE` may tell devices apart."""
+    found: int | None = _module("flash_attention").capability(device)
+    return found
 
 
 def _head_dims(backend: str) -> range:

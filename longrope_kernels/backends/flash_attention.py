@@ -126,7 +126,7 @@ def attend(
             f"return_lse: backend {name!r} serves no gradient of the log-sum-exp; expected "
             "'triton' or 'reference', or torch.no_grad()"
         )
-    major = _capability(q.device)
+    major = capability(q.device)
     if major is not None:
         check_device(name, major, q.shape[-1], call.scores.cap > 0, trains)
     queries, slots = q.shape[1], k.shape[1]
@@ -162,10 +162,26 @@ def attend(
 
 def check_device(name: str, major: int, head_dim: int, softcap: bool, trains: bool) -> None:
     """Refuse what the library does not serve on GPUs of this major compute capability."""
+    lacks = _lacks(name, major, head_dim, softcap, trains)
+    if lacks is not None:
+        raise ValueError(
+            f"backend: {name!r} ({LIBRARIES[name].version}) serves on compute capability {major} "
+            f"{lacks}; expected 'triton', 'composed' or 'reference'"
+        )
+
+
+def serves(name: str, major: int | None, head_dim: int, trains: bool) -> bool:
+    """Whether it has this head_dim on GPUs of this major compute capability, without softcap."""
+    return _lacks(name, major, head_dim, False, trains) is None
+
+
+def _lacks(name: str, major: int | None, head_dim: int, softcap: bool, trains: bool) -> str | None:
+    """What the library serves in place of what is asked for, or None where it serves it."""
     library = LIBRARIES[name]
     if library.on is None:
-        return
-    served = library.on.get(major, Served(_NONE, _NONE, _NONE))
+        return None
+    nothing = Served(_NONE, _NONE, _NONE)
+    served = nothing if major is None else library.on.get(major, nothing)
     dims, how = served.forward, ""
     if trains:
         dims, how = served.backward, " with gradients"
@@ -174,14 +190,11 @@ def check_device(name: str, major: int, head_dim: int, softcap: bool, trains: bo
     lacks = None if head_dim in dims else f"head_dim {sorted(dims)}{how}, got {head_dim}"
     if trains and torch.are_deterministic_algorithms_enabled() and not served.deterministic:
         lacks = lacks or "no deterministic gradients"
-    if lacks is not None:
-        raise ValueError(
-            f"backend: {name!r} ({library.version}) serves on compute capability {major} {lacks}; "
-            "expected 'triton', 'composed' or 'reference'"
-        )
+    return lacks
 
 
-def _capability(device: torch.device) -> int | None:
+@cache
+def capability(device: torch.device) -> int | None:
     """The major compute capability, None of what is no GPU."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
 

@@ -13,7 +13,7 @@ from ..backends import choose, reference
 from ..calls import arguments, autocast, schema, values
 from ..calls.records import AttentionCall, Keys, RotaryCall, Selection
 from ..rope.value import Rope
-from ..torch_private import below_autograd, unwatched
+from ..torch_private import below_autograd, runs_now, unwatched
 from . import library
 from .factors import resolve
 from .rotary import no_heads, rotate, rotate_read
@@ -157,16 +157,38 @@ def _choose(
         raise ValueError(f"k_rotation: expected 'prepass', 'registers' or None, got {k_rotation!r}")
     if k_rotation is not None and backend != "triton":
         raise ValueError(f"k_rotation: expected backend='triton' beside it, got {backend!r}")
-    needs = "plain"
-    if call.scores.cap or return_lse:
-        needs = "scored"
-    elif call.scores.window or call.keys.start is not None or call.keys.borders is not None:
-        needs = "masked"
     q, keys = call.q, call.keys
     recorded = q.requires_grad or keys.k.requires_grad or keys.v.requires_grad
     trains = recorded and torch.is_grad_enabled()
     dim = operator.index(q.shape[-1])  # a constant, also where a graph is traced with dynamic sizes
-    return choose.choose_attention(backend, q.device.type, q.dtype, dim, needs, trains)
+    libraries = backend is None and runs_now(q, keys.k, keys.v)
+    capability = choose.capability_of(q.device) if libraries else None
+    return choose.choose_attention(
+        *(backend, q.device.type, q.dtype, dim, _needs(call, return_lse, libraries, dim)),
+        *(trains, capability, libraries),
+    )
+
+
+def _needs(call: AttentionCall, return_lse: bool, sizes: bool, dim: int) -> str:
+    """The column of `choose.ATTENTION_CHOICE`; ``sizes``: whether they may be looked at.
+
+    In a graph with dynamic sizes that would tie it to the answer.
+    """
+    scores, keys = call.scores, call.keys
+    if scores.cap or return_lse:
+        return "scored"
+    if keys.start is not None:
+        return "padded"
+    packed = keys.borders is not None
+    if scores.window and sizes and not packed and not scores.causal:
+        queries, slots = call.q.shape[1], keys.k.shape[1]
+        if slots < scores.window < queries:  # see flash_attention.keywords
+            return "padded"
+    if scores.window or packed:
+        return "masked"
+    if sizes and scores.causal and call.q.shape[1] < keys.k.shape[1]:
+        return "chunk"
+    return "wide" if dim > choose.WIDE else "plain"
 
 
 def _attend(
