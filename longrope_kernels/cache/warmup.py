@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from ..calls import arguments
+from ..calls.caches import FLOAT8
 from ..ops.attention import attention
 from ..ops.decode import MAX_QUERIES
 from ..ops.rotary import apply_rotary
 from ..rope.value import Rope, check_device
-from .base import FLOAT8, Cache
+from .base import Cache
 from .dense import KVCache
 from .paged import PagedKVCache
 from .rows import Policy, Rows, check_count

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ...calls.records import AppendCall
-from .launch import on_device, run_launch
+from ...kernels import append as kernels
+from . import device
+from .launch import run_launch
 
 
 def append(call: AppendCall) -> None:
     """Write keys and values into the cache."""
-    from ...kernels import append as kernels
-
-    with on_device(call.k):
+    with device.on_device(call.k):
         run_launch(kernels.plan(call))
