@@ -183,13 +183,7 @@ class Experiment:
     # -------------------------------------------------------------------------------- searches
 
     def space(self, length: int, options: Options, **arguments: Any) -> SearchSpace:
-        arguments = {
-            "dim": self.dim,
-            "base": 10000.0,
-            "original_length": self.context,
-            "target_length": length,
-        } | arguments
-        return options.space(**arguments)
+        return options.space(Rope.plain(self.dim), self.context, length, **arguments)
 
     def search(
         self, name: str, length: int, judge: Judge | None = None, space: Any = None, **changes: Any

@@ -17,7 +17,7 @@ import numpy as np
 from .base import Search
 from .candidate import Candidate
 from .evolution import EvolutionSettings
-from .space import SearchSpace
+from .space import SearchSpace, check_whole
 
 # Generations without a new candidate, one after the other, after which a search ends.
 _ATTEMPTS = 100
@@ -55,11 +55,7 @@ class CmaEsSettings:
 
     def __post_init__(self) -> None:
         for name, least in {"population": 4, "iterations": 1, "seed": 0}.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected a whole number, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+            check_whole(name, getattr(self, name), least)
 
 
 class CmaEsSearch(Search):

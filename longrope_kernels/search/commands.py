@@ -65,7 +65,7 @@ def search(told: arguments.Search) -> None:
     if not is_main():
         return
     note = write_config(source, found.rope, told.length, told.out)
-    _draw_found(told.out, found.rope, baselines(source, told.length), read_json(told.out / RESULT))
+    _plot(told.out)
     best, one = found.best.candidate, found.rope.sets[0]
     rows = [[name, _number(value), ""] for name, value in found.others.items()]
     text = f"n_hat {best.n_hat}, attention {one.attention_factor:.4g}"
@@ -106,16 +106,9 @@ def _space(source: Source, told: arguments.Search, options: Options) -> SearchSp
     if critical == 0:
         dim, base = source.rope.rotary_dim, source.rope.base
         critical = critical_dimension(dim, base, source.original) // 2
-    return options.space(
-        dim=source.rope.rotary_dim,
-        base=source.rope.base,
-        interleaved=source.rope.interleaved,
-        original_length=source.original,
-        target_length=told.length,
-        stage=stage,
-        ratio=None if stage is None else told.length / reached,
-        critical=critical,
-    )
+    ratio = None if stage is None else told.length / reached
+    chosen = {"stage": stage, "ratio": ratio, "critical": critical}
+    return options.space(source.rope, source.original, told.length, **chosen)
 
 
 # ------------------------------------------------------------------------------------- readjust
@@ -145,11 +138,9 @@ def readjust(told: arguments.Readjust) -> None:
     if not is_main():
         return
     note = write_config(source, result.rope, source.trained, out)
-    plots.draw_factors(result.rope, {}, out / "factors.png", "factors by pair of dimensions")
+    _plot(out)
     rows = []
     for length, found in result.found.items():
-        folder = out / f"{length}"
-        _draw_found(folder, found.rope, {}, read_json(folder / RESULT))
         taken = "its own set" if length in result.taken else "as before"
         numbers = (_number(x) for x in (result.before[length], found.best.fitness))
         rows.append([str(length), *numbers, taken])
@@ -228,7 +219,7 @@ def evaluate(told: arguments.Evaluate) -> None:
         "passkey": _by_text(found) if passkey else None,
     }
     write_json(out / EVALUATION, content)
-    _draw_evaluation(content, out)
+    _plot(out)
     header = ["perplexity", *map(str, lengths)]
     _table(header, [[name, *map(_number, row.values())] for name, row in values.items()])
     if passkey:
@@ -263,49 +254,33 @@ def plot(told: arguments.Plot) -> None:
 
 
 def _plot(folder: Path) -> None:
+    """All pictures of a folder and those in it, from the files that have their numbers."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
-    drawn = False
-    inner = sorted(
-        path.parent for name in (RESULT, EVALUATION, SIDECAR) for path in folder.rglob(name)
-    )
-    for part in dict.fromkeys(inner):
-        drawn = True
+    names = (RESULT, EVALUATION, SIDECAR)
+    inner = sorted({path.parent for name in names for path in folder.rglob(name)})
+    for part in inner:
         if (part / EVALUATION).exists():
             _draw_evaluation(read_json(part / EVALUATION), part)
         if (part / RESULT).exists():
-            _draw_result(part)
+            _draw_result(read_json(part / RESULT), part)
         elif (part / SIDECAR).exists():
             plots.draw_factors(Rope.load(part / SIDECAR), {}, part / "factors.png")
-    if not drawn:
+    if not inner:
         raise ValueError(
             f"{folder}: expected {RESULT}, {EVALUATION} or {SIDECAR}, or folders with them"
         )
 
 
-def _draw_result(folder: Path) -> None:
-    content = read_json(folder / RESULT)
-    space = content["space"]
-    rope = Rope.load(folder / SIDECAR)
-    others = {}
-    if content["length"] > space["original_length"]:
-        others = _formulas(space, content["length"])
-    _draw_found(folder, rope, others, content)
-
-
-def _formulas(space: Mapping[str, Any], length: int) -> dict[str, Rope]:
-    plain = Rope.plain(space["dim"], base=space["base"], interleaved=space["interleaved"])
-    return baselines(
-        Source(Path(), {}, plain, space["original_length"], space["original_length"]), length
-    )
-
-
-def _draw_found(
-    folder: Path, rope: Rope, others: Mapping[str, Rope], content: Mapping[str, Any]
-) -> None:
-    title = f"{content['length']} tokens, {content['evaluations']} candidates"
+def _draw_result(content: Mapping[str, Any], folder: Path) -> None:
+    space, length, formulas = content["space"], content["length"], {}
+    original = space["original_length"]
+    if length > original:
+        plain = Rope.plain(space["dim"], base=space["base"], interleaved=space["interleaved"])
+        formulas = baselines(Source(Path(), {}, plain, original, original), length)
+    title = f"{length} tokens, {content['evaluations']} candidates"
+    plots.draw_factors(Rope.load(folder / SIDECAR), formulas, folder / "factors.png", title)
     history = [Iteration(float(best), float(median), 0, 0.0) for best, median in content["history"]]
-    plots.draw_factors(rope, others, folder / "factors.png", title)
     values = {name: float(value) for name, value in content["others"].items()}
     plots.draw_history(history, values, folder / "history.png", title)
 

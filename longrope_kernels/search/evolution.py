@@ -12,7 +12,7 @@ import typer
 
 from .base import Search
 from .candidate import Candidate, Evaluation
-from .space import SearchSpace
+from .space import SearchSpace, check_whole
 
 # How often a candidate that was seen before is drawn again. A space with no new ones ends there.
 _ATTEMPTS = 100
@@ -50,11 +50,7 @@ class EvolutionSettings:
     def __post_init__(self) -> None:
         least = {"population": 1, "iterations": 1, "parents": 1, "mutants": 0, "crossovers": 0}
         for name, smallest in {**least, "seed": 0}.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected a whole number, got {value!r}")
-            if value < smallest:
-                raise ValueError(f"{name}: expected at least {smallest}, got {value}")
+            check_whole(name, getattr(self, name), smallest)
         if not 0 < self.probability <= 1:
             raise ValueError(f"probability: expected above 0 and up to 1, got {self.probability}")
         if self.moves not in ("mixed", "paper"):

@@ -187,43 +187,33 @@ class Extension:
         Returns:
             The rope of the extended model, in the folder ``model``.
         """
+        self._watch, self._say = watch, say
         plan, number = self.plan, 0
         rope: Rope | None = None  # of the stages so far, one set
         weights = self.source.folder
         reached = self.source.trained
         for stage in plan.stages:
             number += 1
-            rope = self._search(number, stage, rope, reached, weights, watch, say)
+            rope = self._search(number, stage, rope, reached, weights)
             if stage.steps:
                 number += 1
-                weights = self._tune(number, stage, rope, weights, watch, say)
+                weights = self._tune(number, stage, rope, weights)
             reached = stage.length
         assert rope is not None
         if plan.short:
-            rope = self._readjust(number + 1, rope, weights, watch, say)
-        self._write(rope, weights, say)
+            rope = self._readjust(number + 1, rope, weights)
+        self._write(rope, weights)
         return rope
 
     def _search(
-        self,
-        number: int,
-        stage: Stage,
-        before: Rope | None,
-        reached: int,
-        weights: Path,
-        watch: Watch | None,
-        say: Say,
+        self, number: int, stage: Stage, before: Rope | None, reached: int, weights: Path
     ) -> Rope:
-        step = self._step(f"{number}-search-{stage.length}", say)
+        step = self._step(f"{number}-search-{stage.length}")
         if step.done:
             return Rope.load(step.folder / SIDECAR)
         start = self.source.stage if before is None else before
         space = self.plan.options.space(
-            dim=self.source.rope.rotary_dim,
-            base=self.source.rope.base,
-            interleaved=self.source.rope.interleaved,
-            original_length=self.source.original,
-            target_length=stage.length,
+            *(self.source.rope, self.source.original, stage.length),
             stage=start,
             ratio=None if start is None else stage.length / reached,
         )
@@ -237,21 +227,13 @@ class Extension:
             others=baselines(self.source, stage.length),
             encode=self.encode,
             context={"weights": fingerprint(losses.model)},
-            progress=None if watch is None else watch("search", step.name, 0),
+            progress=self._progress("search", step),
         )
         step.finish({"perplexity": found.best.fitness, "others": found.others})
         return found.rope
 
-    def _tune(
-        self,
-        number: int,
-        stage: Stage,
-        rope: Rope,
-        weights: Path,
-        watch: Watch | None,
-        say: Say,
-    ) -> Path:
-        step = self._step(f"{number}-tune-{stage.length}", say)
+    def _tune(self, number: int, stage: Stage, rope: Rope, weights: Path) -> Path:
+        step = self._step(f"{number}-tune-{stage.length}")
         if step.done:
             return step.folder
         settings, original = self.plan.tuning, self.source.original
@@ -271,7 +253,7 @@ class Extension:
             settings,
             step.folder,
             short_length=original,
-            progress=None if watch is None else watch("tune", step.name, stage.steps),
+            progress=self._progress("tune", step, stage.steps),
         )
         from ..integrations.transformers import disable
 
@@ -285,10 +267,8 @@ class Extension:
         from_main(partial(remove_checkpoints, step.folder))
         return step.folder
 
-    def _readjust(
-        self, number: int, rope: Rope, weights: Path, watch: Watch | None, say: Say
-    ) -> Rope:
-        step = self._step(f"{number}-readjust", say)
+    def _readjust(self, number: int, rope: Rope, weights: Path) -> Rope:
+        step = self._step(f"{number}-readjust")
         if step.done:
             return Rope.load(step.folder / SIDECAR)
         losses = self._losses(weights)
@@ -303,7 +283,7 @@ class Extension:
             upper=self.plan.upper,
             encode=self.encode,
             context={"weights": fingerprint(losses.model)},
-            progress=None if watch is None else watch("search", step.name, 0),
+            progress=self._progress("search", step),
         )
         from_main(lambda: save_rope(result.rope, step.folder))
         after = {str(n): found.best.fitness for n, found in result.found.items()}
@@ -311,13 +291,15 @@ class Extension:
         step.finish({"before": before, "after": after, "taken": list(result.taken)})
         return result.rope
 
-    def _write(self, rope: Rope, weights: Path, say: Say) -> None:
-        step = self._step("model", say)
+    def _write(self, rope: Rope, weights: Path) -> None:
+        step = self._step("model")
         if step.done:
             return
         note = from_main(lambda: self._copy(rope, weights, step.folder))
         if note is not None:
-            say(f"model: only longrope.json has the new rope, config.json the old one: {note}")
+            self._say(
+                f"model: only longrope.json has the new rope, config.json the old one: {note}"
+            )
         step.finish({"weights": str(weights), "config": note})
 
     def _copy(self, rope: Rope, weights: Path, folder: Path) -> str | None:
@@ -341,11 +323,14 @@ class Extension:
             [Path(p) for p in self.plan.documents], self.encode, length, most=self.plan.samples
         )
 
-    def _step(self, name: str, say: Say) -> Step:
+    def _progress(self, kind: str, step: Step, total: int = 0) -> Any:
+        return None if self._watch is None else self._watch(kind, step.name, total)
+
+    def _step(self, name: str) -> Step:
         step = Step(name, self.folder / name)
         done = step.done
         if is_main():
-            say(f"{name}: {'done before' if done else 'begins, or goes on'}")
+            self._say(f"{name}: {'done before' if done else 'begins, or goes on'}")
         return step
 
 

@@ -117,10 +117,15 @@ class Options(EvolutionSettings):
         names = (field.name for field in fields(EvolutionSettings))
         return EvolutionSettings(**{name: getattr(self, name) for name in names})
 
-    def space(self, **arguments: Any) -> SearchSpace:
-        """The `SearchSpace` of these options; ``arguments`` say the rest of it, or go first."""
-        names = ("monotone", "n_hats", "attention", "critical")
-        return SearchSpace(**({name: getattr(self, name) for name in names} | arguments))
+    def space(self, rope: Rope, original: int, length: int, **arguments: Any) -> SearchSpace:
+        """The `SearchSpace` of these options from the original length to a target.
+
+        ``rope`` says dimensions, base and pairing; ``arguments`` the rest, or what goes first.
+        """
+        given = {"dim": rope.rotary_dim, "base": rope.base, "interleaved": rope.interleaved}
+        given |= {"original_length": original, "target_length": length}
+        given |= {n: getattr(self, n) for n in ("monotone", "n_hats", "attention", "critical")}
+        return SearchSpace(**(given | arguments))
 
     def measure(
         self, losses: Losses, documents: Sequence[Document], length: int, encode: Encode | None

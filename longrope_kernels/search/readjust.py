@@ -106,19 +106,14 @@ def readjust(
     found: dict[int, Found] = {}
     for length in lengths:
         now = rope.sets[rope.set_index(length)]
-        arguments = {
-            "dim": rope.rotary_dim,
-            "base": rope.base,
-            "interleaved": rope.interleaved,
-            "original_length": original,
-            "target_length": length,
-            "ratio": max(1.0, length / original),
-            "upper": highest(rope) if upper is None else upper,
-            "critical": None,
-        }
-        if options.attention is None:
-            arguments["attention"] = float(now.attention_factor)
-        space = options.space(**arguments)
+        fixed = options.attention is None
+        space = options.space(
+            *(rope, original, length),
+            ratio=max(1.0, length / original),
+            upper=highest(rope) if upper is None else upper,
+            critical=None,
+            attention=float(now.attention_factor) if fixed else options.attention,
+        )
         present = space.nearest(now.factors, now.n_hat, float(now.attention_factor))
         space = ShortSpace(**arguments_of(space), present=present)
         found[length] = find(

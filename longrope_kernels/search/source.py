@@ -131,14 +131,13 @@ def baselines(source: Source, length: int) -> dict[str, Rope]:
         source: the model.
         length: in tokens, more than ``source.original``.
     """
-    dim, base = source.rope.rotary_dim, source.rope.base
-    factor = length / source.original
-    pairing = {"base": base, "interleaved": source.rope.interleaved}
+    dim, factor = source.rope.rotary_dim, length / source.original
+    pairing: Any = {"base": source.rope.base, "interleaved": source.rope.interleaved}
     return {
-        "no scaling": Rope.plain(dim, base=base, interleaved=source.rope.interleaved),
-        "PI": scaling.linear(dim, factor, **pairing),  # type: ignore[arg-type]
-        "NTK": scaling.ntk_aware(dim, factor, **pairing),  # type: ignore[arg-type]
-        "YaRN": scaling.yarn(dim, factor, source.original, **pairing),  # type: ignore[arg-type]
+        "no scaling": Rope.plain(dim, **pairing),
+        "PI": scaling.linear(dim, factor, **pairing),
+        "NTK": scaling.ntk_aware(dim, factor, **pairing),
+        "YaRN": scaling.yarn(dim, factor, source.original, **pairing),
     }
 
 

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 from ..rope import FactorSet, Rope, formulas
+from ..rope.factor_set import is_int
 from . import moves
 from .candidate import Candidate
 
@@ -88,14 +89,14 @@ class SearchSpace:
     _fixed_attention: float = field(default=1.0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_whole("dim", self.dim, 4)
+        check_whole("dim", self.dim, 4)
         if self.dim % 2:
             raise ValueError(f"dim: expected an even number, got {self.dim}")
         formulas.check_positive("base", self.base)
         if self.base <= 1:
             raise ValueError(f"base: expected a number above 1, got {self.base}")
-        _check_whole("original_length", self.original_length, 2)
-        _check_whole("target_length", self.target_length, 1)
+        check_whole("original_length", self.original_length, 2)
+        check_whole("target_length", self.target_length, 1)
         resolved = {
             "base": float(self.base),
             "_ratio": self._resolve_ratio(),
@@ -342,7 +343,7 @@ class SearchSpace:
         values = tuple(self.n_hats)
         object.__setattr__(self, "n_hats", values)
         for value in values:
-            _check_whole("n_hats", value, 0)
+            check_whole("n_hats", value, 0)
         if not values or list(values) != sorted(set(values)):
             raise ValueError(f"n_hats: expected ascending thresholds, got {values}")
         if values[-1] >= self.target_length:
@@ -372,7 +373,7 @@ class SearchSpace:
     def _check_critical(self) -> None:
         if self.critical is None:
             return
-        _check_whole("critical", self.critical, 1)
+        check_whole("critical", self.critical, 1)
         if self.critical >= self.pairs:
             raise ValueError(f"critical: expected 1 to {self.pairs - 1}, got {self.critical}")
         if self.stage is not None:
@@ -381,8 +382,9 @@ class SearchSpace:
             raise ValueError("critical: expected monotone=True; LongRoPE2 searches no other")
 
 
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raise unless ``value`` is a whole number and not below ``least``."""
+    if not is_int(value):
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
