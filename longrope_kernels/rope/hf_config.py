@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import formulas
-from .factor_set import FactorSet
+from .factor_set import FactorSet, is_int, is_number
 from .formulas import LARGEST
 
 LONGROPE_TYPES = ("longrope", "su")  # "su" is the name of the April 2024 release of Phi-3
@@ -53,7 +53,7 @@ def read_n_hat(config: Any) -> int | tuple[int, int]:
     if n_hat is None:
         return 0
     values = n_hat if isinstance(n_hat, list | tuple) and len(n_hat) == 2 else (n_hat,)
-    if not all(isinstance(x, int) and not isinstance(x, bool) for x in values):
+    if not all(map(is_int, values)):
         raise ValueError(
             f"config: expected {N_HAT_KEY} to be one or two whole numbers, got {n_hat!r}"
         )
@@ -172,7 +172,7 @@ def read_longrope_config(config: Any) -> dict[str, Any]:
         factors = parameters.get(name)
         if factors is None:
             raise ValueError(f"config: expected {name} in rope_parameters, got none")
-        if not isinstance(factors, list | tuple) or not all(map(_is_number, factors)):
+        if not isinstance(factors, list | tuple) or not all(map(is_number, factors)):
             raise ValueError(f"config: expected a list of numbers in {name}, got {factors!r}")
         if rotary_dim is not None and len(factors) != rotary_dim // 2:
             raise ValueError(
@@ -367,13 +367,9 @@ def _number(config: Any, name: str) -> Any:
     value = _get(config, name)
     if value is None:
         return None
-    if not _is_number(value) or not abs(value) < LARGEST:
+    if not is_number(value) or not abs(value) < LARGEST:
         raise ValueError(f"config: expected {name} to be a finite number, got {value!r}")
     return value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _required(parameters: Mapping[str, Any], name: str) -> Any:

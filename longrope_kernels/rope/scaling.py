@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from . import formulas
 from .checks import FactorWarning, warn_about
 from .factor_files import from_arrays, load_csv, save_csv, to_arrays
-from .factor_set import FactorSet
+from .factor_set import FactorSet, is_int
 from .value import Rope
 
 __all__ = [
@@ -295,7 +295,7 @@ def check(rope: Rope, factor: float | None = None) -> None:
 
 
 def _pairs(rotary_dim: int, name: str = "rotary_dim") -> int:
-    if isinstance(rotary_dim, bool) or not isinstance(rotary_dim, int):
+    if not is_int(rotary_dim):
         raise TypeError(f"{name}: expected a whole number, got {rotary_dim!r}")
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"{name}: expected an even number above 0, got {rotary_dim}")
