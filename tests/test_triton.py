@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,6 +261,20 @@ def test_the_interpreter_needs_no_device(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device.missing() is None
     assert device.interpreting()
+
+
+def test_a_device_is_asked_for_its_numbers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def properties(index: int) -> SimpleNamespace:
+        asked.append(index)
+        return SimpleNamespace(major=9, minor=index, multi_processor_count=100 + index)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    device._numbers.cache_clear()
+    assert [device._numbers(index) for index in (0, 1, 0)] == [(90, 100), (91, 101), (90, 100)]
+    device._numbers.cache_clear()
+    assert asked == [0, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -49,12 +49,11 @@ def key_of(plan: Launch, device: int) -> tuple[Any, ...]:
             add(group)
             continue
         for x in group if type(group) is tuple else (group,):
-            if type(x) is int:
+            if x is None or type(x) is int:
                 add(x)
             elif isinstance(x, Tensor):
-                key += (x.dtype, x.data_ptr() % 16)
-            elif x is None:
-                add(None)
+                add(x.dtype)
+                add(x.data_ptr() % 16)
             else:
                 key += (type(x), x)
     return tuple(key)
