@@ -51,7 +51,8 @@ def not_compiled(source: Any, target: Any, options: dict[str, Any]) -> CompiledK
     COMPILED.append(source.name)
     kernel: Any = object.__new__(CompiledKernel)
     kernel.src, kernel.name = source, source.name
-    kernel.module, kernel._module_pid = 1, None
+    kernel.module, kernel._module_pid, kernel.metadata_group = 1, None, {}
+    ALIVE.append(kernel)  # Triton 3.8 unloads what is freed, by the driver of that time
     kernel.function, kernel.packed_metadata = 7, ("metadata of", id(kernel))
 
     note = triton.runtime.driver.active.launcher_cls(source, kernel)
@@ -67,6 +68,7 @@ def not_compiled(source: Any, target: Any, options: dict[str, Any]) -> CompiledK
 
 
 COMPILED: list[str] = []
+ALIVE: list[CompiledKernel] = []
 STARTED: list[tuple[CompiledKernel, tuple[int, ...], tuple[Any, ...]]] = []
 
 

@@ -1,8 +1,8 @@
 """What is taken of Triton that is not public, each with its test: how it starts what it compiled.
 
 Triton's own way from a call to the driver binds arguments by name, describes each as a string and
-looks the description up: some 30 us of the host. What it chose once for arguments of one kind can
-be started at once.
+looks the description up, each time. What it chose once for arguments of one kind can be started
+at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 # Releases whose sources were read for this and that its tests ran by; others start all themselves.
-TRIED = ("3.6.", "3.7.", "3.9.")
+TRIED = ("3.6.", "3.7.", "3.8.", "3.9.")
 # On ROCm Triton also asks how large the memory behind a pointer is.
 USED = triton.__version__.startswith(TRIED) and torch.version.hip is None
 
