@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -37,6 +37,7 @@ from triton.runtime.jit import native_specialize_impl
 
 from longrope_kernels.calls.records import RotaryCall, Selection
 from longrope_kernels.kernels import rotary
+from longrope_kernels.kernels.launch import Launch
 from longrope_kernels.rope.tables import Tables
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -62,7 +63,7 @@ class Case:
     select: str = "none"
     arch: int = 90
 
-    def launch(self) -> rotary.Launch:
+    def launch(self) -> Launch:
         """The launch of this call; ``select`` is none, lengths, sets or packed (with lengths)."""
 
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -163,21 +164,45 @@ def wide_accesses(case: Case, constants: dict[str, int]) -> tuple[int, int]:
     return 2 * pieces + rest, pieces + rest
 
 
-def compile_case(case: Case, folder: Path) -> dict[str, Any]:
-    """Compile and count."""
-    launch = case.launch()
-    target = GPUTarget("cuda", case.arch, 32)
-    compiled = triton.compile(
-        source(rotary.rotary_kernel, launch.args, launch.constants, target),
-        target=target,
-        options={"num_warps": launch.warps},
-    )
+class Compiled(NamedTuple):
+    """A kernel in Triton's own language and in SASS, and what it takes of a multiprocessor."""
+
+    ttgir: str
+    sass: str
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+
+    def counts(self) -> Counter[str]:
+        """How often each instruction stands in it."""
+        counts = Counter(INSTRUCTION.findall(self.sass))
+        del counts["NOP"]
+        return counts
+
+
+def compile_launch(launch: Launch, arch: int, folder: Path) -> Compiled:
+    """What Triton and the ptxas that it takes make of a launch."""
+    target = GPUTarget("cuda", arch, 32)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    text = source(launch.kernel, launch.args, launch.constants, target)
+    compiled = triton.compile(text, target=target, options=options)
     cubin = folder / f"{os.getpid()}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     command = [CUOBJDUMP, "-sass", "-res-usage", cubin]
     dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    counts = Counter(INSTRUCTION.findall(dump))
-    del counts["NOP"]
+    registers, stack = (int(re.search(rf"{name}:(\d+)", dump)[1]) for name in ("REG", "STACK"))
+    metadata = compiled.metadata
+    return Compiled(
+        compiled.asm["ttgir"], dump, registers, stack, metadata.shared, metadata.num_warps
+    )
+
+
+def compile_case(case: Case, folder: Path) -> dict[str, Any]:
+    """Compile and count."""
+    launch = case.launch()
+    compiled = compile_launch(launch, case.arch, folder)
+    counts = compiled.counts()
 
     def number(*names: str, wide: bool | None = None) -> int:
         return sum(
@@ -192,9 +217,9 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
         "tokens": launch.constants["BLOCK_T"],
         "heads": launch.constants["BLOCK_H"],
         "warps": launch.warps,
-        "registers": int(re.search(r"REG:(\d+)", dump)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", dump)[1]),
-        "shared": compiled.metadata.shared,
+        "registers": compiled.registers,
+        "stack": compiled.stack,
+        "shared": compiled.shared,
         "local": number("LDL", "STL"),
         "instructions": counts.total(),
         "loads": number("LDG", wide=True),

@@ -11,9 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -23,9 +21,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import triton
-from codegen import CUOBJDUMP, INSTRUCTION, compile_all, print_all, source
-from triton.backends.compiler import GPUTarget
+from codegen import INSTRUCTION, compile_all, compile_launch, print_all
+from sass import touched_too_early
 
 from longrope_kernels.calls.records import AttentionCall, Keys, Scores, Selection
 from longrope_kernels.kernels import attention, attention_backward
@@ -182,17 +179,9 @@ def tile_loop(dump: str) -> list[str]:
 def compile_case(case: Case, folder: Path) -> dict[str, Any]:
     """Compile and count."""
     launch = case.launch()
-    target = GPUTarget("cuda", case.arch, 32)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    text = source(launch.kernel, launch.args, launch.constants, target)
-    compiled = triton.compile(text, target=target, options=options)
-    cubin = folder / f"{os.getpid()}.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    command = [CUOBJDUMP, "-sass", "-res-usage", cubin]
-    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    counts = Counter(INSTRUCTION.findall(dump))
-    del counts["NOP"]
-    tile = tile_loop(dump)
+    compiled = compile_launch(launch, case.arch, folder)
+    counts = compiled.counts()
+    tile = tile_loop(compiled.sass)
 
     def number(*names: str) -> int:
         return sum(count for name, count in counts.items() if name.split(".")[0] in names)
@@ -200,17 +189,18 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
     return {
         **asdict(case),
         "tile": [launch.constants["BLOCK_M"], launch.constants.get("BLOCK_N", 0)],
-        "warps": compiled.metadata.num_warps,
+        "warps": compiled.warps,
         "stages": launch.stages,
-        "registers": int(re.search(r"REG:(\d+)", dump)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", dump)[1]),
-        "shared": compiled.metadata.shared,
+        "registers": compiled.registers,
+        "stack": compiled.stack,
+        "shared": compiled.shared,
         "local": number("LDL", "STL"),
         "instructions": counts.total(),
         "hgmma": number("HGMMA"),
         "hmma": number("HMMA"),
         "mufu": number("MUFU"),
-        "short_products": short_products(compiled.asm["ttgir"]),
+        "short_products": short_products(compiled.ttgir),
+        "touched_too_early": touched_too_early(compiled.sass),
         "tile_instructions": len(tile),
         "tile_matrix": sum("MMA" in name for name in tile),
         "tile_mufu": sum(name.startswith("MUFU") for name in tile),

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
-import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,10 +20,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import triton
-from codegen import CUOBJDUMP, INSTRUCTION, compile_all, print_all, source
+from codegen import compile_all, compile_launch, print_all
 from codegen_attention import short_products, tile_loop
-from triton.backends.compiler import GPUTarget
+from sass import touched_too_early
 
 from longrope_kernels.calls.records import DecodeCall, Keys, Scores, Selection
 from longrope_kernels.kernels import decode
@@ -136,17 +132,9 @@ def cases() -> Iterator[Case]:
 def compile_case(case: Case, folder: Path) -> dict[str, Any]:
     """Compile and count."""
     launch = case.launch()
-    target = GPUTarget("cuda", case.arch, 32)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    text = source(launch.kernel, launch.args, launch.constants, target)
-    compiled = triton.compile(text, target=target, options=options)
-    cubin = folder / f"{os.getpid()}.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    command = [CUOBJDUMP, "-sass", "-res-usage", cubin]
-    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    counts = Counter(INSTRUCTION.findall(dump))
-    del counts["NOP"]
-    tile = tile_loop(dump)
+    compiled = compile_launch(launch, case.arch, folder)
+    counts = compiled.counts()
+    tile = tile_loop(compiled.sass)
     config = decode.choose_config(case.arch, case.dim, 4 * case.queries)
 
     def of_tile(part: str) -> int:
@@ -158,12 +146,13 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
         "warps": launch.warps,
         "stages": launch.stages,
         "programs": config.programs,
-        "registers": int(re.search(r"REG:(\d+)", dump)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", dump)[1]),
-        "shared": compiled.metadata.shared,
+        "registers": compiled.registers,
+        "stack": compiled.stack,
+        "shared": compiled.shared,
         "local": sum(counts[name] for name in counts if name.split(".")[0] in ("LDL", "STL")),
         "instructions": counts.total(),
-        "short_products": short_products(compiled.asm["ttgir"]),
+        "short_products": short_products(compiled.ttgir),
+        "touched_too_early": touched_too_early(compiled.sass),
         "tile_instructions": len(tile),
         # Of each of the four schedulers of a multiprocessor.
         "key_issue": round(len(tile) * launch.warps / 4 / launch.constants["BLOCK_N"], 2),

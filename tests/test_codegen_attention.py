@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from codegen_pages import Row, assert_all, assert_current, compiled
 
-pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.counts]
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 REGISTERS = 65536  # of a multiprocessor
 # Bytes a program may have: 8.0's tiles serve 8.6, 8.9 and 12.x too, which have the least.
@@ -26,6 +26,7 @@ def rows(output: dict[str, Any]) -> list[Row]:
     return list(output["rows"])
 
 
+@pytest.mark.counts
 def test_the_page_is_of_these_kernels(output: dict[str, Any]) -> None:
     assert_current(output["page"], "attention.md")
 
@@ -114,6 +115,10 @@ def test_rotation_takes_no_special_function(rows: list[Row]) -> None:
     assert len(compared) == 30
     for row, without in compared:
         assert row["tile_mufu"] == without["tile_mufu"], (row, without)
+
+
+def test_no_register_of_a_product_is_touched_before_the_wait_for_it(rows: list[Row]) -> None:
+    assert_all(rows, lambda row: row["touched_too_early"] == [])
 
 
 def test_products_have_all_columns_of_their_layout(rows: list[Row]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from codegen_pages import Row, assert_all, assert_current, compiled
 
-pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.counts]
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 REGISTERS = 65536  # of a multiprocessor
 # Bytes that the programs of a multiprocessor share; 8.6, 8.9 and 12.x take 8.0's tiles, one program
@@ -35,6 +35,7 @@ def decodes(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["kernel"] == "decode"]
 
 
+@pytest.mark.counts
 def test_the_page_is_of_these_kernels(output: dict[str, Any]) -> None:
     assert_current(output["page"], "decode.md")
 
@@ -69,6 +70,10 @@ def test_so_many_programs_fit_a_multiprocessor(decodes: list[Row]) -> None:
 
 def test_the_matrix_unit_does_the_products(decodes: list[Row]) -> None:
     assert_all(decodes, lambda row: row["tile_matrix"] > 0)
+
+
+def test_no_register_of_a_product_is_touched_before_the_wait_for_it(decodes: list[Row]) -> None:
+    assert_all(decodes, lambda row: row["touched_too_early"] == [])
 
 
 def test_products_have_all_columns_of_their_layout(decodes: list[Row]) -> None:
