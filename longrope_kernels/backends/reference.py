@@ -1,10 +1,13 @@
 """The specification in PyTorch: the formula of the paper, with float64 angles, and its gradient.
 
-Everything else in this package is tested against this file. It uses no kernel, no custom op and
-no phase accumulator, so PyTorch differentiates it by itself, to any order.
+Everything else in this package is tested against this file. It uses no kernel and no custom op, so
+PyTorch differentiates it by itself, to any order. Devices without float64 (Apple's) take the steps
+of the phase accumulator for the same angles.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -50,12 +53,20 @@ def query_sets(tables: Tables, selection: Selection, tokens: torch.Tensor) -> to
 def cos_sin(
     tables: Tables, selection: Selection, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``a cos(angle)`` and ``a sin(angle)`` of each token and pair: two (B, S, P) float64."""
+    """``a cos(angle)`` and ``a sin(angle)`` of each token and pair: two (B, S, P) float64.
+
+    float32 on a device without float64; the angle is within 3e-7 then.
+    """
     token_set = token_sets(tables, selection, positions)
     n = positions.long()
     n_hat = tables.n_hat[token_set]
     original = (n_hat > 0) & (n < n_hat)
-    angle = n[..., None].double() * tables.inv_freq[token_set, (~original).long()]
+    row = (~original).long()
+    if tables.inv_freq.dtype == torch.float64:
+        angle = n[..., None].double() * tables.inv_freq[token_set, row]
+    else:  # turns, of which the product keeps the fraction, in units of 2**-64
+        phase = n[..., None] * tables.steps[token_set, row]
+        angle = (phase >> 32).to(torch.float32) * (2 * math.pi / 2**32)
     a = torch.where(original, 1.0, tables.attention_factor[token_set])[..., None]
     return a * angle.cos(), a * angle.sin()
 

@@ -10,7 +10,7 @@ import torch
 from ..calls import values
 from ..rope import phase
 from ..rope.factor_set import FactorSet, check_attention_factor, check_n_hat, floats
-from ..rope.tables import UNBOUNDED, Tables
+from ..rope.tables import UNBOUNDED, Tables, has_float64
 from ..rope.value import Rope, check_base
 from ..torch_private import fake_mode_of
 from .library import LIBRARY, NAMESPACE, TAGS
@@ -27,7 +27,7 @@ def resolve(
     """The tables on the device of q from a `Rope` or from raw factors.
 
     Raw factors on the host go through a cached `Rope`, in extended precision; factors on a device
-    go through float64 there, without a sync.
+    go through float64 there, without a sync, or where it has none through the host.
     """
     device = q.device
     if isinstance(factors, Rope):
@@ -47,6 +47,8 @@ def resolve(
         raise TypeError("n_hat: expected an int beside raw factors (0 for no threshold), got None")
     if isinstance(factors, torch.Tensor):
         _check_factors_tensor(factors)
+        if not has_float64(factors.device):
+            factors = _on_host(factors, device)
         on_host = factors.device.type == "cpu" and values.is_plain(factors)
     else:
         factors, on_host = _listed("factors", factors), True
@@ -59,18 +61,24 @@ def resolve(
     check_n_hat(n_hat)
     check_base(base)
     check_attention_factor(attention_factor)
-    if factors.device.type != "cpu" and factors.device != device:
-        raise ValueError(f"factors: expected them on the host or on {device}, got {factors.device}")
+    _check_device(factors, device)
     values.check_factors(factors)
     inv_freq, steps = _frequencies(factors, float(base))
+    at = factors.device
     return Tables(
-        steps.to(device),
-        torch.full((1,), n_hat, dtype=torch.int64, device=device),
-        torch.full((1,), attention_factor, dtype=torch.float64, device=device),
-        torch.full((1,), UNBOUNDED, dtype=torch.int64, device=device),
-        inv_freq.to(device),
+        steps,
+        torch.full((1,), n_hat, dtype=torch.int64, device=at),
+        torch.full((1,), attention_factor, dtype=torch.float64, device=at),
+        torch.full((1,), UNBOUNDED, dtype=torch.int64, device=at),
+        inv_freq,
         interleaved,
-    )
+    ).to(device)
+
+
+def _on_host(factors: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Factors of a device without float64, which costs a sync."""
+    _check_device(factors, device)
+    return factors.cpu()
 
 
 @lru_cache(maxsize=256, typed=True)
@@ -103,6 +111,11 @@ def _check_factors_tensor(factors: torch.Tensor) -> None:
         raise TypeError(f"factors: expected a floating dtype, got {factors.dtype}")
     if factors.requires_grad:
         raise ValueError("factors: expected a tensor without grad; no gradient reaches factors")
+
+
+def _check_device(factors: torch.Tensor, device: torch.device) -> None:
+    if factors.device.type != "cpu" and factors.device != device:
+        raise ValueError(f"factors: expected them on the host or on {device}, got {factors.device}")
 
 
 def _listed(name: str, values: Sequence[float]) -> tuple[float, ...]:

@@ -147,6 +147,6 @@ def _make_turns(old: Rope, new: Rope, x: torch.Tensor) -> tuple[Tables, ...]:
             torch.stack(rows["inv_freq"]),
             old.interleaved,
         )
-        found.append(tables.convert(lambda table: table.to(x.device)))
+        found.append(tables.to(x.device))
     thresholds = {(a.n_hat, b.n_hat) for a in old.sets for b in new.sets}
     return tuple(found) if any(x != y for x, y in thresholds) else (found[0],)

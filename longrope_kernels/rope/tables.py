@@ -24,9 +24,9 @@ class Tables(NamedTuple):
 
     steps: torch.Tensor  # (S, 2, P) int64, 2**-64 turns per token
     n_hat: torch.Tensor  # (S,) int64
-    attention_factor: torch.Tensor  # (S,) float64
+    attention_factor: torch.Tensor  # (S,) float64; float32 where the device has no float64
     max_length: torch.Tensor  # (S,) int64
-    inv_freq: torch.Tensor  # (S, 2, P) float64, radians per token
+    inv_freq: torch.Tensor  # (S, 2, P), radians per token, of the same dtype
     interleaved: bool  # pairs are dimensions (2i, 2i + 1) instead of (i, i + P)
 
     @property
@@ -49,6 +49,23 @@ class Tables(NamedTuple):
             to(self.inv_freq),
             self.interleaved,
         )
+
+    def to(self, device: torch.device) -> Tables:
+        """The same on ``device``."""
+        wide = has_float64(device)
+
+        def move(table: torch.Tensor) -> torch.Tensor:
+            narrowed = table.is_floating_point() and not wide
+            return (table.to(torch.float32) if narrowed else table).to(device)
+
+        return self.convert(move)
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors of float64 can be on the device: not on Apple's GPUs and some of Intel's."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
 
 
 def make_tables(sets: Sequence[FactorSet], base: float, interleaved: bool) -> Tables:

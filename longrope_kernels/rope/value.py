@@ -344,7 +344,7 @@ class Rope:
 
     def _tables_on(self, device: torch.device) -> Tables:
         host = self._tables.get(_HOST) or make_tables(self.sets, self.base, self.interleaved)
-        return host.convert(lambda table: table.to(device))
+        return host.to(device)
 
     def has_tables(self, device: torch.device) -> bool:
         """Whether a call on ``device`` finds its tables there."""
