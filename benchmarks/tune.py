@@ -87,7 +87,7 @@ def forward(dim: int, shape: Shape, arch: int) -> Iterator[Job]:
         in_registers = name == "registers"
         yield Job(
             name,
-            attention.choose_config(arch, dim, causal, in_registers),
+            attention.choose_config(arch, dim, in_registers),
             lambda config, given=(call, out, lse, not in_registers): [
                 attention.plan(*given, arch, config)
             ],

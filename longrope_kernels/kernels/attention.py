@@ -37,6 +37,7 @@ from .attention_tiles import (
 )
 from .launch import Launch, matrix_args, tensor_args
 from .pieces import (
+    JOINED,
     add_dots,
     dot_rows,
     load_pieces,
@@ -55,16 +56,17 @@ PREPASS_QUERIES = 400
 
 # ----------------------------------------------------------------------------------------- launch
 
-# By architecture and head_dim, for "prepass" (not causal, causal) and "registers": the largest
-# tiles that compile without spills (tests/test_codegen_attention.py). Not timed on a GPU yet. 0 is
-# the interpreter: small tiles, so that small tests see several.
+# By architecture and head_dim: for "prepass" with half pairing and no mask but the causal one, for
+# any other "prepass", and for "registers": the largest tiles that compile without spills and, on
+# 9.0, without a wait after each matrix instruction (tests/test_codegen_attention.py). Not timed on
+# a GPU yet. 0 is the interpreter: small tiles, so that small tests see several.
 _SMALL = Config(32, 32, 4, 1)
 CONFIGS = {
-    0: {256: (_SMALL, _SMALL, _SMALL)},
+    0: {256: (_SMALL._replace(joined=True), _SMALL, _SMALL)},
     90: {
-        64: (Config(128, 128, 8, 3), Config(128, 128, 8, 3), Config(128, 64, 8, 2)),
-        96: (Config(128, 128, 8, 2), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
-        128: (Config(128, 128, 8, 2), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
+        64: (Config(128, 128, 8, 3, True), Config(128, 128, 8, 3), Config(128, 64, 8, 2)),
+        96: (Config(128, 128, 8, 3, True), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
+        128: (Config(128, 128, 8, 3, True), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
         256: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 16, 8, 2)),
     },
     80: {
@@ -76,7 +78,7 @@ CONFIGS = {
 }
 # What benchmarks/tune.py tries beside them.
 CANDIDATES = tuple(
-    Config(block_m, block_n, warps, stages)
+    Config(block_m, block_n, warps, stages, True)
     for block_m in (64, 128)
     for block_n in (16, 32, 64, 128)
     for warps in (4, 8)
@@ -88,19 +90,17 @@ CANDIDATES = tuple(
 def choose_config(
     arch: int,
     dim: int,
-    causal: bool,
     in_registers: bool,
     interleaved: bool = False,
-    packed_window: bool = False,
+    packed: bool = False,
+    window: bool = False,
+    padded: bool = False,
 ) -> Config:
-    """The tiles for a device of compute capability ``arch`` (90 for 9.0).
-
-    packed_window: packed sequences with a window.
-    """
+    """The tiles for a device of compute capability ``arch`` (90 for 9.0)."""
     of_dim: tuple[Config, ...] = nearest(CONFIGS, arch, dim)
-    config = of_dim[2 if in_registers else int(causal)]
+    config = of_dim[2 if in_registers else int(interleaved or packed or window or padded)]
     # Smaller tiles of k where the compiler would spill some registers.
-    if packed_window if in_registers else interleaved and 64 < dim <= 96:
+    if (packed and window) if in_registers else interleaved and 64 < dim <= 96:
         if config.block_n > 16:
             return config._replace(block_n=config.block_n // 2)
         return config._replace(block_m=config.block_m // 2)
@@ -130,10 +130,8 @@ def plan(
     sizes = sizes_of(call)
     dim = q.shape[3]
     if config is None:
-        packed_window = sizes.packed and scores.window > 0
-        config = choose_config(
-            arch, dim, scores.causal, not rotated, tables.interleaved, packed_window
-        )
+        masks = sizes.packed, scores.window > 0, keys.start is not None
+        config = choose_config(arch, dim, not rotated, tables.interleaved, *masks)
     of_kv_head = 2 * sizes.keys * dim * q.element_size()
     programs, tiles, section = grid_of(
         sizes.queries, sizes.heads, sizes, config.block_m, of_kv_head, sizes.groups
@@ -142,7 +140,8 @@ def plan(
         "DIM": dim,
         "PAIRS": tables.pairs,
         "SETS": tables.sets,
-        "INTERLEAVED": tables.interleaved,
+        "PAIRING": int(tables.interleaved) + (JOINED.value if rotated and config.joined else 0),
+        "ADJACENT": keys.k.stride(1) == dim,
         "CAUSAL": scores.causal,
         "WINDOW": scores.window > 0,
         "SOFTCAP": scores.cap > 0,
@@ -181,13 +180,13 @@ def _load_k(
     i_set,
     DIM: tl.constexpr,
     PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    PAIRING: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Rotated keys j0 to j0 + BLOCK_N; key_positions: (pointer or None, stride)."""
     o_n = tl.arange(0, BLOCK_N)
     rows = k[0] + wide(j0) * k[1] + (o_n * k[1])[:, None]
-    pieces = load_pieces(rows, exist, PAIRS, DIM, INTERLEAVED)
+    pieces = load_pieces(rows, exist, PAIRS, DIM, PAIRING)
     if key_positions[0] is not None:
         p_n = key_positions[0] + wide(j0) * key_positions[1] + o_n * key_positions[1]
         if exist is None:
@@ -196,7 +195,7 @@ def _load_k(
             n = tl.load(p_n[:, None], mask=exist, other=0).to(tl.int64).reshape((BLOCK_N,))
         original, a = token_rows(n, i_set, rope[1], rope[2])
         p_steps = rope[0] + i_set * 2 * PAIRS
-        turned = rotate_pieces(pieces, n, original, a, p_steps, PAIRS, INTERLEAVED, False)
+        turned = rotate_pieces(pieces, n, original, a, p_steps, PAIRS, PAIRING, False)
         pieces = narrow_pieces(turned, k[0].dtype.element_ty)
     return pieces
 
@@ -214,7 +213,7 @@ def _attend(
     scores,
     DIM: tl.constexpr,
     PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    PAIRING: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -237,7 +236,7 @@ def _attend(
         exist = None
         if MASKED:
             exist = (j0 + o_n < keys)[:, None]
-        b_k = _load_k(k, key_positions, rope, j0, exist, i_set, DIM, PAIRS, INTERLEAVED, BLOCK_N)
+        b_k = _load_k(k, key_positions, rope, j0, exist, i_set, DIM, PAIRS, PAIRING, BLOCK_N)
         s = dot_rows(q, b_k, None)
         if MASKED or SOFTCAP:
             s = cap_scores(s, scale, cap, SOFTCAP)
@@ -310,7 +309,8 @@ def attention_kernel(
     DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     SETS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    PAIRING: tl.constexpr,
+    ADJACENT: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -326,7 +326,7 @@ def attention_kernel(
     (None, 0, 0): k is rotated. rope: steps (SETS, 2, PAIRS), n_hat, attention_factor, max_length.
     lengths, sets, kv_start: (pointer or None, stride) of (sequences,); cu, cu_k: of
     (sequences + 1,). scale, cap: see `cap_scores`. search_step: the largest power of two below
-    ``sequences``. tiles, section: see `tile_of_program`.
+    ``sequences``. tiles, section: see `tile_of_program`. ADJACENT: the token stride of k is DIM.
     """
     i_tile, i_bh = tile_of_program(tiles, section, tl.num_programs(0) // tiles)
     i_b = i_bh // heads
@@ -350,9 +350,9 @@ def attention_kernel(
     n = tl.load(p_n, mask=in_q, other=0).to(tl.int64)
     original, a = token_rows(n, i_set, rope[1], rope[2])
     rows = q[0] + i_b * q[1] + i_h * q[3] + (row_q * q[2])[:, None]
-    b_q = load_pieces(rows, in_q[:, None], PAIRS, DIM, INTERLEAVED)
+    b_q = load_pieces(rows, in_q[:, None], PAIRS, DIM, PAIRING)
     p_steps = rope[0] + i_set * 2 * PAIRS
-    b_q = rotate_pieces(b_q, n, original, a, p_steps, PAIRS, INTERLEAVED, False)
+    b_q = rotate_pieces(b_q, n, original, a, p_steps, PAIRS, PAIRING, False)
     b_q = narrow_pieces(b_q, q[0].dtype.element_ty)
 
     shift = keys - queries
@@ -363,7 +363,8 @@ def attention_kernel(
         m0, queries, keys, first_key, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
     )
 
-    k_of_head = (k[0] + i_b * k[1] + begin_k * k[2] + i_hk * k[3], k[2])
+    # A stride that the compiler knows leaves it one address for the rows of a thread.
+    k_of_head = (k[0] + i_b * k[1] + begin_k * k[2] + i_hk * k[3], DIM if ADJACENT else k[2])
     v_of_head = (v[0] + i_b * v[1] + begin_k * v[2] + i_hk * v[3], v[2])
     n_k = (None, 0)
     if key_positions[0] is not None:
@@ -380,15 +381,15 @@ def attention_kernel(
     if WINDOW or kv_start[0] is not None:
         state = _attend(
             *(state, low, all_low, b_q, of_keys, rope, i_set, mask, scores),
-            *(DIM, PAIRS, INTERLEAVED, CAUSAL, WINDOW, SOFTCAP, True, BLOCK_N),
+            *(DIM, PAIRS, PAIRING, CAUSAL, WINDOW, SOFTCAP, True, BLOCK_N),
         )
     state = _attend(
         *(state, all_low, all_high, b_q, of_keys, rope, i_set, mask, scores),
-        *(DIM, PAIRS, INTERLEAVED, CAUSAL, WINDOW, SOFTCAP, False, BLOCK_N),
+        *(DIM, PAIRS, PAIRING, CAUSAL, WINDOW, SOFTCAP, False, BLOCK_N),
     )
     acc, top, total = _attend(
         *(state, all_high, high, b_q, of_keys, rope, i_set, mask, scores),
-        *(DIM, PAIRS, INTERLEAVED, CAUSAL, WINDOW, SOFTCAP, True, BLOCK_N),
+        *(DIM, PAIRS, PAIRING, CAUSAL, WINDOW, SOFTCAP, True, BLOCK_N),
     )
 
     empty = total == 0.0

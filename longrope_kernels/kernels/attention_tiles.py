@@ -30,12 +30,17 @@ _SECTION_BYTES = 32 * 2**20
 
 
 class Config(NamedTuple):
-    """Rows of q and of k in a tile, warps of a program, and stages of the loop's pipeline."""
+    """Rows of q and of k in a tile, warps of a program, and stages of the loop's pipeline.
+
+    joined: both dimensions of pairs are in one operand (`pieces.JOINED`), where k is rotated
+    before.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    joined: bool = False
 
 
 class Sizes(NamedTuple):

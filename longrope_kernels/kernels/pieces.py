@@ -6,12 +6,13 @@ of them, or four pieces 32, 32, 16, 16, and is never padded to 128. Two orders a
 - rotated pieces, of q and k: first the pairs, then the dimensions that are not rotated. In the half
   pairing the first and second dimensions of 2**n pairs are a piece each, so that a rotation
   combines two pieces element by element; eight pairs, which are too narrow for a matrix
-  instruction, share one piece of 16 (firsts, then seconds). Interleaved pairs lie as in memory.
+  instruction, share one piece of 16 (firsts, then seconds), and with ``JOINED`` all do.
+  Interleaved pairs lie as in memory.
 - plain pieces, of v and the output: as in memory.
 
 Tuples of tensors carry them; ``PAIRS``, ``DIM`` and ``PAIRING`` say which they are. PAIRING is
-whether pairs are interleaved, a bool, or with ``ROOMY`` added to it a number: then chunks have 16
-pairs at least, some of which do not exist, and no piece is put together from two.
+whether pairs are interleaved, a bool, or a number with ``JOINED`` added to it, or ``ROOMY``: then
+chunks have 16 pairs at least, some of which do not exist, and no piece is put together from two.
 
 Short names: see rotation.py.
 """
@@ -29,6 +30,10 @@ WIDE = tl.constexpr(-1)
 # loads eight elements a lane in a row, of 32 columns at least, and of 16 columns takes wrong ones
 # (fixed upstream, triton-lang/triton#11691).
 ROOMY = tl.constexpr(2)
+
+# In ``PAIRING``: firsts and seconds of a chunk share a piece. On sm_90 each product whose first
+# operand is in registers is waited for, so that fewer of them wait less.
+JOINED = tl.constexpr(4)
 
 
 @triton.constexpr_function
@@ -51,6 +56,12 @@ def _chunks(pairs, pairing):
 
 
 @triton.constexpr_function
+def _is_split(width, pairing):
+    """Whether both dimensions of a chunk of pairs that lie apart in memory are in one piece."""
+    return width == 8 or bool(pairing & JOINED.value)
+
+
+@triton.constexpr_function
 def _list_pieces(pairs, dim, pairing):
     """(start, width, limit, split) of each rotated piece, in order.
 
@@ -63,8 +74,8 @@ def _list_pieces(pairs, dim, pairing):
     for width in _chunks(pairs, pairing):
         if pairing & 1:
             pieces.append((2 * start, 2 * width, 2 * pairs, False))
-        elif width == 8:
-            pieces.append((start, 16, pairs, True))
+        elif _is_split(width, pairing):
+            pieces.append((start, 2 * width, pairs, True))
         else:
             pieces.append((start, width, pairs, False))
             pieces.append((pairs + start, width, 2 * pairs, False))
@@ -90,6 +101,12 @@ def _piece(pairs, dim, pairing, index, field):
 @triton.constexpr_function
 def _count_chunks(pairs, pairing):
     return len(_chunks(pairs, pairing))
+
+
+@triton.constexpr_function
+def _first_piece(pairing, index):
+    """The first piece of a chunk; before it there is one for each chunk, or there are two."""
+    return index if pairing & (1 | JOINED.value) else 2 * index
 
 
 @triton.constexpr_function
@@ -318,17 +335,18 @@ def _resplit(x_i, x_j):
 def _rotate_chunk(pieces, cos, sin, PAIRING: tl.constexpr, C: tl.constexpr):
     """The rotated pieces of chunk C, one or two, float32."""
     WIDTH: tl.constexpr = cos.shape[1]
+    FIRST: tl.constexpr = _first_piece(PAIRING, C)
     if PAIRING & 1:
-        x = pieces[C]
+        x = pieces[FIRST]
         x_i, x_j = tl.split(tl.reshape(x, (x.shape[0], WIDTH, 2)))
         y_i, y_j = rotate(x_i, x_j, cos, sin)
         turned = (tl.interleave(y_i, y_j),)
-    elif WIDTH == 8:
-        x_i, x_j = _unsplit(pieces[2 * C])
+    elif _is_split(WIDTH, PAIRING):
+        x_i, x_j = _unsplit(pieces[FIRST])
         y_i, y_j = rotate(x_i, x_j, cos, sin)
         turned = (_resplit(y_i, y_j),)
     else:
-        turned = rotate(pieces[2 * C], pieces[2 * C + 1], cos, sin)
+        turned = rotate(pieces[FIRST], pieces[FIRST + 1], cos, sin)
     return turned
 
 
