@@ -18,8 +18,8 @@ install = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/$(PIP) --no-build-isolation 
 # One process a core, so one thread each; what threads do is tested in processes of its own.
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses auto --junitxml=$(1)/tests.xml
 
-.PHONY: demo test test-full test-long test-compiled test-newest-triton test-oldest test-newest record \
-	mutations benchmark report lint format docs lock clean
+.PHONY: demo test test-full test-long test-compiled test-newest-triton test-newest-ptxas \
+	test-oldest test-newest record mutations benchmark report lint format docs lock clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
@@ -28,7 +28,7 @@ test: $(VENV)/development.stamp
 	$(call pytest,$(VENV)) --dist worksteal tests
 
 # What a change must pass too, and takes longer than to wait for.
-test-full: test-long test-compiled test-newest-triton test-oldest
+test-full: test-long test-compiled test-newest-triton test-newest-ptxas test-oldest
 
 test-long: $(VENV)/development.stamp
 	LONGROPE_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal \
@@ -47,6 +47,13 @@ NEWEST_TRITON := 3.9.0
 test-newest-triton: $(VENV)/triton-$(NEWEST_TRITON).stamp
 	PYTHONPATH=$(VENV)/triton-$(NEWEST_TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
 		tests/test_triton.py
+
+# The kernels of sm_90 assembled by the newest ptxas, which must do what that of Triton does.
+NEWEST_PTXAS := 13.5.37
+test-newest-ptxas: $(VENV)/ptxas-$(NEWEST_PTXAS).stamp
+	TRITON_PTXAS_PATH=$(CURDIR)/$(VENV)/ptxas-$(NEWEST_PTXAS)/nvidia/cu13/bin/ptxas LONGROPE_FULL=1 \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_codegen.py \
+		tests/test_codegen_attention.py tests/test_codegen_decode.py
 
 # Tests of what is other people's: the models, the compilers, the optimisers, the readers of configs.
 LEANING := $(wildcard tests/test_models_*.py tests/test_transformers.py tests/test_triton*.py \
@@ -142,4 +149,9 @@ $(VENV)/development.stamp: $(VENV)/demo.stamp requirements/development.txt
 $(VENV)/triton-$(NEWEST_TRITON).stamp: $(VENV)/development.stamp
 	rm -rf $(VENV)/triton-*
 	$(BIN)/$(PIP) --target $(VENV)/triton-$(NEWEST_TRITON) --no-deps triton==$(NEWEST_TRITON)
+	touch $@
+
+$(VENV)/ptxas-$(NEWEST_PTXAS).stamp: $(VENV)/development.stamp
+	rm -rf $(VENV)/ptxas-*
+	$(BIN)/$(PIP) --target $(VENV)/ptxas-$(NEWEST_PTXAS) --no-deps nvidia-cuda-nvcc==$(NEWEST_PTXAS)
 	touch $@

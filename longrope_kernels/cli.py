@@ -50,6 +50,10 @@ def info() -> None:
     if not torch.cuda.device_count():
         typer.echo("cuda             no device")
 
+    ptxas = backends.part("triton", "device").ptxas()
+    if ptxas is not None:
+        typer.echo(f"triton's ptxas   {ptxas}")
+
     for title, width, rows in (
         ("backends", 10, backends.table()),
         ("backends of attention alone", 12, backends.attention_table()),
@@ -57,7 +61,11 @@ def info() -> None:
         typer.echo(f"\n{title}")
         for row in rows:
             devices = ", ".join(row["devices"])
-            state = "ready" if row["missing"] is None else f"missing: {row['missing']}"
+            state = "ready"
+            if row["missing"] is not None:
+                state = f"missing: {row['missing']}"
+            elif row["missing_products"] is not None:
+                state = f"ready for the rotation alone: {row['missing_products']}"
             typer.echo(f"  {row['name']:<{width}} {devices:<5} {state}")
 
     typer.echo("\nbackend=None takes the first of these that is ready (float64: reference)")

@@ -131,7 +131,9 @@ DEMANDING_80 = (
 
 
 def cases() -> Iterator[Case]:
-    """Every head_dim for each architecture, with rotation and without; variants; one for sm_100."""
+    """Every head_dim for each architecture, with rotation and without; variants; and head_dim 128
+    for those that take the tiles of 8.0, and for sm_100.
+    """
     for arch, dim in itertools.product((80, 90), DIMS):
         configs = attention_backward.choose_configs(arch, dim, 0.0)
         kernels = ["prepass", "registers", "dq", *(("dk", "dv") if configs.dv else ("dk_dv",))]
@@ -147,8 +149,9 @@ def cases() -> Iterator[Case]:
                 yield Case(dim, arch, kernel, causal=False)
         yield Case(dim, arch, "delta")
     yield from DEMANDING_80
-    for kernel in ("prepass", "registers", "dk", "dv", "dq"):
-        yield Case(128, 100, kernel)
+    for arch in (86, 89, 100, 120):
+        for kernel in ("prepass", "registers", "dk", "dv", "dq"):
+            yield Case(128, arch, kernel)
 
 
 def short_products(ttgir: str) -> int:
@@ -201,6 +204,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
         "mufu": number("MUFU"),
         "short_products": short_products(compiled.ttgir),
         "touched_too_early": touched_too_early(compiled.sass),
+        "tile_waits": tile.count("WARPGROUP.DEPBAR.LE"),
         "tile_instructions": len(tile),
         "tile_matrix": sum("MMA" in name for name in tile),
         "tile_mufu": sum(name.startswith("MUFU") for name in tile),
@@ -209,7 +213,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     names = ("registers", "shared", "instructions", "local")
-    of_tile = ("tile_instructions", "tile_matrix", "tile_mufu")
+    of_tile = ("tile_instructions", "tile_matrix", "tile_waits", "tile_mufu")
     head = ("sm", "kernel", "head_dim", "variant", "tile", "warps", "stages", *names, *of_tile)
     lines = [" | ".join(head).replace("_", " "), " | ".join("---" for _ in head)]
     for row in rows:

@@ -29,7 +29,7 @@ from longrope_kernels.kernels import decode
 from longrope_kernels.rope.tables import Tables
 
 CAPACITY = 131072
-MULTIPROCESSORS = {80: 108, 90: 132}
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 120: 170}
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,9 @@ def cases() -> Iterator[Case]:
             yield from (Case(dim, arch, **variant) for variant in variants)
         elif dim in (96, 256):
             yield Case(dim, arch, queries=16)
+    for arch in (86, 89, 120):
+        yield Case(128, arch)
+        yield Case(128, arch, block_size=16, float8=True)
 
 
 def compile_case(case: Case, folder: Path) -> dict[str, Any]:

@@ -33,8 +33,27 @@ def test_info_prints_version_backends_and_the_choice():
         assert f"\n  {function:<13} cpu   native > reference" in result.stdout
 
 
+def test_info_names_the_assembler_that_triton_takes(monkeypatch):
+    from triton import knobs
+
+    tool = knobs.nvidia.ptxas
+    assert f"triton's ptxas   {tool.version}, {tool.path}\n" in run("info").stdout
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "triton" else real(name)
+    )
+    assert "ptxas" not in run("info").stdout
+
+
+def test_info_says_that_a_backend_does_the_rotation_alone(monkeypatch):
+    row = {"name": "triton", "devices": ("cuda",), "missing": None, "missing_products": "too old"}
+    monkeypatch.setattr(backends, "table", lambda: [row])
+    assert "triton     cuda  ready for the rotation alone: too old" in run("info").stdout
+
+
 def test_info_says_why_a_backend_is_missing(monkeypatch):
     row = {"name": "native", "devices": ("cpu",), "missing": "not built; run make"}
+    row["missing_products"] = row["missing"]
     monkeypatch.setattr(backends, "table", lambda: [row])
     assert "native     cpu   missing: not built; run make" in run("info").stdout
 

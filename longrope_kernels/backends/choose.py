@@ -61,6 +61,8 @@ FUSED_HEAD_DIMS = range(16, 257)
 CUDA_HEAD_DIMS = range(8, 129, 8)
 # Of attention.
 WITHOUT_GRADIENTS = ("cuda",)
+# Of attention and decoding in Triton, and of all that CUDA C++ is compiled for.
+LEAST_CAPABILITY = (8, 0)
 
 # Device types each compiled backend serves.
 _DEVICES = {
@@ -81,10 +83,33 @@ def missing(name: str) -> str | None:
     """Why the backend cannot run in this process and how to get it, or None where it can."""
     if name in ("reference", "composed"):
         return None
+    reason: str | None
     if name in FLASH_BACKENDS:
-        reason: str | None = _module("flash_attention").missing(name)
+        reason = _module("flash_attention").missing(name)
         return reason
-    return part(name, "device").missing()  # type: ignore[no-any-return]
+    reason = part(name, "device").missing()
+    return reason or (_device_lacks(name) if name == "cuda" else None)
+
+
+def missing_products(name: str) -> str | None:
+    """`missing` for attention and decoding, which ask more of a device than the rotation does."""
+    return missing(name) or _device_lacks(name)
+
+
+def _device_lacks(name: str) -> str | None:
+    """What the CUDA devices of this process lack for the products of the backend's kernels."""
+    if name not in ("triton", "cuda") or _interprets(name, "cpu") or not torch.cuda.is_available():
+        return None
+    if torch.version.hip is not None:
+        return f"on ROCm (this torch is for HIP {torch.version.hip}) it serves the rotation alone"
+    best = max(range(torch.cuda.device_count()), key=torch.cuda.get_device_capability)
+    found = torch.cuda.get_device_capability(best)
+    if found >= LEAST_CAPABILITY:
+        return None
+    return (
+        f"it needs compute capability {'.'.join(map(str, LEAST_CAPABILITY))} or more, and "
+        f"{torch.cuda.get_device_name(best)} has {'.'.join(map(str, found))}"
+    )
 
 
 @constant_in_graphs
@@ -118,10 +143,15 @@ def choose_rotary(backend: str | None, device: str, is_float64: bool) -> str:
     return _named(backend, device)
 
 
-def _named(backend: str, device: str) -> str:
-    """The backend, if it is there and serves tensors on ``device``."""
-    reason = missing(backend)
+def _named(backend: str, device: str, instead: str | None = None) -> str:
+    """The backend, if it is there and serves tensors on ``device``.
+
+    instead: what serves attention or decoding where this does not; None for a rotation.
+    """
+    reason = missing(backend) if instead is None else missing_products(backend)
     if reason is not None:
+        if instead is not None and missing(backend) is None:
+            reason += f"; expected {instead}"
         raise RuntimeError(f"backend: {backend!r} is not available: {reason}")
     if device not in _DEVICES[backend] and not _interprets(backend, device):
         raise ValueError(
@@ -172,7 +202,8 @@ def choose_attention(
                 libraries and _module("flash_attention").serves(name, capability, head_dim, trains)
             ):
                 continue
-            if dtype in FUSED_DTYPES and head_dim in _head_dims(name) and missing(name) is None:
+            served = dtype in FUSED_DTYPES and head_dim in _head_dims(name)
+            if served and missing_products(name) is None:
                 return name
         return "reference"
     if backend not in ATTENTION_BACKENDS:
@@ -193,7 +224,7 @@ def choose_attention(
         )
     if backend in ("reference", "composed"):
         return backend
-    _named(backend, device)
+    _named(backend, device, "'composed' or 'reference'")
     if dtype not in FUSED_DTYPES:
         raise ValueError(
             f"backend: {backend!r} serves bfloat16 and float16, got {dtype}; expected 'composed' "
@@ -246,14 +277,14 @@ def choose_decode(
     """
     if backend is None:
         for name in DECODE_CHOICE.get(device, ()):
-            if missing(name) is None and not _unserved(name, dtype, cache_dtype, head_dim):
+            if missing_products(name) is None and not _unserved(name, dtype, cache_dtype, head_dim):
                 return name
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "reference":
         return backend
-    _named(backend, device)
+    _named(backend, device, "'reference'")
     unserved = _unserved(backend, dtype, cache_dtype, head_dim)
     if unserved:
         raise ValueError(f"backend: {backend!r} serves {unserved}; expected 'reference'")
@@ -291,7 +322,9 @@ def _module(name: str) -> ModuleType:
 
 
 def table() -> list[dict[str, Any]]:
-    """One row a backend: name, devices, and why it is missing (None where it is not)."""
+    """One row a backend: name, devices, and why it is missing (None where it is not), for the
+    rotation and for attention and decoding.
+    """
     return [_row(name) for name in BACKENDS]
 
 
@@ -301,7 +334,9 @@ def attention_table() -> list[dict[str, Any]]:
 
 
 def _row(name: str) -> dict[str, Any]:
-    return {"name": name, "devices": _DEVICES.get(name, ("any",)), "missing": missing(name)}
+    devices = _DEVICES.get(name, ("any",))
+    why = {"missing": missing(name), "missing_products": missing_products(name)}
+    return {"name": name, "devices": devices, **why}
 
 
 def part(backend: str, part: str) -> ModuleType:

@@ -82,8 +82,14 @@ def table_of(configs: dict[int, Any], arch: int) -> Any:
 
     Those of 8.0 need no more than the 99 KB of shared memory of 8.6, 8.9 and 12.x.
     """
+    if 0 < arch < 80:
+        raise ValueError(
+            "backend: 'triton' needs compute capability 8.0 or more for attention and decoding, "
+            f"got a device of {arch // 10}.{arch % 10}; expected 'composed' (attention) or "
+            "'reference'"
+        )
     older = (known for known in configs if known <= arch and not 80 < known < 120 <= arch)
-    return configs[max(older, default=min(configs))]
+    return configs[max(older)]
 
 
 def nearest(configs: dict[int, Any], arch: int, dim: int) -> Any:

@@ -20,6 +20,22 @@ def missing() -> str | None:
     return None
 
 
+def ptxas() -> str | None:
+    """The assembler that Triton takes, its version and path; None without Triton or without it.
+
+    TRITON_PTXAS_PATH names another one.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from triton import knobs
+
+    try:
+        tool = knobs.nvidia.ptxas
+    except RuntimeError:  # none that runs, as on ROCm
+        return None
+    return f"{tool.version}, {tool.path}"
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, which is decided before they are imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"

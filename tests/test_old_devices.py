@@ -1,0 +1,96 @@
+"""GPUs that some kernels cannot serve: those before compute capability 8.0, and ROCm's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from longrope_kernels.backends import choose
+from longrope_kernels.kernels import attention, attention_backward, decode
+
+BF16 = torch.bfloat16
+NEEDS = "needs compute capability 8.0 or more, and Tesla T4 has 7.5"
+
+
+@pytest.fixture(autouse=True)
+def _device_of(monkeypatch: pytest.MonkeyPatch, request: Any) -> Iterator[None]:
+    """A process with one GPU of the capability and kind that the test names."""
+    capability, hip = request.param
+    for variable in ("TRITON_INTERPRET", "LONGROPE_CUDA_EMULATE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(choose.part("cuda", "device"), "missing", lambda: None)
+    choose.missing.cache_clear()
+    yield
+    choose.missing.cache_clear()
+
+
+old = pytest.mark.parametrize("_device_of", [((7, 5), None)], indirect=True)
+new = pytest.mark.parametrize("_device_of", [((8, 0), None)], indirect=True)
+rocm = pytest.mark.parametrize("_device_of", [((9, 4), "7.1.0")], indirect=True)
+
+
+@old
+def test_triton_rotates_on_an_old_device_and_does_no_more() -> None:
+    assert choose.choose_rotary(None, "cuda", False) == "triton"
+    assert choose.choose_rotary("triton", "cuda", False) == "triton"
+    assert choose.choose_attention(None, "cuda", BF16, 64, "masked") == "composed"
+    assert choose.choose_attention(None, "cuda", BF16, 64, "scored") == "reference"
+    assert choose.choose_decode(None, "cuda", BF16, BF16, 64) == "reference"
+    with pytest.raises(RuntimeError, match=f"'triton' .*{NEEDS}; expected 'composed' or 'ref"):
+        choose.choose_attention("triton", "cuda", BF16, 64, "plain")
+    with pytest.raises(RuntimeError, match=f"'triton' .*{NEEDS}; expected 'reference'"):
+        choose.choose_decode("triton", "cuda", BF16, BF16, 64)
+
+
+@old
+def test_cuda_is_compiled_for_later_ones() -> None:
+    with pytest.raises(RuntimeError, match=f"'cuda' .*{NEEDS}"):
+        choose.choose_rotary("cuda", "cuda", False)
+    with pytest.raises(RuntimeError, match=f"'cuda' .*{NEEDS}"):
+        choose.choose_decode("cuda", "cuda", BF16, BF16, 64)
+
+
+@old
+def test_the_table_says_so() -> None:
+    rows = {row["name"]: row for row in choose.table()}
+    assert rows["triton"]["missing"] is None
+    assert NEEDS in rows["triton"]["missing_products"]
+    assert NEEDS in rows["cuda"]["missing"]
+
+
+@new
+def test_from_8_0_on_they_serve_everything() -> None:
+    assert choose.choose_attention(None, "cuda", BF16, 64, "masked") == "triton"
+    assert choose.choose_decode(None, "cuda", BF16, BF16, 64) == "triton"
+    assert choose.choose_rotary("cuda", "cuda", False) == "cuda"
+
+
+@rocm
+def test_rocm_has_the_rotation_alone() -> None:
+    assert choose.choose_rotary(None, "cuda", False) == "triton"
+    assert choose.choose_attention(None, "cuda", BF16, 64, "masked") == "composed"
+    assert choose.choose_decode(None, "cuda", BF16, BF16, 64) == "reference"
+    with pytest.raises(RuntimeError, match=r"ROCm .*HIP 7.1.0\) it serves the rotation alone; exp"):
+        choose.choose_decode("triton", "cuda", BF16, BF16, 64)
+    with pytest.raises(RuntimeError, match=r"ROCm .*rotation alone; expected 'composed' or"):
+        choose.choose_attention("triton", "cuda", BF16, 64, "plain")
+
+
+@new
+def test_no_kernel_has_tiles_for_an_old_device() -> None:
+    """Where one stands beside a newer one, which is what the choice looks at."""
+    for choice in (
+        lambda: attention.choose_config(75, 64, False),
+        lambda: attention_backward.choose_configs(75, 64),
+        lambda: decode.choose_config(75, 64, 1),
+    ):
+        with pytest.raises(ValueError, match=r"8\.0 or more .*got a device of 7\.5; expected"):
+            choice()
