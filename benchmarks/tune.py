@@ -72,22 +72,24 @@ class Job(NamedTuple):
 
 
 def forward(dim: int, shape: Shape, arch: int) -> Iterator[Job]:
-    """Not causal, causal, and in registers, which few queries take."""
+    """By pre-pass without and with a window, and in registers, which few queries take."""
     few = max(1, attention.PREPASS_QUERIES * shape.kv_heads // shape.heads)
-    for name, causal, queries in (
-        *(("not causal", False, shape.seq), ("causal", True, shape.seq)),
-        ("registers", True, min(few, shape.seq)),
+    for name, window, queries in (
+        *(("prepass", 0, shape.seq), ("prepass, window", shape.seq // 2, shape.seq)),
+        ("registers", 0, min(few, shape.seq)),
     ):
         q, k, v = (
             shape.random(heads, dim, tokens)
             for heads, tokens in ((shape.heads, queries), *[(shape.kv_heads, shape.seq)] * 2)
         )
         out, lse = torch.empty_like(q), q.new_empty(1, shape.heads, queries, dtype=torch.float32)
-        call = _call(q, k, v, causal)
         in_registers = name == "registers"
+        if not in_registers:
+            k = k.transpose(1, 2).contiguous().transpose(1, 2)  # as the scratch of the pre-pass
+        call = _call(q, k, v, True, window)
         yield Job(
             name,
-            attention.choose_config(arch, dim, in_registers),
+            attention.choose_config(arch, dim, in_registers, window=window > 0),
             lambda config, given=(call, out, lse, not in_registers): [
                 attention.plan(*given, arch, config)
             ],
@@ -170,11 +172,13 @@ def rotating(dim: int, shape: Shape, arch: int) -> Iterator[Job]:
 JOBS = {"forward": forward, "backward": backward, "decode": decoding, "rotary": rotating}
 
 
-def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> AttentionCall:
+def _call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window: int = 0
+) -> AttentionCall:
     """The queries are the last tokens."""
     (queries, dim), tokens = (q.shape[1], q.shape[3]), k.shape[1]
     at = torch.arange(tokens, device=DEVICE)[None]
-    tables, scores = Rope.plain(dim).tables(DEVICE), Scores(causal, dim**-0.5)
+    tables, scores = Rope.plain(dim).tables(DEVICE), Scores(causal, dim**-0.5, window)
     return AttentionCall(q, at[:, tokens - queries :], Keys(k, v, at), tables, Selection(), scores)
 
 

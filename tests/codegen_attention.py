@@ -213,7 +213,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     names = ("registers", "shared", "instructions", "local")
-    of_tile = ("tile_instructions", "tile_matrix", "tile_waits", "tile_mufu")
+    of_tile = ("tile_instructions", "tile_matrix", "tile_mufu")
     head = ("sm", "kernel", "head_dim", "variant", "tile", "warps", "stages", *names, *of_tile)
     lines = [" | ".join(head).replace("_", " "), " | ".join("---" for _ in head)]
     for row in rows:

@@ -77,8 +77,8 @@ def _width(name: str) -> int:
         return 1 if "32" in parts else 2
     if "64" in parts or "WIDE" in parts or family in ("DADD", "DMUL", "DFMA", "DMNMX"):
         return 2
-    converts_to_64_bits = family in ("F2F", "I2F", "F2I") and parts[:1] in (["F64"], ["S64"], ["U64"])
-    return 2 if converts_to_64_bits else 1
+    to_64_bits = parts[:1] in (["F64"], ["S64"], ["U64"])
+    return 2 if to_64_bits and family in ("F2F", "I2F", "F2I") else 1
 
 
 def functions(dump: str) -> Iterator[tuple[str, list[Instruction]]]:

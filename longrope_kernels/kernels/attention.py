@@ -64,7 +64,7 @@ _SMALL = Config(32, 32, 4, 1)
 CONFIGS = {
     0: {256: (_SMALL._replace(joined=True), _SMALL, _SMALL)},
     90: {
-        64: (Config(128, 128, 8, 3, True), Config(128, 128, 8, 3), Config(128, 64, 8, 2)),
+        64: (Config(128, 128, 8, 3, True), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
         96: (Config(128, 128, 8, 3, True), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
         128: (Config(128, 128, 8, 3, True), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
         256: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 16, 8, 2)),
