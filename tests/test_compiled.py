@@ -7,7 +7,10 @@ and fit one tile of a GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from append_truth import Case as AppendCase
 from append_truth import check as check_append
 from append_truth import fp32
@@ -17,6 +20,8 @@ from cases import TRITON as TRITON_TARGET
 from decode_truth import TRITON
 from decode_truth import Case as DecodeCase
 from decode_truth import check as check_decode
+
+from longrope_kernels.backends.triton import decode as triton_decode
 
 pytestmark = pytest.mark.compiled
 ROTATED_BEFORE = [
@@ -92,6 +97,41 @@ def test_gradients(case: Case) -> None:
 @pytest.mark.parametrize("case", DECODES, ids=str)
 def test_decoding(case: DecodeCase) -> None:
     check_decode(TRITON, case.call())
+    assert_counted_in_order()
+    assert_fenced()
+
+
+def assert_counted_in_order() -> None:
+    """What other blocks read: stored before a barrier and a count that releases it, read after.
+
+    Blocks run one after the other here, so no run would show it.
+    """
+    if CUDA:
+        return
+    from ptx import install
+
+    for kernel in install.device.compiled.values():
+        code = kernel.program.instructions
+        (count,) = (i for i, x in enumerate(code) if x.name == "atom")
+        assert {"acq_rel", "gpu"} <= set(code[count].modifiers)
+        before = [x for x in code[:count] if x.name == "bar" or is_global("st", x)]
+        after = [x for x in code[count:] if x.name == "bar" or is_global("ld", x)]
+        assert before[-1].name == after[0].name == "bar"
+
+
+def is_global(name: str, instruction: Any) -> bool:
+    return instruction.name == name and "global" in instruction.modifiers
+
+
+@pytest.mark.parametrize("case", [DECODES[0], DECODES[5]], ids=str)
+def test_the_last_program_combines_as_a_second_launch_does(
+    case: DecodeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {name: TRITON.move(x) for name, x in case.call().arguments.items()}
+    one = TRITON.decode(**given, return_lse=True)
+    monkeypatch.setattr(triton_decode, "counters_for", lambda *_: None)
+    for x, y in zip(one, TRITON.decode(**given, return_lse=True), strict=True):
+        assert torch.equal(x, y)
     assert_fenced()
 
 

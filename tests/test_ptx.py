@@ -225,6 +225,17 @@ def test_a_barrier_that_not_all_reach_ends_the_run() -> None:
         of_each_thread("@%p2 bar.sync 0; mov.b64 %rd20, 0;", torch.arange(64, dtype=torch.int32))
 
 
+def test_a_count_is_given_before_it_is_added_to() -> None:
+    """By one thread in two."""
+    body = """
+    mov.b32 %r21, 7; and.b32 %r22, %r20, 1; setp.eq.s32 %p3, %r22, 1;
+    @%p3 atom.global.gpu.acq_rel.add.u32 %r21, [%rd11 + 0], 5;
+    ld.global.b32 %r22, [%rd11]; sub.s32 %r21, %r22, %r21; cvt.s64.s32 %rd20, %r21;
+    """
+    got = of_each_thread(body, torch.arange(32, dtype=torch.int32))
+    assert got.tolist() == [5 if x % 2 else x - 7 for x in range(32)]
+
+
 def test_memory_of_no_tensor() -> None:
     with pytest.raises(OutsideError, match="of no tensor of the launch"):
         of_each_thread("ld.global.b32 %r21, [%rd11+4]; mov.b64 %rd20, 0;", INTEGERS)

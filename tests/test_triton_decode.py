@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_one_launch_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_decode, "run_launch", launched.append)
     out, lse = TRITON.decode(**arguments, return_lse=True)
     monkeypatch.undo()
-    assert len(launched) == 2
+    assert len(launched) == 1
     for lens in ((40, 41), (0, 17), (100, 1)):
         arguments["cache_lens"].copy_(torch.tensor(lens))
         for launch in launched:
@@ -174,6 +175,50 @@ def test_one_launch_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = TRITON.decode(**arguments, return_lse=True)
         assert torch.equal(out, expected[0])
         assert torch.equal(lse, expected[1])
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_the_last_program_combines_as_a_second_launch_does(
+    queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, and leaves what it counted in at 0; a CUDA graph takes the second launch."""
+    case = Case((130, 16, 77), queries, 4, 2, 32, dtype=bf16, boundary=76, n_hat=20)
+    given = {name: TRITON.move(x) for name, x in case.call().arguments.items()}
+    launched: list[Any] = []
+    run = triton_decode.run_launch
+    monkeypatch.setattr(triton_decode, "run_launch", lambda x: (launched.append(x), run(x)))
+    one = TRITON.decode(**given, return_lse=True)
+    assert len(launched) == 1
+    counted = [
+        x for x in launched[0].args if isinstance(x, torch.Tensor) and not x.dtype.is_floating_point
+    ]
+    assert len(counted) == 1
+    assert not counted[0].any()
+    monkeypatch.setattr(triton_decode, "counters_for", lambda *_: None)
+    two = TRITON.decode(**given, return_lse=True)
+    assert len(launched) == 3
+    for x, y in zip(one, two, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_threads_count_apart() -> None:
+    """As streams do: each has its own."""
+    q = torch.zeros(1)
+    held: list[torch.Tensor | None] = []
+
+    def look() -> None:
+        first = triton_decode.counters_for(q, 3)
+        held.extend((first, triton_decode.counters_for(q, 2), triton_decode.counters_for(q, 100)))
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    first, again, more, *others = (x for x in held if x is not None)
+    assert first is again
+    assert (len(first), len(more)) == (4, 128)
+    if not CUDA:
+        assert not {id(x) for x in others} & {id(x) for x in (first, more)}
 
 
 # ---------------------------------------------------------------------------------- tiles and rows

@@ -30,7 +30,13 @@ from .attention_tiles import (
 from .decode_cache import block_ids, slot_rows
 from .decode_float8 import CONVERT, SHIFT, half_pieces
 from .decode_sets import queries_of_set, selection_args, set_of_query, several_sets
-from .decode_splits import combine_kernel, keys_of_sequence, split_keys, tiles_of_split
+from .decode_splits import (
+    combine_if_last,
+    combine_kernel,
+    keys_of_sequence,
+    split_keys,
+    tiles_of_split,
+)
 from .launch import Launch, matrix_args, tensor_args, vector_args
 from .pieces import (
     ROOMY,
@@ -123,6 +129,12 @@ def splits_of(
     return choose_splits(units, batch, keys.capacity, config.block_n, places, least_tiles)
 
 
+def counters_of(call: DecodeCall, config: Config) -> int:
+    """How many counters `plan` takes."""
+    sets = call.tables.sets if several_sets(call.tables, call.selection, call.q.shape[1]) else 1
+    return call.q.shape[0] * call.keys.heads * _row_blocks(call, config)[1] * sets
+
+
 def _rows_of_kv_head(call: DecodeCall) -> int:
     return call.q.shape[1] * (call.q.shape[2] // call.keys.heads)
 
@@ -142,13 +154,16 @@ def plan(
     arch: int,
     splits: Splits,
     config: Config | None = None,
+    counters: torch.Tensor | None = None,
 ) -> list[Launch]:
     """The launches of a call, one or two, for tensors that are not empty.
 
     out is like q, lse (B, Hq, q_len) float32, contiguous. scratch: float32 (splits.most, batch,
     heads, q_len, dim) and (splits.most, batch, heads, q_len), None where ``most`` is 1. arch: the
     compute capability, 90 for 9.0. splits: of `splits_of`. config: instead of that of the table.
-    Nothing is allocated, no tensor is read.
+    counters: int32 zeros, `counters_of` or more, which are zeros again afterwards: then programs
+    count those of their rows that have ended, and the last one combines. Without them a second
+    launch does. Nothing is allocated, no tensor is read.
     """
     q, cache, tables, selection, scores = call
     batch, queries, heads, dim = q.shape
@@ -186,6 +201,7 @@ def plan(
         lse,
         partial_out,
         partial_lse,
+        counters,
         *of_sequences,
         matrix_args(cache.block_table),
         matrix_args(cache.positions),
@@ -201,12 +217,11 @@ def plan(
     programs = splits.most * batch * cache.heads * row_blocks
     grid = (programs * (tables.sets if several else 1),)
     launches = [Launch(decode_kernel, grid, args, constants, config.warps, config.stages)]
-    if scratch is not None:
+    if scratch is not None and counters is None:
         block_d = 1 << (dim - 1).bit_length()
         constants = {
             "DIM": dim,
             "WINDOW": window > 0,
-            "BLOCK_S": 2048 // block_d,
             "BLOCK_D": block_d,
             "BLOCK_N": config.block_n,
         }
@@ -217,7 +232,8 @@ def plan(
             *(window, queries, heads, batch),
             *splits,
         )
-        launches.append(Launch(combine_kernel, (lse.numel(),), args, constants, 4, 1))
+        # As many warps as in `combine_if_last`, so that both add up in one order.
+        launches.append(Launch(combine_kernel, (lse.numel(),), args, constants, config.warps, 1))
     return launches
 
 
@@ -277,6 +293,7 @@ def decode_kernel(
     lse,
     partial_out,
     partial_lse,
+    counters,
     cache_lens,
     kv_start,
     table,
@@ -320,7 +337,8 @@ def decode_kernel(
     q, out: (pointer, batch stride, token stride, head stride) of (batch, queries, heads, DIM). k,
     v: those of the caches, (batch, slots, kv_heads, DIM), with BLOCK_SIZE > 0 (blocks, BLOCK_SIZE,
     kv_heads, DIM); with FLOAT8 bytes. lse: (batch, heads, queries) float32. partial_out,
-    partial_lse: as in `combine_kernel`, None: one split each. cache_lens, kv_start, sets: (pointer
+    partial_lse: as in `combine_kernel`, None: one split each. counters: one for each program of a
+    split, or None, see `plan`. cache_lens, kv_start, sets: (pointer
     or None, stride) of (batch,); k_scale, v_scale of (kv_heads,). table, key_positions: (pointer or
     None, row stride, stride). lengths, sets: see decode_sets.py. rope: steps (SETS, 2, PAIRS),
     n_hat, attention_factor, max_length. scale, cap: see `cap_scores`. even, most, least: `Splits`.
@@ -340,6 +358,7 @@ def decode_kernel(
     low, high, start = keys_of_sequence(i_b, cache_lens, kv_start, queries, window, WINDOW)
     of_sets = (lengths, sets, rope[3])
     tokens = high - start - queries + 1  # up to query 0
+    takers = -1
     if SEVERAL_SETS:
         last_row = tl.minimum(m0 + BLOCK_M, queries * groups) - 1
         takers = queries_of_set(i_set, i_b, m0 // groups, last_row // groups, tokens, of_sets, SETS)
@@ -472,3 +491,12 @@ def decode_kernel(
         offset += wide(i_split) * batch * heads * queries
         store_pieces(partial_out + (offset * DIM)[:, None], in_q[:, None], acc, WIDE, DIM, False)
         tl.store(partial_lse + offset, top, mask=in_q)
+        if counters is not None:
+            unit = i_unit
+            if SEVERAL_SETS:
+                unit += i_set * units
+            m1 = tl.minimum(m0 + BLOCK_M, queries * groups)
+            of_rows = (i_b, i_hk, m0, m1, takers, wide(batch) * heads * queries, splits)
+            rest = (queries, heads, groups)
+            place = (counters + unit, out, lse, partial_out, partial_lse)
+            combine_if_last(*place, *of_rows, *rest, DIM, triton.next_power_of_2(DIM))

@@ -67,6 +67,90 @@ def split_keys(low, high, share, most, BLOCK_N: tl.constexpr):
     return tl.maximum(tl.cdiv(tiles, each), 1), first * BLOCK_N, each * BLOCK_N
 
 
+@triton.jit
+def _combine_row(
+    out,
+    lse,
+    partial_out,
+    partial_lse,
+    i_b,
+    i_t,
+    i_h,
+    row,
+    rows,
+    splits,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One row of the result, of query i_t and head i_h, from those of its live splits.
+
+    row, rows: its place among those of all sequences, int64. The rest: as in `combine_kernel`.
+    """
+    BLOCK_S: tl.constexpr = 2048 // BLOCK_D
+    o_s = tl.arange(0, BLOCK_S)
+    o_d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    top = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    for s0 in range(0, splits, BLOCK_S):
+        live = s0 + o_s < splits
+        offset = (s0 + o_s) * rows + row
+        x = tl.load(partial_lse + offset, mask=live, other=float("-inf"))
+        p_y = partial_out + offset[:, None] * DIM + o_d[None, :]
+        y = tl.load(p_y, mask=live[:, None] & (o_d < DIM)[None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(x, 0))
+        # Splits that see nothing must not subtract infinities.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(x - base)
+        alpha = tl.exp2(top - base)
+        total = total * alpha + tl.sum(weight, 0)
+        acc = acc * alpha + tl.sum(weight[:, None] * y, 0)
+        top = new_top
+    total_or_1 = tl.where(total == 0.0, 1.0, total)
+    p_out = out[0] + i_b * out[1] + i_t * out[2] + i_h * out[3] + o_d
+    tl.store(p_out, narrow(acc / total_or_1, out[0].dtype.element_ty), mask=o_d < DIM)
+    tl.store(lse + row + tl.arange(0, 1), (top + tl.log2(total_or_1)) * LN2)
+
+
+@triton.jit
+def combine_if_last(
+    p_count,
+    out,
+    lse,
+    partial_out,
+    partial_lse,
+    i_b,
+    i_hk,
+    m0,
+    m1,
+    takers,
+    rows,
+    splits,
+    queries,
+    heads,
+    groups,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows m0 to m1 of a KV head, by the last program of those that have their splits.
+
+    p_count: how many of these have stored what they found; 0 again after the last one. takers:
+    a bit for each query from that of row m0 on, 0 where the row is not one of these programs'.
+    rows, splits, and what they stored: as in `combine_kernel`.
+    """
+    # All threads have stored before one says so, and none loads before it has the answer.
+    tl.debug_barrier()
+    if tl.atomic_add(p_count, 1, sem="acq_rel") == splits - 1:
+        tl.store(p_count, 0)
+        for r in range(m0, m1):
+            i_t = r // groups
+            i_h = i_hk * groups + r % groups
+            if (takers >> (i_t - m0 // groups)) & 1 != 0:
+                row = (i_b * heads + i_h) * queries + i_t
+                of_row = (partial_out, partial_lse, i_b, i_t, i_h, row, rows, splits)
+                _combine_row(out, lse, *of_row, DIM, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=["window", "queries", "heads", "batch", "even", "most", "least"])
 def combine_kernel(
     out,
@@ -84,7 +168,6 @@ def combine_kernel(
     least,
     DIM: tl.constexpr,
     WINDOW: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -102,28 +185,6 @@ def combine_kernel(
     low, high, _start = keys_of_sequence(i_b, cache_lens, kv_start, queries, window, WINDOW)
     splits, _first, _keys = split_keys(low, high, share, most, BLOCK_N)
     if splits > 1:
-        o_s = tl.arange(0, BLOCK_S)
-        o_d = tl.arange(0, BLOCK_D)
         rows = tl.num_programs(0).to(tl.int64)
-        acc = tl.zeros((BLOCK_D,), tl.float32)
-        top = tl.full((1,), float("-inf"), tl.float32)
-        total = tl.zeros((1,), tl.float32)
-        for s0 in range(0, splits, BLOCK_S):
-            live = s0 + o_s < splits
-            offset = (s0 + o_s) * rows + row
-            x = tl.load(partial_lse + offset, mask=live, other=float("-inf"))
-            p_y = partial_out + offset[:, None] * DIM + o_d[None, :]
-            y = tl.load(p_y, mask=live[:, None] & (o_d < DIM)[None, :], other=0.0)
-            new_top = tl.maximum(top, tl.max(x, 0))
-            # Splits that see nothing must not subtract infinities.
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            weight = tl.exp2(x - base)
-            alpha = tl.exp2(top - base)
-            total = total * alpha + tl.sum(weight, 0)
-            acc = acc * alpha + tl.sum(weight[:, None] * y, 0)
-            top = new_top
-        total_or_1 = tl.where(total == 0.0, 1.0, total)
-        p_out = out[0] + i_b * out[1] + i_t * out[2] + i_h * out[3] + o_d
-        tl.store(p_out, narrow(acc / total_or_1, out[0].dtype.element_ty), mask=o_d < DIM)
-        o_1 = tl.arange(0, 1)
-        tl.store(lse + row + o_1, (top + tl.log2(total_or_1)) * LN2)
+        of_row = (partial_out, partial_lse, i_b, i_t, i_h, row, rows, splits)
+        _combine_row(out, lse, *of_row, DIM, BLOCK_D)

@@ -179,4 +179,25 @@ def _load_parameter(machine: Machine, instruction: Instruction) -> Step:
     return run
 
 
-BUILDERS: dict[str, Builder] = {"ld": _load, "st": _store}
+def _atomic(machine: Machine, instruction: Instruction) -> Step:
+    """atom.global.add of whole numbers, thread by thread; blocks run one after the other anyway."""
+    kind = instruction.type
+    if "global" not in instruction.modifiers or "add" not in instruction.modifiers:
+        raise NotImplementedError(str(instruction))
+    result = machine.target(instruction.operands[0], kind)
+    addresses = machine.address(instruction.operands[1])
+    added = machine.source(instruction.operands[2], kind)
+    dtype = numpy_type(kind)
+
+    def run(mask: Mask) -> None:
+        places, values = addresses(), np.broadcast_to(added, machine.threads)
+        for thread in np.flatnonzero(machine.active(mask)):
+            at = places[thread : thread + 1]
+            old = machine.memory.load(at, dtype)
+            machine.memory.store(at, old + values[thread])
+            result[thread] = old[0, 0]
+
+    return run
+
+
+BUILDERS: dict[str, Builder] = {"atom": _atomic, "ld": _load, "st": _store}

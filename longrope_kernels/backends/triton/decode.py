@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from ...calls.records import DecodeCall
@@ -11,6 +13,8 @@ from .launch import run_launch
 
 # What the interpreter stands for: enough that small tests see several splits.
 _INTERPRETED_MULTIPROCESSORS = 16
+# By device and stream, and in the interpreter by thread.
+_counters: dict[tuple[object, int], torch.Tensor] = {}
 
 
 def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -36,5 +40,30 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
         shape = (splits.most, *lse.shape)
         scratch = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape)
     with device.on_device(q):
-        for launch in kernels.plan(call, out, lse, scratch, arch, splits, config):
+        counters = None
+        if scratch is not None:
+            counters = counters_for(q, kernels.counters_of(call, config))
+        for launch in kernels.plan(call, out, lse, scratch, arch, splits, config, counters):
             run_launch(launch)
+
+
+def counters_for(q: torch.Tensor, count: int) -> torch.Tensor | None:
+    """``count`` zeros for the kernel to count in, which leaves zeros; None in a CUDA graph.
+
+    Kernels of one stream follow one another and may share them; two streams may not, nor two
+    graphs, whose replays nobody can order from here: a graph has the second launch instead, which
+    costs its replay no time of the host.
+    """
+    if not q.is_cuda:
+        place: tuple[object, int] = (q.device, threading.get_ident())
+    elif torch.cuda.is_current_stream_capturing():
+        return None
+    else:
+        place = (q.device, torch.cuda.current_stream(q.device).cuda_stream)
+    counters = _counters.get(place)
+    if counters is None or len(counters) < count:
+        with torch.inference_mode(False):
+            size = 1 << (count - 1).bit_length()
+            counters = torch.zeros(size, dtype=torch.int32, device=q.device)
+        _counters[place] = counters
+    return counters
