@@ -70,6 +70,12 @@ DECODING = [
     Mutation("a key too few", "kernels/decode.py", "part_keys = tl.maximum(part_high - part_low, 0)", "part_keys = tl.maximum(part_high - part_low - 1, 0)", "test_decode_forward.py -k triton"),
     Mutation("a split that is left out", "kernels/decode_splits.py", "live = s0 + o_s < splits", "live = s0 + o_s < splits - 1", "test_triton_decode.py"),
     Mutation("the scale of keys for values", "kernels/decode.py", "vector_args(cache.v_scale),", "vector_args(cache.k_scale),", "test_decode_forward.py -k 'triton and float8'"),
+    Mutation("new keys one slot too far", "kernels/append.py", "slot = length - tokens + t\n", "slot = length - tokens + t + 1\n", "test_append.py -k triton"),
+    Mutation("tokens that are not dropped", "kernels/append.py", "written = address >= 0", "written = exists", "test_append.py -k triton"),
+    Mutation("float8 rounded down", "kernels/append.py", "+ 0x7FFFF + ((rest >> 20) & 1)", "+ 0", "test_append.py -k 'triton and float8'"),
+    Mutation("values over the scale of keys", "backends/reference.py", "(v, cache.v, cache.v_scale)", "(v, cache.v, cache.k_scale)", "test_append.py -k reference"),
+    Mutation("written before all is checked", "ops/decode.py", "        values.check_decode(call)  # all of it, before anything is written\n", "", "test_append_errors.py -k decode"),
+    Mutation("a count that is not set back", "kernels/decode_splits.py", "tl.store(p_count, 0)", "pass", "test_triton_decode.py -k last_program"),
     Mutation("blocks by the first row of the table", "kernels/decode_cache.py", "p_ids = table[0] + i_b * table[1]", "p_ids = table[0]", "test_decode_forward.py -k 'triton and block'"),
 ]  # fmt: skip
 CACHES = [
