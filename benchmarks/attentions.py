@@ -23,6 +23,7 @@ from ropes import (
     transformers_rotary,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from without_rotation import attend_without_rotation, unrotated
 
 from longrope_kernels import attention
@@ -35,6 +36,10 @@ SDPA = {
     "SDPA efficient, no rotation": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA math, no rotation": SDPBackend.MATH,
 }
+# cuDNN's causal mask of torch begins at the first key: a chunk gets queries ahead of its own.
+PADDED = "SDPA cuDNN, padded queries, no rotation"
+SDPA[PADDED] = SDPBackend.CUDNN_ATTENTION
+OF_CHUNKS = ("SDPA flash, no rotation", PADDED)  # of those, who serves them
 ON_CPU = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
 # Ours: the arguments of `attention`.
 OURS = {
@@ -59,16 +64,25 @@ Chunks = dict[tuple[int, int], torch.Tensor]
 
 
 class Shape(NamedTuple):
-    """One call: q (1, tokens, heads, dim), k and v; without a geometry 32 and 8 heads."""
+    """One call: q (1, tokens, heads, dim), k and v; without a geometry 32 and 8 heads.
+
+    ``queries``: of these tokens the last, where q has not all of them.
+    """
 
     tokens: int
     dim: int
     causal: bool
     geometry: Geometry | None = None
+    queries: int = 0
 
     @classmethod
     def of(cls, prompt: Prompt, geometry: Geometry | None) -> Shape:
-        return cls(*prompt, geometry)
+        return cls(prompt.tokens, prompt.dim, prompt.causal, geometry, prompt.queries)
+
+    @property
+    def rows(self) -> int:
+        """Tokens of q."""
+        return self.queries or self.tokens
 
     @property
     def heads(self) -> Geometry:
@@ -77,18 +91,20 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         of_model = self.geometry.suffix if self.geometry else ""
         mask = "causal" if self.causal else "full"
-        return f"S = {self.tokens}, d = {self.dim}, {mask}{of_model}"
+        chunk = f"last {self.queries} of " if self.queries else ""
+        return f"S = {chunk}{self.tokens}, d = {self.dim}, {mask}{of_model}"
 
     def flops(self, direction: str) -> int:
         """Two products forward, five backward; half of each where the mask hides half."""
         heads = self.heads.q_heads
-        forward = 4 * heads * self.dim * self.tokens**2 // (2 if self.causal else 1)
+        pairs = self.rows * self.tokens - (self.rows**2 // 2 if self.causal else 0)
+        forward = 4 * heads * self.dim * pairs
         return forward if direction == "forward" else 5 * forward // 2
 
     def traffic(self, direction: str) -> int:
         """Bytes: every input read once, every output written once."""
-        of = (self.heads.q_heads, self.heads.k_heads)
-        q, kv = (2 * heads * self.dim * self.tokens for heads in of)
+        q = 2 * self.heads.q_heads * self.dim * self.rows
+        kv = 2 * self.heads.k_heads * self.dim * self.tokens
         return 2 * q + 2 * kv if direction == "forward" else 4 * q + 4 * kv
 
 
@@ -117,12 +133,13 @@ class Inputs:
     def __init__(self, shape: Shape) -> None:
         q_heads, k_heads = shape.heads.q_heads, shape.heads.k_heads
 
-        def heads(count: int, seed: int) -> torch.Tensor:
-            return normal(1, shape.tokens, count, shape.dim, dtype=DTYPE, seed=seed)
+        def heads(count: int, seed: int, tokens: int = shape.tokens) -> torch.Tensor:
+            return normal(1, tokens, count, shape.dim, dtype=DTYPE, seed=seed)
 
         self.shape = shape
-        self.q, self.k, self.v = heads(q_heads, 0), heads(k_heads, 1), heads(k_heads, 2)
-        self.d_out = heads(q_heads, 3)
+        self.q, self.d_out = (heads(q_heads, seed, shape.rows) for seed in (0, 3))
+        self.k, self.v = heads(k_heads, 1), heads(k_heads, 2)
+        self.ahead = shape.tokens - shape.rows  # of the first query
         self.positions = torch.arange(shape.tokens, device=DEVICE)
         self.lengths = torch.full((1,), shape.tokens, device=DEVICE)
         # The first and the last KV head, and the query heads that read them.
@@ -133,8 +150,8 @@ class Inputs:
     @property
     def chunks(self) -> list[tuple[int, int]]:
         """The rows that are checked: at the beginning, in the middle and at the end."""
-        tokens = self.shape.tokens
-        return [(begin, begin + 8) for begin in (0, tokens // 2 - 3, tokens - 8)]
+        rows = self.shape.rows
+        return [(begin, begin + 8) for begin in (0, rows // 2 - 3, rows - 8)]
 
     @cached_property
     def d_out_of_chunks(self) -> torch.Tensor:
@@ -170,13 +187,13 @@ class Inputs:
         outs, dqs = {}, {}
         for a, b in self.chunks:
             # The rows as a chunk of a prompt: their last query stands at the last key it sees.
-            keys = b if self.shape.causal else self.shape.tokens
+            keys = self.ahead + b if self.shape.causal else self.shape.tokens
             q = self.q[:, a:b, self.q_heads].double().requires_grad_()
             out = attention(
                 q,
                 k[:, :keys],
                 v[:, :keys],
-                positions[a:b],
+                positions[self.ahead + a : self.ahead + b],
                 turn,
                 key_positions=positions[:keys],
                 lengths=self.lengths,
@@ -214,6 +231,10 @@ def missing(name: str) -> str | None:
 
 def serves(name: str, shape: Shape, direction: str) -> bool:
     """Whether it has this call, and finds room for it."""
+    if shape.queries and name not in (*OURS, *OF_CHUNKS):
+        return False
+    if name == PADDED and not shape.queries:
+        return False
     if name == FLASHINFER and (direction == "backward" or shape.heads.rotated < shape.dim):
         return False
     if name == COMPILED and (shape.tokens, shape.dim, shape.causal) not in COMPILED_PROMPTS:
@@ -234,15 +255,18 @@ def implementation(name: str, inputs: Inputs) -> Attention:
     """The function of q, k and v, (1, tokens, heads, dim) each, to time."""
     causal = inputs.shape.causal
     if name in OURS:
-        return lambda q, k, v: attention(  # type: ignore[return-value]
-            q,
-            k,
-            v,
-            inputs.positions,
-            rope(inputs.shape.heads.rotated),
-            lengths=inputs.lengths,
-            causal=causal,
-            **OURS[name],
+        return (
+            lambda q, k, v: attention(  # type: ignore[return-value]
+                q,
+                k,
+                v,
+                inputs.positions[inputs.ahead :],
+                rope(inputs.shape.heads.rotated),
+                key_positions=inputs.positions if inputs.ahead else None,
+                lengths=inputs.lengths,
+                causal=causal,
+                **OURS[name],
+            )
         )
     if name == NO_ROTATION:
         return lambda q, k, v: attend_without_rotation(q, k, v, causal)
@@ -312,15 +336,23 @@ def _flashinfer(causal: bool) -> Attention:
 def _sdpa(
     name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
 ) -> torch.Tensor:
-    """torch's SDPA by one of its kernels; the efficient one wants a KV head for each query head."""
+    """torch's SDPA by one of its kernels; the efficient one wants a KV head for each query head.
+
+    Causal, the last query stands at the last key.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if SDPA[name] == SDPBackend.EFFICIENT_ATTENTION:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    ahead, mask = k.shape[2] - q.shape[2], None
+    if causal and ahead and name == PADDED:
+        q = F.pad(q, (0, 0, ahead, 0))
+    elif causal and ahead:
+        causal, mask = False, causal_lower_right(q.shape[2], k.shape[2])
     with sdpa_kernel(SDPA[name]):
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return out.transpose(1, 2)
+    return out[:, :, ahead if name == PADDED else 0 :].transpose(1, 2)
 
 
 def _sdpa_refuses(name: str) -> str | None:

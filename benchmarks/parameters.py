@@ -43,11 +43,12 @@ def of_dim(dim: int) -> Geometry:
 
 
 class Prompt(NamedTuple):
-    """Attention of a whole prompt."""
+    """Attention of a whole prompt, or of its last ``queries``, a chunk, where they are not 0."""
 
     tokens: int
     dim: int
     causal: bool
+    queries: int = 0
 
 
 Ranked = list[tuple[int, tuple[object, ...]]]
@@ -87,6 +88,11 @@ if GPU:
         *((0, (prompt, None)) for prompt in _MAIN),
         *((1, (Prompt(8192, geometry.dim, True), geometry)) for geometry in OTHERS),
         *(
+            (1, (Prompt(*size), None))
+            for size in ((8192, 128, True, 4096), (32768, 128, True, 2048))
+        ),
+        (1, (Prompt(8192, 256, True), None)),
+        *(
             (3, (Prompt(tokens, dim, causal), None))
             for tokens in _LENGTHS
             for dim in (64, 96, 128)
@@ -99,6 +105,7 @@ else:
         _REFERENCE,
         *((0, (prompt, None)) for prompt in (Prompt(512, 128, True), Prompt(256, 128, False))),
         *((2, (Prompt(256, geometry.dim, True), geometry)) for geometry in OTHERS),
+        (2, (Prompt(512, 128, True, 128), None)),
         (3, (Prompt(1024, 128, True), None)),
     ]
 

@@ -16,6 +16,7 @@ import memory
 import model_truth
 import models
 import parameters
+import profiles
 import ropes
 import rotations
 import speeds
@@ -41,6 +42,7 @@ __all__ = [
     "model_truth",
     "models",
     "parameters",
+    "profiles",
     "ropes",
     "rotary_rows",
     "rotations",

@@ -23,6 +23,7 @@ from benchmark_modules import (
     host_rows,
     measure,
     parameters,
+    profiles,
     ropes,
 )
 
@@ -426,3 +427,47 @@ def test_a_wrong_row_of_host_time_fails(monkeypatch: pytest.MonkeyPatch, name: s
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
     with pytest.raises(WrongResultError, match=f"{name}, q: error"):
         host_rows.prepared(name)
+
+
+# ------------------------------------------------------------------------------- chunks of a prompt
+
+
+@pytest.mark.parametrize("name", ["composed", "SDPA flash, no rotation"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_chunk_is_the_last_queries_of_a_prompt(direction: str, name: str) -> None:
+    """Held to the truth by the check that every row passes; its work is that of what it sees."""
+    shape = attentions.Shape(64, 32, True, queries=32)
+    assert attentions.serves(name, shape, direction)
+    assert not attentions.serves(attentions.EAGER, shape, direction)
+    whole = attentions.Shape(64, 32, True)
+    seen = sum(64 - 32 + i + 0.5 for i in range(32))  # half of its own key
+    assert shape.flops("forward") == 4 * 32 * 32 * seen
+    assert shape.flops("forward") < whole.flops("forward")
+    assert str(shape) == "S = last 32 of 64, d = 32, causal"
+    inputs = attentions.Inputs(shape)
+    assert (inputs.q.shape[1], inputs.k.shape[1]) == (32, 64)
+    run, arguments = attention_rows._prepared(direction, name, inputs)
+    run(*arguments())
+
+
+def test_padded_queries_are_a_chunk_by_the_mask_that_begins_at_the_first_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """cuDNN wants a GPU; the formulation does not."""
+    name = attentions.PADDED
+    assert attentions.serves(name, attentions.Shape(64, 32, True, queries=32), "forward")
+    assert not attentions.serves(name, attentions.Shape(64, 32, True), "forward")
+    monkeypatch.setitem(attentions.SDPA, name, attentions.SDPBackend.MATH)
+    inputs = attentions.Inputs(attentions.Shape(64, 32, True, queries=32))
+    attention_rows._prepared("forward", name, inputs)
+
+
+def test_the_longest_kernel_is_told_by_all_of_its_calls() -> None:
+    def event(name: str, us: float, device: str = "CUDA") -> Any:
+        kind = getattr(torch.autograd.DeviceType, device)
+        span = SimpleNamespace(elapsed_us=lambda: us)
+        return SimpleNamespace(name=name, device_type=kind, time_range=span)
+
+    events = [event("cudnn", 4), event("rotary", 3), event("rotary", 2), event("host", 99, "CPU")]
+    assert profiles.longest(events) == "rotary"
+    assert profiles.longest([]) is None

@@ -12,7 +12,8 @@ HOW = (
     ' what the work needs, not what an implementation moves. "of copy", "of matmul": of the'
     ' ceilings above. "of limit": of what bounds the work ("limit"), timed in turns with the row:'
     ' that matrix product, or the same tensors copied ("clone": into fresh memory; "read": read'
-    ' alone). The rows of a group are timed in turns too, a round of each. "peak MB": memory that'
+    " alone). The rows of a group are timed in turns too, a round of each."
+    ' "kernel": the one of torch that takes longest, by its profiler. "peak MB": memory that'
     ' a call takes beyond its inputs. "time / rotated": over that of the same kernel on keys that'
     " were rotated before."
 )
@@ -102,6 +103,7 @@ def _group(rows: list[Row]) -> list[str]:
                 "limit": info.get("ceiling", "-"),
                 "peak MB": _number(None if peak is None else 1e-6 * peak, ".1f"),
                 "time / rotated": _number(info.get("time_over_rotated_keys"), ".3f"),
+                "kernel": (info.get("kernel") or "-")[:60],
                 f"x {rows[0].name}": f"{rows[0].median / row.median:.2f}",
             }
         )

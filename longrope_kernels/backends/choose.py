@@ -50,7 +50,10 @@ ATTENTION_CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
 }
 WIDE = 128  # the largest head_dim that is not
 # Over a cache of unrotated keys; the reference serves the rest.
-DECODE_CHOICE: dict[str, tuple[str, ...]] = ROTARY_CHOICE
+DECODE_CHOICE: dict[str, tuple[str, ...]] = {
+    "cuda": ("triton", "cuda", "reference"),
+    "cpu": ("native", "reference"),
+}
 DECODE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "native": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.bfloat16, torch.float16),
