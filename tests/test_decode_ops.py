@@ -130,6 +130,14 @@ def test_choice(
     assert backends.choose_decode(None, device, dtype, cache, dim) == "reference"
 
 
+def test_another_order_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of two that serve a call is the faster one, only a measurement says."""
+    monkeypatch.setattr(backends, "missing", lambda _: None)
+    monkeypatch.setitem(backends.DECODE_CHOICE, "cuda", ("cuda", "triton", "reference"))
+    assert backends.choose_decode(None, "cuda", bf16, bf16, 128) == "cuda"
+    assert backends.choose_rotary(None, "cuda", is_float64=False) == "triton"
+
+
 def tensors_of(call: Call, backend: Backend) -> tuple[list[str], list[torch.Tensor], Any]:
     """The tensors of a call by name, on the device, and the rest of it."""
     moved = {name: backend.move(x) for name, x in call.arguments.items()}

@@ -243,15 +243,18 @@ def test_goals_are_told_with_their_file_or_as_not_measured() -> None:
         (goals.PREFILL, goals.CUDNN): row(0.97),
         (goals.PREFILL, "composed"): row(1.0),
         (goals.PREFILL, "triton prepass"): row(1.0),
+        (goals.HOST, "triton, apply_rotary in place"): row(3e-3),
+        (goals.HOST, "triton, decode"): row(4e-3),
     }
     told = {goal.what: goal.told(rows) for goal in goals.GOALS}
-    batch, cuda, long, rotation, prefill, *rest = told.values()
+    batch, cuda, long, rotation, prefill, *rest, host = told.values()
     assert batch == ("190 us", "yes", "call-1.json")
     assert cuda[0] == f"not measured: no row {goals.BATCH} / cuda"
     assert long == ("0.8 of a copy", "no", "call-1.json")
     assert rotation[0].startswith("not measured: no row forward, S = 8192")
     assert prefill == ("0.97 of cuDNN without rotation", "yes", "call-1.json")
     assert [x[0].partition(":")[0] for x in rest] == ["not measured"] * len(rest)
+    assert host == ("2.24 ms", "yes", "call-1.json")
     text = page.render(1, [], rows, False)
     assert "| at most 200 us | 190 us | yes | call-1.json |" in text
 
@@ -260,6 +263,7 @@ def test_goals_and_headlines_are_rows_of_the_benchmarks() -> None:
     """By the ids and groups that pytest collects where there is a GPU."""
     for name in ("composed", "triton prepass", goals.CUDNN):
         assert name in modules.attentions.NAMES
+    assert modules.host_rows.CALLS == goals.HOST_CALLS
     prompt = modules.attentions.Shape(8192, 128, True)
     batch, long = (
         modules.decodes.Shape(lengths, modules.parameters.bf16)
@@ -346,10 +350,11 @@ def test_one_stage_is_that_of_every_launch() -> None:
     code = (
         "from benchmarks.gpu_day import canaries\n"
         "from longrope_kernels.kernels.launch import Launch\n"
-        "launch = Launch(*range(len(Launch._fields)))\n"
-        "assert launch.stages != 1\n"
+        "fields = [f'a {name}' for name in Launch._fields]\n"
+        "assert [*Launch(*fields)] == fields\n"
         "canaries.one_stage()\n"
-        "assert launch.stages == 1\n"
+        "assert [*Launch(*fields)] == [x if x != 'a stages' else 1 for x in fields]\n"
+        "assert Launch(**dict(zip(Launch._fields, fields))).stages == 1\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)

@@ -10,6 +10,8 @@ Rows = Mapping[tuple[str, str], Mapping[str, Any]]
 PREFILL = "attention forward, S = 8192, d = 128, causal"
 BATCH, LONG = "decode, 32 x 4096 keys, bfloat16", "decode, 1 x 131072 keys, bfloat16"
 CUDNN = "SDPA cuDNN, no rotation"
+HOST_CALLS = 100  # of a row
+HOST = f"host time, {HOST_CALLS} calls of one token"
 
 
 class Goal(NamedTuple):
@@ -82,9 +84,9 @@ GOALS = (
         least=450,
     ),
     Goal(
-        "a decode step of 32 layers without a graph, on the host",
-        (("host time, a decode step of 32 layers", "rotation and decode"),),
-        lambda row: 1e3 * float(row["median"]),
+        "a decode step of 32 layers without a graph, on the host (the driver's own part apart)",
+        ((HOST, "triton, apply_rotary in place"), (HOST, "triton, decode")),
+        lambda *rows: 32e3 / HOST_CALLS * sum(float(row["median"]) for row in rows),
         "ms",
         most=2.5,
     ),

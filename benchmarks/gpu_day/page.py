@@ -44,6 +44,8 @@ def _of_step(result: dict[str, Any]) -> list[str]:
         cells = [_cells(entry["row"], entry.get("ptxas", "")) for entry in measured]
         head = ("group", "name", "ptxas", "us", "GB/s", "of copy", "TFLOP/s", "of matmul")
         lines += table(head, cells)
+    timed = [x for x in entries if "seconds a token" in x]
+    lines += [f"- {x['what']}: {1e3 * x['seconds a token']:.2f} ms a token" for x in timed]
     failing = {x["canary"] for x in entries if x.get("outcome") == "failed" and "canary" in x}
     for entry in entries:
         retried = "again" in entry and entry.get("canary") in failing
