@@ -358,3 +358,26 @@ def test_one_stage_is_that_of_every_launch() -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
+
+
+def test_what_the_sanitizer_finds_fails_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for compute-sanitizer; graphs are not for it, and wgmma is not for racecheck."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        '#!/bin/sh\n[ "$1 $3" = "--tool --error-exitcode=9" ] || exit 3\n'
+        'echo "$2 of $5"; [ "$5" != "rotary" ] || exit 9\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(canaries, "_command", lambda name, *options: ("python", name))
+    for tool, left_out in (("memcheck", ()), ("racecheck", ("prefill 64", "dq"))):
+        into = tmp_path / f"{tool}.jsonl"
+        names = ["rotary", "decode", "rotary graph", "prefill 64", "dq"]
+        arguments = ["--tool", tool, "--only", *names, "--into", str(into), "--at-once", "2"]
+        assert canaries.main(arguments) == 1
+        told = {x["canary"]: x for x in schedule.read(into)}
+        assert set(told) == set(names) - {"rotary graph", *left_out}
+        assert {x for x in told if told[x]["outcome"] == "failed"} == {"rotary"}
+        assert told["rotary"]["why"] == f"it ended with 9: {tool} of rotary"

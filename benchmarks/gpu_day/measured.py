@@ -70,8 +70,9 @@ def tests(into: Path, seconds: float, arguments: Sequence[str]) -> int:
     options = (*options_here(), *arguments)
     if "report.order" not in options:
         options = ("-p", "report.order", *options)
-    if importlib.util.find_spec("pytest_timeout"):
-        options = ("--timeout", "90", *options)
+    if "-n" in options and importlib.util.find_spec("pytest_timeout"):
+        # A test that hangs ends its process, whose place another takes.
+        options = ("--timeout", "120", "--timeout-method", "thread", *options)
     found = run_tests(ROOT, seconds, ("--on-device", "-p", "no:cacheprovider", *options))
     for outcome in ("passed", "failed", "skipped"):
         counts = Counter(name.partition("::")[0] for name in found[outcome])
