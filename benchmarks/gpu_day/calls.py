@@ -42,7 +42,7 @@ def first(small: bool) -> list[Step]:
 
 def second(small: bool) -> list[Step]:
     """The report; the tests ran in the first call. Every minute more measures more rows."""
-    least = 90 if small else 200
+    least = 120 if small else 200
     return [
         Step("facts", 8, 10, 30, _of("measured", "facts")),
         Step("build", 8, 10 if small else 60, 150, _of("measured", "build")),
