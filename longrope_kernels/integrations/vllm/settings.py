@@ -1,0 +1,133 @@
+"""What a server was started with: whether its rope is one of ours, mode and policy, refusals.
+
+It reads vLLM's config objects and imports nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...rope.files import SIDECAR
+from ...rope.hf_config import LONGROPE_TYPES, rope_type
+from ...rope.value import Rope
+from .policies import Policies, check_policy
+
+# vLLM's name of an architecture: its module in vllm.model_executor.models, and the one that makes
+# the rotary modules of its layers.
+FAMILIES = {
+    "Phi3ForCausalLM": ("phi3", "llama"),
+    "PhiMoEForCausalLM": ("phimoe", "phimoe"),
+    "LlamaForCausalLM": ("llama", "llama"),
+    "MistralForCausalLM": ("mistral", "llama"),
+    "Qwen2ForCausalLM": ("qwen2", "qwen2"),
+    "Qwen3ForCausalLM": ("qwen3", "qwen3"),
+}
+SCHEDULER = "longrope_kernels.integrations.vllm.scheduler.LongRopeScheduler"
+MODES = ("rotated",)
+_DEFAULTS = {"mode": "rotated", "policy": "recompute"}
+
+
+def policies_of(vllm_config: Any) -> Policies | None:
+    """The rope and the policy of a server; None where the rope is none of ours.
+
+    Raises:
+        ValueError: naming the setting that is out of range, or the field of the rope.
+    """
+    rope = rope_of(vllm_config.model_config)
+    if rope is None:
+        return None
+    names = {key: _given(vllm_config, key) for key in _DEFAULTS}
+    name, mode = names["mode"]
+    if mode not in MODES:
+        later = ", which is not built yet" if mode == "unrotated" else ""
+        raise ValueError(f"{name}: expected 'rotated', got {mode!r}{later}")
+    return Policies(rope, check_policy(*names["policy"]))
+
+
+def rope_of(model_config: Any) -> Rope | None:
+    """The rope of a model that we serve: a ``longrope.json`` beside it, else its config's.
+
+    None for other architectures, and for other ropes of a config, which stay vLLM's own.
+    """
+    if not FAMILIES.keys() & set(model_config.architectures):
+        return None
+    folder = Path(model_config.model)
+    if (folder / SIDECAR).is_file():
+        return Rope.load(folder)
+    config = model_config.hf_text_config
+    try:
+        kind = rope_type(config)
+    except ValueError:  # none that this package knows
+        return None
+    return Rope.from_config(config) if kind in LONGROPE_TYPES else None
+
+
+def _given(vllm_config: Any, key: str) -> tuple[str, object]:
+    """A setting and where it comes from: additional_config, the environment, the default."""
+    additional = vllm_config.additional_config
+    ours = additional.get("longrope", {}) if isinstance(additional, Mapping) else {}
+    where = "additional_config['longrope']"
+    if not isinstance(ours, Mapping) or not ours.keys() <= _DEFAULTS.keys():
+        raise ValueError(f"{where}: expected keys among {', '.join(_DEFAULTS)}, got {ours!r}")
+    if key in ours:
+        return f"{where}['{key}']", ours[key]
+    variable = f"LONGROPE_VLLM_{key.upper()}"
+    return variable, os.environ.get(variable, _DEFAULTS[key])
+
+
+def has_scheduler(vllm_config: Any) -> bool:
+    """Whether the engine was given our scheduler, by its name or as a class."""
+    given = vllm_config.scheduler_config.scheduler_cls
+    if isinstance(given, type):
+        given = f"{given.__module__}.{given.__qualname__}"
+    return bool(given == SCHEDULER)
+
+
+def refuse(vllm_config: Any, policies: Policies) -> None:
+    """Raise a ValueError that names what of this server would give other results, or was not tried.
+
+    Before anything of the model is built.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    parallel, config = vllm_config.parallel_config, model.hf_text_config
+    add = f"add --scheduler-cls {SCHEDULER} (scheduler_cls= in Python)"
+    if not has_scheduler(vllm_config):
+        if cache.enable_prefix_caching:
+            raise ValueError(
+                "enable_prefix_caching: cached blocks of one factor set would serve requests of "
+                f"another; {add}, or --no-enable-prefix-caching and the policy final or prompt"
+            )
+        if policies.default == "recompute":
+            raise ValueError(
+                f"policy: 'recompute' needs a scheduler that knows of it; {add}, or take the "
+                "policy final or prompt"
+            )
+    refused = {
+        "runner_type": (model.runner_type, "generate"),
+        "is_causal": (getattr(config, "is_causal", True), True),
+        "dual_chunk_attention_config": (
+            getattr(config, "dual_chunk_attention_config", None),
+            None,
+        ),
+        "enable_prompt_embeds": (model.enable_prompt_embeds, False),
+        "speculative_config": (vllm_config.speculative_config, None),
+        "lora_config": (vllm_config.lora_config, None),
+        "kv_transfer_config": (vllm_config.kv_transfer_config, None),
+        "kv_sharing_fast_prefill": (cache.kv_sharing_fast_prefill, False),
+        "tensor_parallel_size": (parallel.tensor_parallel_size, 1),
+        "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
+        "data_parallel_size": (parallel.data_parallel_size, 1),
+        "decode_context_parallel_size": (parallel.decode_context_parallel_size, 1),
+        "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, 1),
+        "enable_dbo": (parallel.enable_dbo, False),
+    }
+    for name, (found, served) in refused.items():
+        if found != served:
+            shown = found if isinstance(found, str | int) else type(found).__name__
+            raise ValueError(
+                f"{name}: expected {served!r}, got {shown}; LongRoPE in vLLM does not serve it. "
+                "VLLM_PLUGINS='' starts vLLM without this plugin"
+            )

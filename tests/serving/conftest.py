@@ -1,0 +1,22 @@
+"""Tests on vLLM's engine, in an environment of its own (`make test-vllm`); nowhere else collected.
+
+The engine runs in the process of the tests, on one thread, with models of two layers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+ABSENT = importlib.util.find_spec("vllm") is None
+collect_ignore_glob = ["test_*.py"] if ABSENT else []
+
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}

@@ -1,0 +1,35 @@
+"""Too few blocks for all requests: vLLM preempts some and prefills them again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engines import ORIGINAL, engine, fresh, of_new, prompt, reference, run, save_model
+from test_lengths import CLOSE, far
+
+
+def test_preemption_before_at_and_after_the_switch(tmp_path: Path) -> None:
+    """Two rows of 220 tokens fill all blocks; the next token of each wants one more."""
+    folder = save_model(tmp_path)
+    truth, long, short = (reference(folder, held) for held in (None, "long", "short"))
+    lengths = (220, 220, 284, 220, 220)
+    policies = ["recompute", "recompute", "recompute", "final", "prompt"]
+    asked = [prompt(tokens, row) for row, tokens in enumerate(lengths)]
+    preempted: list[tuple[str, int]] = []
+    with engine(folder, max_model_len=14 * 32, num_gpu_blocks_override=15) as served:
+        scheduler: Any = served.llm_engine.engine_core.engine_core.scheduler
+        preempt = scheduler._preempt_request
+
+        def counted(request: Any, *args: Any, **kwargs: Any) -> None:
+            preempted.append((request.request_id.partition("-")[0], request.num_tokens))
+            preempt(request, *args, **kwargs)
+
+        scheduler._preempt_request = counted
+        outs = run(served, asked, new=44, policies=policies, scored=False)
+    at_the_switch = [row for row, tokens in preempted if tokens == ORIGINAL + 1]
+    assert {"0", "1"} <= set(at_the_switch)
+    assert any(tokens < ORIGINAL for _, tokens in preempted)
+    for out, one, true in zip(outs, asked, (truth, truth, truth, long, short), strict=True):
+        ids, found = of_new(out)
+        assert far(found, fresh(true, one, ids)) < CLOSE

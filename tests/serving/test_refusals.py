@@ -1,0 +1,164 @@
+"""What the plugin refuses, by name, before anything is built: over vLLM's own config objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import vllm
+from engines import ORIGINAL, published, save_model
+from vllm.engine.arg_utils import EngineArgs
+
+from longrope_kernels.integrations.vllm import contacts, models
+from longrope_kernels.integrations.vllm.settings import (
+    FAMILIES,
+    SCHEDULER,
+    policies_of,
+    refuse,
+    rope_of,
+)
+from longrope_kernels.rope.value import Rope
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("phi3"))
+
+
+def config_of(folder: str, **arguments: Any) -> Any:
+    chosen = {
+        "dtype": "float32",
+        "max_model_len": 4 * ORIGINAL,
+        "skip_tokenizer_init": True,
+        "scheduler_cls": SCHEDULER,
+        **arguments,
+    }
+    return EngineArgs(folder, **chosen).create_engine_config()
+
+
+def refused(config: Any, match: str) -> None:
+    policies = policies_of(config)
+    assert policies is not None
+    with pytest.raises(ValueError, match=match):
+        refuse(config, policies)
+
+
+def test_what_is_served_is_not_refused(folder: str) -> None:
+    refuse(config := config_of(folder), policies_of(config))
+    alone = {"scheduler_cls": None, "enable_prefix_caching": False}
+    for policy in ("final", "prompt"):
+        settings = {"longrope": {"policy": policy}}
+        config = config_of(folder, **alone, additional_config=settings)
+        policies = policies_of(config)
+        assert policies is not None
+        assert policies.default == policy
+        refuse(config, policies)
+
+
+def test_a_prefix_cache_without_the_scheduler(folder: str) -> None:
+    config = config_of(folder, scheduler_cls=None)
+    refused(config, f"^enable_prefix_caching: .*add --scheduler-cls {SCHEDULER}")
+
+
+def test_recompute_without_the_scheduler(folder: str) -> None:
+    config = config_of(folder, scheduler_cls=None, enable_prefix_caching=False)
+    refused(config, f"^policy: 'recompute' needs .*add --scheduler-cls {SCHEDULER}")
+
+
+SERVED = {
+    "runner_type": ("model_config", "pooling"),
+    "enable_prompt_embeds": ("model_config", True),
+    "kv_sharing_fast_prefill": ("cache_config", True),
+    "tensor_parallel_size": ("parallel_config", 2),
+    "pipeline_parallel_size": ("parallel_config", 2),
+    "data_parallel_size": ("parallel_config", 2),
+    "decode_context_parallel_size": ("parallel_config", 2),
+    "prefill_context_parallel_size": ("parallel_config", 2),
+    "enable_dbo": ("parallel_config", True),
+    "speculative_config": ("", object()),
+    "lora_config": ("", object()),
+    "kv_transfer_config": ("", object()),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_refused_by_name(folder: str, name: str) -> None:
+    config = config_of(folder)
+    part, value = SERVED[name]
+    owner = getattr(config, part) if part else config
+    assert hasattr(owner, name)
+    object.__setattr__(owner, name, value)
+    refused(config, f"^{name}: expected .*VLLM_PLUGINS=''")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("is_causal", False), ("dual_chunk_attention_config", {"chunk_size": 8})]
+)
+def test_models_refused_by_name(folder: str, name: str, value: Any) -> None:
+    config = config_of(folder)
+    setattr(config.model_config.hf_text_config, name, value)
+    refused(config, f"^{name}: expected ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"mode": "unrotated"}, "'mode'.: expected 'rotated', got 'unrotated', which is not built"),
+        ({"mode": "fast"}, "'mode'.: expected 'rotated', got 'fast'$"),
+        ({"policy": "switch"}, "'policy'.: expected one of .* got 'switch', which belongs to"),
+        ({"policy": 3}, "'policy'.: expected one of 'final', 'prompt', 'recompute', got 3$"),
+        ({"polcy": "final"}, "expected keys among mode, policy, got"),
+        ("final", "expected keys among mode, policy, got 'final'"),
+    ],
+)
+def test_settings(folder: str, settings: Any, match: str) -> None:
+    config = config_of(folder, additional_config={"longrope": settings})
+    with pytest.raises(ValueError, match=rf"^additional_config\['longrope'\].*{match}"):
+        policies_of(config)
+
+
+def test_settings_of_the_environment(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What additional_config says goes first."""
+    config = config_of(folder)
+    monkeypatch.setenv("LONGROPE_VLLM_POLICY", "final")
+    assert policies_of(config).default == "final"
+    config.additional_config = {"longrope": {"policy": "prompt"}}
+    assert policies_of(config).default == "prompt"
+    monkeypatch.setenv("LONGROPE_VLLM_MODE", "unrotated")
+    with pytest.raises(ValueError, match=r"^LONGROPE_VLLM_MODE: expected 'rotated'"):
+        policies_of(config)
+
+
+def test_another_version(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with a rope of ours is refused as it is built, unless forced; others are not."""
+    assert contacts.untested() is None
+    monkeypatch.setattr(vllm, "__version__", "0.99.1")
+    with pytest.raises(RuntimeError, match=r"^vLLM 0\.99\.1: .*tested with 0\.32; LONGROPE_VLLM_F"):
+        models.Phi3ForCausalLM(vllm_config=config_of(folder))
+    monkeypatch.setenv("LONGROPE_VLLM_FORCE", "1")
+    assert contacts.untested() is None
+    monkeypatch.setattr(vllm, "__version__", "0.320.1")
+    monkeypatch.delenv("LONGROPE_VLLM_FORCE")
+    assert contacts.untested() is not None
+
+
+def test_which_ropes_are_ours(tmp_path: Path) -> None:
+    """A file beside the model goes first; other ropes and other architectures are vLLM's own."""
+    folder = save_model(tmp_path, "llama", rope_parameters={"rope_type": "default"}, head_dim=96)
+    config = config_of(folder).model_config
+    assert rope_of(config) is None
+    rope = Rope.longrope(
+        **{f"{x}_factor": published()[f"{x}_factor"] for x in ("short", "long")},
+        original_max_position_embeddings=ORIGINAL,
+        attention_factor=1.2,
+        n_hat=4,
+    )
+    rope.save(tmp_path)
+    assert rope_of(config) == rope
+    assert rope_of(SimpleNamespace(model=folder, architectures=["GPT2LMHeadModel"])) is None
+
+
+def test_the_families() -> None:
+    assert all(issubclass(vars(models)[name], models._Served) for name in FAMILIES)
