@@ -71,12 +71,12 @@ SERVED = {
     "runner_type": ("model_config", "pooling"),
     "enable_prompt_embeds": ("model_config", True),
     "kv_sharing_fast_prefill": ("cache_config", True),
-    "tensor_parallel_size": ("parallel_config", 2),
     "pipeline_parallel_size": ("parallel_config", 2),
     "data_parallel_size": ("parallel_config", 2),
     "decode_context_parallel_size": ("parallel_config", 2),
     "prefill_context_parallel_size": ("parallel_config", 2),
     "enable_dbo": ("parallel_config", True),
+    "ubatch_size": ("parallel_config", 2),
     "speculative_config": ("", object()),
     "lora_config": ("", object()),
     "kv_transfer_config": ("", object()),
@@ -116,6 +116,13 @@ def test_models_refused_by_name(folder: str, name: str, value: Any) -> None:
 def test_settings(folder: str, settings: Any, match: str) -> None:
     config = config_of(folder, additional_config={"longrope": settings})
     with pytest.raises(ValueError, match=rf"^additional_config\['longrope'\].*{match}"):
+        policies_of(config)
+
+
+def test_settings_that_are_no_dict(folder: str) -> None:
+    config = config_of(folder)
+    config.additional_config = SimpleNamespace(compute_hash=str)
+    with pytest.raises(ValueError, match=r"^additional_config: expected a dict, got SimpleNames"):
         policies_of(config)
 
 

@@ -68,7 +68,10 @@ def rope_of(model_config: Any) -> Rope | None:
 def _given(vllm_config: Any, key: str) -> tuple[str, object]:
     """A setting and where it comes from: additional_config, the environment, the default."""
     additional = vllm_config.additional_config
-    ours = additional.get("longrope", {}) if isinstance(additional, Mapping) else {}
+    if not isinstance(additional, Mapping):
+        kind = type(additional).__name__
+        raise ValueError(f"additional_config: expected a dict, got {kind}")
+    ours = additional.get("longrope", {})
     where = "additional_config['longrope']"
     if not isinstance(ours, Mapping) or not ours.keys() <= _DEFAULTS.keys():
         raise ValueError(f"{where}: expected keys among {', '.join(_DEFAULTS)}, got {ours!r}")
@@ -117,12 +120,12 @@ def refuse(vllm_config: Any, policies: Policies) -> None:
         "lora_config": (vllm_config.lora_config, None),
         "kv_transfer_config": (vllm_config.kv_transfer_config, None),
         "kv_sharing_fast_prefill": (cache.kv_sharing_fast_prefill, False),
-        "tensor_parallel_size": (parallel.tensor_parallel_size, 1),
         "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
         "data_parallel_size": (parallel.data_parallel_size, 1),
         "decode_context_parallel_size": (parallel.decode_context_parallel_size, 1),
         "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, 1),
         "enable_dbo": (parallel.enable_dbo, False),
+        "ubatch_size": (parallel.ubatch_size > 1, False),
     }
     for name, (found, served) in refused.items():
         if found != served:
