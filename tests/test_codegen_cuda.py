@@ -1,4 +1,4 @@
-"""What nvcc makes of append.cu, rotary.cu and decode*.cu, for GPUs that need not be there."""
+"""What nvcc makes of csrc/cuda/*.cu, for GPUs that need not be there."""
 
 from __future__ import annotations
 
