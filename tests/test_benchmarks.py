@@ -17,6 +17,8 @@ import pytest
 import torch
 from benchmark_modules import (
     WrongResultError,
+    attention_rows,
+    attentions,
     clock,
     copies,
     decodes,
