@@ -30,7 +30,7 @@ def first(small: bool) -> list[Step]:
     tests = ("tests/test_triton_decode.py", "-k", "wave or once") if small else ()
     return [
         Step("facts", 9, 10, 30, _of("measured", "facts")),
-        Step("build", 8, 40 if small else 60, 150, _of("measured", "build")),
+        Step("build", 8, 40 if small else 60, 200, _of("measured", "build")),
         Step("canaries", 9, 80, 200, _of("canaries", *few)),
         Step("headlines", 7, 60, 90, _of("measured", "rows", *rows)),
         Step("device tests", 6, 60, 150, _of("measured", "tests", *tests)),
@@ -45,7 +45,7 @@ def second(small: bool) -> list[Step]:
     least = 120 if small else 200
     return [
         Step("facts", 8, 10, 30, _of("measured", "facts")),
-        Step("build", 8, 10 if small else 60, 150, _of("measured", "build")),
+        Step("build", 8, 10 if small else 60, 200, _of("measured", "build")),
         Step(
             *("report", 9, least, least if small else 500, _of("measured", "report")),
             files={f"report/{name}": name for name in ("report.md", "results.json")},
@@ -73,7 +73,7 @@ def third(small: bool) -> list[Step]:
     rows = ("--rows", "none") if small else ()
     return [
         Step("facts", 9, 10, 30, _of("measured", "facts")),
-        Step("build", 9, 10 if small else 60, 150, _of("measured", "build")),
+        Step("build", 9, 10 if small else 60, 200, _of("measured", "build")),
         *profiles,
         Step("generate", 7, 30, 80, _of("generate")),
         Step("ptxas", 6, 50, 100, _of("measured", "ptxas", *rows)),
