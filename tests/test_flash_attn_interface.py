@@ -336,6 +336,12 @@ def test_a_cache_says_what_is_wrong_and_stays_as_it_was():
     pads = torch.zeros(3, dtype=torch.int32)
     refused(r"cache_leftpad: expected shape \(2,\)", call, *caches, cache_leftpad=pads, **given)
     refused("return_softmax_lse: ", call, *caches, return_softmax_lse=1, kind=TypeError, **given)
+    pads = torch.tensor([0, -1])
+    refused(
+        "cache_leftpad: expected slots from 0", call, *caches, k, v, cache_leftpad=pads, **given
+    )
+    flat = (q, k_cache.flatten(), v_cache.flatten(), ONE, k, v)
+    refused("k_cache: expected shape", call, *flat, cache_seqlens=9)
     assert torch.equal(k_cache, before[0])
     assert torch.equal(v_cache, before[1])
 

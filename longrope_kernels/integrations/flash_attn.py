@@ -38,6 +38,8 @@ _THEIRS = {
     "cache_lens": "cache_seqlens",
     "kv_start": "cache_leftpad",
     "return_lse": "return_softmax_lse",
+    "k_new": "k",
+    "v_new": "v",
 }
 
 
@@ -275,8 +277,9 @@ def flash_attn_with_kvcache(
     cache_lens = _per_sequence("cache_seqlens", cache_seqlens, q.shape[0], q)
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither, got one of them")
-    if k is not None and v is not None:
-        _check_new(k, v, q, k_cache, v_cache, cache_lens, block_table)
+    if k is not None:
+        arguments.check_heads("k", arguments.check_tensor("k", k), "bshd", 0)
+        _check_room(k.shape[1], k_cache, block_table, cache_lens)
         cache_lens = cache_lens + k.shape[1]
     return _called(
         decode,
@@ -384,38 +387,21 @@ def _per_sequence(
     return torch.full((count,), value, device=x.device)
 
 
-def _check_new(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cache_seqlens: torch.Tensor,
-    block_table: torch.Tensor | None,
+def _check_room(
+    new: int, k_cache: torch.Tensor, block_table: torch.Tensor | None, cache_seqlens: torch.Tensor
 ) -> None:
-    """New keys go with the cache, by the names they have here, and have room."""
-    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        arguments.check_tensor(f"{name}_cache", cache)
-        expected = (q.shape[0], k.shape[1], *cache.shape[2:])
-        if tuple(arguments.check_tensor(name, x).shape) != expected:
-            raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
-        arguments.check_like(name, x, f"{name}_cache", cache, "bshd", ("batch", "seq"))
-    size, width = k_cache.shape[1], 1
+    """New keys have room, in a cache whose shape `decode` checks."""
+    if arguments.check_tensor("k_cache", k_cache).dim() != 4 or not values.readable(cache_seqlens):
+        return
+    slots = k_cache.shape[1]
     if block_table is not None:
-        arguments.check_index("block_table", block_table, q)
-        if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+        slots *= arguments.check_tensor("block_table", block_table).shape[1:].numel()
+    for i, length in enumerate(cache_seqlens.tolist()):
+        if not 0 <= length <= slots - new:
             raise ValueError(
-                f"block_table: expected shape ({q.shape[0]}, max_blocks), "
-                f"got {tuple(block_table.shape)}"
+                f"cache_seqlens: expected from 0 to {slots - new} (the slots there are less {new} "
+                f"new keys), got {length} for sequence {i}"
             )
-        width = block_table.shape[1]
-    if values.readable(cache_seqlens):
-        for i, length in enumerate(cache_seqlens.tolist()):
-            if not 0 <= length <= width * size - k.shape[1]:
-                raise ValueError(
-                    f"cache_seqlens: expected from 0 to {width * size - k.shape[1]} (the slots "
-                    f"there are less {k.shape[1]} new keys), got {length} for sequence {i}"
-                )
 
 
 # -------------------------------------------------------------------------------------- arguments
