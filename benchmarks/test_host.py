@@ -34,6 +34,7 @@ STANDING_IN = {
     "triton, apply_rotary": ["rotary_kernel"],
     "triton, apply_rotary in place": ["rotary_kernel"],
     "triton, decode": ["decode_kernel"],
+    "triton, decode and append": ["append_kernel", "decode_kernel"],
     "triton, attention": ["rotary_kernel", "attention_kernel"],
 }
 PROMPT = 512
@@ -170,10 +171,12 @@ def _triton_calls() -> dict[str, Call]:
             *one[:2], positions, turn, lengths=lengths, inplace=inplace, backend="triton"
         )
 
-    forward, inplace, decoded, attended = STANDING_IN
+    forward, inplace, decoded, appended, attended = STANDING_IN
+    new = {"k_new": one[1], "v_new": one[2]}
     return {
         forward: lambda: rotate(False),
         inplace: lambda: rotate(True),
         decoded: lambda: decode(one[0], *cache, lens, turn, backend="triton"),
+        appended: lambda: decode(one[0], *cache, lens, turn, **new, backend="triton"),
         attended: lambda: attention(*prompt, at, turn, lengths=lengths, backend="triton"),
     }

@@ -122,6 +122,15 @@ def decode_one(capacity: int = 128, **named: Any) -> Any:
     return decode(q, k, v, torch.tensor([3]), TWO, backend="triton", **named)
 
 
+def new() -> dict[str, torch.Tensor]:
+    return {"k_new": tensors(1, 1, 2, 32), "v_new": tensors(1, 1, 2, 32)}
+
+
+def in_a_graph() -> Any:
+    with import_module("longrope_kernels.backends.triton.decode").as_in_a_graph():
+        return decode_one(4096)
+
+
 # -------------------------------------------------------------------------------- how many of each
 
 LENGTHS = {"lengths": torch.tensor([8])}
@@ -129,7 +138,9 @@ CALLS = {
     "rotary": (lambda: rotate(**LENGTHS), ["rotary_kernel"]),
     "rotary in place": (lambda: rotate(**LENGTHS, inplace=True), ["rotary_kernel"]),
     "decode": (decode_one, ["decode_kernel"]),
-    "decode in splits": (lambda: decode_one(4096), ["decode_kernel", "combine_kernel"]),
+    "decode and append": (lambda: decode_one(**new()), ["append_kernel", "decode_kernel"]),
+    "decode in splits": (lambda: decode_one(4096), ["decode_kernel"]),
+    "decode in splits, in a graph": (in_a_graph, ["decode_kernel", "combine_kernel"]),
     "attention, k rotated before": (lambda: attend(400), ["rotary_kernel", "attention_kernel"]),
     "attention, few queries": (attend, ["attention_kernel"]),
 }
@@ -191,7 +202,7 @@ def plans() -> dict[str, Launch]:
     return {plan.kernel.__name__: plan for plan in found}
 
 
-PARTS = ("rotary", "decode", "attention")
+PARTS = ("rotary", "append", "decode", "attention")
 # Views at every distance from an address that 16 divides.
 MEMORY = torch.zeros(64, dtype=torch.int64)
 DTYPES = (bf16, torch.float16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8)
@@ -219,7 +230,9 @@ def changed(data: st.DataObject, x: Any) -> Any:
     return x
 
 
-KERNELS = ("rotary_kernel", "decode_kernel", "combine_kernel", "attention_kernel")
+KERNELS = (
+    "rotary_kernel", "append_kernel", "decode_kernel", "combine_kernel", "attention_kernel"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -404,13 +417,15 @@ def test_steps_after_it_compile_nothing(name: str, by_triton: list[str]) -> None
     by_triton.clear()
     cache = make()
     for seq in (1, 4, 1):
-        cache.append(tensors(3, seq, 2, 32), tensors(3, seq, 2, 32))
+        cache.extend(seq)
         q, k = tensors(3, seq, 4, 32), tensors(3, seq, 2, 32)
         lengths = torch.tensor([1, 2, 3]) if cache.sets is None else None
         at = torch.arange(3 * seq).view(3, seq)
         chosen = {"lengths": lengths, "sets": cache.sets, "backend": "triton"}
         apply_rotary(q, k, at, TWO, **chosen, inplace=True)
-        cache.decode(q, backend="triton")
+        cache.decode(q, k_new=k, v_new=k, backend="triton")
+        with import_module("longrope_kernels.backends.triton.decode").as_in_a_graph():
+            cache.decode(q, backend="triton")
     assert len(COMPILED) == compiled
     assert by_triton == []
 

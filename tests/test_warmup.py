@@ -27,7 +27,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
         def __getattr__(self, name: str) -> Any:
             function = getattr(self.module, name)
-            if name not in ("rotary", "decode"):
+            if name not in ("rotary", "append", "decode"):
                 return function
 
             def call(of: Any, *rest: Any) -> Any:
@@ -43,8 +43,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 def test_a_step_is_rotated_written_and_decoded(called: list[tuple[str, Any]]) -> None:
     named = {"dtype": torch.float32, "device": "cpu", "backend": "native"}
     assert warmup(TWO, *SIZES, **named, batch=3, tokens=(1, 4), capacity=64) is None
-    shapes = {(name, tuple(of.q.shape)) for name, of in called}
-    assert shapes == {(name, (3, n, 4, 32)) for name in ("rotary", "decode") for n in (1, 4)}
+    shapes = {(name, tuple(of[0].shape)) for name, of in called}
+    heads = {"rotary": 4, "append": 2, "decode": 4}
+    assert shapes == {(name, (3, n, heads[name], 32)) for name in heads for n in (1, 4)}
     rotated = [of for name, of in called if name == "rotary"]
     assert all(of.selection.lengths is not None for of in rotated)
     assert {of.positions.stride(0) for of in rotated} == {0, 1, 4}
@@ -60,7 +61,7 @@ def test_a_paged_cache_has_the_table_of_its_capacity(called: list[tuple[str, Any
     assert keys.block_table.shape == (1, 7)
     assert keys.k.shape == (1, 16, 2, 32)
     assert scores.window == 9
-    assert all(of.selection.sets is not None for _, of in called)
+    assert all(of.selection.sets is not None for name, of in called if name != "append")
 
 
 def test_prompts_are_attended_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..backends import choose
 from ..calls import arguments
 from ..calls.caches import FLOAT8
 from ..ops.attention import attention
@@ -42,8 +43,8 @@ def warmup(
 
     The first call of a kind compiles Triton's kernels, some seconds each, and loads them, which
     cannot be done while a CUDA graph is captured. After this, calls of these sizes find all they
-    need. Kernels differ by dtypes, by the number of new tokens, by whether 16 divides sizes, and by
-    what a call asks for, not by lengths.
+    need, in a graph too, where decoding launches others. Kernels differ by dtypes, by the number of
+    new tokens, by whether 16 divides sizes, and by what a call asks for, not by lengths.
 
     Args:
         rope: the model's; its tables are made on the device.
@@ -54,7 +55,7 @@ def warmup(
         device: where the model is.
         batch: how many sequences a call has.
         tokens: new tokens of a sequence in a step, for `apply_rotary` and, with ``capacity``, for
-            `decode` (1 to 16); several where steps differ.
+            `decode` (1 to 16), which appends them; several where steps differ.
         prompts: lengths of prompts, for `apply_rotary` and `attention`; several where they differ.
         capacity: how many tokens a sequence may have in the cache; None: there is no cache. A
             dense one is made as `KVCache` makes it, for one layer, and freed.
@@ -132,8 +133,12 @@ def warmup(
             for seq in steps:
                 cache.reset()
                 cache.extend(seq)
-                cache.write(zeros(seq, kv_heads), zeros(seq, kv_heads))
-                cache.decode(zeros(seq, heads), **scored)
+                k, v = zeros(seq, kv_heads), zeros(seq, kv_heads)
+                cache.decode(zeros(seq, heads), k_new=k, v_new=v, **scored)
+                kind = dtype, cache.dtype, head_dim
+                if choose.choose_decode(backend, device.type, *kind) == "triton":
+                    with choose.part("triton", "decode").as_in_a_graph():
+                        cache.decode(zeros(seq, heads), **scored)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

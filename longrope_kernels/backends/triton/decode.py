@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -15,6 +18,7 @@ from .launch import run_launch
 _INTERPRETED_MULTIPROCESSORS = 16
 # By device and stream, and in the interpreter by thread.
 _counters: dict[tuple[object, int], torch.Tensor] = {}
+_as_in_a_graph = ContextVar("_as_in_a_graph", default=False)
 
 
 def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -47,6 +51,16 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
             run_launch(launch)
 
 
+@contextlib.contextmanager
+def as_in_a_graph() -> Iterator[None]:
+    """Within, calls launch what they launch while a CUDA graph is captured."""
+    token = _as_in_a_graph.set(True)
+    try:
+        yield
+    finally:
+        _as_in_a_graph.reset(token)
+
+
 def counters_for(q: torch.Tensor, count: int) -> torch.Tensor | None:
     """``count`` zeros for the kernel to count in, which leaves zeros; None in a CUDA graph.
 
@@ -54,6 +68,8 @@ def counters_for(q: torch.Tensor, count: int) -> torch.Tensor | None:
     graphs, whose replays nobody can order from here: a graph has the second launch instead, which
     costs its replay no time of the host.
     """
+    if _as_in_a_graph.get():
+        return None
     if not q.is_cuda:
         place: tuple[object, int] = (q.device, threading.get_ident())
     elif torch.cuda.is_current_stream_capturing():
