@@ -54,7 +54,7 @@ void attention(const py::tuple& call, int64_t stages, const py::tuple& place) {
 void decode(const py::tuple& call, const py::tuple& splits, const py::tuple& place) {
   const auto a = from_python<longrope_calls::DecodeCall>(call);
   longrope_cuda::Splits s;
-  load_fields(splits.ptr(), s.even, s.most, s.least_tiles, s.out, s.lse);
+  load_fields(splits.ptr(), s.even, s.most, s.least_tiles, s.out, s.lse, s.counters);
   const auto on = place_of(place);
   py::gil_scoped_release release;
   longrope_cuda::decode(a, s, on);

@@ -40,6 +40,7 @@ from longrope_kernels.backends.triton import private
 from longrope_kernels.kernels import decode as decode_kernels
 from longrope_kernels.kernels import rotary as rotary_kernels
 from longrope_kernels.kernels.launch import Launch
+from longrope_kernels.kernels.splits import as_in_a_graph
 
 bf16 = torch.bfloat16
 TWO = Rope.longrope([1.0] * 16, [2.0] * 16, 4096, 8192)
@@ -127,7 +128,7 @@ def new() -> dict[str, torch.Tensor]:
 
 
 def in_a_graph() -> Any:
-    with import_module("longrope_kernels.backends.triton.decode").as_in_a_graph():
+    with as_in_a_graph():
         return decode_one(4096)
 
 
@@ -424,7 +425,7 @@ def test_steps_after_it_compile_nothing(name: str, by_triton: list[str]) -> None
         chosen = {"lengths": lengths, "sets": cache.sets, "backend": "triton"}
         apply_rotary(q, k, at, TWO, **chosen, inplace=True)
         cache.decode(q, k_new=k, v_new=k, backend="triton")
-        with import_module("longrope_kernels.backends.triton.decode").as_in_a_graph():
+        with as_in_a_graph():
             cache.decode(q, backend="triton")
     assert len(COMPILED) == compiled
     assert by_triton == []

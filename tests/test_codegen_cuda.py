@@ -11,7 +11,7 @@ from codegen_cuda import ARCHITECTURES, count, rows_of
 pytestmark = [pytest.mark.nvcc, pytest.mark.slow, pytest.mark.full]
 
 REGISTERS = 65536  # of a multiprocessor
-# Blocks of a multiprocessor at once that csrc/cuda/decode_kernel.h counts on, by head_dim.
+# Blocks of a multiprocessor at once that csrc/cuda/decode_block.h counts on, by head_dim.
 DECODE_BLOCKS = {64: 4, 128: 3, 256: 2}
 DECODE_THREADS = 128
 Row = dict[str, Any]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from decode_truth import COMPILED, Call, Case, bf16, check, fp8, fp16, same
 
-from longrope_kernels.kernels.splits import Splits, choose_splits
+from longrope_kernels.backends.cuda import decode as cuda_decode
+from longrope_kernels.kernels.splits import Splits, choose_splits, counters_for
 
 
 def of(case: Case) -> None:
@@ -60,3 +61,25 @@ def test_splits_fill_a_device_and_no_more() -> None:
     assert choose_splits(8, 1, 2**20, 64, 396, 2).even * 8 <= 396
     assert choose_splits(4096, 512, 2**20, 64, 396, 2).even <= 8
     assert choose_splits(2, 2, 64, 64, 396, 2) == Splits(1, 1, 2)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_the_last_block_combines_as_a_second_launch_does(
+    queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, and leaves what it counted in at 0; a CUDA graph takes the second launch."""
+    case = Case((300, 65, 130), queries, 16, 2, 64, dtype=bf16, boundary=129, n_hat=20)
+    given = {name: COMPILED.move(x) for name, x in case.call().arguments.items()}
+    counters: list[torch.Tensor | None] = []
+
+    def counted(q: torch.Tensor, count: int) -> torch.Tensor | None:
+        counters.append(counters_for(q, count))
+        return counters[-1]
+
+    monkeypatch.setattr(cuda_decode, "counters_for", counted)
+    one = COMPILED.decode(**given, return_lse=True)
+    assert counters[0] is not None
+    assert not counters[0].any()
+    monkeypatch.setattr(cuda_decode, "counters_for", lambda *_: None)
+    for x, y in zip(one, COMPILED.decode(**given, return_lse=True), strict=True):
+        assert torch.equal(x, y)

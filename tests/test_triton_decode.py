@@ -23,7 +23,7 @@ from longrope_kernels.kernels import decode as kernels
 from longrope_kernels.kernels.decode_float8 import CONVERT, SHIFT, half_of_e4m3
 from longrope_kernels.kernels.decode_splits import split_keys
 from longrope_kernels.kernels.rotation import cos_sin_approx
-from longrope_kernels.kernels.splits import choose_splits
+from longrope_kernels.kernels.splits import choose_splits, counters_for
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -207,8 +207,8 @@ def test_threads_count_apart() -> None:
     held: list[torch.Tensor | None] = []
 
     def look() -> None:
-        first = triton_decode.counters_for(q, 3)
-        held.extend((first, triton_decode.counters_for(q, 2), triton_decode.counters_for(q, 100)))
+        first = counters_for(q, 3)
+        held.extend((first, counters_for(q, 2), counters_for(q, 100)))
 
     threads = [threading.Thread(target=look) for _ in range(2)]
     for thread in threads:

@@ -19,8 +19,9 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 static_assert(kWarps * kKeys == kDecodeTile, "a tile of a block is one of each warp");
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
+// Blocks of a multiprocessor at once.
+template <int kDim>
+constexpr int kBlocks = kDim == 64 ? 4 : kDim == 128 ? 3 : 2;
 
 // What the host adds to the call.
 struct DecodePlan {
@@ -56,8 +57,26 @@ struct Frame {
   int32_t splits;
   int32_t first_row;
   uint32_t queries;  // those that take part, of which bit 0 is that of the first row
+  uint32_t is_last;  // of the blocks of its rows
 };
 static_assert(sizeof(Frame) <= Shared<64>::kFrame, "its place");
+
+// Of the eight lanes that hold the scores of a row.
+__device__ __forceinline__ float largest_of_keys(float x) {
+#pragma unroll
+  for (int distance = 4; distance < 32; distance *= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, distance));
+  }
+  return x;
+}
+
+__device__ __forceinline__ float sum_of_keys(float x) {
+#pragma unroll
+  for (int distance = 4; distance < 32; distance *= 2) {
+    x += __shfl_xor_sync(kAllLanes, x, distance);
+  }
+  return x;
+}
 
 // Who stands in a row of the block.
 struct RowOf {

@@ -17,25 +17,6 @@
 namespace {
 namespace longrope {
 
-__device__ __forceinline__ float largest_of_keys(float x) {
-#pragma unroll
-  for (int distance = 4; distance < 32; distance *= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, distance));
-  }
-  return x;
-}
-
-__device__ __forceinline__ float sum_of_keys(float x) {
-#pragma unroll
-  for (int distance = 4; distance < 32; distance *= 2) {
-    x += __shfl_xor_sync(kAllLanes, x, distance);
-  }
-  return x;
-}
-
-// Subtracting it from what is -infinity leaves that, also where all of a row is.
-__device__ __forceinline__ float base_of(float top) { return top == -INFINITY ? 0.0f : top; }
-
 template <typename T, int kDim, bool kFloat8>
 class DecodeBlock {
  public:
@@ -81,7 +62,7 @@ class DecodeBlock {
     end_ = min(begin_ + range_.each, range_.high);
     if (threadIdx.x == 0) {
       *frame_ = {a_.tables.n_hat[set], static_cast<float>(a_.tables.attention_factor[set]),
-                 split, range_.splits, first_row, queries};
+                 split, range_.splits, first_row, queries, 0};
     }
     load_steps(set);
     __syncthreads();
@@ -90,6 +71,7 @@ class DecodeBlock {
     attend();
     __syncthreads();
     combine();
+    if (plan_.splits.counters != nullptr && range_.splits > 1) combine_if_last();
   }
 
  private:
@@ -408,6 +390,34 @@ class DecodeBlock {
 
   // --------------------------------------------------------------------------------------- the end
 
+  __device__ __forceinline__ bool takes_part(int32_t query) const {
+    const int32_t first_query = frame_->first_row / (a_.heads / a_.kv_heads);
+    return (frame_->queries >> (query - first_query) & 1u) != 0;
+  }
+
+  // The rows of this block, where it is the last of those that have their splits.
+  __device__ __forceinline__ void combine_if_last() {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const int32_t units = a_.batch * a_.kv_heads * plan_.row_blocks;
+      const int32_t block = static_cast<int32_t>(blockIdx.x);
+      int32_t* const count =
+          plan_.splits.counters + block / (units * plan_.splits.most) * units + block % units;
+      frame_->is_last = atomicAdd(count, 1) == frame_->splits - 1;
+      if (frame_->is_last) *count = 0;
+    }
+    __syncthreads();
+    if (!frame_->is_last) return;
+    __threadfence();
+#pragma unroll 1
+    for (int32_t row = warp_; row < kDecodeRows; row += kWarps) {
+      const RowOf of = row_at(a_, kv_head_, frame_->first_row + row);
+      if (!of.exists || !takes_part(of.query)) continue;
+      combine_row<T>(a_, plan_.splits, frame_->splits, sequence_, of.head, of.query, lane_, 32);
+    }
+  }
+
   // The sums of the warps become those of the block.
   __device__ __forceinline__ void combine() {
     const Scales& v_scale = a_.keys.v_scale;
@@ -418,8 +428,7 @@ class DecodeBlock {
       const int32_t row = i / kDim, d = i % kDim;
       const RowOf of = row_at(a_, kv_head_, frame_->first_row + row);
       if (!of.exists || d >= a_.dim) continue;
-      const int32_t first_query = frame_->first_row / (a_.heads / a_.kv_heads);
-      if ((frame_->queries >> (of.query - first_query) & 1u) == 0) continue;
+      if (!takes_part(of.query)) continue;
       float top = -INFINITY;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) top = fmaxf(top, states_[w * kDecodeRows + row].x);
@@ -474,10 +483,6 @@ class DecodeBlock {
   float total_[2];
   float out_[kChunks][4][4];
 };
-
-// Blocks of a multiprocessor at once.
-template <int kDim>
-constexpr int kBlocks = kDim == 64 ? 4 : kDim == 128 ? 3 : 2;
 
 // Grid: splits slowest, so that those that are not live come last. Where queries of a sequence may
 // differ in their factor sets, as many for each set, of which those without a query end at once.

@@ -24,37 +24,8 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t query = row % a.queries;
   const KeyRange range = keys_of_sequence(a, splits, window, sequence, lane);
   if (range.splits == 1) return;
-
-  const int64_t rows = static_cast<int64_t>(a.batch) * a.heads * a.queries;
-  const float* const lse = splits.lse + row;
-  float top = -INFINITY;
-  for (int32_t i = lane; i < range.splits; i += 32) top = fmaxf(top, lse[i * rows]);
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, distance));
-  }
-  float total = 0.0f;
-  for (int32_t i = lane; i < range.splits; i += 32) {
-    total += exp2_approx(lse[i * rows] - base_of(top));
-  }
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    total += __shfl_xor_sync(kAllLanes, total, distance);
-  }
-  const float divisor = total == 0.0f ? 1.0f : total;
-
-  T* const out = static_cast<T*>(a.out.data) + sequence * a.out.strides[0] +
-                 query * a.out.strides[1] + head * a.out.strides[2];
-  for (int32_t d = static_cast<int32_t>(threadIdx.x); d < a.dim; d += kThreads) {
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int32_t i = 0; i < range.splits; ++i) {
-      sum += exp2_approx(lse[i * rows] - base_of(top)) *
-             splits.out[(i * rows + row) * a.dim + d];
-    }
-    out[d].bits = static_cast<uint16_t>(pack<T>(sum / divisor, 0.0f));
-  }
-  if (threadIdx.x == 0) a.lse[row] = (top + log2f(divisor)) * kLn2;
+  combine_row<T>(a, splits, range.splits, sequence, head, query,
+                 static_cast<int32_t>(threadIdx.x), kThreads);
 }
 
 // ---------------------------------------------------------------------------------------- the host
@@ -98,7 +69,7 @@ void launch_decode(const DecodeCall& a, const Splits& splits, void* stream) {
                                         plan.row_blocks));
   longrope_cuda::launch(&decode_kernel<T, kDim, kFloat8>, "decode_kernel", grid, dim3(kThreads),
                         Shared<kDim>::kBytes, stream, a, plan);
-  if (splits.most > 1) {
+  if (splits.most > 1 && splits.counters == nullptr) {
     const dim3 of_rows(static_cast<unsigned>(a.batch * a.heads * a.queries));
     longrope_cuda::launch(&combine_kernel<T>, "combine_kernel", of_rows, dim3(kThreads), 0, stream,
                           a, splits, plan.window);

@@ -5,6 +5,7 @@
 // So a captured graph serves all lengths.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "decode.h"
@@ -16,6 +17,9 @@ namespace longrope {
 using longrope_calls::DecodeCall;
 using longrope_cuda::kDecodeTile;
 using longrope_cuda::Splits;
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 // The keys that the queries of a sequence see, and how they are split.
 struct KeyRange {
@@ -64,6 +68,47 @@ __device__ __forceinline__ KeyRange keys_of_sequence(const DecodeCall& a, const 
   r.splits = max((own + each - 1) / each, 1);
   r.each = each * kDecodeTile;
   return r;
+}
+
+// Subtracting it from what is -infinity leaves that, also where all of a row is.
+__device__ __forceinline__ float base_of(float top) { return top == -INFINITY ? 0.0f : top; }
+
+// One row of the result, of a query and head, from those of its live splits. By all lanes of a
+// warp, for dimensions from first on in steps of stride.
+template <typename T>
+__device__ __forceinline__ void combine_row(const DecodeCall& a, const Splits& splits,
+                                            int32_t count, int32_t sequence, int32_t head,
+                                            int32_t query, int32_t first, int32_t stride) {
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+  const int64_t rows = static_cast<int64_t>(a.batch) * a.heads * a.queries;
+  const int64_t row = (static_cast<int64_t>(sequence) * a.heads + head) * a.queries + query;
+  const float* const lse = splits.lse + row;
+  float top = -INFINITY;
+  for (int32_t i = lane; i < count; i += 32) top = fmaxf(top, lse[i * rows]);
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, distance));
+  }
+  float total = 0.0f;
+  for (int32_t i = lane; i < count; i += 32) total += exp2_approx(lse[i * rows] - base_of(top));
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    total += __shfl_xor_sync(kAllLanes, total, distance);
+  }
+  const float divisor = total == 0.0f ? 1.0f : total;
+
+  T* const out = static_cast<T*>(a.out.data) + sequence * a.out.strides[0] +
+                 query * a.out.strides[1] + head * a.out.strides[2];
+  for (int32_t d = first; d < a.dim; d += stride) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int32_t i = 0; i < count; ++i) {
+      sum += exp2_approx(lse[i * rows] - base_of(top)) *
+             splits.out[(i * rows + row) * a.dim + d];
+    }
+    out[d].bits = static_cast<uint16_t>(pack<T>(sum / divisor, 0.0f));
+  }
+  if (first == 0) a.lse[row] = (top + log2f(divisor)) * kLn2;
 }
 
 }  // namespace longrope

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import NamedTuple
+
+import torch
 
 # A sequence longer than the mean of its batch may have so many times the splits of the mean.
 _SPREAD = 4
 # What a further split costs, its start and its part in the combination, as a part of the time that
 # one split alone would take.
 _SPLIT_COST = 1 / 512
+# By device and stream, and on the CPU by thread.
+_counters: dict[tuple[object, int], torch.Tensor] = {}
+_as_in_a_graph = ContextVar("_as_in_a_graph", default=False)
 
 
 class Splits(NamedTuple):
@@ -35,3 +44,37 @@ def choose_splits(
     even = min(candidates, key=lambda n: -(-units * n // places) / n + n * _SPLIT_COST / places)
     most = even if batch == 1 else min(bound, _SPREAD * even)
     return Splits(even, most, least_tiles)
+
+
+@contextlib.contextmanager
+def as_in_a_graph() -> Iterator[None]:
+    """Within, calls launch what they launch while a CUDA graph is captured."""
+    token = _as_in_a_graph.set(True)
+    try:
+        yield
+    finally:
+        _as_in_a_graph.reset(token)
+
+
+def counters_for(q: torch.Tensor, count: int) -> torch.Tensor | None:
+    """``count`` zeros for the kernel to count in, which leaves zeros; None in a CUDA graph.
+
+    Kernels of one stream follow one another and may share them; two streams may not, nor two
+    graphs, whose replays nobody can order from here: a graph has the second launch instead, which
+    costs its replay no time of the host.
+    """
+    if _as_in_a_graph.get():
+        return None
+    if not q.is_cuda:
+        place: tuple[object, int] = (q.device, threading.get_ident())
+    elif torch.cuda.is_current_stream_capturing():
+        return None
+    else:
+        place = (q.device, torch.cuda.current_stream(q.device).cuda_stream)
+    counters = _counters.get(place)
+    if counters is None or len(counters) < count:
+        with torch.inference_mode(False):
+            size = 1 << (count - 1).bit_length()
+            counters = torch.zeros(size, dtype=torch.int32, device=q.device)
+        _counters[place] = counters
+    return counters

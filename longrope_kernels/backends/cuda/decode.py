@@ -6,7 +6,7 @@ import torch
 
 from ...calls import addresses
 from ...calls.records import DecodeCall
-from ...kernels.splits import Splits, choose_splits
+from ...kernels.splits import Splits, choose_splits, counters_for
 from .device import emulating, extension, on_device, place_of
 
 # Keys of a tile, and rows of a block; csrc/cuda/decode.h has the same.
@@ -20,10 +20,15 @@ _LEAST_TILES = 2
 _EMULATED_MULTIPROCESSORS = 16
 
 
+def _units_of(call: DecodeCall) -> int:
+    """Blocks, were nothing split."""
+    (batch, queries, heads, _), kv_heads = call.q.shape, call.keys.heads
+    return batch * kv_heads * -(-queries * (heads // kv_heads) // _ROWS)
+
+
 def _splits_of(call: DecodeCall) -> Splits:
-    (batch, queries, heads, dim), kv_heads = call.q.shape, call.keys.heads
-    capacity = call.keys.capacity
-    units = batch * kv_heads * -(-queries * (heads // kv_heads) // _ROWS)
+    batch, _, _, dim = call.q.shape
+    capacity, units = call.keys.capacity, _units_of(call)
     blocks = next(count for most, count in _BLOCKS.items() if dim <= most)
     if emulating():
         return choose_splits(units, batch, capacity, _TILE, _EMULATED_MULTIPROCESSORS, 1)
@@ -46,11 +51,14 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
         lse.fill_(float("-inf"))
         return
     splits = _splits_of(call)
-    partial = 0, 0
+    partial = 0, 0, 0
     if splits.most > 1:
         shape = (splits.most, *lse.shape)
         scratch = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape)
-        partial = scratch[0].data_ptr(), scratch[1].data_ptr()
+        with on_device(q):
+            counters = counters_for(q, _units_of(call) * call.tables.sets)
+        count = 0 if counters is None else counters.data_ptr()
+        partial = scratch[0].data_ptr(), scratch[1].data_ptr(), count
     with on_device(q):
         record = addresses.decode(call, out, lse)
         extension().decode(record, (*splits, *partial), place_of(q))

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
-from contextvars import ContextVar
-
 import torch
 
 from ...calls.records import DecodeCall
 from ...kernels import decode as kernels
+from ...kernels.splits import counters_for
 from . import device
 from .launch import run_launch
 
 # What the interpreter stands for: enough that small tests see several splits.
 _INTERPRETED_MULTIPROCESSORS = 16
-# By device and stream, and in the interpreter by thread.
-_counters: dict[tuple[object, int], torch.Tensor] = {}
-_as_in_a_graph = ContextVar("_as_in_a_graph", default=False)
 
 
 def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -49,37 +42,3 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
             counters = counters_for(q, kernels.counters_of(call, config))
         for launch in kernels.plan(call, out, lse, scratch, arch, splits, config, counters):
             run_launch(launch)
-
-
-@contextlib.contextmanager
-def as_in_a_graph() -> Iterator[None]:
-    """Within, calls launch what they launch while a CUDA graph is captured."""
-    token = _as_in_a_graph.set(True)
-    try:
-        yield
-    finally:
-        _as_in_a_graph.reset(token)
-
-
-def counters_for(q: torch.Tensor, count: int) -> torch.Tensor | None:
-    """``count`` zeros for the kernel to count in, which leaves zeros; None in a CUDA graph.
-
-    Kernels of one stream follow one another and may share them; two streams may not, nor two
-    graphs, whose replays nobody can order from here: a graph has the second launch instead, which
-    costs its replay no time of the host.
-    """
-    if _as_in_a_graph.get():
-        return None
-    if not q.is_cuda:
-        place: tuple[object, int] = (q.device, threading.get_ident())
-    elif torch.cuda.is_current_stream_capturing():
-        return None
-    else:
-        place = (q.device, torch.cuda.current_stream(q.device).cuda_stream)
-    counters = _counters.get(place)
-    if counters is None or len(counters) < count:
-        with torch.inference_mode(False):
-            size = 1 << (count - 1).bit_length()
-            counters = torch.zeros(size, dtype=torch.int32, device=q.device)
-        _counters[place] = counters
-    return counters
