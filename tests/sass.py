@@ -90,7 +90,7 @@ def functions(dump: str) -> Iterator[tuple[str, list[Instruction]]]:
 
 
 def _instruction(match: re.Match[str]) -> Instruction:
-    text = match["operands"].replace("`(", "").strip()
+    text = re.split(r"\s[&?]", match["operands"])[0].strip()  # what follows is for the scheduler
     operands = tuple(x.strip() for x in text.split(",")) if text else ()
     return Instruction(int(match["place"], 16), bool(match["guard"]), match["name"], operands)
 
@@ -142,6 +142,8 @@ def touched_too_early(dump: str) -> list[str]:
     """Instructions that write a register of a product under way, or read its accumulator."""
     faults = []
     for function, instructions in functions(dump):
+        if not any(x.family in _ASYNCHRONOUS for x in instructions):
+            continue
         index = {x.place: i for i, x in enumerate(instructions)}
         pending: list[_Pending | None] = [None] * len(instructions)
         todo = [(0, _Pending())]

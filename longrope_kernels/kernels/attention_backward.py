@@ -56,6 +56,8 @@ CONFIGS = {
         256: Configs(Config(32, 32, 8, 1), None, Config(32, 32, 4, 2)),
     },
 }
+# As 8.0, but for what spills there.
+CONFIGS[120] = {**CONFIGS[80], 128: CONFIGS[80][128]._replace(dk=Config(16, 64, 4, 2))}
 # What benchmarks/tune.py tries beside them.
 CANDIDATES = tuple(
     Config(block_m, block_n, warps, stages)
