@@ -77,7 +77,7 @@ SERVED = {
     "prefill_context_parallel_size": ("parallel_config", 2),
     "enable_dbo": ("parallel_config", True),
     "ubatch_size": ("parallel_config", 2),
-    "speculative_config": ("", object()),
+    "speculative_config": ("", SimpleNamespace(method="draft_model")),
     "lora_config": ("", object()),
     "kv_transfer_config": ("", object()),
 }

@@ -44,7 +44,7 @@ class _BySet(Scheduler):
         self.policies = policies
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Preempt first what would grow into another set in this step."""
+        """Preempt first what would grow into another set in this step; cut drafts that would."""
         for request in reversed(self.running):
             # What is in flight counts; the last token of a request is never computed.
             most = request.num_prompt_tokens + request.max_tokens - 1
@@ -54,6 +54,11 @@ class _BySet(Scheduler):
                 self._preempt_request(request, time.monotonic())
                 # It may be resumed in this very step: its tokens are sent again then.
                 self.prev_step_scheduled_req_ids.discard(request.request_id)
+            else:
+                drafts = len(request.spec_token_ids)
+                while drafts and self._set_of(request, known + drafts) != request.longrope_set:
+                    drafts -= 1
+                request.spec_token_ids = request.spec_token_ids[:drafts]
         return super().schedule(*args, **kwargs)
 
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:

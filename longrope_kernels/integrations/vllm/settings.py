@@ -89,6 +89,11 @@ def has_scheduler(vllm_config: Any) -> bool:
     return bool(given == SCHEDULER)
 
 
+def _drafts(speculative_config: Any) -> str:
+    """How drafts are made: "ngram", by no model, also where there are none."""
+    return "ngram" if speculative_config is None else str(speculative_config.method)
+
+
 def refuse(vllm_config: Any, policies: Policies) -> None:
     """Raise a ValueError that names what of this server would give other results, or was not tried.
 
@@ -116,7 +121,7 @@ def refuse(vllm_config: Any, policies: Policies) -> None:
             None,
         ),
         "enable_prompt_embeds": (model.enable_prompt_embeds, False),
-        "speculative_config": (vllm_config.speculative_config, None),
+        "speculative_config": (_drafts(vllm_config.speculative_config), "ngram"),
         "lora_config": (vllm_config.lora_config, None),
         "kv_transfer_config": (vllm_config.kv_transfer_config, None),
         "kv_sharing_fast_prefill": (cache.kv_sharing_fast_prefill, False),

@@ -1,0 +1,91 @@
+"""Engines of their own: one with too few blocks for its requests, one with longer ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engines import (
+    ORIGINAL,
+    engine,
+    fresh,
+    of_new,
+    of_prompt,
+    prompt,
+    reference,
+    run,
+    save_model,
+    scores,
+)
+from test_lengths import CLOSE, far
+
+from longrope_kernels.integrations.transformers import enable
+
+
+def test_preemption_before_at_and_after_the_switch(tmp_path: Path) -> None:
+    """Two rows of 220 tokens fill all blocks; the next token of each wants one more."""
+    folder = save_model(tmp_path)
+    truth, long, short = (reference(folder, held) for held in (None, "long", "short"))
+    lengths = (220, 220, 284, 220, 220)
+    policies = ["recompute", "recompute", "recompute", "final", "prompt"]
+    asked = [prompt(tokens, row) for row, tokens in enumerate(lengths)]
+    preempted: list[tuple[str, int]] = []
+    with engine(folder, max_model_len=14 * 32, num_gpu_blocks_override=15) as served:
+        scheduler: Any = served.llm_engine.engine_core.engine_core.scheduler
+        preempt = scheduler._preempt_request
+
+        def counted(request: Any, *args: Any, **kwargs: Any) -> None:
+            preempted.append((request.request_id.partition("-")[0], request.num_tokens))
+            preempt(request, *args, **kwargs)
+
+        scheduler._preempt_request = counted
+        outs = run(served, asked, new=44, policies=policies, scored=False)
+    at_the_switch = [row for row, tokens in preempted if tokens == ORIGINAL + 1]
+    assert {"0", "1"} <= set(at_the_switch)
+    assert any(tokens < ORIGINAL for _, tokens in preempted)
+    for out, one, true in zip(outs, asked, (truth, truth, truth, long, short), strict=True):
+        ids, found = of_new(out)
+        assert far(found, fresh(true, one, ids)) < CLOSE
+
+
+def test_with_the_published_original_length(tmp_path: Path) -> None:
+    """4096 tokens are short, 4097 long; there transformers' own angles are off by more."""
+    folder = save_model(tmp_path, original=4096)
+    truth = enable(reference(folder))
+    asked = [prompt(tokens, 8) for tokens in (100, 4096, 4097)]
+    with engine(folder, max_model_len=8192, max_num_batched_tokens=2048) as made:
+        outs = run(made, asked, new=2)
+    for out, one in zip(outs, asked, strict=True):
+        ids, found = of_new(out)
+        assert far(of_prompt(out), scores(truth, one)) < CLOSE
+        assert far(found, fresh(truth, one, ids)) < CLOSE
+
+
+def test_drafts_across_the_switch(tmp_path: Path) -> None:
+    """Of three tokens, looked up in the text: some are taken, and they end before the switch."""
+    folder = save_model(tmp_path)
+    truth, long, short = (reference(folder, held) for held in (None, "long", "short"))
+    asked = [(prompt(40, row) * 7)[: ORIGINAL - 8] for row in range(3)]
+    drafts = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 3,
+        "prompt_lookup_min": 1,
+    }
+    verified = []
+    with engine(folder, speculative_config=drafts) as served:
+        scheduler: Any = served.llm_engine.engine_core.engine_core.scheduler
+        schedule = scheduler.schedule
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            out = schedule(*args, **kwargs)
+            verified.extend(map(len, out.scheduled_spec_decode_tokens.values()))
+            return out
+
+        scheduler.schedule = counted
+        policies = ["recompute", "final", "prompt"]
+        outs = run(served, asked, new=24, policies=policies, scored=False)
+    assert max(verified) == 3
+    for out, one, true in zip(outs, asked, (truth, long, short), strict=True):
+        ids, found = of_new(out)
+        assert far(found, fresh(true, one, ids)) < CLOSE
