@@ -144,9 +144,10 @@ def decoding(dim: int, shape: Shape, arch: int) -> Iterator[Job]:
             multiprocessors = device.multiprocessors_of(call.q, 16)
             splits = decode.splits_of(call, arch, multiprocessors, config)
             of_splits = (splits.most, *lse.shape)
-            scratch = (lse.new_empty(*of_splits, dim), lse.new_empty(of_splits))
+            counters = lse.new_zeros(decode.counters_of(call, config), dtype=torch.int32)
+            scratch = lse.new_empty(*of_splits, dim), lse.new_empty(of_splits), counters
             rest = (scratch if splits.most > 1 else None, arch, splits, config)
-            return decode.plan(call, out, lse, *rest)
+            return [decode.plan(call, out, lse, *rest)]
 
         rows = queries * groups
         yield Job(name, decode.choose_config(arch, dim, rows), launches, (out, lse))

@@ -52,7 +52,6 @@ class Case:
     window: int = 0
     softcap: float = 0.0
     dtype: str = "bfloat16"
-    kernel: str = "decode"
 
     def launch(self) -> Any:
         """The launch of this kernel, for tensors without memory."""
@@ -87,16 +86,14 @@ class Case:
         call = DecodeCall(q, keys, tables, Selection(), scores)
         splits = decode.splits_of(call, self.arch, MULTIPROCESSORS[self.arch])
         of_splits = empty(splits.most, *lse.shape, self.dim, dtype=torch.float32)
-        launches = decode.plan(
+        return decode.plan(
             call,
             torch.empty_like(q),
             lse,
-            (of_splits, of_splits[..., 0].contiguous()),
+            (of_splits, of_splits[..., 0].contiguous(), empty(1024, dtype=torch.int32)),
             self.arch,
             splits,
-            counters=None if self.kernel == "combine" else empty(1024, dtype=torch.int32),
         )
-        return launches[-1]
 
 
 DIMS = (64, 80, 96, 128, 256)
@@ -113,7 +110,6 @@ MORE_VARIANTS = (
     {"interleaved": True},
     {"window": 1024, "softcap": 50.0, "queries": 4},
     {"queries": 8, "dtype": "float16"},
-    {"kernel": "combine"},
 )
 
 
@@ -146,7 +142,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
 
     return {
         **asdict(case),
-        "tile": [launch.constants.get("BLOCK_M", 0), launch.constants["BLOCK_N"]],
+        "tile": [launch.constants["BLOCK_M"], launch.constants["BLOCK_N"]],
         "warps": launch.warps,
         "stages": launch.stages,
         "programs": config.programs,
@@ -175,7 +171,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [" | ".join(head).replace("_", " "), " | ".join("---" for _ in head)]
     for row in rows:
         variant = [] if row["rotate"] else ["rotated keys"]
-        variant += ["combine"] if row["kernel"] == "combine" else []
         variant += [f"blocks of {row['block_size']}"] if row["block_size"] else []
         variant += ["float8"] if row["float8"] else []
         variant += [name for name in ("interleaved", "positions", "window", "softcap") if row[name]]

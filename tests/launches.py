@@ -40,7 +40,6 @@ from longrope_kernels.backends.triton import private
 from longrope_kernels.kernels import decode as decode_kernels
 from longrope_kernels.kernels import rotary as rotary_kernels
 from longrope_kernels.kernels.launch import Launch
-from longrope_kernels.kernels.splits import as_in_a_graph
 
 bf16 = torch.bfloat16
 TWO = Rope.longrope([1.0] * 16, [2.0] * 16, 4096, 8192)
@@ -127,11 +126,6 @@ def new() -> dict[str, torch.Tensor]:
     return {"k_new": tensors(1, 1, 2, 32), "v_new": tensors(1, 1, 2, 32)}
 
 
-def in_a_graph() -> Any:
-    with as_in_a_graph():
-        return decode_one(4096)
-
-
 # -------------------------------------------------------------------------------- how many of each
 
 LENGTHS = {"lengths": torch.tensor([8])}
@@ -141,7 +135,6 @@ CALLS = {
     "decode": (decode_one, ["decode_kernel"]),
     "decode and append": (lambda: decode_one(**new()), ["append_kernel", "decode_kernel"]),
     "decode in splits": (lambda: decode_one(4096), ["decode_kernel"]),
-    "decode in splits, in a graph": (in_a_graph, ["decode_kernel", "combine_kernel"]),
     "attention, k rotated before": (lambda: attend(400), ["rotary_kernel", "attention_kernel"]),
     "attention, few queries": (attend, ["attention_kernel"]),
 }
@@ -231,9 +224,7 @@ def changed(data: st.DataObject, x: Any) -> Any:
     return x
 
 
-KERNELS = (
-    "rotary_kernel", "append_kernel", "decode_kernel", "combine_kernel", "attention_kernel"
-)  # fmt: skip
+KERNELS = ("rotary_kernel", "append_kernel", "decode_kernel", "attention_kernel")
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -425,8 +416,7 @@ def test_steps_after_it_compile_nothing(name: str, by_triton: list[str]) -> None
         chosen = {"lengths": lengths, "sets": cache.sets, "backend": "triton"}
         apply_rotary(q, k, at, TWO, **chosen, inplace=True)
         cache.decode(q, k_new=k, v_new=k, backend="triton")
-        with as_in_a_graph():
-            cache.decode(q, backend="triton")
+        cache.decode(q, backend="triton")
     assert len(COMPILED) == compiled
     assert by_triton == []
 

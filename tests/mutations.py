@@ -58,7 +58,6 @@ ATTENTION = [
     Mutation("the log-sum-exp to base 2", "kernels/decode.py", "tl.store(lse + offset, top * LN2, mask=in_q)", "tl.store(lse + offset, top, mask=in_q)", "test_decode_forward.py -k triton"),
     Mutation("a kernel for aligned pointers, for all", "backends/triton/launch.py", "add(x.data_ptr() % 16)", "add(0)", "test_launches.py"),
     Mutation("sets of a cache that are aligned", "cache/warmup.py", "sets = caches[0].sets if caches else torch.zeros", "sets = torch.zeros", "test_launches.py"),
-    Mutation("what a graph launches, compiled in it", "cache/warmup.py", "with as_in_a_graph():", "if True:", "test_launches.py"),
     Mutation("softcap without its factor", "backends/reference.py", "scores = how.cap * torch.tanh(scores / how.cap)", "scores = torch.tanh(scores / how.cap)", "test_attention_forward.py -k reference"),
     Mutation("dropped autocast", "calls/autocast.py", "return x if dtype is None else x.to(dtype)", "return x", "test_attention_compile.py -k autocast"),
     Mutation("an op that nobody sees", "torch_private.py", "or torch._C._len_torch_dispatch_stack()", "", "test_torch_private.py"),

@@ -30,22 +30,16 @@ def rows(output: dict[str, Any]) -> list[Row]:
     return list(output["rows"])
 
 
-@pytest.fixture(scope="module")
-def decodes(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row["kernel"] == "decode"]
-
-
-@pytest.mark.counts
 def test_the_page_is_of_these_kernels(output: dict[str, Any]) -> None:
     assert_current(output["page"], "decode.md")
 
 
-def test_every_head_dim_is_compiled_for_each_architecture(decodes: list[Row]) -> None:
+def test_every_head_dim_is_compiled_for_each_architecture(rows: list[Row]) -> None:
     every = {(arch, dim) for arch in (80, 90) for dim in (64, 80, 96, 128, 256)}
     for block_size, float8, rotate in ((0, False, True), (0, False, False), (16, True, True)):
         served = {
             (row["arch"], row["dim"])
-            for row in decodes
+            for row in rows
             if (row["block_size"], row["float8"], row["rotate"]) == (block_size, float8, rotate)
         }
         assert {(arch, dim) for arch, dim in served if arch in (80, 90)} == every
@@ -58,35 +52,35 @@ def test_nothing_spills(rows: list[Row]) -> None:
     assert_all(shipped, lambda row: row["local"] == 0 and row["stack"] == 0)
 
 
-def test_so_many_programs_fit_a_multiprocessor(decodes: list[Row]) -> None:
+def test_so_many_programs_fit_a_multiprocessor(rows: list[Row]) -> None:
     def threads(row: Row) -> int:
         return int(row["warps"] * 32 * row["programs"])
 
     # Registers are given out in eights.
-    assert_all(decodes, lambda row: -(-row["registers"] // 8) * 8 * threads(row) <= REGISTERS)
-    for row in decodes:
+    assert_all(rows, lambda row: -(-row["registers"] // 8) * 8 * threads(row) <= REGISTERS)
+    for row in rows:
         if row["arch"] in SHARED:
             assert (row["shared"] + RESERVED_SHARED) * row["programs"] <= SHARED[row["arch"]], row
-    assert_all(decodes, lambda row: row["arch"] == 90 or row["shared"] <= LEAST_SHARED)
+    assert_all(rows, lambda row: row["arch"] == 90 or row["shared"] <= LEAST_SHARED)
 
 
-def test_the_matrix_unit_does_the_products(decodes: list[Row]) -> None:
-    assert_all(decodes, lambda row: row["tile_matrix"] > 0)
+def test_the_matrix_unit_does_the_products(rows: list[Row]) -> None:
+    assert_all(rows, lambda row: row["tile_matrix"] > 0)
 
 
-def test_no_register_of_a_product_is_touched_before_the_wait_for_it(decodes: list[Row]) -> None:
-    assert_all(decodes, lambda row: row["touched_too_early"] == [])
+def test_no_register_of_a_product_is_touched_before_the_wait_for_it(rows: list[Row]) -> None:
+    assert_all(rows, lambda row: row["touched_too_early"] == [])
 
 
-def test_products_have_all_columns_of_their_layout(decodes: list[Row]) -> None:
-    assert_all(decodes, lambda row: row["short_products"] == 0)
+def test_products_have_all_columns_of_their_layout(rows: list[Row]) -> None:
+    assert_all(rows, lambda row: row["short_products"] == 0)
 
 
 def test_keys_and_values_are_copied_past_the_registers_in_pieces_of_16_bytes(
-    decodes: list[Row],
+    rows: list[Row],
 ) -> None:
     """As many as the bytes of a tile need, where each thread has 16 bytes of a piece at least."""
-    for row in decodes:
+    for row in rows:
         itemsize, threads = 1 if row["float8"] else 2, 32 * row["warps"]
         of_piece = min(row["dim"] // 2, 64) * row["tile"][1] * itemsize // threads
         whole = row["dim"] & (row["dim"] - 1) == 0 and not row["pairs"]
@@ -96,10 +90,10 @@ def test_keys_and_values_are_copied_past_the_registers_in_pieces_of_16_bytes(
             assert row["positions"] or row["tile_narrow_copies"] == 0, row
 
 
-def test_one_sine_and_one_cosine_a_key_and_pair_and_no_more(decodes: list[Row]) -> None:
+def test_one_sine_and_one_cosine_a_key_and_pair_and_no_more(rows: list[Row]) -> None:
     """Next to the same kernel on rotated keys."""
-    plain = {(row["arch"], row["dim"], row["float8"]): row for row in decodes if not row["rotate"]}
-    for row in decodes:
+    plain = {(row["arch"], row["dim"], row["float8"]): row for row in rows if not row["rotate"]}
+    for row in rows:
         other = plain.get((row["arch"], row["dim"], row["float8"]))
         if not row["rotate"] or other is None or row["tile"] != other["tile"] or row["softcap"]:
             continue
@@ -109,12 +103,12 @@ def test_one_sine_and_one_cosine_a_key_and_pair_and_no_more(decodes: list[Row]) 
             assert row["tile_mufu"] - other["tile_mufu"] == turns, row
 
 
-def test_memory_bounds_decoding_and_not_what_is_issued(decodes: list[Row]) -> None:
+def test_memory_bounds_decoding_and_not_what_is_issued(rows: list[Row]) -> None:
     """Of the instructions that fit beside the bytes of a 16-bit cache, three quarters at most.
 
     Positions of keys in any order cost a choice of two steps for each pair: nine tenths.
     """
-    for row in decodes:
+    for row in rows:
         if not row["float8"] and row["queries"] == 1 and row["arch"] in CYCLES_A_BYTE:
             cycles = 4 * row["dim"] * CYCLES_A_BYTE[row["arch"]]
             assert row["key_issue"] <= (0.9 if row["positions"] else 0.75) * cycles, row

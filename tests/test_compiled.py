@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from append_truth import Case as AppendCase
 from append_truth import check as check_append
 from append_truth import fp32
@@ -20,8 +19,6 @@ from cases import TRITON as TRITON_TARGET
 from decode_truth import TRITON
 from decode_truth import Case as DecodeCase
 from decode_truth import check as check_decode
-
-from longrope_kernels.backends.triton import decode as triton_decode
 
 pytestmark = pytest.mark.compiled
 ROTATED_BEFORE = [
@@ -121,18 +118,6 @@ def assert_counted_in_order() -> None:
 
 def is_global(name: str, instruction: Any) -> bool:
     return instruction.name == name and "global" in instruction.modifiers
-
-
-@pytest.mark.parametrize("case", [DECODES[0], DECODES[5]], ids=str)
-def test_the_last_program_combines_as_a_second_launch_does(
-    case: DecodeCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = {name: TRITON.move(x) for name, x in case.call().arguments.items()}
-    one = TRITON.decode(**given, return_lse=True)
-    monkeypatch.setattr(triton_decode, "counters_for", lambda *_: None)
-    for x, y in zip(one, TRITON.decode(**given, return_lse=True), strict=True):
-        assert torch.equal(x, y)
-    assert_fenced()
 
 
 @pytest.mark.parametrize("case", APPENDS, ids=str)

@@ -24,11 +24,11 @@ struct Splits {
   float* out;  // (most, batch, heads, queries, dim), or null where `most` is 1
   float* lse;  // (most, batch, heads, queries), to base 2
   // Zeros in which the blocks of the same rows count themselves, one for each of these and each
-  // factor set, so that the last one combines and leaves a zero; or null: a second launch does.
+  // factor set, so that the last one combines and leaves a zero; null where `most` is 1.
   int32_t* counters;
 };
 
-// Attends by one launch, or by two where keys are split and there are no counters; throws std::runtime_error where one fails.
+// Attends by one launch; throws std::runtime_error where one fails.
 // q is bfloat16 or float16; dim is at most 256.
 void decode(const DecodeCall& call, const Splits& splits, const Place& place);
 

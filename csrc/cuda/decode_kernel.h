@@ -71,7 +71,7 @@ class DecodeBlock {
     attend();
     __syncthreads();
     combine();
-    if (plan_.splits.counters != nullptr && range_.splits > 1) combine_if_last();
+    if (range_.splits > 1) combine_if_last();
   }
 
  private:
@@ -414,7 +414,7 @@ class DecodeBlock {
     for (int32_t row = warp_; row < kDecodeRows; row += kWarps) {
       const RowOf of = row_at(a_, kv_head_, frame_->first_row + row);
       if (!of.exists || !takes_part(of.query)) continue;
-      combine_row<T>(a_, plan_.splits, frame_->splits, sequence_, of.head, of.query, lane_, 32);
+      combine_row<T>(a_, plan_.splits, frame_->splits, sequence_, of.head, of.query, lane_);
     }
   }
 

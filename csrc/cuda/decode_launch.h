@@ -1,5 +1,5 @@
-// Split-KV decoding: the kernel that combines splits, and the launches; included by the file of
-// each type, so that they compile side by side.
+// Split-KV decoding: the launches; included by the file of each type, so that they compile side by
+// side.
 #pragma once
 
 #include <algorithm>
@@ -10,23 +10,6 @@
 
 namespace {
 namespace longrope {
-
-// One row of the result, of a query and head, from those of the live splits; a sequence of one
-// split has its result already. Grid: (batch * heads * queries,).
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    combine_kernel(const __grid_constant__ DecodeCall a, const __grid_constant__ Splits splits,
-                   const int32_t window) {
-  const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
-  const int32_t row = static_cast<int32_t>(blockIdx.x);
-  const int32_t sequence = row / (a.heads * a.queries);
-  const int32_t head = row / a.queries % a.heads;
-  const int32_t query = row % a.queries;
-  const KeyRange range = keys_of_sequence(a, splits, window, sequence, lane);
-  if (range.splits == 1) return;
-  combine_row<T>(a, splits, range.splits, sequence, head, query,
-                 static_cast<int32_t>(threadIdx.x), kThreads);
-}
 
 // ---------------------------------------------------------------------------------------- the host
 
@@ -69,11 +52,6 @@ void launch_decode(const DecodeCall& a, const Splits& splits, void* stream) {
                                         plan.row_blocks));
   longrope_cuda::launch(&decode_kernel<T, kDim, kFloat8>, "decode_kernel", grid, dim3(kThreads),
                         Shared<kDim>::kBytes, stream, a, plan);
-  if (splits.most > 1 && splits.counters == nullptr) {
-    const dim3 of_rows(static_cast<unsigned>(a.batch * a.heads * a.queries));
-    longrope_cuda::launch(&combine_kernel<T>, "combine_kernel", of_rows, dim3(kThreads), 0, stream,
-                          a, splits, plan.window);
-  }
 }
 
 template <typename T, int kDim>

@@ -73,13 +73,12 @@ __device__ __forceinline__ KeyRange keys_of_sequence(const DecodeCall& a, const 
 // Subtracting it from what is -infinity leaves that, also where all of a row is.
 __device__ __forceinline__ float base_of(float top) { return top == -INFINITY ? 0.0f : top; }
 
-// One row of the result, of a query and head, from those of its live splits. By all lanes of a
-// warp, for dimensions from first on in steps of stride.
+// One row of the result, of a query and head, from those of its live splits; by all lanes of a
+// warp.
 template <typename T>
 __device__ __forceinline__ void combine_row(const DecodeCall& a, const Splits& splits,
                                             int32_t count, int32_t sequence, int32_t head,
-                                            int32_t query, int32_t first, int32_t stride) {
-  const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
+                                            int32_t query, int32_t lane) {
   const int64_t rows = static_cast<int64_t>(a.batch) * a.heads * a.queries;
   const int64_t row = (static_cast<int64_t>(sequence) * a.heads + head) * a.queries + query;
   const float* const lse = splits.lse + row;
@@ -99,7 +98,7 @@ __device__ __forceinline__ void combine_row(const DecodeCall& a, const Splits& s
 
   T* const out = static_cast<T*>(a.out.data) + sequence * a.out.strides[0] +
                  query * a.out.strides[1] + head * a.out.strides[2];
-  for (int32_t d = first; d < a.dim; d += stride) {
+  for (int32_t d = lane; d < a.dim; d += 32) {
     float sum = 0.0f;
 #pragma unroll 4
     for (int32_t i = 0; i < count; ++i) {
@@ -108,7 +107,7 @@ __device__ __forceinline__ void combine_row(const DecodeCall& a, const Splits& s
     }
     out[d].bits = static_cast<uint16_t>(pack<T>(sum / divisor, 0.0f));
   }
-  if (first == 0) a.lse[row] = (top + log2f(divisor)) * kLn2;
+  if (lane == 0) a.lse[row] = (top + log2f(divisor)) * kLn2;
 }
 
 }  // namespace longrope

@@ -9,7 +9,6 @@ import torch
 
 from ..calls import arguments
 from ..calls.caches import FLOAT8
-from ..kernels.splits import as_in_a_graph
 from ..ops.attention import attention
 from ..ops.decode import MAX_QUERIES
 from ..ops.rotary import apply_rotary
@@ -135,8 +134,6 @@ def warmup(
                 cache.extend(seq)
                 k, v = zeros(seq, kv_heads), zeros(seq, kv_heads)
                 cache.decode(zeros(seq, heads), k_new=k, v_new=v, **scored)
-                with as_in_a_graph():
-                    cache.decode(zeros(seq, heads), **scored)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -30,13 +30,7 @@ from .attention_tiles import (
 from .decode_cache import block_ids, slot_rows
 from .decode_float8 import CONVERT, SHIFT, half_pieces
 from .decode_sets import queries_of_set, selection_args, set_of_query, several_sets
-from .decode_splits import (
-    combine_if_last,
-    combine_kernel,
-    keys_of_sequence,
-    split_keys,
-    tiles_of_split,
-)
+from .decode_splits import combine_if_last, keys_of_sequence, split_keys, tiles_of_split
 from .launch import Launch, matrix_args, tensor_args, vector_args
 from .pieces import (
     ROOMY,
@@ -150,20 +144,18 @@ def plan(
     call: DecodeCall,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scratch: tuple[torch.Tensor, torch.Tensor] | None,
+    scratch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     arch: int,
     splits: Splits,
     config: Config | None = None,
-    counters: torch.Tensor | None = None,
-) -> list[Launch]:
-    """The launches of a call, one or two, for tensors that are not empty.
+) -> Launch:
+    """The launch of a call, for tensors that are not empty.
 
     out is like q, lse (B, Hq, q_len) float32, contiguous. scratch: float32 (splits.most, batch,
-    heads, q_len, dim) and (splits.most, batch, heads, q_len), None where ``most`` is 1. arch: the
-    compute capability, 90 for 9.0. splits: of `splits_of`. config: instead of that of the table.
-    counters: int32 zeros, `counters_of` or more, which are zeros again afterwards: then programs
-    count those of their rows that have ended, and the last one combines. Without them a second
-    launch does. Nothing is allocated, no tensor is read.
+    heads, q_len, dim) and (splits.most, batch, heads, q_len), and int32 zeros, `counters_of` or
+    more, which are zeros again afterwards; None where ``most`` is 1. arch: the compute capability,
+    90 for 9.0. splits: of `splits_of`. config: instead of that of the table. Nothing is allocated,
+    no tensor is read.
     """
     q, cache, tables, selection, scores = call
     batch, queries, heads, dim = q.shape
@@ -177,7 +169,7 @@ def plan(
         float8 = CONVERT.value if arch >= 89 else SHIFT.value
         k, v = k.view(torch.uint8), v.view(torch.uint8)
     of_sequences = (vector_args(cache.lens), vector_args(cache.start))
-    partial_out, partial_lse = scratch or (None, None)
+    partial_out, partial_lse, counters = scratch or (None, None, None)
     window = scores.window
     constants = {
         "DIM": dim,
@@ -216,25 +208,7 @@ def plan(
     )
     programs = splits.most * batch * cache.heads * row_blocks
     grid = (programs * (tables.sets if several else 1),)
-    launches = [Launch(decode_kernel, grid, args, constants, config.warps, config.stages)]
-    if scratch is not None and counters is None:
-        block_d = 1 << (dim - 1).bit_length()
-        constants = {
-            "DIM": dim,
-            "WINDOW": window > 0,
-            "BLOCK_D": block_d,
-            "BLOCK_N": config.block_n,
-        }
-        args = (
-            tensor_args(out),
-            *(lse, partial_out, partial_lse),
-            *of_sequences,
-            *(window, queries, heads, batch),
-            *splits,
-        )
-        # As many warps as in `combine_if_last`, so that both add up in one order.
-        launches.append(Launch(combine_kernel, (lse.numel(),), args, constants, config.warps, 1))
-    return launches
+    return Launch(decode_kernel, grid, args, constants, config.warps, config.stages)
 
 
 # ----------------------------------------------------------------------------------------- kernel
@@ -337,10 +311,10 @@ def decode_kernel(
     q, out: (pointer, batch stride, token stride, head stride) of (batch, queries, heads, DIM). k,
     v: those of the caches, (batch, slots, kv_heads, DIM), with BLOCK_SIZE > 0 (blocks, BLOCK_SIZE,
     kv_heads, DIM); with FLOAT8 bytes. lse: (batch, heads, queries) float32. partial_out,
-    partial_lse: as in `combine_kernel`, None: one split each. counters: one for each program of a
-    split, or None, see `plan`. cache_lens, kv_start, sets: (pointer
-    or None, stride) of (batch,); k_scale, v_scale of (kv_heads,). table, key_positions: (pointer or
-    None, row stride, stride). lengths, sets: see decode_sets.py. rope: steps (SETS, 2, PAIRS),
+    partial_lse, counters: of `plan`, the lse in units of log 2; None: one split each. cache_lens,
+    kv_start, sets: (pointer or None, stride) of (batch,); k_scale, v_scale of (kv_heads,). table,
+    key_positions: (pointer or None, row stride, stride). lengths, sets: see decode_sets.py. rope:
+    steps (SETS, 2, PAIRS),
     n_hat, attention_factor, max_length. scale, cap: see `cap_scores`. even, most, least: `Splits`.
     """
     units = batch * kv_heads * row_blocks
@@ -491,12 +465,11 @@ def decode_kernel(
         offset += wide(i_split) * batch * heads * queries
         store_pieces(partial_out + (offset * DIM)[:, None], in_q[:, None], acc, WIDE, DIM, False)
         tl.store(partial_lse + offset, top, mask=in_q)
-        if counters is not None:
-            unit = i_unit
-            if SEVERAL_SETS:
-                unit += i_set * units
-            m1 = tl.minimum(m0 + BLOCK_M, queries * groups)
-            of_rows = (i_b, i_hk, m0, m1, takers, wide(batch) * heads * queries, splits)
-            rest = (queries, heads, groups)
-            place = (counters + unit, out, lse, partial_out, partial_lse)
-            combine_if_last(*place, *of_rows, *rest, DIM, triton.next_power_of_2(DIM))
+        unit = i_unit
+        if SEVERAL_SETS:
+            unit += i_set * units
+        m1 = tl.minimum(m0 + BLOCK_M, queries * groups)
+        of_rows = (i_b, i_hk, m0, m1, takers, wide(batch) * heads * queries, splits)
+        rest = (queries, heads, groups)
+        place = (counters + unit, out, lse, partial_out, partial_lse)
+        combine_if_last(*place, *of_rows, *rest, DIM, triton.next_power_of_2(DIM))

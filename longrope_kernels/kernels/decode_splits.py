@@ -84,7 +84,7 @@ def _combine_row(
 ):
     """One row of the result, of query i_t and head i_h, from those of its live splits.
 
-    row, rows: its place among those of all sequences, int64. The rest: as in `combine_kernel`.
+    row, rows: its place among those of all sequences, int64. The rest: as in `decode_kernel`.
     """
     BLOCK_S: tl.constexpr = 2048 // BLOCK_D
     o_s = tl.arange(0, BLOCK_S)
@@ -136,7 +136,7 @@ def combine_if_last(
 
     p_count: how many of these have stored what they found; 0 again after the last one. takers:
     a bit for each query from that of row m0 on, 0 where the row is not one of these programs'.
-    rows, splits, and what they stored: as in `combine_kernel`.
+    rows: of all sequences, int64. The rest: as in `decode_kernel`.
     """
     # All threads have stored before one says so, and none loads before it has the answer.
     tl.debug_barrier()
@@ -149,42 +149,3 @@ def combine_if_last(
                 row = (i_b * heads + i_h) * queries + i_t
                 of_row = (partial_out, partial_lse, i_b, i_t, i_h, row, rows, splits)
                 _combine_row(out, lse, *of_row, DIM, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=["window", "queries", "heads", "batch", "even", "most", "least"])
-def combine_kernel(
-    out,
-    lse,
-    partial_out,
-    partial_lse,
-    cache_lens,
-    kv_start,
-    window,
-    queries,
-    heads,
-    batch,
-    even,
-    most,
-    least,
-    DIM: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One row of the result, of a query and head, from those of the live splits.
-
-    Grid: (queries * heads * batch,). out, lse: as in `decode_kernel`. partial_out, partial_lse:
-    pointers to (most, batch, heads, queries, DIM) and (most, batch, heads, queries) float32, the
-    lse in units of log 2. A sequence of one split has its result already.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    i_b = row // (heads * queries)
-    i_h = row // queries % heads
-    i_t = row % queries
-    share = tiles_of_split(cache_lens, batch, even, least, queries, window, WINDOW, BLOCK_N)
-    low, high, _start = keys_of_sequence(i_b, cache_lens, kv_start, queries, window, WINDOW)
-    splits, _first, _keys = split_keys(low, high, share, most, BLOCK_N)
-    if splits > 1:
-        rows = tl.num_programs(0).to(tl.int64)
-        of_row = (partial_out, partial_lse, i_b, i_t, i_h, row, rows, splits)
-        _combine_row(out, lse, *of_row, DIM, BLOCK_D)

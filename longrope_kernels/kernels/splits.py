@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
-from contextvars import ContextVar
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +15,6 @@ _SPREAD = 4
 _SPLIT_COST = 1 / 512
 # By device and stream, and on the CPU by thread.
 _counters: dict[tuple[object, int], torch.Tensor] = {}
-_as_in_a_graph = ContextVar("_as_in_a_graph", default=False)
 
 
 class Splits(NamedTuple):
@@ -46,29 +42,16 @@ def choose_splits(
     return Splits(even, most, least_tiles)
 
 
-@contextlib.contextmanager
-def as_in_a_graph() -> Iterator[None]:
-    """Within, calls launch what they launch while a CUDA graph is captured."""
-    token = _as_in_a_graph.set(True)
-    try:
-        yield
-    finally:
-        _as_in_a_graph.reset(token)
+def counters_for(q: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` int32 zeros, or more, for the kernel to count in, which leaves zeros.
 
-
-def counters_for(q: torch.Tensor, count: int) -> torch.Tensor | None:
-    """``count`` zeros for the kernel to count in, which leaves zeros; None in a CUDA graph.
-
-    Kernels of one stream follow one another and may share them; two streams may not, nor two
-    graphs, whose replays nobody can order from here: a graph has the second launch instead, which
-    costs its replay no time of the host.
+    Kernels of one stream follow one another and share them; two streams may not, nor two graphs,
+    whose replays nobody can order from here: a call in a graph has its own, zeroed by the graph.
     """
-    if _as_in_a_graph.get():
-        return None
     if not q.is_cuda:
         place: tuple[object, int] = (q.device, threading.get_ident())
     elif torch.cuda.is_current_stream_capturing():
-        return None
+        return torch.zeros(count, dtype=torch.int32, device=q.device)
     else:
         place = (q.device, torch.cuda.current_stream(q.device).cuda_stream)
     counters = _counters.get(place)

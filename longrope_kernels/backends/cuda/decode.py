@@ -57,8 +57,7 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
         scratch = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape)
         with on_device(q):
             counters = counters_for(q, _units_of(call) * call.tables.sets)
-        count = 0 if counters is None else counters.data_ptr()
-        partial = scratch[0].data_ptr(), scratch[1].data_ptr(), count
+        partial = scratch[0].data_ptr(), scratch[1].data_ptr(), counters.data_ptr()
     with on_device(q):
         record = addresses.decode(call, out, lse)
         extension().decode(record, (*splits, *partial), place_of(q))

@@ -32,13 +32,10 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
     multiprocessors = device.multiprocessors_of(q, _INTERPRETED_MULTIPROCESSORS)
     config = kernels.config_of(call, arch)
     splits = kernels.splits_of(call, arch, multiprocessors, config)
-    scratch = None
-    if splits.most > 1:
-        shape = (splits.most, *lse.shape)
-        scratch = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape)
     with device.on_device(q):
-        counters = None
-        if scratch is not None:
+        scratch = None
+        if splits.most > 1:
+            shape = (splits.most, *lse.shape)
             counters = counters_for(q, kernels.counters_of(call, config))
-        for launch in kernels.plan(call, out, lse, scratch, arch, splits, config, counters):
-            run_launch(launch)
+            scratch = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape), counters
+        run_launch(kernels.plan(call, out, lse, scratch, arch, splits, config))
