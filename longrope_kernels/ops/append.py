@@ -92,7 +92,7 @@ def autocast_new(
 
     Not for a float8 cache, which takes any dtype: they would be rounded twice.
     """
-    if k_cache.dtype == caches.FLOAT8:
+    if k_cache.dtype == caches.FLOAT8 or k.dtype == v.dtype == k_cache.dtype:
         return k, v
     return autocast.like_cache(k, k_cache), autocast.like_cache(v, k_cache)
 
