@@ -171,6 +171,7 @@ def test_a_call_ends_though_a_step_cannot_be_stopped(tmp_path: Path) -> None:
         "from benchmarks.gpu_day import __main__ as program, schedule\n"
         "from benchmarks.gpu_day.schedule import Step\n"
         "program.LATE = 1.0\n"
+        "program._commit = lambda: None  # which would import torch, on the budget\n"
         "program.calls = lambda small: {1: [Step('good', 1, 0, 9, ('-c', 'pass')),\n"
         "                                   Step('held', 1, 0, 9, ('-c', 'pass'))]}\n"
         "of_all = schedule.run\n"
