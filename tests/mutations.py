@@ -33,7 +33,7 @@ class Mutation(NamedTuple):
 
 NUMBERS = [
     Mutation("a step of 32 bits", "kernels/rotation.py", "((n * step) >> 32)", "(n * (step >> 32))", "test_rotary_forward.py -k triton"),
-    Mutation("an angle in float32", "backends/reference.py", "n[..., None].double() * tables.inv_freq[token_set, (~original).long()]", "(n[..., None].float() * tables.inv_freq[token_set, (~original).long()].float()).double()", "test_rotary_forward.py -k reference"),
+    Mutation("an angle in float32", "backends/reference.py", "n[..., None].double() * tables.inv_freq[token_set, row]", "(n[..., None].float() * tables.inv_freq[token_set, row].float()).double()", "test_rotary_forward.py -k reference"),
     Mutation("the other sense of rotation", "kernels/rotation.py", "x_i * cos - x_j * sin, x_i * sin + x_j * cos", "x_i * cos + x_j * sin, x_j * cos - x_i * sin", "test_rotary_forward.py -k triton"),
     Mutation("the threshold's token itself", "kernels/rotation.py", "(n_hat > 0) & (n < n_hat)", "(n_hat > 0) & (n <= n_hat)", "test_rotary_sets.py test_rotary_forward.py -k triton"),
     Mutation("a threshold of 0 for negative positions", "backends/reference.py", "original = (n_hat > 0) & (n < n_hat)", "original = n < n_hat", "test_rotary_forward.py test_properties.py -k reference"),
