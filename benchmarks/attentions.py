@@ -237,7 +237,8 @@ def serves(name: str, shape: Shape, direction: str) -> bool:
         return False
     if name == FLASHINFER and (direction == "backward" or shape.heads.rotated < shape.dim):
         return False
-    if name == COMPILED and (shape.tokens, shape.dim, shape.causal) not in COMPILED_PROMPTS:
+    prompt = Prompt(shape.tokens, shape.dim, shape.causal, shape.queries)
+    if name == COMPILED and prompt not in COMPILED_PROMPTS:
         return False
     if name == "cuda" and direction == "backward" and shape.tokens > LONGEST_MASK:
         return False

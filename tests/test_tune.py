@@ -10,6 +10,7 @@ import pytest
 import torch
 import tune
 
+from longrope_kernels.kernels import attention
 from longrope_kernels.kernels.attention_backward import Configs
 from longrope_kernels.kernels.attention_tiles import Config
 from longrope_kernels.kernels.decode import Config as DecodeConfig
@@ -73,7 +74,7 @@ def test_less_than_one_percent_is_no_gain(
 ) -> None:
     takes |= {(16, 16, 0, 0): 0.995}
     (forward,) = printed(capsys, "--kernel", "forward")
-    assert forward[16] == (Config(32, 32, 4, 1),) * 3
+    assert forward[16] == attention.CONFIGS[0][256]  # as it stood
 
 
 def test_a_candidate_that_computes_something_else_is_told_and_not_timed(
@@ -92,7 +93,9 @@ def test_a_candidate_that_computes_something_else_is_told_and_not_timed(
     monkeypatch.setattr(tune, "_run", broken)
     tune.main([*SHAPE, "--kernel", "forward"])
     told = capsys.readouterr()
-    assert "Config(block_m=16, block_n=16, warps=4, stages=1): wrong result" in told.err
+    assert (
+        "Config(block_m=16, block_n=16, warps=4, stages=1, joined=False): wrong result" in told.err
+    )
     assert "16: (Config(block_m=16, block_n=32," in told.out
 
 
@@ -103,7 +106,7 @@ def test_what_does_not_compile_is_left_out(
 ) -> None:
     monkeypatch.setattr(tune.attention, "CANDIDATES", (Config(24, 16, 4, 1),))
     (forward,) = printed(capsys, "--kernel", "forward")
-    assert forward[16] == (Config(32, 32, 4, 1),) * 3
+    assert forward[16] == attention.CONFIGS[0][256]  # as it stood
 
 
 def test_the_present_entry_stands_where_time_is_over(
@@ -111,7 +114,7 @@ def test_the_present_entry_stands_where_time_is_over(
 ) -> None:
     takes |= {(16, 16, 0, 0): 0.1}
     (forward,) = printed(capsys, "--kernel", "forward", "--budget", "0")
-    assert forward[16] == (Config(32, 32, 4, 1),) * 3
+    assert forward[16] == attention.CONFIGS[0][256]  # as it stood
 
 
 def test_difference_sees_one_wrong_row_and_nan() -> None:

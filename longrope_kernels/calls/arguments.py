@@ -105,7 +105,7 @@ def check_positions(
     shape = positions.shape
     if shape == (batch, seq):
         return positions
-    if shape in ((seq,), (1, seq)):
+    if shape == (seq,) or shape == (1, seq):  # "in" is false of traced sizes
         return positions.expand(batch, seq)
     raise ValueError(f"{name}: expected shape ({seq},) or ({batch}, {seq}), got {tuple(shape)}")
 
