@@ -15,7 +15,7 @@ import pytest
 import torch
 import truth
 from cases import CUDA, DTYPE_NAMES, Shape, Target, positions_for, two_sets
-from orders import errors_of_sums, product, worst
+from orders import errors_of_slopes, errors_of_sums, product, worst
 from tolerance import assert_close
 
 from longrope_kernels import Rope, attention
@@ -294,6 +294,25 @@ class Call:
         )
         return tuple(_from_bshd(x, self.layout) for x in (dq, dk, dv))
 
+    def _gradient_sums(self, grad_out: torch.Tensor) -> list[torch.Tensor]:
+        """What the order of sums adds to dq, dk and dv before they are rotated back."""
+        q, k, v = (_bshd(x.double(), self.layout) for x in self.tensors)
+        q, k = self._rotated(q, k)
+        d_out = _bshd(grad_out.cpu().double(), self.layout)
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        for row, at, of_k, mask in self.sequences:
+            alive = mask.any(-1)
+            rows = torch.arange(at.start, at.stop)[alive]
+            for h in range(self.heads):
+                x, d_o = (t[row, rows, h] for t in (q, d_out))
+                y, z = (t[row, of_k, h // self.group] for t in (k, v))
+                scores = self._capped(self.scale * (x @ y.T)).masked_fill(~mask[alive], -torch.inf)
+                out = torch.softmax(scores, -1) @ z
+                slopes = errors_of_slopes(d_o, out, z, scores, self.softcap, self.sums)
+                dq[row, rows, h] += self.scale**2 * (slopes @ y**2)
+                dk[row, of_k, h // self.group] += self.scale**2 * (slopes.mT @ x**2)
+        return [_from_bshd(x.clamp(min=0.0).sqrt(), self.layout) for x in (dq, dk, dv)]
+
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
         """(heads, Sk, dim) summed over the heads of a group: (Sk, kv_heads, dim)."""
         return x.unflatten(0, (-1, self.group)).sum(1).transpose(0, 1)
@@ -309,7 +328,8 @@ class Call:
     ) -> list[truth.Expected]:
         """What the backward of `attention` must make of these gradients: dq, dk, dv."""
         lows = zip(*(self._low(grad_out, grad_lse, order) for order in ORDERS), strict=True)
-        return list(map(worst, self.truth_grads(grad_out, grad_lse), lows))
+        exact, sums = self.truth_grads(grad_out, grad_lse), self._gradient_sums(grad_out)
+        return list(map(worst, exact, lows, sums))
 
 
 def assert_lse_close(lse: torch.Tensor, expected: truth.Expected) -> None:

@@ -51,6 +51,30 @@ def errors_of_sums(
     return (of_out + spread).clamp(min=0.0).sqrt(), of_lse.clamp(min=0.0).sqrt()
 
 
+def errors_of_slopes(
+    d_out: torch.Tensor,
+    out: torch.Tensor,
+    values: torch.Tensor,
+    scores: torch.Tensor,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Variance that the order of sums in ``dtype`` makes in the gradients of scores.
+
+    They are ``p_j (d_out . v_j - d_out . out)``, two sums of D products: where a query sees one
+    key, or equal values, the difference is 0 but for their errors. d_out and out (..., D).
+    """
+    p, dim = torch.softmax(scores, -1), d_out.shape[-1]
+    of_products = variance_of_sum(dim, d_out @ values.mT, d_out**2 @ (values**2).mT, dtype)
+    squares = (d_out * out).square().sum(-1, keepdim=True)
+    delta = (d_out * out).sum(-1, keepdim=True)
+    variance = p**2 * (of_products + variance_of_sum(dim, delta, squares, dtype))
+    if softcap is not None:
+        seen = scores > -torch.inf
+        variance *= (1 - (scores.masked_fill(~seen, 0.0) / softcap) ** 2) ** 2
+    return variance
+
+
 def worst(
     ref64: torch.Tensor, lows: Iterable[torch.Tensor], sums: torch.Tensor | None = None
 ) -> truth.Expected:

@@ -30,6 +30,7 @@ def rows(output: dict[str, Any]) -> list[Row]:
     return list(output["rows"])
 
 
+@pytest.mark.counts
 def test_the_page_is_of_these_kernels(output: dict[str, Any]) -> None:
     assert_current(output["page"], "decode.md")
 
