@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from without_rotation import attend_without_rotation, unrotated
 
-from longrope_kernels import attention
+from longrope_kernels import apply_rotary, attention
 from longrope_kernels.backends import choose as backends
 
 DTYPE = torch.bfloat16
@@ -39,6 +39,9 @@ SDPA = {
 # cuDNN's causal mask of torch begins at the first key: a chunk gets queries ahead of its own.
 PADDED = "SDPA cuDNN, padded queries, no rotation"
 SDPA[PADDED] = SDPBackend.CUDNN_ATTENTION
+# What is left of the rotation's cost where the kernel that attends rotates q: forward only.
+K_ALONE = "SDPA cuDNN, k rotated alone"
+SDPA[K_ALONE] = SDPBackend.CUDNN_ATTENTION
 OF_CHUNKS = ("SDPA flash, no rotation", PADDED)  # of those, who serves them
 ON_CPU = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
 # Ours: the arguments of `attention`.
@@ -163,6 +166,8 @@ class Inputs:
 
     def truth(self, name: str) -> Truth:
         """What is right of an implementation: rotated as it rotates."""
+        if name == K_ALONE:
+            return self.turned_keys
         if name in SDPA or name == NO_ROTATION:
             return self.unturned
         return self.turned_plainly if name == FLASHINFER else self.turned
@@ -182,7 +187,16 @@ class Inputs:
         """Without rotation: all tokens at position 0."""
         return self._truth(torch.zeros_like(self.positions), rope(self.shape.heads.rotated))
 
-    def _truth(self, positions: torch.Tensor, turn: Any) -> Truth:
+    @cached_property
+    def turned_keys(self) -> Truth:
+        """With k rotated and q not: its tokens at position 0."""
+        zeros = torch.zeros_like(self.positions)
+        return self._truth(self.positions, rope(self.shape.heads.rotated), zeros)
+
+    def _truth(
+        self, positions: torch.Tensor, turn: Any, of_queries: torch.Tensor | None = None
+    ) -> Truth:
+        of_queries = positions if of_queries is None else of_queries
         k, v = (x[:, :, self.kv_heads].double().requires_grad_() for x in (self.k, self.v))
         outs, dqs = {}, {}
         for a, b in self.chunks:
@@ -193,7 +207,7 @@ class Inputs:
                 q,
                 k[:, :keys],
                 v[:, :keys],
-                positions[self.ahead + a : self.ahead + b],
+                of_queries[self.ahead + a : self.ahead + b],
                 turn,
                 key_positions=positions[:keys],
                 lengths=self.lengths,
@@ -235,6 +249,8 @@ def serves(name: str, shape: Shape, direction: str) -> bool:
         return False
     if name == PADDED and not shape.queries:
         return False
+    if name == K_ALONE and direction == "backward":
+        return False
     if name == FLASHINFER and (direction == "backward" or shape.heads.rotated < shape.dim):
         return False
     prompt = Prompt(shape.tokens, shape.dim, shape.causal, shape.queries)
@@ -271,6 +287,11 @@ def implementation(name: str, inputs: Inputs) -> Attention:
         )
     if name == NO_ROTATION:
         return lambda q, k, v: attend_without_rotation(q, k, v, causal)
+    if name == K_ALONE:
+        rest = inputs.positions, rope(inputs.shape.heads.rotated)
+        return lambda q, k, v: _sdpa(
+            name, q, apply_rotary(k, None, *rest, lengths=inputs.lengths)[0], v, causal
+        )
     if name in SDPA:
         return lambda q, k, v: _sdpa(name, q, k, v, causal)
     if name == FLASHINFER:

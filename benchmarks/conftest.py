@@ -12,6 +12,7 @@ from typing import Any
 import copies
 import measure
 import pytest
+import test_append
 import test_attention
 import test_decode
 import test_host
@@ -27,7 +28,15 @@ from table import lines
 import longrope_kernels
 
 # Rows of attention take longest: of one rank they come after those of the rotation and decoding.
-BENCHMARKS = (test_rotary, test_host, test_decode, test_attention, test_models, test_search)
+BENCHMARKS = (
+    test_rotary,
+    test_host,
+    test_append,
+    test_decode,
+    test_attention,
+    test_models,
+    test_search,
+)
 BEGIN = time.monotonic()
 ITEMS: list[pytest.Item] = []
 FINISHED: set[str] = set()  # their node ids

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from cases import COMPILED, DTYPE_NAMES, NATIVE, REFERENCE, TRITON, Target
-from decode_truth import GARBAGE_BLOCKS, fp8, fp64, nans, same
+from decode_truth import GARBAGE_BLOCKS, Backend, Call, assert_decoded, fp8, fp64, nans, same
 
-from longrope_kernels import append
+from longrope_kernels import append, decode
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 BACKENDS = [REFERENCE, NATIVE, TRITON, COMPILED]
@@ -194,4 +194,54 @@ def check(backend: Target, given: dict[str, Any]) -> None:
         assert torch.equal(memory(moved[name]), bytes_), name
 
 
-__all__ = ["BACKENDS", "Case", "check", "every_backend", "fp8", "fp64"]
+def without_newest(call: Call, new: int) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    """The arguments, less the last keys of each sequence, which come as (batch, new, ...).
+
+    Their slots hold NaN.
+    """
+    given = {n: x.clone() if isinstance(x, torch.Tensor) else x for n, x in call.arguments.items()}
+    k_cache, v_cache = given["k_cache"], given["v_cache"]
+    shape = (len(call.sequences), new, *k_cache.shape[2:])
+    taken = [torch.zeros(shape, dtype=torch.float32) for _ in "kv"]
+    size, table = k_cache.shape[1], given.get("block_table")
+    for b, length in enumerate(given["cache_lens"].tolist()):
+        for t in range(new):
+            j = length - new + t
+            if j < 0:
+                continue
+            at = (b, j) if table is None else (int(table[b, j // size]), j % size)
+            for x, one, scale in zip(
+                taken, (k_cache, v_cache), ("k_scale", "v_scale"), strict=True
+            ):
+                factor = given[scale][:, None] if scale in given else 1.0
+                x[b, t] = one[at].float() * factor
+                same(one)[at] = 0x7F if one.dtype == fp8 else torch.nan
+    dtype = fp32 if k_cache.dtype == fp8 else k_cache.dtype
+    return given, taken[0].to(dtype), taken[1].to(dtype)
+
+
+def check_decode(backend: Backend, call: Call, new: int) -> None:
+    """Append the newest keys of each sequence and attend, at once; all bytes as in the call."""
+    given, k_new, v_new = without_newest(call, new)
+    moved = {name: backend.move(x) for name, x in given.items()}
+    out = decode(
+        **moved,
+        k_new=backend.move(k_new),
+        v_new=backend.move(v_new),
+        backend=backend.backend,
+    )
+    assert_decoded(out, call.expected().out)
+    for name in ("k_cache", "v_cache"):  # a quotient of a product is the number again
+        assert torch.equal(memory(moved[name]), memory(call.arguments[name]))
+
+
+__all__ = [
+    "BACKENDS",
+    "Case",
+    "check",
+    "check_decode",
+    "every_backend",
+    "fp8",
+    "fp64",
+    "without_newest",
+]

@@ -20,6 +20,7 @@ import profiles
 import ropes
 import rotations
 import speeds
+import test_append as append_rows
 import test_attention as attention_rows
 import test_decode as decode_rows
 import test_host as host_rows
@@ -29,6 +30,7 @@ from ropes import WrongResultError
 
 __all__ = [
     "WrongResultError",
+    "append_rows",
     "attention_rows",
     "attentions",
     "clock",
@@ -52,5 +54,5 @@ __all__ = [
 
 def forget_inputs() -> None:
     """Let go of the inputs that the last rows left."""
-    for module in (rotations, attentions, decodes):
+    for module in (rotations, attentions, decodes, append_rows):
         module.make_copies.cache_clear()

@@ -8,9 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from append_truth import Case, bf16, check, every_backend, expected, fp8, fp16, fp32, memory
+from append_truth import (
+    Case,
+    bf16,
+    check,
+    check_decode,
+    every_backend,
+    expected,
+    fp8,
+    fp16,
+    fp32,
+    memory,
+    without_newest,
+)
 from cases import KERNELS, NATIVE, REFERENCE, TRITON, Target
-from decode_truth import BACKENDS, Backend, Call, assert_decoded, same
+from decode_truth import BACKENDS, Backend, assert_decoded, same
 from decode_truth import Case as DecodeCase
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import profile
@@ -113,32 +125,6 @@ DECODES = [
 ]
 
 
-def without_newest(call: Call, new: int) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """The arguments, less the last keys of each sequence, which come as (batch, new, ...).
-
-    Their slots hold NaN.
-    """
-    given = {n: x.clone() if isinstance(x, torch.Tensor) else x for n, x in call.arguments.items()}
-    k_cache, v_cache = given["k_cache"], given["v_cache"]
-    shape = (len(call.sequences), new, *k_cache.shape[2:])
-    taken = [torch.zeros(shape, dtype=torch.float32) for _ in "kv"]
-    size, table = k_cache.shape[1], given.get("block_table")
-    for b, length in enumerate(given["cache_lens"].tolist()):
-        for t in range(new):
-            j = length - new + t
-            if j < 0:
-                continue
-            at = (b, j) if table is None else (int(table[b, j // size]), j % size)
-            for x, one, scale in zip(
-                taken, (k_cache, v_cache), ("k_scale", "v_scale"), strict=True
-            ):
-                factor = given[scale][:, None] if scale in given else 1.0
-                x[b, t] = one[at].float() * factor
-                same(one)[at] = 0x7F if one.dtype == fp8 else torch.nan
-    dtype = fp32 if k_cache.dtype == fp8 else k_cache.dtype
-    return given, taken[0].to(dtype), taken[1].to(dtype)
-
-
 @pytest.mark.parametrize("case", DECODES, ids=str)
 @pytest.mark.parametrize("new", [1, 3])
 @every_decoder
@@ -146,18 +132,7 @@ def test_append_and_attend(backend: Backend, new: int, case: DecodeCase) -> None
     """As many new keys as queries, or others."""
     if not backend.float8 and case.float8:
         case = replace(case, float8=False)
-    call = backend.nearest(case).call()
-    given, k_new, v_new = without_newest(call, new)
-    moved = {name: backend.move(x) for name, x in given.items()}
-    out = decode(
-        **moved,
-        k_new=backend.move(k_new),
-        v_new=backend.move(v_new),
-        backend=backend.backend,
-    )
-    assert_decoded(out, call.expected().out)
-    for name in ("k_cache", "v_cache"):  # a quotient of a product is the number again
-        assert torch.equal(memory(moved[name]), memory(call.arguments[name]))
+    check_decode(backend, backend.nearest(case).call(), new)
 
 
 @every_decoder

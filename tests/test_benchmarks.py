@@ -464,6 +464,23 @@ def test_padded_queries_are_a_chunk_by_the_mask_that_begins_at_the_first_key(
     attention_rows._prepared("forward", name, inputs)
 
 
+def test_keys_rotated_alone_are_held_to_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = attentions.K_ALONE
+    shape = attentions.Shape(64, 32, True)
+    assert attentions.serves(name, shape, "forward")
+    assert not attentions.serves(name, shape, "backward")
+    assert not attentions.serves(name, shape._replace(queries=32), "forward")
+    monkeypatch.setitem(attentions.SDPA, name, attentions.SDPBackend.MATH)
+    inputs = attentions.Inputs(shape)
+    attention_rows._prepared("forward", name, inputs)
+    inputs.turned_keys = inputs.unturned  # type: ignore[misc]
+    with pytest.raises(WrongResultError, match=name):
+        attention_rows._prepared("forward", name, inputs)
+    inputs.turned_keys = inputs.turned  # type: ignore[misc]
+    with pytest.raises(WrongResultError, match=name):
+        attention_rows._prepared("forward", name, inputs)
+
+
 def test_the_longest_kernel_is_told_by_all_of_its_calls() -> None:
     def event(name: str, us: float, device: str = "CUDA") -> Any:
         kind = getattr(torch.autograd.DeviceType, device)

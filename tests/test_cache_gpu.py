@@ -120,3 +120,102 @@ def test_upkeep_stays_out_of_graphs() -> None:
         with pytest.raises(ValueError, match=r"k: expected shape .* in a CUDA graph"):
             cache.write(k[:2], k[:2])
     assert cache.lengths == (1, 1, 1)
+
+
+# ------------------------------------------------------------------------- appending and attending
+
+LONG = 2100  # keys, of a capacity that is split
+PLACE: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+
+
+class Step:
+    """`decode` of a cache with its newest keys, on a stream, in a graph of its own or not."""
+
+    def __init__(self, kind: str, lengths: tuple[int, ...]) -> None:
+        self.twin, self.cache = (
+            KVCache(ROPE, len(lengths), LONG, KV_HEADS, DIM, **PLACE)
+            if kind == "dense"
+            else PagedKVCache(ROPE, len(lengths), 500, 16, KV_HEADS, DIM, **PLACE)
+            for _ in range(2)
+        )
+        self.q, self.k, self.v = (some(len(lengths), heads) for heads in (4, KV_HEADS, KV_HEADS))
+        prompt = [torch.randn(sum(lengths), KV_HEADS, DIM, **PLACE) for _ in "kv"]
+        for cache in (self.twin, self.cache):
+            cache.append(*prompt, lengths)
+
+    def append_and_attend(self) -> torch.Tensor:
+        out = self.cache.decode(self.q, k_new=self.k, v_new=self.v)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.out = self.append_and_attend()
+        return graph
+
+    def next_token(self) -> None:
+        """Its numbers, and room for it."""
+        for x in (self.q, self.k, self.v):
+            x.normal_()
+        for cache in (self.twin, self.cache):
+            cache.extend(1)
+
+    def check(self) -> None:
+        """As `write` and `decode` one after the other, of the twin that no graph has."""
+        self.twin.write(self.k, self.v)
+        assert torch.equal(self.out, self.twin.decode(self.q))
+        assert not self.out.isnan().any()
+        for row in range(len(self.k)):
+            for held, wanted in zip(self.cache.gather(row), self.twin.gather(row), strict=True):
+                assert torch.equal(held, wanted)
+
+
+def some(batch: int, heads: int) -> torch.Tensor:
+    return torch.randn(batch, 1, heads, DIM, **PLACE)
+
+
+@every_kind
+def test_two_graphs_of_one_stream_append_and_attend_in_turns(kind: str) -> None:
+    """Each counts the splits that ended in memory of its own; a call without a graph comes between.
+
+    Replayed in either order, and one of them twice.
+    """
+    steps = [Step(kind, lengths) for lengths in ((1700, 3), (260, 900, 40))]
+    for step in steps:
+        step.next_token()
+        step.out = step.append_and_attend()  # compiles
+        step.check()
+    torch.cuda.synchronize()
+    graphs = [step.capture() for step in steps]
+    for order in ((0, 1), (1, 0), (0, 0, 1)):
+        for i in order:
+            steps[i].next_token()
+            graphs[i].replay()
+            steps[i].check()
+
+
+@every_kind
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graphs"])
+def test_two_streams_append_and_attend_at_once(kind: str, captured: bool) -> None:
+    steps = [Step(kind, (1700, 30)) for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in steps]
+    for step in steps:
+        step.next_token()
+        step.out = step.append_and_attend()  # compiles
+        step.check()
+    torch.cuda.synchronize()
+    graphs = [step.capture() for step in steps] if captured else []
+    for _ in range(8):
+        for step in steps:
+            step.next_token()
+        torch.cuda.synchronize()
+        for i, (step, stream) in enumerate(zip(steps, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                if captured:
+                    graphs[i].replay()
+                else:
+                    step.out = step.append_and_attend()
+        torch.cuda.synchronize()
+        for step in steps:
+            step.check()

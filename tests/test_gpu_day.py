@@ -243,17 +243,19 @@ def test_goals_are_told_with_their_file_or_as_not_measured() -> None:
         (goals.LONG, "triton"): row(1.0, copy_fraction=0.8),
         (goals.PREFILL, goals.CUDNN): row(0.97),
         (goals.PREFILL, "composed"): row(1.0),
+        (goals.PREFILL, goals.K_ALONE): row(1.0),
         (goals.PREFILL, "triton prepass"): row(1.0),
         (goals.HOST, "triton, apply_rotary in place"): row(3e-3),
         (goals.HOST, "triton, decode"): row(4e-3),
     }
     told = {goal.what: goal.told(rows) for goal in goals.GOALS}
-    batch, cuda, long, rotation, prefill, *rest, host = told.values()
+    batch, cuda, long, rotation, prefill, keys, *rest, host = told.values()
     assert batch == ("190 us", "yes", "call-1.json")
     assert cuda[0] == f"not measured: no row {goals.BATCH} / cuda"
     assert long == ("0.8 of a copy", "no", "call-1.json")
     assert rotation[0].startswith("not measured: no row forward, S = 8192")
     assert prefill == ("0.97 of cuDNN without rotation", "yes", "call-1.json")
+    assert keys == ("0.97 of cuDNN without rotation", "no", "call-1.json")
     assert [x[0].partition(":")[0] for x in rest] == ["not measured"] * len(rest)
     assert host == ("2.24 ms", "yes", "call-1.json")
     text = page.render(1, [], rows, False)
@@ -262,10 +264,11 @@ def test_goals_are_told_with_their_file_or_as_not_measured() -> None:
 
 def test_goals_and_headlines_are_rows_of_the_benchmarks() -> None:
     """By the ids and groups that pytest collects where there is a GPU."""
-    for name in ("composed", "triton prepass", goals.CUDNN):
-        assert name in modules.attentions.NAMES
-    assert modules.host_rows.CALLS == goals.HOST_CALLS
     prompt = modules.attentions.Shape(8192, 128, True)
+    for name in ("composed", "triton prepass", goals.CUDNN, goals.K_ALONE):
+        assert name in modules.attentions.NAMES
+        assert modules.attentions.serves(name, prompt, "forward")
+    assert modules.host_rows.CALLS == goals.HOST_CALLS
     batch, long = (
         modules.decodes.Shape(lengths, modules.parameters.bf16)
         for lengths in ((4096,) * 32, (131072,))
@@ -278,19 +281,22 @@ def test_goals_and_headlines_are_rows_of_the_benchmarks() -> None:
     ids |= {f"{shape}-{x}" for shape in (batch, long) for x in modules.decodes.NAMES}
     for way, names in modules.rotations.VARIANTS.items():
         ids |= {f"{way}-S8192-bfloat16-{name}" for name in names}
-    assert len(set(HEADLINES)) == 12
+    ids |= {f"append-8192-{name}" for name in modules.append_rows.ROWS_OF}
+    assert len(set(HEADLINES)) == 14
     assert set(HEADLINES) <= ids
 
 
 # ---------------------------------------------------------------------------------------- canaries
 
 
-def test_there_are_24_canaries_and_racecheck_sees_those_without_wgmma() -> None:
+def test_there_are_31_canaries_and_racecheck_sees_those_without_wgmma() -> None:
     found = canaries.all_of_them()
-    assert len(found) == 24
+    assert len(found) == 31
     assert {"dq", "dk", "dv", "rotary graph", "decode graph"} < set(found)
+    for what in ("append", "decode append"):
+        assert {what, f"{what} graph", f"{what} cuda"} < set(found)
     assert {name for name, canary in found.items() if not canary.wgmma} == {
-        name for name in found if name.startswith(("rotary", "decode"))
+        name for name in found if name.startswith(("rotary", "decode", "append"))
     } | {"prefill cuda"}
 
 

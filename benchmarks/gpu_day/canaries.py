@@ -39,6 +39,7 @@ class Canary(NamedTuple):
 
 def all_of_them() -> dict[str, Canary]:
     """Every kernel, several tiles of each kind; the imports take seconds."""
+    from append_truth import Case as Append
     from attention_truth import COMPOSED, PREPASS, REGISTERS, Case, bf16, fp16
     from attention_truth import Backend as AttentionBackend
     from cases import COMPILED, CUDA, TRITON, Shape
@@ -56,13 +57,13 @@ def all_of_them() -> dict[str, Canary]:
     interleaved = Shape(1, 40, 2, 1, 80, 16, interleaved=True)
     short = Decode((40, 90), 1, 8, 2, 128, dtype=bf16)
     step = Decode((300, 901), 1, 8, 2, 128, boundary=900, n_hat=200, dtype=bf16) if CUDA else short
-    part = functools.partial
+    part, paged = functools.partial, {"heads": 2, "dim": 128, "block": 16}
     return {
         "rotary": Canary(part(_rotary, TRITON, plain)),
         "rotary interleaved": Canary(part(_rotary, TRITON, interleaved)),
         "rotary in place": Canary(part(_rotary, TRITON, plain, inplace=True)),
         "rotary backward": Canary(part(_rotary, TRITON, plain, backward=True)),
-        "rotary graph": Canary(part(_graph, part(_rotary_call, TRITON, plain))),
+        "rotary graph": Canary(part(_graph, part(_rotary_step, TRITON, plain))),
         "rotary cuda": Canary(part(_rotary, COMPILED, plain)),
         "prefill 64": Canary(part(_attend, PREPASS, Case(1, 200, dim=64, **heads)), True),
         "prefill 96": Canary(part(_attend, PREPASS, Case(1, 200, dim=96, **heads)), True),
@@ -96,8 +97,19 @@ def all_of_them() -> dict[str, Canary]:
         "decode drafts": Canary(
             part(_decode, TRITON_DECODE, Decode((190,), 16, 8, 1, 64, dtype=fp16, window=100))
         ),
-        "decode graph": Canary(part(_graph, part(_decode_call, TRITON_DECODE, short))),
+        "decode graph": Canary(part(_graph, part(_decode_step, TRITON_DECODE, short))),
         "decode cuda": Canary(part(_decode, COMPILED_DECODE, short)),
+        "append": Canary(part(_append, TRITON, Append((33, 70), 20, source="fused", **paged))),
+        "append float8": Canary(
+            part(_append, TRITON, Append((33, 70), 20, float8=True, mapping="packed", **paged))
+        ),
+        "append graph": Canary(
+            part(_graph, part(_append_step, TRITON, Append((9, 40), 3, **paged)))
+        ),
+        "append cuda": Canary(part(_append, COMPILED, Append((33, 70), 20, float8=True, **paged))),
+        "decode append": Canary(part(_decode, TRITON_DECODE, step, new=1)),
+        "decode append graph": Canary(part(_graph, part(_decode_step, TRITON_DECODE, step, new=1))),
+        "decode append cuda": Canary(part(_decode, COMPILED_DECODE, short, new=1)),
     }
 
 
@@ -156,25 +168,100 @@ def _gradient(backend: Any, case: Any, of: str) -> None:
     assert_close(grad, expected[i], f"d{of}")
 
 
-def _decode(backend: Any, case: Any) -> None:
+def _append(target: Any, case: Any) -> None:
+    from append_truth import check
+
+    check(target, case.arguments())
+
+
+def _decode(backend: Any, case: Any, new: int = 0) -> None:
+    """``new``: of each sequence so many keys are appended by the same call."""
+    from append_truth import check_decode
     from decode_truth import check
 
-    check(backend, case.call())
+    if new:
+        check_decode(backend, case.call(), new)
+    else:
+        check(backend, case.call())
 
 
-def _decode_call(backend: Any, case: Any) -> Any:
-    call = case.call()
-    given = {name: backend.move(x) for name, x in call.arguments.items()}
-    q = given.pop("q")
-    return [q.cpu()], lambda q: (backend.decode(q, **given),), lambda x: call.expected().out
+# Steps for a graph: inputs, the call of them, and what raises where a result of it is wrong.
+
+
+def _rotary_step(target: Any, shape: Any) -> Any:
+    from tolerance import assert_close
+
+    tensors, call, right = _rotary_call(target, shape)
+
+    def hold(outs: Any) -> None:
+        for name, out, x in zip("qk", outs, tensors, strict=True):
+            assert_close(out, right(x), name)
+
+    return tensors, call, hold
+
+
+def _append_step(target: Any, case: Any) -> Any:
+    """A replay begins with the caches as they were before the first call."""
+    import torch
+    from append_truth import expected
+    from decode_truth import bits, same
+
+    from longrope_kernels import append
+
+    given = case.arguments()
+    wanted = [bits(same(x)) for x in expected(given)]
+    tensors = [given.pop("k"), given.pop("v")]
+    given = {name: target.move(x) for name, x in given.items()}
+    restore = _restoring(given)
+
+    def call(k: Any, v: Any) -> Any:
+        restore()
+        append(k, v, **given, backend=target.backend)
+        return [same(given[name]).clone() for name in ("k_cache", "v_cache")]
+
+    def hold(outs: Any) -> None:
+        for name, out, right in zip(("k_cache", "v_cache"), outs, wanted, strict=True):
+            assert torch.equal(bits(out), right), name
+
+    return tensors, call, hold
+
+
+def _decode_step(backend: Any, case: Any, new: int = 0) -> Any:
+    from append_truth import without_newest
+    from decode_truth import assert_decoded
+
+    of_case = case.call()
+    given, k_new, v_new = without_newest(of_case, new)
+    tensors = [given.pop("q"), *((k_new, v_new) if new else ())]
+    given = {name: backend.move(x) for name, x in given.items()}
+    restore = _restoring(given)
+
+    def call(q: Any, *appended: Any) -> Any:
+        restore()
+        return backend.decode(q, **given, **dict(zip(("k_new", "v_new"), appended, strict=False)))
+
+    return tensors, call, lambda out: assert_decoded(out, of_case.expected().out)
+
+
+def _restoring(given: dict[str, Any]) -> Callable[[], None]:
+    """What writes into the caches what they hold now."""
+    from decode_truth import same
+
+    caches = [same(given[name]) for name in ("k_cache", "v_cache")]
+    pairs = [(x, x.clone()) for x in caches]
+
+    def restore() -> None:
+        for x, held in pairs:
+            x.copy_(held)
+
+    return restore
 
 
 def _graph(made: Callable[[], Any]) -> None:
     """Captured, its inputs poisoned and filled again, replayed; without a GPU called twice."""
     import torch
-    from tolerance import assert_close
 
-    tensors, call, right = made()
+    tensors, call, hold = made()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     held = [x.to(device, copy=True) for x in tensors]
     outs = call(*held)
@@ -191,8 +278,7 @@ def _graph(made: Callable[[], Any]) -> None:
         torch.cuda.synchronize()
     else:
         outs = call(*held)
-    for i, (out, x) in enumerate(zip(outs, tensors, strict=True)):
-        assert_close(out, right(x), f"output {i} of a replay")
+    hold(outs)
 
 
 # ------------------------------------------------------------------------------------- processes

@@ -27,7 +27,12 @@ HEADLINES = (
     *(f"{way}-S8192-bfloat16-triton" for way in ("in place", "backward")),
     *(
         f"forward-{ATTENTION}-{x}"
-        for x in ("composed", "triton prepass", "SDPA cuDNN, no rotation")
+        for x in (
+            "composed",
+            "triton prepass",
+            "SDPA cuDNN, no rotation",
+            "SDPA cuDNN, k rotated alone",
+        )
     ),
     f"backward-{ATTENTION}-composed",
     *(
@@ -35,6 +40,7 @@ HEADLINES = (
         for size in ("32 x 4096", "1 x 131072")
         for name in ("triton", "cuda")
     ),
+    "append-8192-triton",
 )
 OF_TRITON = tuple(name for name in HEADLINES if "-triton" in name)
 LATE = 10.0  # seconds that the benchmarks may take beyond their time, to end a row
