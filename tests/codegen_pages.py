@@ -30,6 +30,13 @@ def counts_hold() -> bool:
         return False
 
 
+def spills(row: Row, allowed: bool = False) -> bool:
+    """Whether there is local memory; ``allowed``: some accesses, by a Triton after the pages'."""
+    return bool(row["local"] or row["stack"]) and not (
+        allowed and not counts_hold() and row["local"] <= 6
+    )
+
+
 def compiled(script: str) -> dict[str, Any]:
     """What tests/SCRIPT prints, in a process without the interpreter: its rows and its page."""
     command = [sys.executable, Path(__file__).with_name(script)]
