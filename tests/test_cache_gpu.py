@@ -13,6 +13,7 @@ from longrope_kernels import FactorSet, KVCache, PagedKVCache, Rope
 pytestmark = pytest.mark.gpu
 
 KV_HEADS, DIM, BATCH, CAPACITY = 2, 64, 3, 96
+PLACE: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
 ROPE = Rope(
     (
         FactorSet(factors(DIM // 2), 0, 1.0, 20),
@@ -25,15 +26,14 @@ every_kind = pytest.mark.parametrize("kind", ["dense", "paged"])
 every_policy = pytest.mark.parametrize("policy", ["switch", "pin"])
 
 
-def make(kind: str, **kwargs: Any) -> Cache:
-    rest = {"dtype": torch.bfloat16, "device": "cuda", **kwargs}
+def make(kind: str, batch: int = BATCH, capacity: int = CAPACITY, **kwargs: Any) -> Cache:
     if kind == "dense":
-        return KVCache(ROPE, BATCH, CAPACITY, KV_HEADS, DIM, **rest)
-    return PagedKVCache(ROPE, BATCH, BATCH * CAPACITY // 16, 16, KV_HEADS, DIM, **rest)
+        return KVCache(ROPE, batch, capacity, KV_HEADS, DIM, **PLACE, **kwargs)
+    return PagedKVCache(ROPE, batch, batch * capacity // 16, 16, KV_HEADS, DIM, **PLACE, **kwargs)
 
 
-def new(count: int, heads: int = KV_HEADS) -> torch.Tensor:
-    return torch.randn(BATCH, count, heads, DIM, device="cuda", dtype=torch.bfloat16)
+def new(count: int, heads: int = KV_HEADS, batch: int = BATCH) -> torch.Tensor:
+    return torch.randn(batch, count, heads, DIM, **PLACE)
 
 
 @every_policy
@@ -124,21 +124,16 @@ def test_upkeep_stays_out_of_graphs() -> None:
 
 # ------------------------------------------------------------------------- appending and attending
 
-LONG = 2100  # keys, of a capacity that is split
-PLACE: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+LONG = 2112  # a capacity whose keys are split
 
 
 class Step:
     """`decode` of a cache with its newest keys, on a stream, in a graph of its own or not."""
 
     def __init__(self, kind: str, lengths: tuple[int, ...]) -> None:
-        self.twin, self.cache = (
-            KVCache(ROPE, len(lengths), LONG, KV_HEADS, DIM, **PLACE)
-            if kind == "dense"
-            else PagedKVCache(ROPE, len(lengths), 500, 16, KV_HEADS, DIM, **PLACE)
-            for _ in range(2)
-        )
-        self.q, self.k, self.v = (some(len(lengths), heads) for heads in (4, KV_HEADS, KV_HEADS))
+        batch = len(lengths)
+        self.twin, self.cache = (make(kind, batch, LONG, policy="switch") for _ in range(2))
+        self.q, self.k, self.v = (new(1, heads, batch) for heads in (4, KV_HEADS, KV_HEADS))
         prompt = [torch.randn(sum(lengths), KV_HEADS, DIM, **PLACE) for _ in "kv"]
         for cache in (self.twin, self.cache):
             cache.append(*prompt, lengths)
@@ -169,10 +164,6 @@ class Step:
         for row in range(len(self.k)):
             for held, wanted in zip(self.cache.gather(row), self.twin.gather(row), strict=True):
                 assert torch.equal(held, wanted)
-
-
-def some(batch: int, heads: int) -> torch.Tensor:
-    return torch.randn(batch, 1, heads, DIM, **PLACE)
 
 
 @every_kind
