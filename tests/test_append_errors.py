@@ -41,6 +41,8 @@ def float8(**values: object) -> Arguments:
 
 
 WHOLE = torch.zeros(2, 26, 2, 16)
+# A storage of its own over the same memory, from another address on.
+WITHIN = torch.from_numpy(WHOLE[0].numpy()[4:8]).view(2, 2, 2, 16)
 NEW = [
     bad("list", "k", TypeError, "list|tensor", k=[1.0]),
     bad("none", "v", TypeError, "NoneType|tensor", v=None),
@@ -91,6 +93,7 @@ CACHES = [
     ),
     bad("own", "k", ValueError, "overlaps k_cache", k=WHOLE[:, 4:6], k_cache=WHOLE[:, :24]),
     bad("other", "v", ValueError, "overlaps k_cache", v=WHOLE[:, 4:6], k_cache=WHOLE[:, :24]),
+    bad("buffer", "k", ValueError, "overlaps k_cache", k=WITHIN, k_cache=WHOLE[:, :24]),
 ]
 PLACES = [
     bad("neither", "cache_lens", ValueError, "slot_mapping|neither", cache_lens=None),
