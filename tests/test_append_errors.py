@@ -236,6 +236,7 @@ IN_DECODE = [
         v_new=None,
         slot_mapping=ints(1, 2),
     ),
+    bad("axes", "k_new", ValueError, "(batch, seq, heads, dim)|(3,)", k_new=torch.randn(3)),
     bad(
         "shape", "k_new", ValueError, "(2, 2, 1, 16)|(2, 2, 2, 16)", k_new=torch.randn(2, 2, 1, 16)
     ),

@@ -107,24 +107,22 @@ def check_new(
     layout: arguments.Layout = "bshd",
 ) -> AppendCall:
     """New keys and values, called ``names``, that go with a cache which was checked."""
-    expected = (batch, k.shape[0 if layout == "thd" else 1], *cache.k.shape[2:])
-    if layout == "thd":
-        expected = expected[1:]
-    for name, x in zip(names, (k, v), strict=True):
+    new = tuple(zip(names, (k, v), strict=True))
+    for name, x in new:
         arguments.check_heads(name, x, layout, 0)
+    _, _, kv_heads, dim = cache.k.shape
+    dtype, device = cache.k.dtype, cache.k.device
+    packed = layout == "thd"
+    expected = (k.shape[0], kv_heads, dim) if packed else (batch, k.shape[1], kv_heads, dim)
+    for name, x in new:
         if x.shape != expected:
             raise ValueError(
-                f"{name}: expected shape {tuple(expected)}, as k_cache has heads, got "
-                f"{tuple(x.shape)}"
+                f"{name}: expected shape {expected}, as k_cache has heads, got {tuple(x.shape)}"
             )
-        if cache.k.dtype not in (x.dtype, caches.FLOAT8):
-            raise TypeError(
-                f"{name}: expected the dtype of k_cache, {cache.k.dtype}, got {x.dtype}"
-            )
-        if x.device != cache.k.device:
-            raise ValueError(
-                f"{name}: expected the device of k_cache, {cache.k.device}, got {x.device}"
-            )
+        if dtype not in (x.dtype, caches.FLOAT8):
+            raise TypeError(f"{name}: expected the dtype of k_cache, {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected the device of k_cache, {device}, got {x.device}")
         caches.check_no_gradient(name, x, "append")
     if slot_mapping is not None:
         arguments.check_index("slot_mapping", slot_mapping, k)
@@ -133,10 +131,10 @@ def check_new(
                 f"slot_mapping: expected shape {tuple(k.shape[:-2])}, one for each new token, got "
                 f"{tuple(slot_mapping.shape)}"
             )
-        if layout == "thd":
+        if packed:
             slot_mapping = slot_mapping.unsqueeze(0)
     written = {"k_cache": cache.k, "v_cache": cache.v}
-    check_apart(written, dict(zip(names, (k, v), strict=True)))
+    check_apart(written, dict(new))
     k, v = arguments.as_bshd(k, layout), arguments.as_bshd(v, layout)
     return AppendCall(*alike(k, v), cache, slot_mapping)
 
