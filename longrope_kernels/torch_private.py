@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def below_autograd() -> Any:
@@ -51,10 +52,14 @@ def runs_now(*tensors: torch.Tensor) -> bool:
 
     Nothing traces or vectorises, differentiates forward, or puts a mode in between.
     """
-    return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors) and not (
-        torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    for x in tensors:  # a generator takes longer, here and below
+        if type(x) not in _PLAIN:
+            return False
+    return not (
+        torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
@@ -67,6 +72,8 @@ def unwatched(*tensors: torch.Tensor) -> bool:
     on the stack, and the tensors are torch's own. An op costs some 10 us of the host beside what it
     does, a third of the rotation of one token on a CPU.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return False
     return runs_now(*tensors) and not torch._C._autograd._profiler_enabled()

@@ -95,7 +95,7 @@ def apply_rotary(
         arguments.check_like("k", k, "q", q, layout, ("heads", "dtype") if differ else ("heads",))
     q4 = arguments.as_bshd(q, layout)
     k4 = no_heads(q4) if k is None else arguments.as_bshd(k, layout)
-    batch, seq = q4.shape[:2]
+    batch, seq, _, _ = q4.shape
     positions = arguments.check_positions("positions", positions, batch, seq, q)
     selection = arguments.select(tables, q, batch, layout, lengths, sets, cu_seqlens)
     # Borders make no difference where all sequences take one set.
