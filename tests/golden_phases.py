@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from longrope_kernels import FactorSet, Rope
 
 DATA = Path(__file__).parent / "data"
@@ -29,7 +27,7 @@ def lines() -> list[str]:
         if case["label"] not in LABELS:
             continue
         rope = Rope(FactorSet(tuple(case["factors"]), case["n_hat"]), base=case["base"])
-        original, scaled = rope.tables(torch.device("cpu")).steps[0].tolist()
+        original, scaled = rope.tables("cpu").steps[0].tolist()
         for position, pair, cos, sin in case["rows"]:
             below = case["n_hat"] > 0 and position < case["n_hat"]
             step = (original if below else scaled)[pair] % 2**64

@@ -343,6 +343,7 @@ class Rope:
         return tables
 
     def _tables_on(self, device: torch.device) -> Tables:
+        device = torch.device(device)  # a name does, too
         host = self._tables.get(_HOST) or make_tables(self.sets, self.base, self.interleaved)
         return host.to(device)
 
