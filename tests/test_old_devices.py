@@ -27,9 +27,12 @@ def _device_of(monkeypatch: pytest.MonkeyPatch, request: Any) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(choose.part("cuda", "device"), "missing", lambda: None)
-    choose.missing.cache_clear()
+    kept = choose.missing, choose._device_lacks
+    for function in kept:
+        function.cache_clear()
     yield
-    choose.missing.cache_clear()
+    for function in kept:
+        function.cache_clear()
 
 
 old = pytest.mark.parametrize("_device_of", [((7, 5), None)], indirect=True)

@@ -99,6 +99,7 @@ def missing_products(name: str) -> str | None:
     return missing(name) or _device_lacks(name)
 
 
+@cache  # asked in each call
 def _device_lacks(name: str) -> str | None:
     """What the CUDA devices of this process lack for the products of the backend's kernels."""
     if name not in ("triton", "cuda") or _interprets(name, "cpu") or not torch.cuda.is_available():
