@@ -1,4 +1,4 @@
-"""pytest-benchmark's facts about the device, and the short tables at the end."""
+"""The budget and the order of the rows, what a run shows, and pytest-benchmark's facts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import copies
 import measure
+import overview
 import pytest
 import test_append
 import test_attention
@@ -41,6 +42,7 @@ BEGIN = time.monotonic()
 ITEMS: list[pytest.Item] = []
 FINISHED: set[str] = set()  # their node ids
 DROPPED: set[str] = set()  # those that the budget left out
+BUDGET = 600 if DEVICE.type == "cuda" else 240  # of `--benchmark-only`: what all users want to see
 LEAST_IMPORTANT_SMALL = 1  # rank; those above differ from others in length, which is small anyway
 
 
@@ -48,8 +50,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--budget",
         type=float,
-        default=math.inf,
-        help="seconds after which nothing is timed; the least important rows come last",
+        help="seconds after which nothing is timed, the least important rows coming last; 0 for no"
+        f" end [{BUDGET}, unless --until is given]",
     )
     parser.addoption(
         "--until",
@@ -74,9 +76,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     until = time.monotonic() + config.getoption("until") - time.time()
-    measure.deadline = min(BEGIN + config.getoption("budget"), until)
+    measure.deadline = min(BEGIN + _budget(config), until)
     copies.cache = int(1e6 * config.getoption("cache_mb"))
     measure.config = config
+    if not _shows_all(config):
+        config.option.benchmark_quiet = True  # the wide tables
+
+
+def _budget(config: pytest.Config) -> float:
+    """Seconds; without the option those of a measurement, where nothing else ends it."""
+    given: float | None = config.getoption("budget")
+    if given is not None and not given >= 0:
+        raise pytest.UsageError(f"--budget: expected seconds, 0 for no end, got {given:g}")
+    ends = config.getoption("benchmark_only") and config.getoption("until") == math.inf
+    return (BUDGET if ends and given is None else given) or math.inf
+
+
+def _shows_all(config: pytest.Config) -> bool:
+    """Whether each row and its tables are shown: with ``-v``."""
+    return config.get_verbosity() > 0
 
 
 def _rank(item: pytest.Item) -> int:
@@ -126,6 +144,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """The ceilings are measured even where no time is left."""
+    _tell_group(item)
     until = measure.deadline
     measure.deadline = math.inf if _rank(item) < 0 else until
     try:
@@ -134,12 +153,44 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         measure.deadline = until
 
 
+def _tell_group(item: pytest.Item) -> None:
+    """A line for each group that is begun, with the time left."""
+    reporter = item.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not _draws_lines(item.config):
+        return
+    reporter.showfspath = False
+    if not measure.is_row(item) or measure.is_timed(item) or not _has_time(item):
+        return
+    now = time.monotonic()
+    left = "" if measure.deadline == math.inf else f"{measure.deadline - now:4.0f} s left"
+    group = item.callspec.id.removesuffix(f"-{item.callspec.params['name']}")
+    what = item.path.stem.removeprefix("test_")
+    reporter.write_line(f"{now - BEGIN:4.0f} s  {left}  {what}: {group}")
+
+
+def _draws_lines(config: pytest.Config) -> bool:
+    """Whether groups are told of in place of a dot for each row."""
+    return bool(config.getoption("benchmark_only")) and not _shows_all(config)
+
+
+def pytest_report_teststatus(
+    report: pytest.TestReport | pytest.CollectReport, config: pytest.Config
+) -> tuple[str, str, str] | None:
+    if _draws_lines(config) and report.outcome != "failed":
+        return (report.outcome if report.when == "call" or report.skipped else "", "", "")
+    return None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    # What was timed with the first row of its group costs nothing any more.
-    seconds_a_row = getattr(item.module, "SECONDS_A_ROW", 0.0)
-    if not (measure.is_timed(item) or measure.fits(item, seconds_a_row)):
+    if not _has_time(item):
         DROPPED.add(item.nodeid)
         pytest.skip(measure.SPENT)
+
+
+def _has_time(item: pytest.Item) -> bool:
+    # What was timed with the first row of its group costs nothing any more.
+    seconds_a_row = getattr(item.module, "SECONDS_A_ROW", 0.0)
+    return measure.is_timed(item) or measure.fits(item, seconds_a_row)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -169,7 +220,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [
         f"longrope_kernels {longrope_kernels.__version__}, torch {torch.__version__}, {where}, "
         f"{torch.get_num_threads()} threads, {size}",
-        *_missing_lines(),
+        *(_missing_lines() if _shows_all(config) else ()),
     ]
 
 
@@ -197,11 +248,23 @@ def pytest_benchmark_update_json(
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     timed = [benchmark for benchmark in BENCHMARKS if benchmark.ROWS]
+    if not _shows_all(terminalreporter.config):
+        _end_shortly(terminalreporter, bool(timed))
+        return
     for benchmark in timed:
         terminalreporter.section(benchmark.TABLE.title)
         for line in lines(benchmark.TABLE, benchmark.ROWS):
             terminalreporter.write_line(line)
     for line in _missing_lines() if timed else ():
+        terminalreporter.write_line(line)
+
+
+def _end_shortly(terminalreporter: pytest.TerminalReporter, timed: bool) -> None:
+    table = overview.lines()
+    if table:
+        terminalreporter.section("longrope_kernels beside stock RoPE, medians")
+    notes = overview.left_out(_dropped(), _not_timed(), measure.REASONS) if timed else []
+    for line in (*table, *notes):
         terminalreporter.write_line(line)
 
 

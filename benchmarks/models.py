@@ -16,7 +16,7 @@ KINDS = ("forward", "token below the switch", "token at the switch", "generate")
 NEW = 16  # tokens that "generate" makes, on both sides of the switch
 COMPILED = "transformers torch.compile"  # of "forward" alone
 NAMES = ("transformers", COMPILED, "enabled, rotated", "enabled, switch")
-PEERS = NAMES[:2]
+PEERS, OURS = NAMES[:2], NAMES[2:]
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 

@@ -55,11 +55,14 @@ SECONDS_A_ROW = 1.0
 
 
 @pytest.mark.benchmark(timer=CLOCK.now, disable_gc=True)
-@pytest.mark.less_important(1)
 @pytest.mark.parametrize(
     ("at", "name"),
     [
-        pytest.param(at, name, id=f"{at}-{name}")
+        pytest.param(
+            *(at, name),
+            id=f"{at}-{name}",
+            marks=pytest.mark.less_important(int(at.kind != "forward")),
+        )
         for at in STEPS
         for name in NAMES
         if name not in NOT_TIMED and serves(name, at)

@@ -15,6 +15,7 @@ import measure
 import memory
 import model_truth
 import models
+import overview
 import parameters
 import profiles
 import ropes
@@ -43,6 +44,7 @@ __all__ = [
     "model_rows",
     "model_truth",
     "models",
+    "overview",
     "parameters",
     "profiles",
     "ropes",
