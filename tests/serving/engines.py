@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +114,28 @@ def engine(model: str, **arguments: Any) -> Iterator[Any]:
         del made
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def in_a_process(script: str, environment: dict[str, str] | None = None, **given: Any) -> Any:
+    """What a script leaves as RESULT, given these names: for what a process can do only once."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.pt"
+        lines = [f"{name} = {value!r}" for name, value in given.items()]
+        save = f"import torch\ntorch.save(RESULT, {str(path)!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join([*lines, script, save])],
+            env={**os.environ, "PYTHONPATH": _path(), **(environment or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return torch.load(path)
+
+
+def _path() -> str:
+    """Where a process of its own finds this module, before all that it would find without."""
+    return os.pathsep.join(filter(None, (os.path.dirname(__file__), os.environ.get("PYTHONPATH"))))
 
 
 def run(

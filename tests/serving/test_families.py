@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from engines import (
     ORIGINAL,
     engine,
     fresh,
+    in_a_process,
     of_new,
     of_prompt,
     prompt,
@@ -88,31 +86,19 @@ def test_a_rope_beside_the_model(tmp_path: Path) -> None:
 
 
 ALONE = """
-import torch
 from engines import engine, of_new, of_prompt, prompt, run
-found = []
+RESULT = []
 for folder in FOLDERS:
     with engine(folder, scheduler_cls=None) as served:
         outs = run(served, [prompt(40), prompt(300)], new=8)
         kind = served.apply_model(lambda model: type(model).__module__)
-    found.append(([(of_prompt(out), *of_new(out)) for out in outs], kind[0]))
-torch.save(found, RESULT)
+    RESULT.append(([(of_prompt(out), *of_new(out)) for out in outs], kind[0]))
 """
 
 
-def in_a_process(result: Path, plugins: str, *folders: str) -> list[Any]:
+def alone(plugins: str, *folders: str) -> Any:
     """What vLLM with these plugins says of two prompts, for each model; and where its class is."""
-    code = f"FOLDERS, RESULT = {folders!r}, {str(result)!r}\n{ALONE}"
-    here = {"VLLM_PLUGINS": plugins, "PYTHONPATH": os.path.dirname(__file__)}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **here},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(result)  # type: ignore[no-any-return]
+    return in_a_process(ALONE, {"VLLM_PLUGINS": plugins}, FOLDERS=folders)
 
 
 def test_other_ropes_stay_vllms_own_to_the_bit(tmp_path: Path) -> None:
@@ -123,9 +109,9 @@ def test_other_ropes_stay_vllms_own_to_the_bit(tmp_path: Path) -> None:
     plain = {"rope_parameters": {"rope_type": "default"}, "head_dim": 96}
     folder = save_model(tmp_path / "llama", "llama", **plain)
     longrope = save_model(tmp_path / "phi3")
-    ((ours, kind),) = in_a_process(tmp_path / "ours.pt", "longrope", folder)
+    ((ours, kind),) = alone("longrope", folder)
     assert kind == models.__name__
-    (stock, kind), (short, _) = in_a_process(tmp_path / "stock.pt", "", folder, longrope)
+    (stock, kind), (short, _) = alone("", folder, longrope)
     assert kind == "vllm.model_executor.models.llama"
     for a, b in zip(ours, stock, strict=True):
         assert torch.equal(a[0], b[0])

@@ -5,13 +5,9 @@ In a process of its own, where Triton is told of a device that it has no compile
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import torch
-from engines import ORIGINAL, fresh, prompt, reference, save_model
+from engines import ORIGINAL, fresh, in_a_process, prompt, reference, save_model
 from test_lengths import CLOSE, far
 
 SCRIPT = """
@@ -19,37 +15,27 @@ from types import SimpleNamespace
 from triton.backends import backends
 driver = SimpleNamespace(is_active=lambda: True)
 backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
-import torch
 from engines import engine, of_new, run
 with engine(FOLDER) as served:
     core = served.llm_engine.engine_core.engine_core
     state = core.model_executor.driver_worker.worker.model_runner.model_state
     outs = run(served, ASKED, new=10, scored=False, policies=POLICIES)
-torch.save((type(state).__name__, [of_new(out) for out in outs]), RESULT)
+RESULT = type(state).__name__, [of_new(out) for out in outs]
 """
 
 
 def test_the_v2_runner(tmp_path: Path) -> None:
-    folder, result = save_model(tmp_path), str(tmp_path / "result.pt")
+    folder = save_model(tmp_path)
     asked = [prompt(tokens, tokens) for tokens in (10, ORIGINAL - 4, ORIGINAL + 1, 250, 250)]
     policies = ["recompute", "recompute", "recompute", "final", "prompt"]
     truth, long, short = (reference(folder, held) for held in (None, "long", "short"))
-    given = {"FOLDER": folder, "ASKED": asked, "POLICIES": policies, "RESULT": result}
-    code = "".join(f"{name} = {value!r}\n" for name, value in given.items()) + SCRIPT
-    here = {
-        "TRITON_INTERPRET": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "PYTHONPATH": os.path.dirname(__file__),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **here},
-        capture_output=True,
-        text=True,
-        check=False,
+    state, found = in_a_process(
+        SCRIPT,
+        {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"},
+        FOLDER=folder,
+        ASKED=asked,
+        POLICIES=policies,
     )
-    assert done.returncode == 0, done.stderr
-    state, found = torch.load(result)
     assert state == "LongRopeState"
     for (ids, each), one, true in zip(
         found, asked, (truth, truth, truth, long, short), strict=True

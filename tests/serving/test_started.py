@@ -1,0 +1,43 @@
+"""What an engine is started with: by torch.compile, over two processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import (
+    ORIGINAL,
+    engine,
+    fresh,
+    of_new,
+    of_prompt,
+    prompt,
+    reference,
+    run,
+    save_model,
+    scores,
+)
+from test_lengths import CLOSE, far
+
+STARTED: dict[str, dict[str, Any]] = {
+    # As vLLM does without ``enforce_eager``: one graph, traced at the start.
+    "compiled": {"enforce_eager": False},
+    # A process for each half of the heads, which all choose the same sets.
+    "tensor parallel": {"tensor_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_an_engine(name: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    truth = reference(folder)
+    asked = [prompt(tokens, tokens) for tokens in (10, ORIGINAL - 2, ORIGINAL, ORIGINAL + 1, 500)]
+    with engine(folder, **STARTED[name]) as served:
+        if name == "compiled":
+            assert served.llm_engine.vllm_config.compilation_config.backend == "inductor"
+        outs = run(served, asked, new=4)
+    for out, one in zip(outs, asked, strict=True):
+        ids, found = of_new(out)
+        assert far(of_prompt(out), scores(truth, one)) < CLOSE
+        assert far(found, fresh(truth, one, ids)) < CLOSE
