@@ -266,6 +266,11 @@ def test_rotation_says_what_is_wrong():
         apply_rotary_emb, x, ONE, seqlen_offsets=torch.zeros(3, dtype=torch.int32),
     )  # fmt: skip
     refused(
+        "seqlen_offsets: expected values from -2", apply_rotary_emb, x, ONE, seqlen_offsets=2**31
+    )
+    leaf = x.clone().requires_grad_()
+    refused("inplace: x is a leaf", apply_rotary_emb, leaf, ONE, inplace=True)
+    refused(
         "cu_seqlens: expected ascending values from 0 to 12",
         apply_rotary_emb, x.flatten(0, 1), ONE, cu_seqlens=borders(6, 5),
     )  # fmt: skip

@@ -12,8 +12,10 @@ log-sum-exp of a query that sees no key is minus infinity.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -31,18 +33,18 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
-_T = TypeVar("_T")
-# What arguments of `attention` and `decode` are called here.
-_THEIRS = {
-    "cu_seqlens": "cu_seqlens_q",
-    "cache_lens": "cache_seqlens",
-    "kv_start": "cache_leftpad",
-    "return_lse": "return_softmax_lse",
-    "k_new": "k",
-    "v_new": "v",
-}
+
+@contextmanager
+def _named(**ours: str) -> Iterator[None]:
+    """Errors of what the function calls name the arguments as they are called here."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        text = re.sub(r"\w+", lambda word: ours.get(word[0], word[0]), str(error))
+        raise type(error)(text) from None
 
 
+@_named(q="x", positions="seqlen_offsets")
 def apply_rotary_emb(
     x: torch.Tensor,
     rope: Rope,
@@ -77,17 +79,14 @@ def apply_rotary_emb(
     """
     layout: arguments.Layout = "bshd" if cu_seqlens is None else "thd"
     _check(rope, layout, x=x)
-    counts = _counts("cu_seqlens", cu_seqlens, x)
+    counts, places, sequence = _sequences("cu_seqlens", cu_seqlens, x)
     if cu_seqlens is not None:  # `apply_rotary` reads them only where sequences choose their sets
         values.check_borders("cu_seqlens", cu_seqlens, x.shape[0])
     first = _per_sequence("seqlen_offsets", seqlen_offsets, len(counts), x)
     if lengths is None and sets is None:
         lengths = first + counts
     return apply_rotary(
-        x,
-        None,
-        _places(x, cu_seqlens, first),
-        rope,
+        *(x, None, places + first[sequence], rope),
         layout=layout,
         lengths=lengths,
         sets=sets,
@@ -97,6 +96,7 @@ def apply_rotary_emb(
     )[0]
 
 
+@_named(return_lse="return_softmax_lse")
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -150,6 +150,7 @@ def flash_attn_func(
     )
 
 
+@_named(cu_seqlens="cu_seqlens_q", return_lse="return_softmax_lse")
 def flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -211,6 +212,13 @@ def flash_attn_varlen_func(
     )
 
 
+@_named(
+    cache_lens="cache_seqlens",
+    kv_start="cache_leftpad",
+    return_lse="return_softmax_lse",
+    k_new="k",
+    v_new="v",
+)
 def flash_attn_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -278,11 +286,10 @@ def flash_attn_with_kvcache(
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither, got one of them")
     if k is not None:
-        arguments.check_heads("k", arguments.check_tensor("k", k), "bshd", 0)
+        _check(rope, "bshd", k=k)
         _check_room(k.shape[1], k_cache, block_table, cache_lens)
         cache_lens = cache_lens + k.shape[1]
-    return _called(
-        decode,
+    return decode(
         *(q, k_cache, v_cache, cache_lens, rope),
         block_table=block_table,
         lengths=lengths,
@@ -317,22 +324,20 @@ def _attend(
     if positions is None:
         if key_positions is not None:
             raise ValueError("positions: expected them beside key_positions, got None")
-        queries = _counts("cu_seqlens_q", cu_seqlens, q)
-        counts = _counts("cu_seqlens_k", cu_seqlens_k, k)
+        queries, places, sequence = _sequences("cu_seqlens_q", cu_seqlens, q)
+        counts, of_keys, _ = _sequences("cu_seqlens_k", cu_seqlens_k, k)
         if len(counts) != len(queries):
             raise ValueError(
                 f"cu_seqlens_k: expected {len(queries)} sequences as in cu_seqlens_q, got "
                 f"{len(counts)}"
             )
-        positions = _places(q, cu_seqlens, counts - queries)
+        positions = places + (counts - queries)[sequence]
         # Where q and k stand at the same places, they are rotated together.
-        dense = cu_seqlens is None
-        if q.shape[1] != k.shape[1] if dense else cu_seqlens_k is not cu_seqlens:
-            key_positions = _places(k, cu_seqlens_k, torch.zeros_like(counts))
+        if q.shape[1] != k.shape[1] if layout == "bshd" else cu_seqlens_k is not cu_seqlens:
+            key_positions = of_keys
         if lengths is None and sets is None:
             lengths = counts
-    return _called(
-        attention,
+    return attention(
         *(q, k, v, positions, rope),
         cu_seqlens=cu_seqlens,
         cu_seqlens_k=cu_seqlens_k,
@@ -344,33 +349,23 @@ def _attend(
     )
 
 
-def _called(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-    """What the function returns; its errors name the arguments as they are called here."""
-    try:
-        return function(*args, **kwargs)
-    except (TypeError, ValueError) as error:
-        name, colon, rest = str(error).partition(": ")
-        raise type(error)(_THEIRS.get(name, name) + colon + rest) from None
-
-
 # ----------------------------------------------------------------------------------------- places
 
 
-def _counts(name: str, cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """Tokens of each sequence of x, (batch,)."""
+def _sequences(
+    name: str, cu_seqlens: torch.Tensor | None, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens of each sequence of x; of each token its place in its sequence, and the sequence."""
     if x.dim() == 4:
-        return torch.full((x.shape[0],), x.shape[1], device=x.device)
+        batch, tokens = x.shape[:2]
+        place = torch.arange(tokens, device=x.device).expand(batch, tokens)
+        counts = torch.full((batch,), tokens, device=x.device)
+        return counts, place, torch.arange(batch, device=x.device)[:, None]
     cu_seqlens = arguments.check_tensor(name, cu_seqlens)
     arguments.check_borders(name, cu_seqlens, x, "thd")
-    return cu_seqlens.diff()
-
-
-def _places(x: torch.Tensor, cu_seqlens: torch.Tensor | None, first: torch.Tensor) -> torch.Tensor:
-    """Positions of the tokens of x, where sequence i begins at ``first[i]``."""
-    if cu_seqlens is None:
-        return first[:, None] + torch.arange(x.shape[1], device=x.device)
-    index = torch.arange(x.shape[0], device=x.device)
-    return index + (first - cu_seqlens[:-1])[sequence_of_token(cu_seqlens, x.shape[0])]
+    sequence = sequence_of_token(cu_seqlens, x.shape[0])
+    place = torch.arange(x.shape[0], device=x.device) - cu_seqlens[sequence]
+    return cu_seqlens.diff(), place, sequence
 
 
 def _per_sequence(
