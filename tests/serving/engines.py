@@ -21,6 +21,7 @@ from longrope_kernels.rope.published import published_configs
 
 ORIGINAL = 256  # where the short set of the small models ends, in tokens
 VOCABULARY = 512
+MODES = ("rotated", "unrotated")
 
 _SHARED = {
     "vocab_size": VOCABULARY,
@@ -90,7 +91,9 @@ def prompt(tokens: int, seed: int = 0) -> list[int]:
 
 
 @contextmanager
-def engine(model: str, **arguments: Any) -> Iterator[Any]:
+def engine(
+    model: str, mode: str = "rotated", policy: str = "recompute", **arguments: Any
+) -> Iterator[Any]:
     """vLLM over a model, with our scheduler, while inside."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -104,6 +107,7 @@ def engine(model: str, **arguments: Any) -> Iterator[Any]:
         "block_size": 32,
         "skip_tokenizer_init": True,
         "scheduler_cls": SCHEDULER,
+        "additional_config": {"longrope": {"mode": mode, "policy": policy}},
         **arguments,
     }
     made = LLM(model, **chosen)

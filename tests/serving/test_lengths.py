@@ -1,4 +1,4 @@
-"""Each request by its own length: one engine under mode "rotated", beside transformers.
+"""Each request by its own length: an engine in each mode, beside transformers.
 
 Prompts are prefilled in chunks of 128 tokens at most, half of the original length.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engines import (
+    MODES,
     ORIGINAL,
     engine,
     fresh,
@@ -24,6 +25,7 @@ from engines import (
 )
 
 from longrope_kernels.integrations.vllm.rotary import TokenRotary
+from longrope_kernels.integrations.vllm.unrotated import Unrotated
 
 CLOSE = 1e-4
 LENGTHS = (10, 200, ORIGINAL - 1, ORIGINAL, ORIGINAL + 1, 600)
@@ -39,9 +41,14 @@ def truth(folder: str) -> Any:
     return reference(folder)
 
 
+@pytest.fixture(scope="module", params=MODES)
+def mode(request: Any) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def served(folder: str) -> Iterator[Any]:
-    with engine(folder) as made:
+def served(folder: str, mode: str) -> Iterator[Any]:
+    with engine(folder, mode) as made:
         yield made
 
 
@@ -63,16 +70,18 @@ def test_prompts_in_one_batch(served: Any, truth: Any) -> None:
 
 
 def test_without_the_lengths_it_is_wrong(
-    served: Any, truth: Any, monkeypatch: pytest.MonkeyPatch
+    served: Any, mode: str, truth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That the tests above would see it: here each chunk takes the set of its own end."""
-    choose = TokenRotary.choose
+    """That the tests above would see it: here every chunk takes the short set."""
+    kind = {"rotated": TokenRotary, "unrotated": Unrotated}[mode]
+    choose = kind.choose
 
-    def by_chunk(self: TokenRotary, sets: Any, counts: Any) -> None:
-        choose(self, [0 for _ in sets], counts)
+    def short(self: Any, lengths: Any, counts: Any) -> None:
+        choose(self, [(ORIGINAL, ORIGINAL) for _ in lengths], counts)
 
-    monkeypatch.setattr(TokenRotary, "choose", by_chunk)
+    monkeypatch.setattr(kind, "choose", short)
     asked = prompt(600, 5)
+    served.reset_prefix_cache()
     assert far(of_prompt(run(served, [asked])[0]), scores(truth, asked)) > 1
 
 
@@ -113,14 +122,13 @@ def test_policies_in_one_batch(served: Any, truth: Any, folder: str) -> None:
         assert far(found, fresh(true, one, ids)) < CLOSE
 
 
-@pytest.mark.parametrize("policy", ["switch", "long", "", 3, ["final"]])
+@pytest.mark.parametrize("policy", ["long", "", 3, ["final"]])
 def test_a_bad_policy_is_an_error_of_the_caller(served: Any, policy: Any) -> None:
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(VLLMValidationError, match=r"^longrope_policy: expected ") as caught:
         run(served, [prompt(10)], policies=[policy])
     assert repr(policy) in str(caught.value)
-    assert ("mode 'unrotated'" in str(caught.value)) == (policy == "switch")
     assert len(run(served, [prompt(10)])[0].outputs[0].token_ids) == 1  # the engine lives on
 
 
@@ -158,10 +166,11 @@ def test_blocks_of_a_request_that_crossed_serve_its_new_set(served: Any, truth: 
         assert far(found, fresh(truth, tokens, made)) < CLOSE
 
 
-def test_the_buffer_of_sets_stays_where_it_is(served: Any) -> None:
-    def address(model: Any) -> int:
-        return int(model.longrope.rotary.token_sets.data_ptr())
+def test_the_buffers_stay_where_they_are(served: Any) -> None:
+    def addresses(model: Any) -> list[int]:
+        return [buffer.data_ptr() for buffer in model.longrope.rotary.buffers()]
 
-    before = served.apply_model(address)
+    before = served.apply_model(addresses)
     run(served, [prompt(300, 70), prompt(20, 71)])
-    assert served.apply_model(address) == before
+    assert before[0]
+    assert served.apply_model(addresses) == before

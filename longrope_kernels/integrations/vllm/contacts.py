@@ -5,8 +5,10 @@
 - ``InputProcessor.process_inputs`` takes each request where it comes in: there a bad policy is an
   error of the caller, ``VLLMValidationError``.
 - ``GPUModelRunner._prepare_inputs`` (the V1 runner, on CPUs too) begins each step: after it the
-  rotary module is told the set of each token. Under the V2 runner the model names its
-  ``ModelState``, which is told of requests and steps (`state`).
+  rotary module is told by which lengths. Under the V2 runner the model names its ``ModelState``,
+  which is told of requests and steps (`state`).
+- ``get_attn_backend`` of vLLM's attention layer: while a model of ours is built in mode
+  "unrotated", it gives ours (`backend`), a subclass of ``AttentionBackend``.
 - The scheduler, of which `scheduler` is a subclass.
 
 What is put in place stays there, and changes nothing for other models.
@@ -18,8 +20,8 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import vllm
@@ -42,6 +44,7 @@ class Contact(NamedTuple):
 
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
+_BACKEND = "vllm.v1.attention.backend"
 _STATE = "vllm.v1.worker.gpu.model_states.default"
 GET_ROPE = tuple(
     Contact(f"vllm.model_executor.models.{module}", "get_rope", ("head_size",))
@@ -57,10 +60,15 @@ PREPARE_INPUTS = Contact(
     "GPUModelRunner._prepare_inputs",
     ("self", "scheduler_output", "num_scheduled_tokens"),
 )
+GET_ATTN_BACKEND = Contact(
+    "vllm.model_executor.layers.attention.attention",
+    "get_attn_backend",
+    ("head_size", "use_mla", "use_per_head_quant_scales"),
+)
 BAD_REQUEST = Contact("vllm.exceptions", "VLLMValidationError", ("message", "parameter"))
 STATE = (
     Contact(_STATE, "DefaultModelState.add_request", ("self", "req_index", "new_req_data")),
-    Contact(_STATE, "DefaultModelState.prepare_inputs", ("self", "input_batch", "req_states")),
+    Contact(_STATE, "DefaultModelState.prepare_attn", ("self", "input_batch", "for_capture")),
 )
 SCHEDULER = (
     Contact(_SCHEDULER, "Scheduler.schedule", ("self",)),
@@ -68,7 +76,25 @@ SCHEDULER = (
     Contact(_SCHEDULER, "Scheduler._get_local_prefix_cache_hit", ("self", "request")),
     Contact("vllm.v1.request", "Request.update_block_hashes", ("self",)),
 )
-CONTACTS = (*GET_ROPE, PROCESS_INPUTS, BAD_REQUEST, PREPARE_INPUTS, *STATE, *SCHEDULER)
+ATTENTION = (
+    GET_ATTN_BACKEND,
+    Contact(_BACKEND, "AttentionImpl.forward", ("layer", "query", "attn_metadata", "output")),
+    Contact(_BACKEND, "AttentionMetadataBuilder.build", ("self", "common_attn_metadata")),
+    Contact(
+        _BACKEND,
+        "CommonAttentionMetadata",
+        ("query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "block_table_tensor"),
+    ),
+)
+CONTACTS = (
+    *GET_ROPE,
+    PROCESS_INPUTS,
+    BAD_REQUEST,
+    PREPARE_INPUTS,
+    *STATE,
+    *SCHEDULER,
+    *ATTENTION,
+)
 
 
 def untested() -> str | None:
@@ -154,7 +180,7 @@ def _check_request(policies: Policies, vllm_config: Any, params: Any, resumable:
     if policies.of(params) == "recompute" and not has_scheduler(vllm_config):
         raise ValueError(
             "longrope_policy: this server was started without the scheduler that 'recompute' "
-            "needs; expected 'final' or 'prompt'"
+            f"needs; expected {policies.without_scheduler}"
         )
 
 
@@ -162,7 +188,7 @@ def _check_request(policies: Policies, vllm_config: Any, params: Any, resumable:
 
 
 def watch_steps() -> None:
-    """Have the V1 runner tell a model of ours, in each step, the set of each token."""
+    """Have the V1 runner tell a model of ours, in each step, by which lengths to choose sets."""
     _watch(PREPARE_INPUTS, _prepare_inputs)
 
 
@@ -171,16 +197,17 @@ def _prepare_inputs(original: Any, self: Any, scheduler_output: Any, counts: Any
     longrope = getattr(self.get_model(), "longrope", None)
     if longrope is not None:
         requests = [self.requests[name] for name in self.input_batch.req_ids]
-        sets = [
-            longrope.policies.index(
+        lengths = [
+            longrope.policies.lengths(
                 request.sampling_params,
                 prompt=request.num_prompt_tokens,
-                known=max(request.num_tokens, request.num_computed_tokens + int(count)),
+                begun=request.num_tokens,
+                end=request.num_computed_tokens + int(count),
                 limit=self.max_model_len,
             )
             for request, count in zip(requests, counts, strict=True)
         ]
-        longrope.rotary.choose(sets, counts)
+        longrope.rotary.choose(lengths, counts)
     return prepared
 
 
@@ -188,14 +215,34 @@ def _prepare_inputs(original: Any, self: Any, scheduler_output: Any, counts: Any
 
 
 @contextmanager
-def rotary_modules(make: Callable[..., Any]) -> Iterator[None]:
-    """While a model is built, ``make(head_size, ...)`` gives its layers their rotary modules."""
-    modules = [importlib.import_module(contact.module) for contact in GET_ROPE]
-    originals = [find(contact) for contact in GET_ROPE]
-    for module in modules:
-        module.get_rope = make  # type: ignore[attr-defined]
+def _exchanged(contacts: Iterable[Contact], function: Callable[..., Any]) -> Iterator[None]:
+    """A function in place of those of modules, inside."""
+    modules = [importlib.import_module(contact.module) for contact in contacts]
+    originals = [find(contact) for contact in contacts]
+    for module, contact in zip(modules, contacts, strict=True):
+        setattr(module, contact.name, function)
     try:
         yield
     finally:
-        for module, original in zip(modules, originals, strict=True):
-            module.get_rope = original  # type: ignore[attr-defined]
+        for module, contact, original in zip(modules, contacts, originals, strict=True):
+            setattr(module, contact.name, original)
+
+
+def rotary_modules(make: Callable[..., Any]) -> AbstractContextManager[None]:
+    """While a model is built, ``make(head_size, ...)`` gives its layers their rotary modules."""
+    return _exchanged(GET_ROPE, make)
+
+
+def attention_backend(backend: type) -> AbstractContextManager[None]:
+    """While a model is built, its layers take this attention backend."""
+
+    def chosen(*_: Any, **wants: Any) -> type:
+        for name, value in wants.items():
+            if value is True and name != "has_sliding_window":
+                raise ValueError(
+                    f"{name}: expected False, got True; LongRoPE in vLLM does not serve it in mode "
+                    "'unrotated'"
+                )
+        return backend
+
+    return _exchanged((GET_ATTN_BACKEND,), chosen)

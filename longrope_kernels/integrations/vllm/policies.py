@@ -8,16 +8,21 @@ from typing import Any
 from ...rope.value import Rope
 
 KEY = "longrope_policy"  # in the extra_args of a request, vllm_xargs over HTTP
-POLICIES = ("final", "prompt", "recompute")
+# By mode, the default first. Keys that lie rotated can not take another set: none switches there.
+POLICIES = {
+    "rotated": ("recompute", "final", "prompt"),
+    "unrotated": ("switch", "final", "prompt", "recompute"),
+}
 
 
-def check_policy(name: str, value: object) -> str:
+def check_policy(name: str, value: object, mode: str) -> str:
     """A policy from outside, or a ValueError that begins with ``name``."""
-    if isinstance(value, str) and value in POLICIES:
+    served = POLICIES[mode]
+    if isinstance(value, str) and value in served:
         return value
-    why = ", which belongs to mode 'unrotated', which is not built yet" if value == "switch" else ""
-    shown = ", ".join(map(repr, POLICIES))
-    raise ValueError(f"{name}: expected one of {shown}, got {value!r}{why}")
+    shown = ", ".join(map(repr, served))
+    why = ", which needs mode 'unrotated'" if value == "switch" else ""
+    raise ValueError(f"{name}: expected one of {shown} in mode {mode!r}, got {value!r}{why}")
 
 
 @dataclass(frozen=True)
@@ -30,34 +35,54 @@ class Policies:
     Attributes:
         rope: with its factor sets.
         default: the policy of requests that name none.
+        mode: how keys lie in the cache, "rotated" or "unrotated".
     """
 
     rope: Rope
     default: str
+    mode: str
+
+    @property
+    def without_scheduler(self) -> str:
+        """The policies that need no scheduler of ours, as an error shows them."""
+        return " or ".join(repr(name) for name in POLICIES[self.mode] if name != "recompute")
 
     def of(self, params: Any) -> str:
         """The policy of a request with these sampling parameters.
 
         Raises:
-            ValueError: naming ``longrope_policy``, which is none of `POLICIES`.
+            ValueError: naming ``longrope_policy``, which is none of those of the mode.
         """
         given = (getattr(params, "extra_args", None) or {}).get(KEY)
-        return self.default if given is None else check_policy(KEY, given)
+        return self.default if given is None else check_policy(KEY, given, self.mode)
 
-    def index(self, params: Any, prompt: int, known: int, limit: int) -> int:
-        """The factor set of a request in one step of the engine.
+    def lengths(
+        self, params: Any, prompt: int, begun: int, end: int, limit: int
+    ) -> tuple[int, int]:
+        """Between which lengths a query of a request chooses its set by the tokens up to it.
 
         Args:
-            params: its sampling parameters.
+            params: sampling parameters of the request.
             prompt: tokens of its prompt.
-            known: tokens that it has, those that this step computes included. Under "recompute"
-                all cached ones were computed under the set of a length as long, which is what the
-                scheduler sees to.
+            begun: tokens that it had before this step of the engine, or before its prefill: all
+                chunks of a prefill take the set of its end.
+            end: tokens that it has with those that this step computes.
             limit: the most tokens that a request may have here.
+
+        Returns:
+            The least and the greatest length. They are the same but under "switch". Under
+            "recompute" all cached keys were computed under the set of a length as long, which is
+            what the scheduler sees to.
         """
         policy = self.of(params)
+        known = max(begun, end)
+        if policy == "switch":
+            return begun, known
         if policy == "recompute":
-            return self.rope.set_index(known)
-        if policy == "prompt":
-            return self.rope.set_index(prompt)
-        return self.rope.set_index(min(prompt + params.max_tokens, limit))
+            return known, known
+        length = prompt if policy == "prompt" else min(prompt + params.max_tokens, limit)
+        return length, length
+
+    def index(self, params: Any, prompt: int, known: int, limit: int) -> int:
+        """The factor set of the last of a request's ``known`` tokens; see `lengths`."""
+        return self.rope.set_index(self.lengths(params, prompt, known, known, limit)[1])

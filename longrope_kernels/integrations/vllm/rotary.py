@@ -11,6 +11,15 @@ from ...ops.rotary import apply_rotary
 from ...rope.value import Rope
 
 
+def check_head(rope: Rope, head_dim: int) -> None:
+    """Refuse heads that are smaller than what the rope rotates."""
+    if rope.rotary_dim > head_dim:
+        raise ValueError(
+            f"rope: expected at most {head_dim} rotated dimensions, those of a head, got "
+            f"{rope.rotary_dim}"
+        )
+
+
 class TokenRotary(nn.Module):
     """Stands where vLLM's rotary module does; one for all layers of a model.
 
@@ -27,18 +36,15 @@ class TokenRotary(nn.Module):
 
     def __init__(self, rope: Rope, head_dim: int, most: int) -> None:
         super().__init__()
-        if rope.rotary_dim > head_dim:
-            raise ValueError(
-                f"rope: expected at most {head_dim} rotated dimensions, those of a head, got "
-                f"{rope.rotary_dim}"
-            )
+        check_head(rope, head_dim)
         self.rope, self.head_dim = rope, head_dim
         sets = torch.zeros(most, dtype=torch.int32)
         self.register_buffer("token_sets", sets, persistent=False)
         rope.to(sets.device)  # its tables now, not during a traced or captured forward
 
-    def choose(self, sets: Sequence[int], counts: Sequence[int]) -> None:
-        """The set of each request of a step, in the order of the batch, and its tokens in it."""
+    def choose(self, lengths: Sequence[tuple[int, int]], counts: Sequence[int]) -> None:
+        """Before a step: `Policies.lengths` of its requests, in their order, and their tokens."""
+        sets = [self.rope.set_index(most) for _, most in lengths]
         tokens = torch.tensor(sets, dtype=torch.int32, device="cpu").repeat_interleave(
             torch.tensor(counts, device="cpu")
         )

@@ -46,6 +46,8 @@ class _BySet(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Preempt first what would grow into another set in this step; cut drafts that would."""
         for request in reversed(self.running):
+            if self._switches(request):
+                continue  # each query has a set of its own
             # What is in flight counts; the last token of a request is never computed.
             most = request.num_prompt_tokens + request.max_tokens - 1
             known = min(request.num_tokens + request.num_output_placeholders, most)
@@ -68,10 +70,16 @@ class _BySet(Scheduler):
             if not hasattr(request, "longrope_set"):
                 request.longrope_salt = request.cache_salt or ""
             request.longrope_set = index
-            request.cache_salt = f"longrope:{index}:{request.longrope_salt}"
+            # Keys that a request computes after its switch are of hidden states of both sets: they
+            # serve none that holds to one.
+            kind = f"{index}+" if self._switches(request) else index
+            request.cache_salt = f"longrope:{kind}:{request.longrope_salt}"
             request.block_hashes = []
             request.update_block_hashes()
         return super()._get_local_prefix_cache_hit(request)
+
+    def _switches(self, request: Any) -> bool:
+        return self.policies.of(request.sampling_params) == "switch"
 
     def _set_of(self, request: Any, known: int) -> int:
         index: int = self.policies.index(

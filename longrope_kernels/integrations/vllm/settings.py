@@ -13,7 +13,7 @@ from typing import Any
 from ...rope.files import SIDECAR
 from ...rope.hf_config import LONGROPE_TYPES, rope_type
 from ...rope.value import Rope
-from .policies import Policies, check_policy
+from .policies import POLICIES, Policies, check_policy
 
 # vLLM's name of an architecture: its module in vllm.model_executor.models, and the one that makes
 # the rotary modules of its layers.
@@ -26,8 +26,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": ("qwen3", "qwen3"),
 }
 SCHEDULER = "longrope_kernels.integrations.vllm.scheduler.LongRopeScheduler"
-MODES = ("rotated",)
-_DEFAULTS = {"mode": "rotated", "policy": "recompute"}
+_SETTINGS = ("mode", "policy")
 
 
 def policies_of(vllm_config: Any) -> Policies | None:
@@ -39,12 +38,12 @@ def policies_of(vllm_config: Any) -> Policies | None:
     rope = rope_of(vllm_config.model_config)
     if rope is None:
         return None
-    names = {key: _given(vllm_config, key) for key in _DEFAULTS}
-    name, mode = names["mode"]
-    if mode not in MODES:
-        later = ", which is not built yet" if mode == "unrotated" else ""
-        raise ValueError(f"{name}: expected 'rotated', got {mode!r}{later}")
-    return Policies(rope, check_policy(*names["policy"]))
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    name, mode = _given(vllm_config, "mode", "unrotated" if on_cpu else "rotated")
+    if mode not in POLICIES:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, POLICIES))}, got {mode!r}")
+    policy = _given(vllm_config, "policy", POLICIES[mode][0])
+    return Policies(rope, check_policy(*policy, mode), mode)
 
 
 def rope_of(model_config: Any) -> Rope | None:
@@ -65,7 +64,7 @@ def rope_of(model_config: Any) -> Rope | None:
     return Rope.from_config(config) if kind in LONGROPE_TYPES else None
 
 
-def _given(vllm_config: Any, key: str) -> tuple[str, object]:
+def _given(vllm_config: Any, key: str, default: str) -> tuple[str, Any]:
     """A setting and where it comes from: additional_config, the environment, the default."""
     additional = vllm_config.additional_config
     if not isinstance(additional, Mapping):
@@ -73,12 +72,12 @@ def _given(vllm_config: Any, key: str) -> tuple[str, object]:
         raise ValueError(f"additional_config: expected a dict, got {kind}")
     ours = additional.get("longrope", {})
     where = "additional_config['longrope']"
-    if not isinstance(ours, Mapping) or not ours.keys() <= _DEFAULTS.keys():
-        raise ValueError(f"{where}: expected keys among {', '.join(_DEFAULTS)}, got {ours!r}")
+    if not isinstance(ours, Mapping) or not ours.keys() <= set(_SETTINGS):
+        raise ValueError(f"{where}: expected keys among {', '.join(_SETTINGS)}, got {ours!r}")
     if key in ours:
         return f"{where}['{key}']", ours[key]
     variable = f"LONGROPE_VLLM_{key.upper()}"
-    return variable, os.environ.get(variable, _DEFAULTS[key])
+    return variable, os.environ.get(variable, default)
 
 
 def has_scheduler(vllm_config: Any) -> bool:
@@ -106,12 +105,13 @@ def refuse(vllm_config: Any, policies: Policies) -> None:
         if cache.enable_prefix_caching:
             raise ValueError(
                 "enable_prefix_caching: cached blocks of one factor set would serve requests of "
-                f"another; {add}, or --no-enable-prefix-caching and the policy final or prompt"
+                f"another; {add}, or --no-enable-prefix-caching and the policy "
+                f"{policies.without_scheduler}"
             )
         if policies.default == "recompute":
             raise ValueError(
                 f"policy: 'recompute' needs a scheduler that knows of it; {add}, or take the "
-                "policy final or prompt"
+                f"policy {policies.without_scheduler}"
             )
     refused = {
         "runner_type": (model.runner_type, "generate"),
@@ -132,6 +132,8 @@ def refuse(vllm_config: Any, policies: Policies) -> None:
         "enable_dbo": (parallel.enable_dbo, False),
         "ubatch_size": (parallel.ubatch_size > 1, False),
     }
+    if policies.mode == "unrotated":  # which is an attention backend of its own
+        refused["attention_backend"] = (vllm_config.attention_config.backend, None)
     for name, (found, served) in refused.items():
         if found != served:
             shown = found if isinstance(found, str | int) else type(found).__name__

@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 
 class LongRopeState(DefaultModelState):
-    """Tells the rotary module, in each step, the set of each token."""
+    """Tells the rotary module, in each step, by which lengths to choose sets."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -21,20 +21,24 @@ class LongRopeState(DefaultModelState):
         prompt = len(new_req_data.prompt_token_ids)
         self.requests[req_index] = (new_req_data.sampling_params, prompt)
 
-    def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
-        """Before the forward pass of a step."""
-        longrope, n = self.model.longrope, input_batch.num_reqs
+    def prepare_attn(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Before what attention is told of a step, and its forward pass."""
+        n = input_batch.num_reqs
+        slots = input_batch.idx_mapping_np[:n].tolist()
+        if all(slot in self.requests for slot in slots):  # else it is a dummy, to warm up
+            self._choose(input_batch, slots)
+        return super().prepare_attn(input_batch, *args, **kwargs)
+
+    def _choose(self, input_batch: Any, slots: list[int]) -> None:
+        longrope, n = self.model.longrope, len(slots)
         counts = np.diff(input_batch.query_start_loc_np[: n + 1])
-        known = np.maximum(
-            input_batch.prefill_len_np[:n], input_batch.num_computed_tokens_np[:n] + counts
-        )
-        sets = []
-        for slot, tokens in zip(input_batch.idx_mapping_np[:n], known, strict=True):
-            params, prompt = self.requests[int(slot)]
-            sets.append(
-                longrope.policies.index(
-                    params, prompt=prompt, known=int(tokens), limit=self.max_model_len
+        ends = input_batch.num_computed_tokens_np[:n] + counts
+        lengths = []
+        for slot, begun, end in zip(slots, input_batch.prefill_len_np[:n], ends, strict=True):
+            params, prompt = self.requests[slot]
+            lengths.append(
+                longrope.policies.lengths(
+                    params, prompt, int(begun), int(end), limit=self.max_model_len
                 )
             )
-        longrope.rotary.choose(sets, counts.tolist())
-        return super().prepare_inputs(input_batch, req_states)
+        longrope.rotary.choose(lengths, counts.tolist())
