@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from longrope_kernels.integrations.vllm.settings import SCHEDULER
 from longrope_kernels.rope.published import published_configs
@@ -199,4 +199,15 @@ def fresh(model: Any, begun: Sequence[int], made: Sequence[int]) -> torch.Tensor
     for at in range(len(begun), len(tokens)):
         logits = model(torch.tensor([tokens[:at]]), use_cache=False).logits[0, -1]
         found.append(logits.log_softmax(-1)[tokens[at]])
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def stepped(model: Any, begun: Sequence[int], made: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities of each token in ``made``, one step after the other over one cache."""
+    cache, tokens, found = DynamicCache(config=model.config), list(begun), []
+    for token in made:
+        logits = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits
+        found.append(logits[0, -1].log_softmax(-1)[token])
+        tokens = [token]
     return torch.stack(found)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from engines import (
+    MODES,
     ORIGINAL,
     engine,
     fresh,
@@ -23,7 +25,8 @@ from test_lengths import CLOSE, far
 from longrope_kernels.integrations.transformers import enable
 
 
-def test_preemption_before_at_and_after_the_switch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_preemption_before_at_and_after_the_switch(mode: str, tmp_path: Path) -> None:
     """Two rows of 220 tokens fill all blocks; the next token of each wants one more."""
     folder = save_model(tmp_path)
     truth, long, short = (reference(folder, held) for held in (None, "long", "short"))
@@ -31,7 +34,7 @@ def test_preemption_before_at_and_after_the_switch(tmp_path: Path) -> None:
     policies = ["recompute", "recompute", "recompute", "final", "prompt"]
     asked = [prompt(tokens, row) for row, tokens in enumerate(lengths)]
     preempted: list[tuple[str, int]] = []
-    with engine(folder, max_model_len=14 * 32, num_gpu_blocks_override=15) as served:
+    with engine(folder, mode, max_model_len=14 * 32, num_gpu_blocks_override=15) as served:
         scheduler: Any = served.llm_engine.engine_core.engine_core.scheduler
         preempt = scheduler._preempt_request
 

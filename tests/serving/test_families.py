@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engines import (
+    MODES,
     ORIGINAL,
     engine,
     fresh,
@@ -28,6 +29,7 @@ from longrope_kernels.integrations.vllm import models
 from longrope_kernels.rope.factor_set import FactorSet
 from longrope_kernels.rope.value import Rope
 
+each_mode = pytest.mark.parametrize("mode", MODES)
 SHORT, LONG = (published()[f"{each}_factor"] for each in ("short", "long"))
 PARTIAL = {
     **published(partial_rotary_factor=0.75),
@@ -51,12 +53,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def agrees(folder: str, rope: Rope | None = None) -> None:
+def agrees(folder: str, mode: str, rope: Rope | None = None) -> None:
     """Prompts on both sides of the switch in one batch, of which two grow past it."""
     truth = reference(folder)
     enable(truth, rope=rope or Rope.from_config(truth.config))
     asked = [prompt(tokens, tokens) for tokens in (20, ORIGINAL - 2, ORIGINAL + 1, 500)]
-    with engine(folder) as served:
+    with engine(folder, mode) as served:
         kind = served.apply_model(lambda model: type(model).__module__)
         outs = run(served, asked, new=5)
     assert kind == [models.__name__]
@@ -66,13 +68,15 @@ def agrees(folder: str, rope: Rope | None = None) -> None:
         assert far(found, fresh(truth, one, ids)) < CLOSE
 
 
+@each_mode
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family(name: str, tmp_path: Path) -> None:
+def test_a_family(name: str, mode: str, tmp_path: Path) -> None:
     family, fields = FAMILIES[name]
-    agrees(save_model(tmp_path, family, **fields))
+    agrees(save_model(tmp_path, family, **fields), mode)
 
 
-def test_a_rope_beside_the_model(tmp_path: Path) -> None:
+@each_mode
+def test_a_rope_beside_the_model(mode: str, tmp_path: Path) -> None:
     """Three sets, thresholds and interleaved pairs: what no config can say."""
     folder = save_model(tmp_path, "llama", rope_parameters={"rope_type": "default"}, head_dim=96)
     sets = (
@@ -82,7 +86,7 @@ def test_a_rope_beside_the_model(tmp_path: Path) -> None:
     )
     rope = Rope(sets, 10000.0, interleaved=True)
     rope.save(tmp_path)
-    agrees(folder, rope)
+    agrees(folder, mode, rope)
 
 
 ALONE = """

@@ -14,11 +14,12 @@ from typing import Any
 import openai
 import pytest
 import torch
-from engines import ORIGINAL, VOCABULARY, fresh, prompt, reference, save_model
+from engines import ORIGINAL, VOCABULARY, fresh, prompt, reference, save_model, stepped
 from test_lengths import CLOSE, far
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from longrope_kernels.integrations.transformers import enable
 from longrope_kernels.integrations.vllm.settings import SCHEDULER
 
 
@@ -73,7 +74,7 @@ def client(folder: str) -> Iterator[openai.OpenAI]:
         else:
             pytest.fail(log.read_text())
         yield asked
-        assert "LongRoPE, mode 'rotated', policy 'prompt'" in log.read_text()
+        assert "LongRoPE, mode 'unrotated', policy 'prompt'" in log.read_text()
     finally:
         server.terminate()
         server.wait(60)
@@ -97,9 +98,11 @@ def test_policies_over_http(client: openai.OpenAI, folder: str) -> None:
     for policy, held in ((None, "short"), ("final", "long"), ("recompute", None)):
         ids, found = complete(client, folder, asked, policy)
         assert far(found, fresh(reference(folder, held), asked, ids)) < CLOSE
+    ids, found = complete(client, folder, asked, "switch")
+    assert far(found, stepped(enable(reference(folder)), asked, ids)) < CLOSE
 
 
-@pytest.mark.parametrize("policy", ["switch", "shrt", 4])
+@pytest.mark.parametrize("policy", ["shrt", 4])
 def test_a_bad_policy_is_a_bad_request(client: openai.OpenAI, folder: str, policy: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="longrope_policy: expected one of") as caught:
         complete(client, folder, prompt(8), policy)

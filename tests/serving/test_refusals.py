@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import vllm
-from engines import ORIGINAL, published, save_model
+from engines import MODES, ORIGINAL, published, save_model
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from longrope_kernels.integrations.vllm import contacts, models
+from longrope_kernels.integrations.vllm.policies import POLICIES
 from longrope_kernels.integrations.vllm.settings import (
     FAMILIES,
     SCHEDULER,
@@ -45,26 +47,66 @@ def refused(config: Any, match: str) -> None:
         refuse(config, policies)
 
 
-def test_what_is_served_is_not_refused(folder: str) -> None:
-    refuse(config := config_of(folder), policies_of(config))
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_served_is_not_refused(folder: str, mode: str) -> None:
+    settings: dict[str, Any] = {"longrope": {"mode": mode}}
+    refuse(config := config_of(folder, additional_config=settings), policies_of(config))
     alone = {"scheduler_cls": None, "enable_prefix_caching": False}
-    for policy in ("final", "prompt"):
-        settings = {"longrope": {"policy": policy}}
+    for policy in set(POLICIES[mode]) - {"recompute"}:
+        settings = {"longrope": {"mode": mode, "policy": policy}}
         config = config_of(folder, **alone, additional_config=settings)
         policies = policies_of(config)
         assert policies is not None
-        assert policies.default == policy
+        assert (policies.mode, policies.default) == (mode, policy)
         refuse(config, policies)
 
 
-def test_a_prefix_cache_without_the_scheduler(folder: str) -> None:
-    config = config_of(folder, scheduler_cls=None)
-    refused(config, f"^enable_prefix_caching: .*add --scheduler-cls {SCHEDULER}")
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("rotated", "'final' or 'prompt'"), ("unrotated", "'switch' or 'final' or 'prompt'")],
+)
+def test_without_the_scheduler(folder: str, mode: str, expected: str) -> None:
+    settings = {"longrope": {"mode": mode, "policy": "recompute"}}
+    config = config_of(folder, scheduler_cls=None, additional_config=settings)
+    ending = f"add --scheduler-cls {SCHEDULER} .*policy {expected}$"
+    refused(config, f"^enable_prefix_caching: .*{ending}")
+    config.cache_config.enable_prefix_caching = False
+    refused(config, f"^policy: 'recompute' needs .*{ending}")
 
 
-def test_recompute_without_the_scheduler(folder: str) -> None:
-    config = config_of(folder, scheduler_cls=None, enable_prefix_caching=False)
-    refused(config, f"^policy: 'recompute' needs .*add --scheduler-cls {SCHEDULER}")
+def test_the_defaults(folder: str) -> None:
+    """A GPU has vLLM's own attention until ours is measured there."""
+    config = config_of(folder)
+    policies = policies_of(config)
+    assert policies is not None
+    assert (policies.mode, policies.default) == ("unrotated", "switch")
+    config.device_config.device_type = "cuda"
+    policies = policies_of(config)
+    assert policies is not None
+    assert (policies.mode, policies.default) == ("rotated", "recompute")
+
+
+def test_another_attention_under_unrotated(folder: str) -> None:
+    config = config_of(folder, additional_config={"longrope": {"mode": "unrotated"}})
+    config.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
+    refused(config, "^attention_backend: expected None, got TRITON_ATTN;")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_policy_of_a_request(folder: str, mode: str) -> None:
+    settings = {"longrope": {"mode": mode}}
+    policies = policies_of(config_of(folder, additional_config=settings))
+    assert policies is not None
+    for policy in POLICIES[mode]:
+        params = SimpleNamespace(extra_args={"longrope_policy": policy})
+        assert policies.of(params) == policy
+
+
+def test_switch_needs_unrotated(folder: str) -> None:
+    policies = policies_of(config_of(folder, additional_config={"longrope": {"mode": "rotated"}}))
+    assert policies is not None
+    with pytest.raises(ValueError, match=r"^longrope_policy: .* got 'switch', which needs mode 'u"):
+        policies.of(SimpleNamespace(extra_args={"longrope_policy": "switch"}))
 
 
 SERVED = {
@@ -105,10 +147,9 @@ def test_models_refused_by_name(folder: str, name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"mode": "unrotated"}, "'mode'.: expected 'rotated', got 'unrotated', which is not built"),
-        ({"mode": "fast"}, "'mode'.: expected 'rotated', got 'fast'$"),
-        ({"policy": "switch"}, "'policy'.: expected one of .* got 'switch', which belongs to"),
-        ({"policy": 3}, "'policy'.: expected one of 'final', 'prompt', 'recompute', got 3$"),
+        ({"mode": "fast"}, "'mode'.: expected one of 'rotated', 'unrotated', got 'fast'$"),
+        ({"mode": "rotated", "policy": "switch"}, "'policy'.: .* got 'switch', which needs mode"),
+        ({"policy": 3}, "'policy'.: expected one of 'switch', 'final', .* 'unrotated', got 3$"),
         ({"polcy": "final"}, "expected keys among mode, policy, got"),
         ("final", "expected keys among mode, policy, got 'final'"),
     ],
@@ -133,8 +174,10 @@ def test_settings_of_the_environment(folder: str, monkeypatch: pytest.MonkeyPatc
     assert policies_of(config).default == "final"
     config.additional_config = {"longrope": {"policy": "prompt"}}
     assert policies_of(config).default == "prompt"
-    monkeypatch.setenv("LONGROPE_VLLM_MODE", "unrotated")
-    with pytest.raises(ValueError, match=r"^LONGROPE_VLLM_MODE: expected 'rotated'"):
+    monkeypatch.setenv("LONGROPE_VLLM_MODE", "rotated")
+    assert policies_of(config).mode == "rotated"
+    monkeypatch.setenv("LONGROPE_VLLM_MODE", "turned")
+    with pytest.raises(ValueError, match=r"^LONGROPE_VLLM_MODE: expected one of 'rotated', 'unro"):
         policies_of(config)
 
 

@@ -66,8 +66,11 @@ def drive(scheduler: Any, requests: list[Any], ahead: bool) -> dict[str, list[tu
             index = scheduler.policies.index(
                 request.sampling_params, request.num_prompt_tokens, known, scheduler.max_model_len
             )
-            assert index == request.longrope_set
-            assert request.cache_salt == f"longrope:{index}:"
+            if request.request_id == "switch":  # held to no set, nor are its blocks
+                assert request.cache_salt == f"longrope:{request.longrope_set}+:"
+            else:
+                assert index == request.longrope_set
+                assert request.cache_salt == f"longrope:{index}:"
             steps[name].append((request.num_computed_tokens, index))
             sampled.append([] if request.is_prefill_chunk else [7])
         flying.append((out, sampled))
@@ -91,13 +94,15 @@ def test_steps_of_a_request_agree_on_its_set(folder: str, ahead: bool, blocks: i
         ask("at the end", ORIGINAL - 10, 11, "recompute"),  # its 257th token is the last
         ask("final", ORIGINAL - 10, 30, "final"),
         ask("prompt", ORIGINAL - 10, 30, "prompt"),
+        ask("switch", ORIGINAL - 10, 30, "switch"),
     ]
     steps = drive(make(folder, ahead, blocks), requests, ahead)
     for request in requests:
         assert request.num_output_tokens == request.max_tokens
     sets = {name: {index for _, index in each} for name, each in steps.items()}
+    assert sets.pop("switch") == {0, 1}
     assert sets == {"recompute": {0, 1}, "at the end": {0}, "final": {1}, "prompt": {0}}
     under_long = [end for end, index in steps["recompute"] if index == 1]
     assert min(under_long) <= 128  # from the first chunk on
     if blocks == 60:
-        assert [r.num_preemptions for r in requests] == [1, 0, 0, 0]
+        assert [r.num_preemptions for r in requests] == [1, 0, 0, 0, 0]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from engines import (
+    MODES,
     ORIGINAL,
     engine,
     fresh,
@@ -28,12 +29,13 @@ STARTED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", STARTED)
-def test_an_engine(name: str, tmp_path: Path) -> None:
+def test_an_engine(name: str, mode: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path)
     truth = reference(folder)
     asked = [prompt(tokens, tokens) for tokens in (10, ORIGINAL - 2, ORIGINAL, ORIGINAL + 1, 500)]
-    with engine(folder, **STARTED[name]) as served:
+    with engine(folder, mode, **STARTED[name]) as served:
         if name == "compiled":
             assert served.llm_engine.vllm_config.compilation_config.backend == "inductor"
         outs = run(served, asked, new=4)

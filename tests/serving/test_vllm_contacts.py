@@ -10,17 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import MODES
 from torch import nn
 from vllm import ModelRegistry
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from longrope_kernels.integrations.vllm import contacts, models, register, scheduler
+from longrope_kernels.integrations.vllm.backend import LongRopeBackend
 from longrope_kernels.integrations.vllm.policies import Policies
 from longrope_kernels.integrations.vllm.rotary import TokenRotary
 from longrope_kernels.integrations.vllm.settings import FAMILIES, SCHEDULER
+from longrope_kernels.integrations.vllm.unrotated import Unrotated
 from longrope_kernels.rope.value import Rope
 
 VERSION = r"^vLLM 0\.32\.\d+: .*, which LongRoPE in vLLM relies on; it was tested with 0\.32$"
@@ -75,6 +79,19 @@ def test_get_rope() -> None:
     assert [module.get_rope for module in modules] == before
 
 
+def test_get_attn_backend() -> None:
+    """Ours only while a model of ours is built, for what it serves."""
+    module = importlib.import_module(contacts.GET_ATTN_BACKEND.module)
+    before = module.get_attn_backend
+    with contacts.attention_backend(LongRopeBackend):
+        given = (96, torch.float32, "auto")
+        assert module.get_attn_backend(*given, has_sliding_window=True) is LongRopeBackend
+        for name in ("use_mla", "has_sink", "use_mm_prefix", "use_per_head_quant_scales"):
+            with pytest.raises(ValueError, match=f"^{name}: expected False, got True; .*unrotated"):
+                module.get_attn_backend(*given, **{name: True})
+    assert module.get_attn_backend is before
+
+
 def test_the_scheduler_is_the_kind_that_the_config_asks_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -100,21 +117,23 @@ def test_the_scheduler_is_the_kind_that_the_config_asks_for(
     assert issubclass(kinds[True, True], AsyncScheduler)
 
 
-@pytest.fixture
-def state() -> Any:
+@pytest.fixture(params=MODES)
+def state(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Of the V2 runner, for a model of ours that has nothing else."""
     rope = Rope.longrope([1.0] * 4, [2.0] * 4, 32, attention_factor=1.0)
     model = nn.Module()
-    model.longrope = models.LongRope(TokenRotary(rope, 8, 64), Policies(rope, "recompute"))
+    rotary = {"rotated": TokenRotary, "unrotated": Unrotated}[request.param](rope, 8, 64)
+    model.longrope = models.LongRope(rotary, Policies(rope, "recompute", request.param))
     model.get_model_state_cls = models._model_state
     made = object.__new__(resolve_model_state_cls(None, model))
     made.model, made.requests, made.rope_state = model, {}, None
     made.prompt_embeds_state, made.model_config = None, SimpleNamespace(max_model_len=128)
+    monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda *_, **__: {"of": "vllm"})
     return made
 
 
 def test_model_state(state: Any) -> None:
-    """Requests in slots, steps of some of them: a set for each token."""
+    """Requests in slots, steps of some of them: what chooses the sets of each."""
     for slot, prompt, policy, new in ((3, 30, None, 9), (1, 30, "final", 9), (0, 40, None, 9)):
         params = SimpleNamespace(max_tokens=new, extra_args={"longrope_policy": policy})
         data = SimpleNamespace(prompt_token_ids=[1] * prompt, sampling_params=params)
@@ -126,10 +145,26 @@ def test_model_state(state: Any) -> None:
         prefill_len_np=np.array([30, 40, 30]),
         num_computed_tokens_np=np.array([30, 8, 31]),
     )
-    assert state.prepare_inputs(batch, None) == {}
-    sets = state.model.longrope.rotary.token_sets
-    assert sets[:6].tolist() == [1, 1, 1, 1, 1, 0]
-    assert sets.dtype == torch.int32
+    rotary = state.model.longrope.rotary
+    assert state.prepare_attn(batch, "a mode") == {"of": "vllm"}
+    before = told(rotary)
     batch.num_computed_tokens_np[2] = 32  # the 33rd token
-    state.prepare_inputs(batch, None)
-    assert sets[5] == 1
+    state.prepare_attn(batch, "a mode")
+    if isinstance(rotary, Unrotated):
+        assert (before, told(rotary)) == ([39, 40, 32], [39, 40, 33])
+        assert torch.equal(rotary.least, rotary.most)
+    else:
+        assert (before, told(rotary)) == ([1, 1, 1, 1, 1, 0], [1] * 6)
+
+
+def told(rotary: Any) -> list[int]:
+    """Of the three requests, or of their six tokens."""
+    found = rotary.most[:3] if isinstance(rotary, Unrotated) else rotary.token_sets[:6]
+    return found.tolist()  # type: ignore[no-any-return]
+
+
+def test_model_state_of_a_dummy(state: Any) -> None:
+    """vLLM warms up with requests that were never added."""
+    batch = SimpleNamespace(num_reqs=2, idx_mapping_np=np.arange(2))
+    assert state.prepare_attn(batch, "a mode", for_capture=True) == {"of": "vllm"}
+    assert not any(buffer.any() for buffer in state.model.longrope.rotary.buffers())

@@ -133,7 +133,8 @@ def refuse(vllm_config: Any, policies: Policies) -> None:
         "ubatch_size": (parallel.ubatch_size > 1, False),
     }
     if policies.mode == "unrotated":  # which is an attention backend of its own
-        refused["attention_backend"] = (vllm_config.attention_config.backend, None)
+        backend = vllm_config.attention_config.backend
+        refused["attention_backend"] = (backend and backend.name, None)
     for name, (found, served) in refused.items():
         if found != served:
             shown = found if isinstance(found, str | int) else type(found).__name__
