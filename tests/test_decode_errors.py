@@ -82,8 +82,7 @@ QUERIES = [
     bad("float8", "q", TypeError, "float8|float32", q=torch.ones(2, 3, 4, 16).to(fp8)),
     bad("dim-small", "q", ValueError, "16|15", q=torch.randn(2, 3, 4, 15)),
     bad("stride", "q", ValueError, "unit stride|contiguous", q=torch.randn(2, 3, 4, 32)[..., ::2]),
-    bad("no-tokens", "q", ValueError, "1 to 16|0|attention", q=torch.randn(2, 0, 4, 16)),
-    bad("17-tokens", "q", ValueError, "1 to 16|17|attention", q=torch.randn(2, 17, 4, 16)),
+    bad("no-tokens", "q", ValueError, "at least 1 token|0", q=torch.randn(2, 0, 4, 16)),
     bad("grad", "q", ValueError, "grad|no_grad", q=torch.randn(2, 3, 4, 16, requires_grad=True)),
 ]
 

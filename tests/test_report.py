@@ -440,7 +440,14 @@ def test_from_a_checkout_to_a_page(tmp_path: Path) -> None:
 
 
 def test_a_row_that_the_budget_drops_is_skipped() -> None:
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_ceilings.py", "-q", "--budget=0.001"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/test_ceilings.py",
+        "-q",
+        "--budget=0.001",
+    ]
     command += ["benchmarks/test_search.py", "-k", "ceiling or evaluator"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "[2] benchmarks" in done.stdout

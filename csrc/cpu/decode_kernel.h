@@ -5,9 +5,11 @@
 // keys in tiles. The cosines and sines of a key are computed once and serve all KV heads, and each
 // rotated key serves all queries of its group, from registers where these are few, so that the
 // work stays near the time that memory takes to deliver keys and values. Queries of one sequence
-// that take different factor sets are parts of their own, each with its keys. All arithmetic is in
-// float32. Splits depend on the lengths alone and are combined in order: the number of threads
-// changes no bit of the result.
+// that take different factor sets are parts of their own, each with its keys, and so are some tens
+// of the queries of a prompt: they meet the keys of a tile head by head, each head's keys rotated
+// for all of them, so that products outweigh everything else. All arithmetic is in float32. Splits
+// depend on the lengths alone and are combined in order: the number of threads changes no bit of
+// the result.
 #pragma once
 
 #include <cmath>
@@ -30,6 +32,8 @@ constexpr int64_t kWidened = 16;     // keys whose values are widened before the
 constexpr int kKeyRows = 8;          // of a KV head, at most, where keys are rotated in registers
 constexpr int64_t kSplit = 256;      // keys, at least
 constexpr int64_t kMaxSplits = 64;   // of a sequence; bounds the memory for what is to be combined
+constexpr int64_t kFewQueries = 16;  // of a sequence, that go through the keys together
+constexpr int64_t kPartQueries = 32;  // of a part, at most, where there are more
 
 // Calls the function with std::integral_constant<int, min(n, kMost)>, n from 1.
 template <int kMost, typename Function>
@@ -82,14 +86,20 @@ inline int64_t set_of_query(const DecodeCall& a, int64_t sequence, int64_t t) {
   return set_of_query(a.tables, a.selection, sequence, t, tokens);
 }
 
-// Appends the parts of a sequence: one, where its queries do not lie across a boundary.
+// Queries of a part at most.
+inline int64_t most_queries(const DecodeCall& a) {
+  return a.queries <= kFewQueries ? a.queries : kPartQueries;
+}
+
+// Appends the parts of a sequence: one, where its queries are few and in no need of two sets.
 inline void add_parts(const DecodeCall& a, int64_t sequence, std::vector<Part>& parts) {
+  const int64_t most = most_queries(a);
   for (int64_t t = 0; t < a.queries;) {
     Part s;
     s.sequence = sequence;
     s.first_query = t;
     s.set = set_of_query(a, sequence, t);
-    while (++t < a.queries && set_of_query(a, sequence, t) == s.set) {}
+    while (++t < a.queries && t - s.first_query < most && set_of_query(a, sequence, t) == s.set) {}
     s.queries = t - s.first_query;
     s.start = start_of(a, sequence);
     s.end = element(a.keys.lens, sequence) - (a.queries - t);
@@ -101,13 +111,14 @@ inline void add_parts(const DecodeCall& a, int64_t sequence, std::vector<Part>& 
   }
 }
 
-// Appends the splits of a part: about equal, of whole tiles, at most kMaxSplits. Returns how many
-// rows all items have then.
-inline int64_t add_items(Part& s, int64_t index, int64_t heads, int64_t first_row,
+// Appends the splits of a part: about equal, of whole tiles, at most as many as make kMaxSplits of
+// as many parts. Returns how many rows all items have then.
+inline int64_t add_items(Part& s, int64_t index, int64_t parts, int64_t heads, int64_t first_row,
                          std::vector<Item>& items) {
   s.first_item = static_cast<int64_t>(items.size());
   const int64_t keys = std::max<int64_t>(s.end - s.begin, 0);
-  const int64_t least = (keys + kMaxSplits - 1) / kMaxSplits;
+  const int64_t most = std::max<int64_t>(kMaxSplits / parts, 1);
+  const int64_t least = (keys + most - 1) / most;
   const int64_t split = std::max(kSplit, (least + kTile - 1) / kTile * kTile);
   for (int64_t begin = s.begin; begin < s.end; begin += split) {
     items.push_back({index, begin, std::min(begin + split, s.end), first_row});
@@ -130,12 +141,13 @@ class Worker {
             static_cast<float>(kLog2E * (a.scores.cap > 0.0 ? a.scores.cap : a.scores.scale)),
             std::numeric_limits<float>::min())),
         angles_(a.tables),
-        cos_(kGroup * layout.row),
-        sin_(kGroup * layout.row),
-        turned_(kGroup * layout.padded),
-        scores_(a.heads * a.queries * kTile),
+        many_(a.queries > kFewQueries),
+        cos_((many_ ? kTile : kGroup) * layout.row),
+        sin_((many_ ? kTile : kGroup) * layout.row),
+        turned_((many_ ? kTile : kGroup) * layout.padded),
+        scores_((many_ ? groups_ : a.heads) * most_queries(a) * kTile),
         sum_(layout.values),
-        widened_(widens_values(groups_ * a.queries) ? kWidened * layout.values : 0) {
+        widened_(widens_values(groups_ * most_queries(a)) ? kWidened * layout.values : 0) {
     // The padding of these meets that of keys, and 0 times NaN is NaN.
     for (Floats* x : {&cos_, &sin_, &turned_}) x->fill(0.0f);
     for (int64_t j = 0; j < kWidened; ++j) widened_rows_[j] = widened_.at(j * layout.values);
@@ -165,16 +177,21 @@ class Worker {
       const int64_t keys = std::min(kTile, item.end - begin);
       known_ = std::min(kTile + kGroup, item.end - begin);
       for (int64_t j = 0; j < known_; ++j) find_slot(s.sequence, begin + j, j);
+      if (many_) {
+        attend_by_heads(s, begin, keys, q, sums, states);
+        continue;
+      }
       for (int64_t g = 0; g < keys; g += kGroup) {
         score_group(s, begin, g, std::min(kGroup, keys - g), q);
       }
       for (int64_t row = 0; row < rows; ++row) {
-        weigh_row(s, begin, keys, row, sums + row * layout_.values, states[row]);
+        weigh_row(s, begin, keys, row, scores_.at(row * kTile), sums + row * layout_.values,
+                  states[row]);
       }
       const int64_t most = widens_values_ ? kWidened : kTile;
       for (int64_t g = 0; g < keys; g += most) {
         for (int64_t h = 0; h < a_.kv_heads; ++h) {
-          add_values(h, g, std::min(most, keys - g), sums);
+          add_values(h, g, std::min(most, keys - g), scores_.at(h * group_rows_ * kTile + g), sums);
         }
       }
     }
@@ -233,13 +250,51 @@ class Worker {
                  inner * a_.keys.v.strides[1];
   }
 
-  // The scores of the keys [g, g + count) of the tile that begins at slot `begin`.
-  void score_group(const Part& s, int64_t begin, int64_t g, int64_t count, const float* q) {
+  // A tile for many queries, one KV head after the other.
+  void attend_by_heads(const Part& s, int64_t begin, int64_t keys, const float* q, float* sums,
+                       Softmax* states) {
+    const int64_t padded = layout_.padded, most = widens_values_ ? kWidened : kTile;
+    for (int64_t g = 0; g < keys; g += kGroup) {
+      find_angles(s, begin + g, std::min(kGroup, keys - g), g);
+    }
+    for (int64_t h = 0; h < a_.kv_heads; ++h) {
+      for (int64_t j = 0; j < keys; ++j) {
+        prefetch_ahead(h, j);
+        turn_row<kInterleaved>(keys_[j] + h * a_.keys.k.strides[2], turned_.at(j * padded),
+                               cos_.at(j * layout_.row), sin_.at(j * layout_.row), layout_);
+      }
+      const int64_t first = h * group_rows_;
+      for (int64_t row = 0; row < group_rows_; row += kRowBlock) {
+        with_constant<kRowBlock>(group_rows_ - row, [&](auto rows) {
+          for (int64_t g = 0; g < keys; g += kGroup) {
+            score_block<rows()>(q + (first + row) * padded, turned_.at(g * padded), padded,
+                                scores_.at(row * kTile + g));
+          }
+        });
+      }
+      for (int64_t row = 0; row < group_rows_; ++row) {
+        weigh_row(s, begin, keys, row, scores_.at(row * kTile),
+                  sums + (first + row) * layout_.values, states[first + row]);
+      }
+      for (int64_t g = 0; g < keys; g += most) {
+        add_values(h, g, std::min(most, keys - g), scores_.at(g), sums);
+      }
+    }
+  }
+
+  // The cosines and sines of count <= kGroup keys from a slot on, from row `at`.
+  void find_angles(const Part& s, int64_t slot, int64_t count, int64_t at) {
     int64_t positions[kGroup];
     for (int64_t j = 0; j < count; ++j) {
-      positions[j] = position_at(a_, s.sequence, begin + g + j, s.start);
+      positions[j] = position_at(a_, s.sequence, slot + j, s.start);
     }
-    angles_.write(positions, count, s.set, cos_.at(0), sin_.at(0), layout_.row);
+    angles_.write(positions, count, s.set, cos_.at(at * layout_.row), sin_.at(at * layout_.row),
+                  layout_.row);
+  }
+
+  // The scores of the keys [g, g + count) of the tile that begins at slot `begin`.
+  void score_group(const Part& s, int64_t begin, int64_t g, int64_t count, const float* q) {
+    find_angles(s, begin + g, count, 0);
     if constexpr (!kInterleaved && kRowBlock > 1) {
       const auto score = [&](auto fixed) { score_keys(fixed, g, count, q); };
       if (group_rows_ <= kKeyRows && with_fixed(layout_, score)) return;
@@ -302,9 +357,8 @@ class Worker {
   }
 
   // Hides what a row does not see, and turns its scores into weights.
-  void weigh_row(const Part& s, int64_t begin, int64_t keys, int64_t row, float* sums,
-                 Softmax& state) {
-    float* const scores = scores_.at(row * kTile);
+  void weigh_row(const Part& s, int64_t begin, int64_t keys, int64_t row, float* scores,
+                 float* sums, Softmax& state) {
     if (a_.scores.cap > 0.0) {
       cap_scores(scores, static_cast<float>(a_.scores.scale / a_.scores.cap));
     }
@@ -320,10 +374,9 @@ class Worker {
   }
 
   // Adds the weighted values of the keys [g, g + count) of the tile, and asks for the next head's.
-  void add_values(int64_t h, int64_t g, int64_t count, float* sums) {
+  void add_values(int64_t h, int64_t g, int64_t count, const float* weights, float* sums) {
     const int64_t offset = h * a_.keys.v.strides[2];
     const int64_t ahead = h + 1 < a_.kv_heads ? a_.keys.v.strides[2] : 0;
-    const float* const weights = scores_.at(h * group_rows_ * kTile + g);
     float* const group_sums = sums + h * group_rows_ * layout_.values;
     if (widens_values_) {
       for (int64_t j = 0; j < count; ++j) {
@@ -358,10 +411,11 @@ class Worker {
   const int64_t groups_;  // heads of a KV head
   const float scale_;  // of scores, to base 2
   KeyAngles<T> angles_;
-  Floats cos_;         // (kGroup, row)
-  Floats sin_;         // (kGroup, row)
-  Floats turned_;      // (kGroup, padded)
-  Floats scores_;      // (rows, kTile), then weights
+  const bool many_;    // queries: KV heads one by one, whole tiles of their keys rotated
+  Floats cos_;         // (kGroup or kTile, row)
+  Floats sin_;         // (kGroup or kTile, row)
+  Floats turned_;      // (kGroup or kTile, padded)
+  Floats scores_;      // (rows of all KV heads or of one, kTile), then weights
   Floats sum_;         // (values,)
   Floats widened_;     // (kWidened, values), or nothing
   const float* widened_rows_[kWidened];
@@ -400,9 +454,10 @@ void decode_of(const DecodeCall& given, int threads) {
   std::vector<Item> items;
   int64_t item_rows = 0;
   for (int64_t sequence = 0; sequence < a.batch; ++sequence) add_parts(a, sequence, parts);
+  const int64_t parts_of_sequence = (a.queries + most_queries(a) - 1) / most_queries(a);
   for (int64_t i = 0; i < static_cast<int64_t>(parts.size()); ++i) {
     part_of_query.insert(part_of_query.end(), parts[i].queries, i);
-    item_rows = add_items(parts[i], i, a.heads, item_rows, items);
+    item_rows = add_items(parts[i], i, parts_of_sequence, a.heads, item_rows, items);
   }
   const int64_t count = static_cast<int64_t>(items.size());
   const int64_t queries = int64_t{a.batch} * a.queries;

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..calls.records import FEW_QUERIES
 from ..torch_private import constant_in_graphs
 
 BACKENDS = ("reference", "native", "triton", "cuda")
@@ -265,6 +266,7 @@ def choose_decode(
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
     head_dim: int,
+    many: bool = False,
 ) -> str:
     """The backend for `decode`: the named one, or the first of `DECODE_CHOICE` that can serve.
 
@@ -274,6 +276,7 @@ def choose_decode(
         dtype: of q.
         cache_dtype: of the caches: that of q, or float8_e4m3fn.
         head_dim: of q and the caches.
+        many: whether a sequence has more queries than `FEW_QUERIES`.
 
     Raises:
         ValueError: an unknown name, or one that does not serve this call.
@@ -281,7 +284,8 @@ def choose_decode(
     """
     if backend is None:
         for name in DECODE_CHOICE.get(device, ()):
-            if missing_products(name) is None and not _unserved(name, dtype, cache_dtype, head_dim):
+            unserved = _unserved(name, dtype, cache_dtype, head_dim, many)
+            if missing_products(name) is None and not unserved:
                 return name
         return "reference"
     if backend not in BACKENDS:
@@ -289,14 +293,14 @@ def choose_decode(
     if backend == "reference":
         return backend
     _named(backend, device, "'reference'")
-    unserved = _unserved(backend, dtype, cache_dtype, head_dim)
+    unserved = _unserved(backend, dtype, cache_dtype, head_dim, many)
     if unserved:
         raise ValueError(f"backend: {backend!r} serves {unserved}; expected 'reference'")
     return backend
 
 
 def _unserved(
-    backend: str, dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int
+    backend: str, dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int, many: bool
 ) -> str | None:
     """What the backend decodes and what came, where it does not serve the call."""
     if backend == "reference":
@@ -310,6 +314,8 @@ def _unserved(
         return f"a head_dim from 16 to 256, got {head_dim}"
     if backend == "cuda" and head_dim > FUSED_HEAD_DIMS[-1]:
         return f"a head_dim up to {FUSED_HEAD_DIMS[-1]}, got {head_dim}"
+    if backend == "cuda" and many:
+        return f"up to {FEW_QUERIES} queries of a sequence, got more"
     return None
 
 

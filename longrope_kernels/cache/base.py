@@ -17,9 +17,9 @@ from ..backends.reference import as_bytes
 from ..calls import arguments, values
 from ..calls.caches import FLOAT8
 from ..calls.memory import check_apart
-from ..calls.records import AppendCall, Keys
+from ..calls.records import FEW_QUERIES, AppendCall, Keys
 from ..ops.append import alike, autocast_new, choose_append, write
-from ..ops.decode import MAX_QUERIES, decode
+from ..ops.decode import decode
 from ..rope.value import Rope, check_device
 from .rows import Policy, Rows, check_count
 
@@ -76,7 +76,7 @@ class Cache(ABC):
             self._counters = torch.zeros((2, batch), dtype=torch.int32, device=self.device)
             self.lens = self._counters[0]
             # Where the last tokens of each row go; those of earlier steps nowhere.
-            self._newest = torch.full((batch, MAX_QUERIES), -1, device=self.device)
+            self._newest = torch.full((batch, FEW_QUERIES), -1, device=self.device)
         rope.to(self.device)
 
     # -------------------------------------------------------------------------------- upkeep
@@ -356,7 +356,7 @@ class Cache(ABC):
         new = [0] * self.batch
         for row, count in zip(*(rows.step or ((), ())), strict=True):
             new[row] = count
-        newest = self._last_places(range(self.batch), new, MAX_QUERIES)
+        newest = self._last_places(range(self.batch), new, FEW_QUERIES)
         self._newest.copy_(self._staged(newest), non_blocking=True)
 
     def _places(self, row: int, start: int, end: int) -> torch.Tensor:
@@ -378,19 +378,19 @@ class Cache(ABC):
     def _address(self, k: torch.Tensor, name: str = "k") -> torch.Tensor:
         """Where the tokens of k go: int64 on the device, of the leading shape of k."""
         if self._captures():
-            if k.dim() != 4 or k.shape[0] != self.batch or not 1 <= k.shape[1] <= MAX_QUERIES:
+            if k.dim() != 4 or k.shape[0] != self.batch or not 1 <= k.shape[1] <= FEW_QUERIES:
                 raise ValueError(
-                    f"{name}: expected shape ({self.batch}, 1 to {MAX_QUERIES}, {self.kv_heads}, "
+                    f"{name}: expected shape ({self.batch}, 1 to {FEW_QUERIES}, {self.kv_heads}, "
                     f"{self.head_dim}) in a CUDA graph, got {tuple(k.shape)}"
                 )
-            return self._newest[:, MAX_QUERIES - k.shape[1] :]
+            return self._newest[:, FEW_QUERIES - k.shape[1] :]
         if self._rows.step is None:
             raise RuntimeError(f"{name}: expected an extend just before the first write, got none")
         rows, counts = self._rows.step
         _check_tokens(k, rows, counts, name)
         packed = k.dim() == 3
-        if not packed and rows == tuple(range(self.batch)) and k.shape[1] <= MAX_QUERIES:
-            return self._newest[:, MAX_QUERIES - k.shape[1] :]
+        if not packed and rows == tuple(range(self.batch)) and k.shape[1] <= FEW_QUERIES:
+            return self._newest[:, FEW_QUERIES - k.shape[1] :]
         if packed not in self._addresses_of_step:  # the first layer; the others take the same
             if packed:
                 lengths = self._rows.lengths

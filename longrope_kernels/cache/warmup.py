@@ -9,8 +9,8 @@ import torch
 
 from ..calls import arguments
 from ..calls.caches import FLOAT8
+from ..calls.records import FEW_QUERIES
 from ..ops.attention import attention
-from ..ops.decode import MAX_QUERIES
 from ..ops.rotary import apply_rotary
 from ..rope.value import Rope, check_device
 from .base import Cache
@@ -82,7 +82,7 @@ def warmup(
         raise TypeError(f"cache_dtype: expected {dtype}, float8_e4m3fn or None, got {cache_dtype}")
     if capacity is None and (block_size, cache_dtype) != (None, None):
         raise ValueError("capacity: expected beside block_size and cache_dtype, got None")
-    most = 2**31 - 1 if capacity is None else min(check_count("capacity", capacity, 1), MAX_QUERIES)
+    most = 2**31 - 1 if capacity is None else min(check_count("capacity", capacity, 1), FEW_QUERIES)
     steps = _counts("tokens", tokens, most)
     if capacity is not None and not steps:
         raise ValueError(f"tokens: expected at least one number beside capacity, got {tokens!r}")

@@ -14,6 +14,9 @@ import torch
 from ..rope.tables import Tables
 from . import masks
 
+# Queries of a sequence in a step of decoding, drafts that are verified together. More: a prompt.
+FEW_QUERIES = 16
+
 
 class Selection(NamedTuple):
     """Which factor set each sequence takes: of lengths, or sets; without either, the first.

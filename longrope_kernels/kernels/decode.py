@@ -1,9 +1,10 @@
 """Decoding: a few queries of each sequence against a cache of unrotated keys, split-KV.
 
 A program takes the queries of all heads that share a KV head, so that each key is loaded and
-rotated once for them, and a part of the keys (decode_splits.py). Memory bounds it: on an H200 a
-multiprocessor has about 25 cycles for the 512 bytes of a key and a value of 128 dimensions in 16
-bits, in which each of its four schedulers issues up to 25 instructions; reports/codegen/decode.md
+rotated once for them, and a part of the keys (decode_splits.py). Those of a prompt, more than a
+tile has rows for, are many programs, each with all keys that its own queries see. Memory bounds a
+step: on an H200 a multiprocessor has about 25 cycles for the 512 bytes of a key and a value of 128
+dimensions in 16 bits, in which each of its four schedulers issues up to 25 instructions; reports/codegen/decode.md
 counts what a tile takes. Keys are rotated in the layout in which they are loaded, where both
 dimensions of a pair are in one thread, and go to the matrix unit through shared memory.
 
@@ -19,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..calls.records import DecodeCall
+from ..calls.records import FEW_QUERIES, DecodeCall
 from .attention_tiles import (
     LN2,
     cap_scores,
@@ -113,6 +114,8 @@ def splits_of(
     call: DecodeCall, arch: int, multiprocessors: int, config: Config | None = None
 ) -> Splits:
     """How to split the keys of a call; ``most`` sizes the scratch of `plan`."""
+    if _many(call):
+        return Splits(1, 1, 1)
     if config is None:
         config = config_of(call, arch)
     batch, keys = call.q.shape[0], call.keys
@@ -127,6 +130,11 @@ def counters_of(call: DecodeCall, config: Config) -> int:
     """How many counters `plan` takes."""
     sets = call.tables.sets if several_sets(call.tables, call.selection, call.q.shape[1]) else 1
     return call.q.shape[0] * call.keys.heads * _row_blocks(call, config)[1] * sets
+
+
+def _many(call: DecodeCall) -> bool:
+    """Whether the tiles of a sequence fill the device by themselves, each with keys of its own."""
+    return call.q.shape[1] > FEW_QUERIES
 
 
 def _rows_of_kv_head(call: DecodeCall) -> int:
@@ -180,6 +188,7 @@ def plan(
         "SOFTCAP": scores.cap > 0,
         "ONE_QUERY": queries == 1,
         "SEVERAL_SETS": several,
+        "MANY": _many(call),
         "BLOCK_SIZE": 0 if cache.block_table is None else k.shape[1],
         "FLOAT8": float8,
         "BLOCK_M": block_m,
@@ -296,6 +305,7 @@ def decode_kernel(
     SOFTCAP: tl.constexpr,
     ONE_QUERY: tl.constexpr,
     SEVERAL_SETS: tl.constexpr,
+    MANY: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FLOAT8: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -306,7 +316,8 @@ def decode_kernel(
     Row r is query r // groups of head r % groups. Grid: (most * batch * kv_heads * row_blocks,),
     splits slowest, so that those that are not live come last. With SEVERAL_SETS the queries of a
     sequence may differ in their factor sets: then SETS times as many, each for the rows of one set,
-    and those without a row end at once.
+    and those without a row end at once. With MANY, of more than `FEW_QUERIES`, there is one split,
+    and the keys of a tile end with its last query and begin with the window of its first.
 
     q, out: (pointer, batch stride, token stride, head stride) of (batch, queries, heads, DIM). k,
     v: those of the caches, (batch, slots, kv_heads, DIM), with BLOCK_SIZE > 0 (blocks, BLOCK_SIZE,
@@ -327,20 +338,36 @@ def decode_kernel(
     i_unit = i_program % units
     i_b = (i_unit // (kv_heads * row_blocks)).to(tl.int64)
     i_hk = (i_unit // row_blocks % kv_heads).to(tl.int64)
-    m0 = i_unit % row_blocks * BLOCK_M
+    i_m = i_unit % row_blocks
+    if MANY:
+        i_m = row_blocks - 1 - i_m  # those with the most keys first
+    m0 = i_m * BLOCK_M
 
     low, high, start = keys_of_sequence(i_b, cache_lens, kv_start, queries, window, WINDOW)
     of_sets = (lengths, sets, rope[3])
     tokens = high - start - queries + 1  # up to query 0
+    o_m = m0 + tl.arange(0, BLOCK_M)
+    in_q = o_m < queries * groups
+    i_t = o_m // groups
+    last_t = (tl.minimum(m0 + BLOCK_M, queries * groups) - 1) // groups
     takers = -1
     if SEVERAL_SETS:
-        last_row = tl.minimum(m0 + BLOCK_M, queries * groups) - 1
-        takers = queries_of_set(i_set, i_b, m0 // groups, last_row // groups, tokens, of_sets, SETS)
+        if MANY:
+            i_t = tl.minimum(i_t, queries - 1)
+            in_q = in_q & (set_of_query(i_b, i_t, tokens + i_t, of_sets, SETS) == i_set)
+            takers = tl.max(in_q.to(tl.int32), 0)
+        else:
+            takers = queries_of_set(i_set, i_b, m0 // groups, last_t, tokens, of_sets, SETS)
         if takers == 0:
             return
     splits = 1
-    begin = low // BLOCK_N * BLOCK_N
     end = high
+    if MANY:
+        end = tl.maximum(high - queries + last_t + 1, 0)
+        low = tl.minimum(low, end)
+        if WINDOW:
+            low = tl.minimum(tl.maximum(low, high - queries + m0 // groups - window + 1), end)
+    begin = low // BLOCK_N * BLOCK_N
     if partial_out is not None:
         share = tiles_of_split(cache_lens, batch, even, least, queries, window, WINDOW, BLOCK_N)
         splits, first, keys = split_keys(low, high, share, most, BLOCK_N)
@@ -352,10 +379,7 @@ def decode_kernel(
     if not SEVERAL_SETS:
         i_set = set_of_query(i_b, 0, tokens, of_sets, SETS)
     dtype: tl.constexpr = q[0].dtype.element_ty
-    o_m = m0 + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
-    in_q = o_m < queries * groups
-    i_t = o_m // groups
     i_h = i_hk * groups + o_m % groups
     slot = high - queries + i_t
     n_k = (None, 0)
@@ -453,7 +477,7 @@ def decode_kernel(
         factor *= tl.load(v_scale[0] + i_hk * v_scale[1])
     acc = scale_pieces(acc, factor[:, None])
     top += tl.log2(total_or_1)
-    if SEVERAL_SETS:
+    if SEVERAL_SETS and not MANY:
         in_q = in_q & ((takers >> tl.minimum(i_t - m0 // groups, 31)) & 1 != 0)
     heads = kv_heads * groups
     offset = (i_b * heads + i_h) * queries + i_t

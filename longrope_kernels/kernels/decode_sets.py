@@ -14,13 +14,13 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..calls.records import Selection
+from ..calls.records import FEW_QUERIES, Selection
 from ..rope.tables import Tables
 from .launch import vector_args
 from .rotation import clamp_set, set_of_length
 
-# As many queries as a call may have.
-_QUERIES = tl.constexpr(16)
+# As many queries as a tile of few may have.
+_QUERIES = tl.constexpr(FEW_QUERIES)
 
 
 def several_sets(tables: Tables, selection: Selection, queries: int) -> bool:

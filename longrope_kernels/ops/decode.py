@@ -10,15 +10,13 @@ import torch
 from ..backends import choose, reference
 from ..calls import arguments, autocast, caches, schema, values
 from ..calls.memory import device_type
-from ..calls.records import AppendCall, DecodeCall, Keys, Selection
+from ..calls.records import FEW_QUERIES, AppendCall, DecodeCall, Keys, Selection
 from ..rope.tables import Tables
 from ..rope.value import Rope
 from ..torch_private import unwatched
 from . import library
 from .append import autocast_new, check_new, choose_append, write
 from .factors import resolve
-
-MAX_QUERIES = 16
 
 
 def decode(
@@ -48,7 +46,7 @@ def decode(
     slot_mapping: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a few new queries to a cache whose keys lie unrotated.
+    """Attention of new queries, one or a whole prompt, to a cache whose keys lie unrotated.
 
     Keys are rotated as they are read, so the factor set of a sequence may change from one step to
     the next, and each sequence of a batch has its own. The keys of this call are in the cache
@@ -57,8 +55,9 @@ def decode(
     ``j - kv_start``, or ``key_positions[j]``; a query stands where the key of its slot does.
 
     Args:
-        q: (batch, q_len, heads, dim), q_len from 1 to 16; float32, bfloat16 or float16, and
-            float64 in the reference backend. A unit last stride, any others.
+        q: (batch, q_len, heads, dim), any q_len from 1 on: a token, drafts, a chunk of a prompt;
+            float32, bfloat16 or float16, and float64 in the reference backend. A unit last stride,
+            any others.
         k_cache: (batch, capacity, kv_heads, dim); with ``block_table`` (blocks, block_size,
             kv_heads, dim). Of the dtype of q, or float8_e4m3fn. heads is a multiple of kv_heads.
         v_cache: like k_cache.
@@ -94,8 +93,9 @@ def decode(
         slot_mapping: (batch, new) int32 or int64, where new keys go in place of that, as in
             `append`: for rows with fewer new keys than others, whose first ones are -1.
         backend: "reference", "native" (CPU; float32, bfloat16 and float16), "triton" or "cuda"
-            (CUDA; bfloat16 and float16, and float8 caches), or None for the first that can serve,
-            in the order that `longrope info` prints. A named backend runs or raises.
+            (CUDA; bfloat16 and float16, and float8 caches; "cuda" up to 16 queries a sequence), or
+            None for the first that can serve, in the order that `longrope info` prints. A named
+            backend runs or raises.
 
     Returns:
         The attention output, of the shape and dtype of q; with ``return_lse`` also the log-sum-exp,
@@ -144,7 +144,8 @@ def decode(
         v_scale=v_scale,
     )
     call = DecodeCall(q, keys, tables, selection, scores)
-    name = choose.choose_decode(backend, device_type(q), q.dtype, k_cache.dtype, dim)
+    many = q.shape[1] > FEW_QUERIES
+    name = choose.choose_decode(backend, device_type(q), q.dtype, k_cache.dtype, dim, many)
     if k_new is not None or v_new is not None or slot_mapping is not None:
         new = _check_new(k_new, v_new, keys, slot_mapping, batch)
         where = choose_append(backend, new)
@@ -179,11 +180,8 @@ def _check_new(
 
 def _check_q(q: torch.Tensor, rotary_dim: int) -> None:
     arguments.check_heads("q", q, "bshd", rotary_dim)
-    if not 1 <= q.shape[1] <= MAX_QUERIES:
-        raise ValueError(
-            f"q: expected from 1 to {MAX_QUERIES} tokens a sequence, got {q.shape[1]}; "
-            "longrope_kernels.attention serves longer chunks"
-        )
+    if q.shape[1] < 1:
+        raise ValueError("q: expected at least 1 token a sequence, got 0")
     caches.check_no_gradient("q", q, "decode")
 
 

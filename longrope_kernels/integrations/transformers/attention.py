@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...calls.records import AttentionCall, Keys, Scores, Selection
+from ...calls.records import FEW_QUERIES, AttentionCall, Keys, Scores, Selection
 from ...calls.values import readable
 from ...ops.attention import attention as attend
-from ...ops.decode import MAX_QUERIES, decode
+from ...ops.decode import decode
 from ...ops.rotary import apply_rotary
 from ...rope.value import Rope
 from .masks import ANY_MASK, is_slots
@@ -110,7 +110,7 @@ def longrope_attention(
     }
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if call.cache_lens is not None and queries <= MAX_QUERIES and not recorded:
+    if call.cache_lens is not None and queries <= FEW_QUERIES and not recorded:
         out: Any = decode(
             *(q, k, v, call.cache_lens, settings.rope),
             lengths=call.query_lengths,

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...calls.records import FEW_QUERIES
 from ...calls.values import readable
-from ...ops.decode import MAX_QUERIES
 
 ANY_MASK = "enable(model, cache='rotated') takes any mask"
 
@@ -106,7 +106,7 @@ def read_slots(mask: torch.Tensor, *, columns: bool = False) -> Slots:
 
 def _may_wait(q_length: int) -> bool:
     # `decode` serves up to so many queries, and reads ``kv_start`` at no cost.
-    return q_length > MAX_QUERIES and can_wait()
+    return q_length > FEW_QUERIES and can_wait()
 
 
 def can_wait() -> bool:

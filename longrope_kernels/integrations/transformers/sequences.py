@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...calls.records import FEW_QUERIES
 from ...calls.values import readable
-from ...ops.decode import MAX_QUERIES
 from ...torch_private import expect
 from .masks import can_wait, read_slots
 
@@ -112,7 +112,7 @@ def _count(filled: torch.Tensor, queries: int, keys: int) -> int | None:
     """How many slots are filled, where the host may know it."""
     if queries == keys:
         return keys
-    if readable(filled) or (queries > MAX_QUERIES and can_wait()):
+    if readable(filled) or (queries > FEW_QUERIES and can_wait()):
         return int(filled[0])  # on a device this waits for it, once in a long chunk
     return None
 
@@ -160,7 +160,7 @@ def _check_behind_keys(positions: torch.Tensor, mask: torch.Tensor | None) -> No
     goes_on = ~_of_tokens(step != 1, mask, queries).any()
     if not can_wait():
         _expect(goes_on)
-    elif (readable(positions) or queries > MAX_QUERIES) and not bool(goes_on):
+    elif (readable(positions) or queries > FEW_QUERIES) and not bool(goes_on):
         raise ValueError(
             "position_ids: expected each one more than the one before behind keys of a cache, got "
             f"steps of {int(step.min())} to {int(step.max())}; packed sequences are whole ones"

@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import (
 
 from ...calls.caches import FLOAT8
 from ...ops.append import append
-from ...ops.decode import MAX_QUERIES, decode
+from ...ops.decode import decode
 from .unrotated import Unrotated
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -96,30 +96,24 @@ class LongRopeBuilder(AttentionMetadataBuilder[list[Piece]]):
         begins = step.query_start_loc_cpu.tolist()
         rows, queries = step.num_reqs, step.max_query_len
         uniform = [min(row * queries, begins[-1]) for row in range(rows + 1)]
-        if (
-            begins == uniform
-            and step.num_actual_tokens == rows * queries
-            and queries <= MAX_QUERIES
-        ):
+        if begins == uniform and step.num_actual_tokens == rows * queries:
             tokens = rows * queries
             lengths = self.lengths[:tokens].view(rows, queries)
             lengths.copy_(self._lengths(step.seq_lens, queries, slice(0, rows)))
             table = step.block_table_tensor
             return [Piece(slice(0, tokens), queries, step.seq_lens, table, lengths)]
         return [
-            self._piece(step, queries, *map(list, zip(*parts, strict=True)))
-            for queries, parts in _cut(begins).items()
+            self._piece(step, queries, *map(list, zip(*requests, strict=True)))
+            for queries, requests in _by_queries(begins).items()
         ]
 
-    def _piece(
-        self, step: Any, queries: int, rows: list[int], begins: list[int], after: list[int]
-    ) -> Piece:
-        row, begin, left = (
+    def _piece(self, step: Any, queries: int, rows: list[int], begins: list[int]) -> Piece:
+        row, begin = (
             torch.tensor(x, dtype=torch.int32, device="cpu").to(self.device, non_blocking=True)
-            for x in (rows, begins, after)
+            for x in (rows, begins)
         )
         tokens = begin[:, None] + torch.arange(queries, device=self.device)
-        lens = step.seq_lens[row] - left
+        lens = step.seq_lens[row]
         lengths = self._lengths(lens, queries, row)
         return Piece(tokens.flatten(), queries, lens, step.block_table_tensor[row], lengths)
 
@@ -132,19 +126,16 @@ class LongRopeBuilder(AttentionMetadataBuilder[list[Piece]]):
         return (cache_lens[:, None] + back).clamp(least, most)
 
 
-def _cut(begins: list[int]) -> dict[int, list[tuple[int, int, int]]]:
-    """The queries of a step, in parts of at most as many as `decode` takes.
+def _by_queries(begins: list[int]) -> dict[int, list[tuple[int, int]]]:
+    """The requests of a step that has any, with their first query, by how many queries they have.
 
-    begins: where the queries of each request begin, and the end. Returns, by queries of a part:
-    (request, first query, how many of the request come after the part).
+    begins: where the queries of each request begin, and the end.
     """
-    parts: dict[int, list[tuple[int, int, int]]] = {}
+    requests: dict[int, list[tuple[int, int]]] = {}
     for row, (begin, end) in enumerate(pairwise(begins)):
-        while begin < end:
-            queries = min(MAX_QUERIES, end - begin)
-            parts.setdefault(queries, []).append((row, begin, end - begin - queries))
-            begin += queries
-    return parts
+        if begin < end:
+            requests.setdefault(end - begin, []).append((row, begin))
+    return requests
 
 
 class _Cache(NamedTuple):
