@@ -86,39 +86,31 @@ def test_every_16_bit_value_is_converted_and_rounded_exactly(
     assert torch.equal(got[~finite].isnan(), expected[~finite].isnan())
 
 
+CALLS = {
+    "apply_rotary": "lk.apply_rotary(k, None, torch.arange(tokens), rope, backend='native')",
+    "append": "lk.append(k, k, k_cache, v_cache, lens, backend='native')",
+    "decode": "lk.decode(k[:, :1], k_cache, v_cache, lens, rope, backend='native')",
+}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads through /proc")
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_follow_torch(threads: int) -> None:
-    """A fresh process: a pool of threads, once started, stays."""
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(("tokens", "threads"), [(512, 2), (512, 1), (1, 2)])
+def test_threads_follow_torch_and_small_calls_have_one(
+    call: str, tokens: int, threads: int
+) -> None:
+    """A fresh process: a pool of threads, once started, stays, so tensors are made on one."""
     code = f"""
 import os, torch
 import longrope_kernels as lk
+torch.set_num_threads(1)
+tokens, rope = {tokens}, lk.Rope.plain(128)
+k, lens = torch.ones(1, tokens, 8, 128), torch.tensor([tokens])
+k_cache, v_cache = torch.ones(2, 1, 512, 8, 128)
 torch.set_num_threads({threads})
 before = len(os.listdir("/proc/self/task"))
-q = torch.ones(1, 512, 8, 128)
-lk.apply_rotary(q, None, torch.arange(512), lk.Rope.plain(128), backend="native")
+{call}
 print(len(os.listdir("/proc/self/task")) - before)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(out.stdout) == threads - 1
-
-
-def test_small_calls_stay_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    extension = native._native
-    assert extension is not None
-    original = extension.rotary
-
-    class Spy:
-        advise_huge_pages = staticmethod(extension.advise_huge_pages)
-
-        @staticmethod
-        def rotary(*arguments: object) -> None:
-            seen.append(arguments[-2])
-            original(*arguments)
-
-    monkeypatch.setattr(native, "_native", Spy)
-    for tokens in (1, 4096):
-        q = torch.ones(1, tokens, 4, 64)
-        apply_rotary(q, None, torch.arange(tokens), Rope.plain(64), backend="native")
-    assert seen == [1, torch.get_num_threads()]
+    assert int(out.stdout) == (threads - 1 if tokens > 1 else 0)

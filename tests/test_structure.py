@@ -11,7 +11,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "longrope_kernels"
 # From the ground up; a part imports those before it, and its own.
 PARTS = (
-    *("_version", "torch_private", "rope", "calls", "kernels", "backends", "ops", "cache"),
+    *(
+        "_version",
+        "_native",
+        "torch_private",
+        "rope",
+        "calls",
+        "kernels",
+        "backends",
+        "ops",
+        "cache",
+    ),
     *("integrations", "search", "demo", "cli", "__main__"),
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -37,7 +47,10 @@ def imported(path: Path) -> set[tuple[str, ...]]:
 
 def exists(module: tuple[str, ...]) -> bool:
     path = PACKAGE.joinpath(*module)
-    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+    return (
+        any(path.with_suffix(end).exists() for end in (".py", ".pyi"))
+        or (path / "__init__.py").exists()
+    )
 
 
 def resolved(module: tuple[str, ...]) -> tuple[str, ...]:

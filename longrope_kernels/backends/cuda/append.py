@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...calls import addresses
 from ...calls.records import AppendCall
 from .device import extension, on_device, place_of
 
@@ -10,4 +9,4 @@ from .device import extension, on_device, place_of
 def append(call: AppendCall) -> None:
     """Write keys and values into the cache."""
     with on_device(call.k):
-        extension().append(addresses.append(call), place_of(call.k))
+        extension().append(call, place_of(call.k))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from ...calls import addresses
 from ...calls.records import AttentionCall, RotaryCall
 from .device import extension, on_device, place_of
 from .rotary import rotary
@@ -55,8 +54,8 @@ def forward(
                 selection,
                 scores,
             )
-            record = addresses.attention(part_of_call, out[:, :, of_q], lse[:, of_q])
-            extension().attention(record, _STAGES, place_of(q))
+            of_out = out[:, :, of_q], lse[:, of_q]
+            extension().attention(part_of_call, *of_out, _STAGES, place_of(q))
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...calls import addresses
 from ...calls.records import DecodeCall
 from ...kernels.splits import Splits, choose_splits, counters_for
 from .device import emulating, extension, on_device, place_of
@@ -26,9 +25,9 @@ def _units_of(call: DecodeCall) -> int:
     return batch * kv_heads * -(-queries * (heads // kv_heads) // _ROWS)
 
 
-def _splits_of(call: DecodeCall) -> Splits:
+def _splits_of(call: DecodeCall, units: int) -> Splits:
     batch, _, _, dim = call.q.shape
-    capacity, units = call.keys.capacity, _units_of(call)
+    capacity = call.keys.capacity
     blocks = next(count for most, count in _BLOCKS.items() if dim <= most)
     if emulating():
         return choose_splits(units, batch, capacity, _TILE, _EMULATED_MULTIPROCESSORS, 1)
@@ -50,14 +49,13 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
         out.zero_()
         lse.fill_(float("-inf"))
         return
-    splits = _splits_of(call)
+    units = _units_of(call)
+    splits = _splits_of(call, units)
     partial = 0, 0, 0
-    if splits.most > 1:
-        shape = (splits.most, *lse.shape)
-        scratch = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape)
-        with on_device(q):
-            counters = counters_for(q, _units_of(call) * call.tables.sets)
-        partial = scratch[0].data_ptr(), scratch[1].data_ptr(), counters.data_ptr()
     with on_device(q):
-        record = addresses.decode(call, out, lse)
-        extension().decode(record, (*splits, *partial), place_of(q))
+        if splits.most > 1:
+            shape = (splits.most, *lse.shape)
+            scratch = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape)
+            counters = counters_for(q, units * call.tables.sets)
+            partial = scratch[0].data_ptr(), scratch[1].data_ptr(), counters.data_ptr()
+        extension().decode(call, out, lse, (*splits, *partial), place_of(q))

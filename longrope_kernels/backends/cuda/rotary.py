@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...calls import addresses
 from ...calls.records import RotaryCall
 from .device import extension, on_device, place_of
 
@@ -12,4 +11,4 @@ from .device import extension, on_device, place_of
 def rotary(call: RotaryCall, q_out: torch.Tensor, k_out: torch.Tensor) -> None:
     """Rotate q and k into q_out and k_out, which may be they."""
     with on_device(call.q):
-        extension().rotary(addresses.rotary(call, q_out, k_out), place_of(call.q))
+        extension().rotary(call, q_out, k_out, place_of(call.q))
