@@ -11,6 +11,7 @@
 #include "cpu/append.h"
 #include "cpu/instruction_sets.h"
 #include "from_python.h"
+#include "kind.h"
 #include "selection.h"
 
 #if defined(__linux__)
@@ -117,6 +118,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_sets", &instruction_sets, "What this processor runs, best first.");
   m.def("rotary", &rotary, "Rotate q and k: RotaryCall, outputs, threads, instruction set.");
   m.def("decode", &decode, "Attend to a cache: DecodeCall, out, lse, threads, instruction set.");
+  m.def("kind_of", &longrope_calls::kind_of, "What is known of arguments without their values.");
   m.def("append", &append, "Write into a cache: AppendCall, threads.");
   m.def("ask_for_huge_pages", [](py::handle x) {
     const auto fresh = from_python<Tensor>(x);

@@ -41,11 +41,17 @@ struct TensorLender {
 };
 
 inline const TensorLender* lender = nullptr;
+inline PyTypeObject* tensor_type = nullptr;
+inline PyTypeObject* parameter_type = nullptr;
 
 // Before any tensor is read. Raises an ImportError where torch has no such table.
 inline void find_lender() {
   namespace py = pybind11;
-  const py::object tensor = py::module_::import("torch").attr("Tensor");
+  const py::module_ torch = py::module_::import("torch");
+  const py::object tensor = torch.attr("Tensor");
+  // They are never freed.
+  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
+  parameter_type = reinterpret_cast<PyTypeObject*>(torch.attr("nn").attr("Parameter").ptr());
   for (const char* name : {"__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"}) {
     const py::object found = py::getattr(tensor, name, py::none());
     void* address = nullptr;

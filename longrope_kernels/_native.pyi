@@ -1,5 +1,7 @@
 """The CPU kernels: csrc/bindings.cpp takes the records of calls/records.py."""
 
+from typing import Any
+
 from torch import Tensor
 
 from .calls.records import AppendCall, DecodeCall, RotaryCall
@@ -12,4 +14,5 @@ def decode(
     call: DecodeCall, out: Tensor, lse: Tensor, threads: int, instruction_set: str, /
 ) -> None: ...
 def append(call: AppendCall, threads: int, /) -> None: ...
+def kind_of(arguments: tuple[Any, ...], /) -> bytes | None: ...
 def ask_for_huge_pages(x: Tensor, /) -> None: ...

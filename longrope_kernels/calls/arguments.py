@@ -11,7 +11,6 @@ import torch
 
 from ..rope.factor_set import is_number
 from ..rope.formulas import LARGEST
-from ..rope.tables import Tables
 from .records import Scores, Selection
 
 Layout = Literal["bshd", "bhsd", "thd"]
@@ -99,15 +98,17 @@ def from_bshd(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 def check_positions(
     name: str, positions: torch.Tensor, batch: int, seq: int, q: torch.Tensor
-) -> torch.Tensor:
-    """Positions as a (batch, seq) view."""
+) -> None:
     check_index(name, positions, q)
     shape = positions.shape
-    if shape == (batch, seq):
-        return positions
-    if shape == (seq,) or shape == (1, seq):  # "in" is false of traced sizes
-        return positions.expand(batch, seq)
-    raise ValueError(f"{name}: expected shape ({seq},) or ({batch}, {seq}), got {tuple(shape)}")
+    # "in" is false of traced sizes
+    if not (shape == (seq,) or shape == (batch, seq) or shape == (1, seq)):
+        raise ValueError(f"{name}: expected shape ({seq},) or ({batch}, {seq}), got {tuple(shape)}")
+
+
+def as_rows(positions: torch.Tensor, batch: int, seq: int) -> torch.Tensor:
+    """Positions as a (batch, seq) view."""
+    return positions if positions.shape == (batch, seq) else positions.expand(batch, seq)
 
 
 def check_index(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
@@ -128,16 +129,16 @@ def check_borders(name: str, cu_seqlens: torch.Tensor, q: torch.Tensor, layout: 
     return cu_seqlens.shape[0] - 1
 
 
-def select(
-    tables: Tables,
+def check_selection(
+    count: int,
     q: torch.Tensor,
     batch: int,
     layout: str,
     lengths: torch.Tensor | None,
     sets: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-) -> Selection:
-    """``lengths`` or ``sets``, checked; with one factor set it needs neither, and has none."""
+) -> int:
+    """What chooses among ``count`` factor sets; returns how many sequences there are."""
     if cu_seqlens is not None:
         batch = check_borders("cu_seqlens", cu_seqlens, q, layout)
     if lengths is not None:
@@ -146,13 +147,23 @@ def select(
         check_per_sequence("sets", sets, batch, q)
         if sets.dtype != torch.int32:
             raise TypeError(f"sets: expected int32, got {sets.dtype}")
-    if tables.sets == 1:
-        return Selection(borders=cu_seqlens)
-    if lengths is None and sets is None:
+    if count > 1 and lengths is None and sets is None:
         raise ValueError(
             f"lengths: expected lengths= or sets= of shape ({batch},) with a Rope of "
-            f"{tables.sets} factor sets, got neither"
+            f"{count} factor sets, got neither"
         )
+    return batch
+
+
+def select(
+    count: int,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> Selection:
+    """What was checked of ``lengths`` and ``sets``; of one factor set there is no choice."""
+    if count == 1:
+        return Selection(borders=cu_seqlens)
     return Selection(None if sets is not None else lengths, sets, cu_seqlens)
 
 

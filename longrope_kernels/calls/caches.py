@@ -16,11 +16,10 @@ def check_caches(
     v_cache: torch.Tensor,
     block_table: torch.Tensor | None,
     by_row: bool = True,
-    does: str = "decode",
 ) -> None:
     """The caches go with x (batch, tokens, heads, dim), called ``of``, and with one another.
 
-    by_row: a dense cache has a row for each of x. does: the function that has no gradient.
+    by_row: a dense cache has a row for each of x.
     """
     shape = x.shape
     dim, dtype, device = shape[3], x.dtype, x.device
@@ -42,7 +41,6 @@ def check_caches(
                 f"{name}: expected a unit stride in the last dimension, got strides "
                 f"{cache.stride()}"
             )
-        check_no_gradient(name, cache, does)
     if v_cache.shape != k_cache.shape:
         raise ValueError(
             f"v_cache: expected the shape of k_cache, {tuple(k_cache.shape)}, "
@@ -86,10 +84,13 @@ def check_scale(name: str, scale: torch.Tensor, k_cache: torch.Tensor, of: str) 
         )
 
 
-def check_no_gradient(name: str, x: torch.Tensor, does: str) -> None:
-    """``does``, the function, hands no gradient on to x."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError(
-            f"{name}: {does} has no gradient, got a tensor that requires grad; expected "
-            "torch.no_grad(), or longrope_kernels.attention"
-        )
+def check_no_gradients(does: str, **given: torch.Tensor) -> None:
+    """``does``, the function, hands no gradient on to what it is given, by name."""
+    if not torch.is_grad_enabled():
+        return
+    for name, x in given.items():
+        if x.requires_grad:
+            raise ValueError(
+                f"{name}: {does} has no gradient, got a tensor that requires grad; expected "
+                "torch.no_grad(), or longrope_kernels.attention"
+            )

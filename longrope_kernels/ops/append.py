@@ -6,6 +6,7 @@ import torch
 
 from ..backends import choose, reference
 from ..calls import arguments, autocast, caches, schema, values
+from ..calls.kinds import by_kind
 from ..calls.memory import check_apart, device_type
 from ..calls.records import AppendCall, Keys
 from ..torch_private import unwatched
@@ -68,21 +69,40 @@ def append(
         raise ValueError("block_table: expected with cache_lens only, got it with slot_mapping")
     k, v = autocast_new(k, v, k_cache)
     layout: arguments.Layout = "bshd" if cache_lens is not None or k.dim() != 3 else "thd"
-    arguments.check_heads("k", k, layout, 0)
-    of_k = arguments.as_bshd(k, layout)
-    caches.check_caches(
-        "k", of_k, k_cache, v_cache, block_table, by_row=slot_mapping is None, does="append"
+    _check_kind(
+        *(k, v, k_cache, v_cache, cache_lens, block_table, slot_mapping, k_scale, v_scale, layout)
     )
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None:
-            caches.check_scale(name, scale, k_cache, "k")
-    if cache_lens is not None:
-        arguments.check_per_sequence("cache_lens", cache_lens, of_k.shape[0], k)
     cache = Keys(
         k_cache, v_cache, lens=cache_lens, block_table=block_table, k_scale=k_scale, v_scale=v_scale
     )
-    call = check_new(("k", "v"), k, v, cache, slot_mapping, of_k.shape[0], layout)
+    call = made(("k", "v"), k, v, cache, slot_mapping, layout)
     write(call, choose_append(backend, call))
+
+
+@by_kind
+def _check_kind(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lens: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    slot_mapping: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    layout: arguments.Layout,
+) -> None:
+    """All tensors of a call but their values, and where they lie."""
+    arguments.check_heads("k", k, layout, 0)
+    of_k = arguments.as_bshd(k, layout)
+    caches.check_caches("k", of_k, k_cache, v_cache, block_table, by_row=slot_mapping is None)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            caches.check_scale(name, scale, k_cache, "k")
+    batch = of_k.shape[0]
+    if cache_lens is not None:
+        arguments.check_per_sequence("cache_lens", cache_lens, batch, k)
+    check_new("k", "v", k, v, k_cache, slot_mapping, batch, layout)
 
 
 def autocast_new(
@@ -97,23 +117,25 @@ def autocast_new(
     return autocast.like_cache(k, k_cache), autocast.like_cache(v, k_cache)
 
 
+@by_kind
 def check_new(
-    names: tuple[str, str],
+    k_name: str,
+    v_name: str,
     k: torch.Tensor,
     v: torch.Tensor,
-    cache: Keys,
+    k_cache: torch.Tensor,
     slot_mapping: torch.Tensor | None,
     batch: int,
-    layout: arguments.Layout = "bshd",
-) -> AppendCall:
-    """New keys and values, called ``names``, that go with a cache which was checked."""
-    new = tuple(zip(names, (k, v), strict=True))
+    layout: arguments.Layout,
+) -> None:
+    """New keys and values, so called, go with a cache which was checked."""
+    new = (k_name, k), (v_name, v)
     for name, x in new:
         arguments.check_heads(name, x, layout, 0)
-    _, _, kv_heads, dim = cache.k.shape
-    dtype, device = cache.k.dtype, cache.k.device
-    packed = layout == "thd"
-    expected = (k.shape[0], kv_heads, dim) if packed else (batch, k.shape[1], kv_heads, dim)
+    _, _, kv_heads, dim = k_cache.shape
+    dtype, device = k_cache.dtype, k_cache.device
+    shape = k.shape
+    expected = (shape[0], kv_heads, dim) if layout == "thd" else (batch, shape[1], kv_heads, dim)
     for name, x in new:
         if x.shape != expected:
             raise ValueError(
@@ -123,18 +145,29 @@ def check_new(
             raise TypeError(f"{name}: expected the dtype of k_cache, {dtype}, got {x.dtype}")
         if x.device != device:
             raise ValueError(f"{name}: expected the device of k_cache, {device}, got {x.device}")
-        caches.check_no_gradient(name, x, "append")
     if slot_mapping is not None:
         arguments.check_index("slot_mapping", slot_mapping, k)
-        if slot_mapping.shape != k.shape[:-2]:
+        if slot_mapping.shape != shape[:-2]:
             raise ValueError(
-                f"slot_mapping: expected shape {tuple(k.shape[:-2])}, one for each new token, got "
+                f"slot_mapping: expected shape {tuple(shape[:-2])}, one for each new token, got "
                 f"{tuple(slot_mapping.shape)}"
             )
-        if packed:
-            slot_mapping = slot_mapping.unsqueeze(0)
-    written = {"k_cache": cache.k, "v_cache": cache.v}
-    check_apart(written, dict(new))
+
+
+def made(
+    names: tuple[str, str],
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: Keys,
+    slot_mapping: torch.Tensor | None,
+    layout: arguments.Layout = "bshd",
+) -> AppendCall:
+    """The call of new keys and values, called ``names``, once they and the cache were checked."""
+    of_cache, new = {"k_cache": cache.k, "v_cache": cache.v}, dict(zip(names, (k, v), strict=True))
+    caches.check_no_gradients("append", **of_cache, **new)
+    check_apart(of_cache, new)
+    if layout == "thd" and slot_mapping is not None:
+        slot_mapping = slot_mapping.unsqueeze(0)
     k, v = arguments.as_bshd(k, layout), arguments.as_bshd(v, layout)
     return AppendCall(*alike(k, v), cache, slot_mapping)
 

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import choose, reference
 from ..calls import arguments, autocast, schema, values
+from ..calls.kinds import by_kind
 from ..calls.records import AttentionCall, Keys, RotaryCall, Selection
 from ..rope.value import Rope
 from ..torch_private import below_autograd, runs_now, unwatched
@@ -108,16 +109,58 @@ def attention(
     if autocast.dtype_of(q) or not q.dtype == k.dtype == v.dtype:
         q, k, v = map(autocast.cast, (q, k, v))
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
+    _check_kind(
+        *(q, k, v, positions, key_positions, cu_seqlens, cu_seqlens_k, kv_start, lengths, sets),
+        *(tables.steps, layout),
+    )
+    q4, k4, v4 = (arguments.as_bshd(x, layout) for x in (q, k, v))
+    (batch, queries, _, dim), slots = q4.shape, k4.shape[1]
+    scores = arguments.check_scores(causal, softmax_scale, window, softcap, dim)
+    selection = arguments.select(tables.sets, lengths, sets, cu_seqlens)
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+    positions = arguments.as_rows(positions, batch, queries)
+    if key_positions is None:
+        key_positions = positions
+    else:
+        key_positions = arguments.as_rows(key_positions, batch, slots)
+
+    keys = Keys(k4, v4, key_positions, kv_start, cu_seqlens_k)
+    call = AttentionCall(q4, positions, keys, tables, selection, scores)
+    name = _choose(backend, k_rotation, call, return_lse)
+    out, lse = _attend(call, name, k_rotation, return_lse)
+    out = arguments.from_bshd(out, layout)
+    if lse is None or not return_lse:
+        return out
+    return out, lse.squeeze(0) if layout == "thd" else lse
+
+
+@by_kind
+def _check_kind(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    key_positions: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    steps: torch.Tensor,
+    layout: arguments.Layout,
+) -> None:
+    """All tensors of a call but their values; steps: of the tables."""
+    count, _, pairs = steps.shape
     for name, x in (("q", q), ("k", k), ("v", v)):
-        arguments.check_heads(name, x, layout, 2 * tables.pairs)
+        arguments.check_heads(name, x, layout, 2 * pairs)
     arguments.check_like("k", k, "q", q, layout, free=("heads", "seq", "tokens"))
     arguments.check_like("v", v, "k", k, layout, free=())
-    q4, k4, v4 = (arguments.as_bshd(x, layout) for x in (q, k, v))
-    (batch, queries, heads, dim), (slots, kv_heads) = q4.shape, k4.shape[1:3]
+    (batch, queries, heads, _), (_, slots, kv_heads, _) = (
+        arguments.as_bshd(x, layout).shape for x in (q, k)
+    )
     arguments.check_groups("k", heads, kv_heads)
-    scores = arguments.check_scores(causal, softmax_scale, window, softcap, dim)
-    selection = arguments.select(tables, q, batch, layout, lengths, sets, cu_seqlens)
-    sequences = selection.sequences(batch)
+    sequences = arguments.check_selection(count, q, batch, layout, lengths, sets, cu_seqlens)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
     elif cu_seqlens is None:
@@ -129,25 +172,14 @@ def attention(
         )
     if kv_start is not None:
         arguments.check_per_sequence("kv_start", kv_start, sequences, q)
-    positions = arguments.check_positions("positions", positions, batch, queries, q)
+    arguments.check_positions("positions", positions, batch, queries, q)
     if key_positions is not None:
-        key_positions = arguments.check_positions("key_positions", key_positions, batch, slots, q)
+        arguments.check_positions("key_positions", key_positions, batch, slots, q)
     elif queries != slots or cu_seqlens_k is not cu_seqlens:
         raise ValueError(
             f"key_positions: expected them where keys are not those of the queries ({slots} keys, "
             f"{queries} queries), got None"
         )
-    else:
-        key_positions = positions
-
-    keys = Keys(k4, v4, key_positions, kv_start, cu_seqlens_k)
-    call = AttentionCall(q4, positions, keys, tables, selection, scores)
-    name = _choose(backend, k_rotation, call, return_lse)
-    out, lse = _attend(call, name, k_rotation, return_lse)
-    out = arguments.from_bshd(out, layout)
-    if lse is None or not return_lse:
-        return out
-    return out, lse.squeeze(0) if layout == "thd" else lse
 
 
 def _choose(

@@ -9,13 +9,13 @@ import torch
 
 from ..backends import choose, reference
 from ..calls import arguments, autocast, caches, schema, values
+from ..calls.kinds import by_kind
 from ..calls.memory import device_type
-from ..calls.records import FEW_QUERIES, AppendCall, DecodeCall, Keys, Selection
-from ..rope.tables import Tables
+from ..calls.records import FEW_QUERIES, AppendCall, DecodeCall, Keys
 from ..rope.value import Rope
 from ..torch_private import unwatched
 from . import library
-from .append import autocast_new, check_new, choose_append, write
+from .append import autocast_new, check_new, choose_append, made, write
 from .factors import resolve
 
 
@@ -120,21 +120,14 @@ def decode(
             k_cache, v_cache = autocast.alike(k_cache, v_cache)
         q = autocast.like_cache(q, k_cache)
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
-    _check_q(q, 2 * tables.pairs)
-    batch, _, heads, _ = q.shape
+    _check_kind(
+        *(q, k_cache, v_cache, cache_lens, block_table, lengths, sets, kv_start, key_positions),
+        *(k_scale, v_scale, tables.steps),
+    )
+    caches.check_no_gradients("decode", q=q, k_cache=k_cache, v_cache=v_cache)
     dim = operator.index(q.shape[3])  # a constant, also where a graph is traced with dynamic sizes
-    caches.check_caches("q", q, k_cache, v_cache, block_table)
-    arguments.check_groups("k_cache", heads, k_cache.shape[2])
     scores = arguments.check_scores(True, softmax_scale, window, softcap, dim)
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None:
-            caches.check_scale(name, scale, k_cache, "q")
-    arguments.check_per_sequence("cache_lens", cache_lens, batch, q)
-    if kv_start is not None:
-        arguments.check_per_sequence("kv_start", kv_start, batch, q)
-    if key_positions is not None:
-        _check_key_positions(key_positions, batch, q)
-    selection = _select(tables, q, lengths, sets)
+    selection = arguments.select(tables.sets, lengths, sets)
 
     keys = Keys(
         *(k_cache, v_cache, key_positions, kv_start),
@@ -147,7 +140,7 @@ def decode(
     many = q.shape[1] > FEW_QUERIES
     name = choose.choose_decode(backend, device_type(q), q.dtype, k_cache.dtype, dim, many)
     if k_new is not None or v_new is not None or slot_mapping is not None:
-        new = _check_new(k_new, v_new, keys, slot_mapping, batch)
+        new = _check_new(k_new, v_new, keys, slot_mapping, q.shape[0])
         where = choose_append(backend, new)
         values.check_decode(call)  # all of it, before anything is written
         write(new, where)
@@ -175,21 +168,40 @@ def _check_new(
     assert k_new is not None
     assert v_new is not None
     k_new, v_new = autocast_new(k_new, v_new, keys.k)
-    return check_new(("k_new", "v_new"), k_new, v_new, keys, slot_mapping, batch)
+    check_new("k_new", "v_new", k_new, v_new, keys.k, slot_mapping, batch, "bshd")
+    return made(("k_new", "v_new"), k_new, v_new, keys, slot_mapping)
 
 
-def _check_q(q: torch.Tensor, rotary_dim: int) -> None:
-    arguments.check_heads("q", q, "bshd", rotary_dim)
-    if q.shape[1] < 1:
+@by_kind
+def _check_kind(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    steps: torch.Tensor,
+) -> None:
+    """All tensors of a call but their values; steps: of the tables."""
+    arguments.check_heads("q", q, "bshd", 2 * steps.shape[2])
+    batch, queries, heads, _ = q.shape
+    if queries < 1:
         raise ValueError("q: expected at least 1 token a sequence, got 0")
-    caches.check_no_gradient("q", q, "decode")
-
-
-def _select(
-    tables: Tables, q: torch.Tensor, lengths: torch.Tensor | None, sets: torch.Tensor | None
-) -> Selection:
-    """``lengths`` or ``sets``, checked; with neither, each query takes that of its own length."""
-    batch, queries = q.shape[:2]
+    caches.check_caches("q", q, k_cache, v_cache, block_table)
+    arguments.check_groups("k_cache", heads, k_cache.shape[2])
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            caches.check_scale(name, scale, k_cache, "q")
+    arguments.check_per_sequence("cache_lens", cache_lens, batch, q)
+    if kv_start is not None:
+        arguments.check_per_sequence("kv_start", kv_start, batch, q)
+    if key_positions is not None:
+        _check_key_positions(key_positions, batch, q)
     if lengths is not None:
         arguments.check_index("lengths", lengths, q)
         if tuple(lengths.shape) not in ((batch,), (batch, queries)):
@@ -198,8 +210,7 @@ def _select(
                 f"({batch}, {queries}), one for each query, got {tuple(lengths.shape)}"
             )
     if sets is not None:
-        return arguments.select(tables, q, batch, "bshd", None, sets, None)
-    return Selection(lengths if tables.sets > 1 else None)
+        arguments.check_selection(steps.shape[0], q, batch, "bshd", None, sets, None)
 
 
 def _check_key_positions(key_positions: torch.Tensor, batch: int, q: torch.Tensor) -> None:

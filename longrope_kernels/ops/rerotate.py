@@ -66,7 +66,8 @@ def rerotate_(
     arguments.check_heads("k_cache", k_cache, layout, new.rotary_dim)
     k = arguments.as_bshd(k_cache, layout)
     batch, seq = k.shape[:2]
-    positions = arguments.check_positions("positions", positions, batch, seq, k)
+    arguments.check_positions("positions", positions, batch, seq, k)
+    positions = arguments.as_rows(positions, batch, seq)
     old_index = _check_sets("old_sets", old_sets, len(old.sets), batch, k)
     new_index = _check_sets("new_sets", new_sets, len(new.sets), batch, k)
     sets = new_index

@@ -14,6 +14,7 @@ import torch
 
 from ..backends import choose, reference
 from ..calls import arguments, autocast, schema, values
+from ..calls.kinds import by_kind
 from ..calls.memory import device_type, overlap, overlaps_itself
 from ..calls.records import RotaryCall, Selection
 from ..rope.value import Rope
@@ -87,19 +88,20 @@ def apply_rotary(
     """
     arguments.check_tensor("q", q)
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
-    rotary_dim = 2 * tables.pairs
-    arguments.check_heads("q", q, layout, rotary_dim)
-    if k is not None:
-        arguments.check_heads("k", arguments.check_tensor("k", k), layout, rotary_dim)
-        differ = q.dtype != k.dtype and autocast.dtype_of(q) and autocast.dtype_of(k)
-        arguments.check_like("k", k, "q", q, layout, ("heads", "dtype") if differ else ("heads",))
+    if k is None:
+        differ = False
+    else:
+        arguments.check_tensor("k", k)
+        differ = q.dtype != k.dtype and None not in (autocast.dtype_of(q), autocast.dtype_of(k))
+    _check_kind(q, k, positions, lengths, sets, cu_seqlens, tables.steps, layout, differ)
     q4 = arguments.as_bshd(q, layout)
     k4 = no_heads(q4) if k is None else arguments.as_bshd(k, layout)
     batch, seq, _, _ = q4.shape
-    positions = arguments.check_positions("positions", positions, batch, seq, q)
-    selection = arguments.select(tables, q, batch, layout, lengths, sets, cu_seqlens)
+    positions = arguments.as_rows(positions, batch, seq)
     # Borders make no difference where all sequences take one set.
-    call = RotaryCall(q4, k4, positions, tables, selection if selection.chooses else Selection())
+    several = tables.sets > 1
+    selection = arguments.select(tables.sets, lengths, sets, cu_seqlens) if several else Selection()
+    call = RotaryCall(q4, k4, positions, tables, selection)
     name = choose.choose_rotary(backend, device_type(q), q.dtype == torch.float64)
     if inplace:
         check_writable("q", q)
@@ -115,6 +117,29 @@ def apply_rotary(
         arguments.from_bshd(q_out, layout),
         None if k is None else arguments.from_bshd(k_out, layout),
     )
+
+
+@by_kind
+def _check_kind(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    positions: torch.Tensor,
+    lengths: torch.Tensor | None,
+    sets: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    steps: torch.Tensor,
+    layout: str,
+    differ: bool,
+) -> None:
+    """All of a call but values; steps: of the tables. differ: whether q and k may in dtype."""
+    count, _, pairs = steps.shape
+    arguments.check_heads("q", q, layout, 2 * pairs)
+    if k is not None:
+        arguments.check_heads("k", k, layout, 2 * pairs)
+        arguments.check_like("k", k, "q", q, layout, ("heads", "dtype") if differ else ("heads",))
+    batch, seq = arguments.as_bshd(q, layout).shape[:2]
+    arguments.check_positions("positions", positions, batch, seq, q)
+    arguments.check_selection(count, q, batch, layout, lengths, sets, cu_seqlens)
 
 
 def rotate(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,59 @@
+"""What follows from the kind of a call, worked out once for each.
+
+The kind of a tensor is all but its values and where it lies: dtype, shape, strides, device, whether
+16 divides its address, and which other argument it is. Numbers and text are their own kind. The
+extension reads it all in less time than Python reads one shape; without it nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+
+try:
+    from .._native import kind_of as _kind_of
+except ImportError:
+    _kind_of = None  # type: ignore[assignment]
+
+Result = TypeVar("Result")
+# So many kinds are kept of a function.
+MOST = 4096
+_NOTHING = object()
+
+
+def kind_of(*arguments: Any) -> bytes | None:
+    """The kind of tensors, numbers, text and tuples of these; None where one is of no kind.
+
+    No kind has what torch traces or wraps, what has no memory, and any other object.
+    """
+    if torch.compiler.is_compiling() or _kind_of is None:
+        return None
+    return _kind_of(arguments)
+
+
+def by_kind(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, called once for each kind of arguments: its result must follow from that.
+
+    It takes arguments by position and reads no values and no state. What it returns holds no
+    tensor. An error is raised anew by each call.
+    """
+    kept: dict[bytes, Any] = {}
+
+    @wraps(function)
+    def once(*arguments: Any) -> Result:
+        kind = kind_of(*arguments)
+        if kind is None:
+            return function(*arguments)
+        found = kept.get(kind, _NOTHING)
+        if found is _NOTHING:
+            found = function(*arguments)
+            if len(kept) >= MOST:
+                kept.clear()
+            kept[kind] = found
+        return found  # type: ignore[no-any-return]
+
+    once.kept = kept  # type: ignore[attr-defined]
+    return once
