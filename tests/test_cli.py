@@ -73,8 +73,6 @@ def test_demo_without_its_packages_is_one_line_naming_the_extra(monkeypatch, tmp
 @pytest.mark.parametrize("command", ["search", "readjust", "extend", "evaluate", "plot"])
 def test_a_search_without_its_packages_is_one_line_naming_the_extra(monkeypatch, command):
     monkeypatch.setitem(sys.modules, "tqdm", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "longrope_kernels.search.commands", raising=False)
-    monkeypatch.delattr("longrope_kernels.search.commands", raising=False)
     given = {"plot": [], "extend": ["--documents", "d", "--stage", "9"]}
     result = run(command, "m", *given.get(command, ["--documents", "d", "--length", "9"]))
     assert result.exit_code == 1

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from .arguments import Evaluate, Extend, Plot, Readjust, Search
+from .commands import Evaluate, Extend, Plot, Readjust, Search
 
 
 def register(app: typer.Typer) -> None:
@@ -26,9 +26,7 @@ def _function(command: type[Any]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         with _errors(name):
-            from . import commands
-
-            getattr(commands, name)(_made(command, values))
+            _made(command, values).run()
 
     parameters = list(_parameters(command))
     run.__doc__ = command.__doc__

@@ -1,31 +1,32 @@
-"""What the commands do: files in, a table on the terminal, and files out."""
+"""The commands: what each is told, with its help, and what it does.
+
+A field that is `Annotated` by Typer is an option, as in options.py; its default stands here alone.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from ..rope import FactorSet, Rope, scaling
-from ..rope.files import SIDECAR
-from . import arguments, plots
-from .base import Iteration, Search
+from . import base
 from .distributed import start_ranks
 from .documents import Document, Encode, encoder, read_documents
-from .extend import DONE, Extension
-from .find import NEEDLES, RESULT, Options, find
+from .extend import DONE, ExtendPlan, Extension, Watch
+from .find import NEEDLES, Options, find
 from .fitness import Perplexity, pass_key, passkey_accuracy
 from .model import TransformersLosses
-from .options import Given
+from .options import Given, Last, Machine, Out, Read, Stride, Upper, ascending, paths
 from .ranks import is_main
-from .readjust import readjust as readjusted
+from .readjust import readjust
 from .source import (
+    EVALUATION,
     Source,
     baselines,
     fingerprint,
@@ -37,41 +38,285 @@ from .source import (
 )
 from .space import SearchSpace, critical_dimension
 
-EVALUATION = "evaluation.json"
+_LENGTHS = Read(list[int], ascending)
 
 
-# -------------------------------------------------------------------------------------- search
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Find factors for a longer context by LongRoPE's search.
 
+    \b
+    longrope search ~/models/llama --documents held-out.jsonl --length 32768 --out search-32k
 
-def search(told: arguments.Search) -> None:
-    """``longrope search``."""
-    start_ranks()
-    source, encode = _opened(told.given)
-    options = replace(told.options, critical=told.critical)
-    space = _space(source, told, options)
-    documents, losses = _measured(told.given, encode, told.length)
-    with _bars() as watch:
-        found = find(
-            losses,
-            documents,
-            space,
-            options,
-            told.out,
-            others=baselines(source, told.length),
-            encode=encode,
-            context={"weights": fingerprint(losses.model)},
-            progress=watch("search", "search", 0),
+    Candidates are judged by perplexity over the first documents, cut to the length. The result is
+    in the folder: longrope.json (Rope.load), the model's config.json with the new factors,
+    result.json, factors.png and history.png. evaluations.jsonl has every candidate. Several
+    processes share the candidates: torchrun --nproc-per-node 8 --no-python longrope search ...
+    """
+
+    length: Annotated[int, typer.Option(min=2, help="Tokens to extend the model to.")]
+    out: Out = Path("longrope-search")
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="longrope.json of an earlier stage, or its folder; factors multiply its."
+        ),
+    ] = None
+    start_length: Annotated[
+        int | None, typer.Option(help="Tokens that stage was for; needed with --start.")
+    ] = None
+    critical: Annotated[
+        int | None,
+        typer.Option(min=0, help="LongRoPE2: search from this pair on; 0 takes the theory's."),
+    ] = None
+    given: Given
+    options: Options
+
+    def run(self) -> None:
+        start_ranks()
+        source, encode = _opened(self.given)
+        options = replace(self.options, critical=self.critical)
+        space = self._space(source)
+        documents, losses = _measured(self.given, encode, self.length)
+        with _bars() as watch:
+            found = find(
+                *(losses, documents, space, options, self.out),
+                others=baselines(source, self.length),
+                encode=encode,
+                context={"weights": fingerprint(losses.model)},
+                progress=watch("search", "search", 0),
+            )
+        if is_main():
+            best, one = found.best.candidate, found.rope.sets[0]
+            rows = [[name, _number(value), ""] for name, value in found.others.items()]
+            text = f"n_hat {best.n_hat}, attention {one.attention_factor:.4g}"
+            rows.append(["LongRoPE", _number(found.best.fitness), text])
+            header = [f"perplexity, {self.length} tokens", "", ""]
+            note = write_config(source, found.rope, self.length, self.out)
+            _tell(header, rows, self.out, note)
+
+    def _space(self, source: Source) -> SearchSpace:
+        stage, reached = source.stage, source.trained
+        if self.start is not None:
+            if self.start_length is None:
+                raise ValueError("--start-length: expected the tokens that --start was for")
+            earlier, reached = Rope.load(self.start), self.start_length
+            one = earlier.sets[earlier.set_index(reached)]
+            stage = Rope((FactorSet(one.factors),), earlier.base, earlier.interleaved)
+        if self.length <= reached:
+            raise ValueError(
+                f"--length: expected more than the {reached} tokens that the model serves, got "
+                f"{self.length}; longrope readjust is for shorter ones"
+            )
+        critical = self.critical
+        if critical == 0:
+            dim, of_rope = source.rope.rotary_dim, source.rope.base
+            critical = critical_dimension(dim, of_rope, source.original) // 2
+        ratio = None if stage is None else self.length / reached
+        return self.options.space(
+            *(source.rope, source.original, self.length),
+            stage=stage,
+            ratio=ratio,
+            critical=critical,
         )
-    if not is_main():
-        return
-    note = write_config(source, found.rope, told.length, told.out)
-    _plot(told.out)
-    best, one = found.best.candidate, found.rope.sets[0]
-    rows = [[name, _number(value), ""] for name, value in found.others.items()]
-    text = f"n_hat {best.n_hat}, attention {one.attention_factor:.4g}"
-    rows.append(["LongRoPE", _number(found.best.fitness), text])
-    _table([f"perplexity, {told.length} tokens", "", ""], rows)
-    _tell_written(told.out, note)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readjust:
+    """Find factors for the short lengths of a model that was extended.
+
+    \b
+    longrope readjust extended --documents held-out.jsonl --length 4096 --length 8192
+
+    Short sequences then take their own set, and long ones the set they had. A length whose search
+    finds nothing better than before gets none. --attention fixed is here the attention factor of
+    the set that served the length. Files as those of longrope search; each length has a folder.
+    """
+
+    lengths: Annotated[
+        tuple[int, ...],
+        typer.Option("--length", help="Tokens up to which a set is wanted; repeat for several."),
+        _LENGTHS,
+    ]
+    rope: Annotated[
+        Path | None, typer.Option(help="Rope JSON of the extended model. [default: the folder's]")
+    ] = None
+    out: Out = Path("longrope-readjust")
+    upper: Upper = None
+    given: Given
+    options: Options
+
+    def run(self) -> None:
+        start_ranks()
+        source, encode = _opened(self.given)
+        present = source.rope if self.rope is None else Rope.load(self.rope)
+        documents, losses = _measured(self.given, encode, max(self.lengths))
+        with _bars() as watch:
+            result = readjust(
+                *(losses, documents, present, self.lengths, source.original),
+                *(self.options, self.out),
+                upper=self.upper,
+                encode=encode,
+                context={"weights": fingerprint(losses.model)},
+                progress=watch("search", "readjust", 0),
+            )
+        if is_main():
+            rows = []
+            for length, found in result.found.items():
+                taken = "its own set" if length in result.taken else "as before"
+                numbers = map(_number, (result.before[length], found.best.fitness))
+                rows.append([str(length), *numbers, taken])
+            note = write_config(source, result.rope, source.trained, self.out)
+            _tell(["tokens", "before", "best found", "now"], rows, self.out, note)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extend:
+    """Extend a model step by step: search, fine-tune, readjust.
+
+    \b
+    longrope extend ~/models/llama --documents held-out.jsonl --train books.jsonl \\
+      --stage 131072:400 --stage 262144:600 --stage 2097152 --short 4096 --short 8192
+
+    Each stage starts from the model and the factors of the one before. plan.json says what is done;
+    each step has a folder with its result, and a finished one is not repeated. The folder model has
+    the extended model: weights, tokenizer, longrope.json, config.json.
+    """
+
+    out: Out = Path("longrope-extend")
+    plan: ExtendPlan
+    machine: Machine
+
+    def run(self) -> None:
+        start_ranks()
+        out, machine = self.out, self.machine
+        extension = Extension(self.plan, out, device=machine.device, dtype=machine.dtype)
+        with _bars() as watch:
+            rope = extension.run(watch, lambda line: typer.echo(line, err=True))
+        if not is_main():
+            return
+        rows = []
+        for folder in sorted(out.glob("[0-9]*-*"), key=lambda path: int(path.name.split("-")[0])):
+            content = read_json(folder / DONE)
+            if "perplexity" in content:
+                rows.append([folder.name, _number(content["perplexity"])])
+            for length, after in content.get("after", {}).items():
+                was = _number(content["before"][length])
+                rows.append([f"{folder.name}, {length}", f"{_number(after)} (before {was})"])
+        note = read_json(out / "model" / DONE)["config"]
+        _tell(["step", "perplexity"], rows, out, note, out / "model")
+        ends = [one.max_length for one in rope.sets]
+        bounds = ("all longer" if end is None else f"to {end}" for end in ends)
+        typer.echo(f"factor sets: {', '.join(bounds)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure perplexity at several lengths, under several ropes.
+
+    \b
+    longrope evaluate ~/models/llama --documents held-out.jsonl --rope search-32k \\
+      --length 4096 --length 8192 --length 16384 --length 32768
+
+    Every method sees the same documents at every length; the formulas extend to the longest.
+    Prints a table; the folder gets evaluation.json and perplexity.png.
+    """
+
+    lengths: Annotated[
+        tuple[int, ...], typer.Option("--length", help="Tokens; repeat for several."), _LENGTHS
+    ]
+    ropes: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--rope", help="Rope JSON, or a folder with one, to compare; repeat for several."
+        ),
+        Read(list[Path] | None, paths),
+    ] = ()
+    baselines: Annotated[
+        bool, typer.Option(help="Compare with no scaling, PI, NTK, dynamic NTK and YaRN.")
+    ] = True
+    passkey: Annotated[
+        bool, typer.Option("--passkey", help="Also the share of hidden numbers it finds.")
+    ] = False
+    out: Out = Path("longrope-evaluate")
+    last: Last = None
+    stride: Stride = None
+    given: Given
+
+    def run(self) -> None:
+        from tqdm import tqdm
+
+        source, encode = _opened(self.given)
+        lengths, longest = self.lengths, self.lengths[-1]
+        compare = self.baselines and longest > source.original
+        methods = self._methods(source, baselines(source, longest) if compare else {})
+        needles = [pass_key(encode, number) for number in NEEDLES] if self.passkey else []
+        room = max((sum(map(len, needle)) for needle in needles), default=longest + 1)
+        if self.passkey and room > longest:
+            raise ValueError(f"--passkey: expected a length of {room} tokens, got {longest}")
+        documents, losses = _measured(self.given, encode, longest)
+        values: dict[str, dict[int, float]] = {}
+        found: dict[str, dict[int, float]] = {}
+        total = (len(methods) + compare) * len(lengths)
+        with tqdm(total=total, desc="evaluate", unit=" measured") as bar:
+            for length in lengths:
+                fitness = Perplexity(losses, documents, length, last=self.last, stride=self.stride)
+                dynamic = {"dynamic NTK": _dynamic(source, length)} if compare else {}
+                for name, rope in (methods | dynamic).items():
+                    values.setdefault(name, {})[length] = fitness(rope)
+                    if length >= room:
+                        share = passkey_accuracy(losses, rope, documents, needles, length)
+                        found.setdefault(name, {})[length] = share
+                    bar.update()
+        self.out.mkdir(parents=True, exist_ok=True)
+        content = {
+            "model": self.given.model,
+            "documents": [document.name for document in documents],
+            "last": self.last,
+            "stride": self.stride,
+            "original": source.original,
+            "perplexity": values,
+            "passkey": found if self.passkey else None,
+        }
+        write_json(self.out / EVALUATION, content)
+        _draw(self.out)
+        header = ["perplexity", *map(str, lengths)]
+        _table(header, [[name, *map(_number, row.values())] for name, row in values.items()])
+        if self.passkey:
+            asked = [str(length) for length in lengths if length >= room]
+            rows = [[name, *(f"{x:.0%}" for x in row.values())] for name, row in found.items()]
+            _table(["pass keys found", *asked], rows)
+        typer.echo(f"written: {self.out}/{EVALUATION}, perplexity.png")
+
+    def _methods(self, source: Source, formulas: dict[str, Rope]) -> dict[str, Rope]:
+        methods = {"the model's own": source.rope, **formulas}
+        for path in map(Path, self.ropes):
+            name = path.name if path.is_dir() else path.stem
+            methods[str(path) if name in methods else name] = Rope.load(path)
+        return methods
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Draw the pictures of a folder again.
+
+    \b
+    longrope plot search-32k
+
+    It may be that of a search that is still running. factors.png: lambda by pair, beside PI, NTK
+    and YaRN; history.png: the best perplexity so far; perplexity.png: against length. Only those
+    that the folder has the numbers for.
+    """
+
+    folder: Annotated[
+        Path, typer.Argument(help="Of longrope search, readjust, extend or evaluate.")
+    ]
+
+    def run(self) -> None:
+        _draw(self.folder)
+
+
+# ------------------------------------------------------------------------------- a model, and texts
 
 
 def _opened(given: Given) -> tuple[Source, Encode]:
@@ -89,270 +334,71 @@ def _measured(
     return documents, TransformersLosses(load_model(Path(given.model), given.device, given.dtype))
 
 
-def _space(source: Source, told: arguments.Search, options: Options) -> SearchSpace:
-    stage, reached = source.stage, source.trained
-    if told.start is not None:
-        if told.start_length is None:
-            raise ValueError("--start-length: expected the tokens that --start was for")
-        earlier, reached = Rope.load(told.start), told.start_length
-        one = earlier.sets[earlier.set_index(reached)]
-        stage = Rope((FactorSet(one.factors),), earlier.base, earlier.interleaved)
-    if told.length <= reached:
-        raise ValueError(
-            f"--length: expected more than the {reached} tokens that the model serves, got "
-            f"{told.length}; longrope readjust is for shorter ones"
-        )
-    critical = options.critical
-    if critical == 0:
-        dim, base = source.rope.rotary_dim, source.rope.base
-        critical = critical_dimension(dim, base, source.original) // 2
-    ratio = None if stage is None else told.length / reached
-    chosen = {"stage": stage, "ratio": ratio, "critical": critical}
-    return options.space(source.rope, source.original, told.length, **chosen)
-
-
-# ------------------------------------------------------------------------------------- readjust
-
-
-def readjust(told: arguments.Readjust) -> None:
-    """``longrope readjust``."""
-    start_ranks()
-    source, encode = _opened(told.given)
-    present = source.rope if told.rope is None else Rope.load(told.rope)
-    documents, losses = _measured(told.given, encode, max(told.lengths))
-    with _bars() as watch:
-        result = readjusted(
-            losses,
-            documents,
-            present,
-            told.lengths,
-            source.original,
-            told.options,
-            told.out,
-            upper=told.upper,
-            encode=encode,
-            context={"weights": fingerprint(losses.model)},
-            progress=watch("search", "readjust", 0),
-        )
-    out = told.out
-    if not is_main():
-        return
-    note = write_config(source, result.rope, source.trained, out)
-    _plot(out)
-    rows = []
-    for length, found in result.found.items():
-        taken = "its own set" if length in result.taken else "as before"
-        numbers = (_number(x) for x in (result.before[length], found.best.fitness))
-        rows.append([str(length), *numbers, taken])
-    _table(["tokens", "before", "best found", "now"], rows)
-    _tell_written(out, note)
-
-
-# --------------------------------------------------------------------------------------- extend
-
-
-def extend(told: arguments.Extend) -> None:
-    """``longrope extend``."""
-    start_ranks()
-    out = told.out
-    extension = Extension(told.plan, out, device=told.machine.device, dtype=told.machine.dtype)
-    with _bars() as watch:
-        rope = extension.run(watch, lambda line: typer.echo(line, err=True))
-    if not is_main():
-        return
-    rows = []
-    for folder in sorted(out.glob("[0-9]*-*"), key=lambda path: int(path.name.split("-")[0])):
-        content = read_json(folder / DONE)
-        if "perplexity" in content:
-            rows.append([folder.name, _number(content["perplexity"])])
-        for length, after in content.get("after", {}).items():
-            was = _number(content["before"][length])
-            rows.append([f"{folder.name}, {length}", f"{_number(after)} (before {was})"])
-    _table(["step", "perplexity"], rows)
-    _plot(out)
-    note = read_json(out / "model" / DONE)["config"]
-    _tell_written(out / "model", note)
-    sets = ", ".join(_bound(factor_set) for factor_set in rope.sets)
-    typer.echo(f"factor sets: {sets}")
-
-
-# ------------------------------------------------------------------------------------- evaluate
-
-
-def evaluate(told: arguments.Evaluate) -> None:
-    """``longrope evaluate``."""
-    lengths, passkey, out = told.lengths, told.passkey, told.out
-    source, encode = _opened(told.given)
-    longest = lengths[-1]
-    compare = told.baselines and longest > source.original
-    methods = {"the model's own": source.rope}
-    if compare:
-        methods |= baselines(source, longest)
-    for path in map(Path, told.ropes):
-        name = path.name if path.is_dir() else path.stem
-        methods[str(path) if name in methods else name] = Rope.load(path)
-    needles = [pass_key(encode, number) for number in NEEDLES] if passkey else []
-    longest_needle = max((sum(map(len, needle)) for needle in needles), default=longest + 1)
-    if passkey and longest_needle > longest:
-        raise ValueError(f"--passkey: expected a length of {longest_needle} tokens, got {longest}")
-    documents, losses = _measured(told.given, encode, longest)
-    names = [*methods, *(["dynamic NTK"] if compare else [])]
-    values: dict[str, dict[int, float]] = {name: {} for name in names}
-    found: dict[str, dict[int, float]] = {name: {} for name in names}
-    with tqdm(total=len(names) * len(lengths), desc="evaluate", unit=" measured") as bar:
-        for length in lengths:
-            fitness = Perplexity(losses, documents, length, last=told.last, stride=told.stride)
-            for name in names:
-                rope = methods[name] if name in methods else _dynamic(source, length)
-                values[name][length] = fitness(rope)
-                if length >= longest_needle:
-                    found[name][length] = passkey_accuracy(losses, rope, documents, needles, length)
-                bar.update()
-    out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "model": told.given.model,
-        "documents": [document.name for document in documents],
-        "last": told.last,
-        "stride": told.stride,
-        "original": source.original,
-        "perplexity": _by_text(values),
-        "passkey": _by_text(found) if passkey else None,
-    }
-    write_json(out / EVALUATION, content)
-    _plot(out)
-    header = ["perplexity", *map(str, lengths)]
-    _table(header, [[name, *map(_number, row.values())] for name, row in values.items()])
-    if passkey:
-        asked = [length for length in lengths if length >= longest_needle]
-        rows = [[name, *(f"{x:.0%}" for x in row.values())] for name, row in found.items()]
-        _table(["pass keys found", *map(str, asked)], rows)
-    typer.echo(f"written: {out}/{EVALUATION}, perplexity.png")
-
-
 def _dynamic(source: Source, length: int) -> Rope:
     """The common use: no scaling up to the original length, then by the length alone."""
-    return scaling.dynamic_ntk(
-        source.rope.rotary_dim,
-        1.0,
-        source.original,
-        length,
-        base=source.rope.base,
-        interleaved=source.rope.interleaved,
-    )
+    rope = source.rope
+    pairing: Any = {"base": rope.base, "interleaved": rope.interleaved}
+    return scaling.dynamic_ntk(rope.rotary_dim, 1.0, source.original, length, **pairing)
 
 
-def _by_text(values: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
-    return {name: {str(n): value for n, value in row.items()} for name, row in values.items()}
-
-
-# ----------------------------------------------------------------------------------------- plot
-
-
-def plot(told: arguments.Plot) -> None:
-    """``longrope plot``."""
-    _plot(told.folder)
-
-
-def _plot(folder: Path) -> None:
-    """All pictures of a folder and those in it, from the files that have their numbers."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder")
-    names = (RESULT, EVALUATION, SIDECAR)
-    inner = sorted({path.parent for name in names for path in folder.rglob(name)})
-    for part in inner:
-        if (part / EVALUATION).exists():
-            _draw_evaluation(read_json(part / EVALUATION), part)
-        if (part / RESULT).exists():
-            _draw_result(read_json(part / RESULT), part)
-        elif (part / SIDECAR).exists():
-            plots.draw_factors(Rope.load(part / SIDECAR), {}, part / "factors.png")
-    if not inner:
-        raise ValueError(
-            f"{folder}: expected {RESULT}, {EVALUATION} or {SIDECAR}, or folders with them"
-        )
-
-
-def _draw_result(content: Mapping[str, Any], folder: Path) -> None:
-    space, length, formulas = content["space"], content["length"], {}
-    original = space["original_length"]
-    if length > original:
-        plain = Rope.plain(space["dim"], base=space["base"], interleaved=space["interleaved"])
-        formulas = baselines(Source(Path(), {}, plain, original, original), length)
-    title = f"{length} tokens, {content['evaluations']} candidates"
-    plots.draw_factors(Rope.load(folder / SIDECAR), formulas, folder / "factors.png", title)
-    history = [Iteration(float(best), float(median), 0, 0.0) for best, median in content["history"]]
-    values = {name: float(value) for name, value in content["others"].items()}
-    plots.draw_history(history, values, folder / "history.png", title)
-
-
-def _draw_evaluation(content: Mapping[str, Any], folder: Path) -> None:
-    rows = {
-        name: {int(n): float(value) for n, value in row.items()}
-        for name, row in content["perplexity"].items()
-    }
-    title = f"{len(content['documents'])} documents"
-    plots.draw_perplexity(rows, folder / "perplexity.png", title, content["original"])
-
-
-# --------------------------------------------------------------------------- on the terminal
+# --------------------------------------------------------------------------------- on the terminal
 
 
 @contextmanager
-def _bars() -> Iterator[Any]:
-    """`extend.Watch`: a bar for each step."""
-    open_bars: list[tqdm[Any]] = []
+def _bars() -> Iterator[Watch]:
+    """A bar for each step, which goes where the next begins."""
+    from tqdm import tqdm
 
-    def watch(kind: str, name: str, total: int) -> Any:
-        for bar in open_bars:
-            bar.close()
-        open_bars.clear()
-        unit = " candidates" if kind == "search" else " steps"
-        quiet = not is_main()
-        bar = tqdm(desc=name, total=total or None, unit=unit, dynamic_ncols=True, disable=quiet)
-        open_bars.append(bar)
+    with ExitStack() as now:
 
-        def searched(now: Search) -> None:
-            if now.evaluated < bar.n:
-                bar.reset()
-            bar.total = now.total
-            bar.update(now.evaluated - bar.n)
-            if now.best is not None:
-                bar.set_postfix_str(f"best perplexity {_number(now.best.fitness)}")
+        def watch(kind: str, name: str, total: int) -> Any:
+            now.close()
+            unit = " candidates" if kind == "search" else " steps"
+            told = {"desc": name, "total": total or None, "unit": unit}
+            bar = now.enter_context(tqdm(**told, dynamic_ncols=True, disable=not is_main()))
 
-        def tuned(step: int, loss: float) -> None:
-            bar.update(step - bar.n)
-            bar.set_postfix_str(f"perplexity {_number(math.exp(min(loss, 700.0)))}")
+            def searched(search: base.Search) -> None:
+                if search.evaluated < bar.n:
+                    bar.reset()
+                bar.total = search.total
+                bar.update(search.evaluated - bar.n)
+                if search.best is not None:
+                    bar.set_postfix_str(f"best perplexity {_number(search.best.fitness)}")
 
-        return searched if kind == "search" else tuned
+            def tuned(step: int, loss: float) -> None:
+                bar.update(step - bar.n)
+                bar.set_postfix_str(f"perplexity {_number(math.exp(min(loss, 700.0)))}")
 
-    try:
+            return searched if kind == "search" else tuned
+
         yield watch
-    finally:
-        for bar in open_bars:
-            bar.close()
 
 
-def _tell_written(folder: Path, note: str | None) -> None:
-    if note is None:
-        typer.echo(f"written: {folder}: longrope.json, config.json, pictures")
-    else:
-        typer.echo(f"written: {folder}: longrope.json, pictures; no config.json: {note}")
+def _tell(
+    header: list[str], rows: list[list[str]], out: Path, note: str | None, model: Path | None = None
+) -> None:
+    """The end of a command whose rope is in ``model``, or in ``out``: pictures, and what it did."""
+    _draw(out)
+    _table(header, rows)
+    written = "longrope.json, config.json, pictures"
+    if note is not None:
+        written = f"longrope.json, pictures; no config.json: {note}"
+    typer.echo(f"written: {model or out}: {written}")
+
+
+def _draw(folder: Path) -> None:
+    from .plots import draw_all
+
+    draw_all(folder)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        first, *rest = (
-            text.ljust(width) if i == 0 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        typer.echo("  ".join([first, *rest]).rstrip())
+    """The first column to the left, the others to the right."""
+    left, *widths = (max(map(len, column)) for column in zip(header, *rows, strict=True))
+    for first, *rest in (header, *rows):
+        cells = (cell.rjust(width) for cell, width in zip(rest, widths, strict=True))
+        typer.echo("  ".join([first.ljust(left), *cells]).rstrip())
 
 
 def _number(value: float | str) -> str:
     return f"{float(value):.4g}"
-
-
-def _bound(factor_set: FactorSet) -> str:
-    bound = factor_set.max_length
-    return "all longer" if bound is None else f"to {bound}"

@@ -11,8 +11,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from ..rope.files import SIDECAR
 from ..rope.value import Rope
 from .base import Iteration
+from .find import RESULT
+from .source import EVALUATION, Source, baselines, read_json
 
 # Colours that also differ in lightness (Okabe and Ito).
 _STYLES = {
@@ -23,6 +26,29 @@ _STYLES = {
     "YaRN": {"color": "#D55E00", "linestyle": "--"},
 }
 _OTHERS = ("#0072B2", "#CC79A7", "#000000", "#8C564B", "#7F7F00")
+
+
+def draw_all(folder: Path) -> None:
+    """All pictures of a folder and those in it, from the files that have their numbers.
+
+    Raises:
+        ValueError: there is no such folder, or no such file in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder")
+    names = (RESULT, EVALUATION, SIDECAR)
+    inner = sorted({path.parent for name in names for path in folder.rglob(name)})
+    for part in inner:
+        if (part / EVALUATION).exists():
+            _draw_evaluation(read_json(part / EVALUATION), part)
+        if (part / RESULT).exists():
+            _draw_result(read_json(part / RESULT), part)
+        elif (part / SIDECAR).exists():
+            draw_factors(Rope.load(part / SIDECAR), {}, part / "factors.png")
+    if not inner:
+        raise ValueError(
+            f"{folder}: expected {RESULT}, {EVALUATION} or {SIDECAR}, or folders with them"
+        )
 
 
 def draw_factors(rope: Rope, others: Mapping[str, Rope], path: Path, title: str = "") -> None:
@@ -101,6 +127,28 @@ def draw_history(
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     _save(figure, path)
+
+
+def _draw_result(content: Mapping[str, Any], folder: Path) -> None:
+    space, length, formulas = content["space"], content["length"], {}
+    original = space["original_length"]
+    if length > original:
+        plain = Rope.plain(space["dim"], base=space["base"], interleaved=space["interleaved"])
+        formulas = baselines(Source(Path(), {}, plain, original, original), length)
+    title = f"{length} tokens, {content['evaluations']} candidates"
+    draw_factors(Rope.load(folder / SIDECAR), formulas, folder / "factors.png", title)
+    history = [Iteration(float(best), float(median), 0, 0.0) for best, median in content["history"]]
+    values = {name: float(value) for name, value in content["others"].items()}
+    draw_history(history, values, folder / "history.png", title)
+
+
+def _draw_evaluation(content: Mapping[str, Any], folder: Path) -> None:
+    rows = {
+        name: {int(n): float(value) for n, value in row.items()}
+        for name, row in content["perplexity"].items()
+    }
+    title = f"{len(content['documents'])} documents"
+    draw_perplexity(rows, folder / "perplexity.png", title, content["original"])
 
 
 def _set_label(rope: Rope, index: int) -> str:

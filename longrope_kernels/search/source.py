@@ -19,6 +19,7 @@ from ..rope.files import SIDECAR
 from .documents import Document
 
 CONFIG = "config.json"
+EVALUATION = "evaluation.json"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
