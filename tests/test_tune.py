@@ -26,8 +26,8 @@ CANDIDATES = {
 }
 
 
-def configs_in(launches: list[Any]) -> tuple[int, ...]:
-    constants = launches[0].constants
+def configs_in(launch: Any) -> tuple[int, ...]:
+    constants = launch.constants
     return tuple(constants.get(name, 0) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_T", "BLOCK_H"))
 
 
@@ -35,7 +35,7 @@ def configs_in(launches: list[Any]) -> tuple[int, ...]:
 def takes(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], float]:
     """Seconds of launches by their tiles, 1 for others; each kernel has two candidates."""
     times: dict[tuple[int, ...], float] = {}
-    for name, module in tune.KERNELS.items():
+    for name, (module, _) in tune.KERNELS.items():
         monkeypatch.setattr(module, "CANDIDATES", CANDIDATES[name])
     monkeypatch.setattr(tune, "seconds", lambda x: times.get(configs_in(x), 1.0))
     return times
@@ -50,7 +50,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[in
         file, _, text = part.partition("\n")
         ast.parse(text)
         config = DecodeConfig if file == "decode.py" else Config
-        scope: dict[str, Any] = {**names, "Config": config}
+        scope: dict[str, Any] = {**names, "Config": config, "CONFIGS": {}}
         exec(text, scope)
         tables.append(scope["CONFIGS"][0])
     return tables
@@ -83,14 +83,14 @@ def test_a_candidate_that_computes_something_else_is_told_and_not_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     takes |= {(16, 16, 0, 0): 0.1, (16, 32, 0, 0): 0.5}
-    run = tune._run
+    run = tune.run
 
-    def broken(launches: list[Any]) -> None:
-        run(launches)
-        if configs_in(launches)[:2] == (16, 16):
-            launches[0].args[3][0][0, -1] *= 1.5
+    def broken(launch: Any) -> None:
+        run(launch)
+        if configs_in(launch)[:2] == (16, 16):
+            launch.args[3][0][0, -1] *= 1.5
 
-    monkeypatch.setattr(tune, "_run", broken)
+    monkeypatch.setattr(tune, "run", broken)
     tune.main([*SHAPE, "--kernel", "forward"])
     told = capsys.readouterr()
     assert (
