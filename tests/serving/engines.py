@@ -142,15 +142,14 @@ def _path() -> str:
     return os.pathsep.join(filter(None, (os.path.dirname(__file__), os.environ.get("PYTHONPATH"))))
 
 
-def run(
-    made: Any,
+def asked_for(
     prompts: Sequence[Sequence[int]],
     new: int = 1,
     salts: Sequence[str] = (),
     scored: bool = True,
     policies: Sequence[str | None] = (),
-) -> list[Any]:
-    """Greedy continuations, with the log-probabilities of prompts and new tokens."""
+) -> tuple[list[Any], list[Any]]:
+    """What ``LLM.generate`` is given: greedy, with log-probabilities."""
     from vllm import SamplingParams
 
     policies = policies or [None] * len(prompts)
@@ -169,7 +168,40 @@ def run(
     asked: list[Any] = [{"prompt_token_ids": list(one)} for one in prompts]
     for one, salt in zip(asked, salts, strict=False):
         one["cache_salt"] = salt
-    return made.generate(asked, parameters, use_tqdm=False)  # type: ignore[no-any-return]
+    return asked, parameters
+
+
+def run(made: Any, prompts: Sequence[Sequence[int]], **how: Any) -> list[Any]:
+    """Greedy continuations, with the log-probabilities of prompts and new tokens (`asked_for`)."""
+    return made.generate(*asked_for(prompts, **how), use_tqdm=False)  # type: ignore[no-any-return]
+
+
+def drafting(
+    folder: str,
+    drafts: dict[str, Any],
+    asked: Sequence[Sequence[int]],
+    policies: Sequence[str],
+    new: int = 24,
+) -> tuple[list[int], list[int], list[tuple[list[int], torch.Tensor]]]:
+    """Drafts verified in each step of each request, tokens it made, and what `of_new` finds."""
+    verified: list[int] = []
+    made: list[int] = []
+    with engine(folder, speculative_config=drafts) as served:
+        scheduler: Any = served.llm_engine.engine_core.engine_core.scheduler
+        schedule, update = scheduler.schedule, scheduler.update_from_output
+
+        def scheduled(*args: Any, **kwargs: Any) -> Any:
+            out = schedule(*args, **kwargs)
+            verified.extend(map(len, out.scheduled_spec_decode_tokens.values()))
+            return out
+
+        def updated(step: Any, output: Any) -> Any:
+            made.extend(map(len, output.sampled_token_ids))
+            return update(step, output)
+
+        scheduler.schedule, scheduler.update_from_output = scheduled, updated
+        outs = run(served, asked, new=new, policies=policies, scored=False)
+    return verified, made, [of_new(out) for out in outs]
 
 
 def of_prompt(out: Any) -> torch.Tensor:

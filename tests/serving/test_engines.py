@@ -11,7 +11,6 @@ from engines import (
     ORIGINAL,
     engine,
     fresh,
-    in_a_process,
     of_new,
     of_prompt,
     prompt,
@@ -63,38 +62,3 @@ def test_with_the_published_original_length(tmp_path: Path) -> None:
         ids, found = of_new(out)
         assert far(of_prompt(out), scores(truth, one)) < CLOSE
         assert far(found, fresh(truth, one, ids)) < CLOSE
-
-
-DRAFTS = """
-from engines import engine, of_new, run
-verified = []
-drafts = dict(
-    method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1
-)
-with engine(FOLDER, speculative_config=drafts) as served:
-    scheduler = served.llm_engine.engine_core.engine_core.scheduler
-    schedule = scheduler.schedule
-    def counted(*args, **kwargs):
-        out = schedule(*args, **kwargs)
-        verified.extend(map(len, out.scheduled_spec_decode_tokens.values()))
-        return out
-    scheduler.schedule = counted
-    outs = run(served, ASKED, new=24, policies=POLICIES, scored=False)
-RESULT = verified, [of_new(out) for out in outs]
-"""
-
-
-def test_drafts_across_the_switch(tmp_path: Path) -> None:
-    """Of three tokens, looked up in the text: some are taken, and they end before the switch.
-
-    In a process of its own: vLLM's lookup imports numba, after which vLLM starts no further engine
-    in a process (its search for kernels in all modules stumbles over llvmlite's library).
-    """
-    folder = save_model(tmp_path)
-    truth, long, short = (reference(folder, held) for held in (None, "long", "short"))
-    asked = [(prompt(40, row) * 7)[: ORIGINAL - 8] for row in range(3)]
-    policies = ["recompute", "final", "prompt"]
-    verified, outs = in_a_process(DRAFTS, FOLDER=folder, ASKED=asked, POLICIES=policies)
-    assert max(verified) == 3
-    for (ids, found), one, true in zip(outs, asked, (truth, long, short), strict=True):
-        assert far(found, fresh(true, one, ids)) < CLOSE

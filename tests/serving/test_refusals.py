@@ -113,14 +113,12 @@ SERVED = {
     "runner_type": ("model_config", "pooling"),
     "enable_prompt_embeds": ("model_config", True),
     "kv_sharing_fast_prefill": ("cache_config", True),
-    "pipeline_parallel_size": ("parallel_config", 2),
     "data_parallel_size": ("parallel_config", 2),
     "decode_context_parallel_size": ("parallel_config", 2),
     "prefill_context_parallel_size": ("parallel_config", 2),
     "enable_dbo": ("parallel_config", True),
     "ubatch_size": ("parallel_config", 2),
-    "speculative_config": ("", SimpleNamespace(method="draft_model")),
-    "lora_config": ("", object()),
+    "speculative_config": ("", SimpleNamespace(method="medusa")),
     "kv_transfer_config": ("", object()),
 }
 

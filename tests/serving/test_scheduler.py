@@ -17,7 +17,7 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -31,8 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("phi3"))
 
 
-def make(folder: str, ahead: bool, blocks: int) -> Any:
-    config = config_of(folder, max_num_batched_tokens=128, block_size=BLOCK)
+def make(folder: str, ahead: bool, blocks: int, drafts: int) -> Any:
+    by = {"method": "draft_model", "model": folder, "num_speculative_tokens": drafts}
+    chosen = {"max_num_batched_tokens": 128, "block_size": BLOCK}
+    config = config_of(folder, speculative_config=by if drafts else None, **chosen)
     config.scheduler_config.async_scheduling = ahead
     config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
@@ -50,21 +52,29 @@ def ask(name: str, tokens: int, new: int, policy: str) -> Any:
     return Request(name, prompt(tokens, len(name)), params, None, block_hasher=hasher)
 
 
-def drive(scheduler: Any, requests: list[Any], ahead: bool) -> dict[str, list[tuple[int, int]]]:
-    """Run all to their end; for each request the (last token computed, set) of its steps."""
+def drive(
+    scheduler: Any, requests: list[Any], ahead: bool, drafts: int
+) -> dict[str, list[tuple[int, int]]]:
+    """Run all to their end; for each request the (last token computed, set) of its steps.
+
+    Of the drafts of a step some are taken, none to all in turns.
+    """
     by_name = {request.request_id: request for request in requests}
     steps: dict[str, list[tuple[int, int]]] = {name: [] for name in by_name}
     flying: deque[tuple[Any, list[list[int]]]] = deque()
     for request in requests:
         scheduler.add_request(request)
-    for _ in range(400):
+    for step in range(400):
         out = scheduler.schedule()
+        old = out.scheduled_cached_reqs
+        made = dict(zip(old.req_ids, old.num_output_tokens, strict=True))
         sampled = []
         for name in out.num_scheduled_tokens:
             request = by_name[name]
-            known = max(request.num_tokens, request.num_computed_tokens)
+            prompt = request.num_prompt_tokens
+            known = max(prompt + made.get(name, 0), request.num_computed_tokens)
             index = scheduler.policies.index(
-                request.sampling_params, request.num_prompt_tokens, known, scheduler.max_model_len
+                request.sampling_params, prompt, known, scheduler.max_model_len
             )
             if request.request_id == "switch":  # held to no set, nor are its blocks
                 assert request.cache_salt == f"longrope:{request.longrope_set}+:"
@@ -72,21 +82,30 @@ def drive(scheduler: Any, requests: list[Any], ahead: bool) -> dict[str, list[tu
                 assert index == request.longrope_set
                 assert request.cache_salt == f"longrope:{index}:"
             steps[name].append((request.num_computed_tokens, index))
-            sampled.append([] if request.is_prefill_chunk else [7])
+            verified = len(out.scheduled_spec_decode_tokens.get(name, ()))
+            taken = step % (verified + 1)
+            sampled.append([] if request.is_prefill_chunk else [7] * (1 + taken))
         flying.append((out, sampled))
         if len(flying) > ahead or not sampled:
             done, tokens = flying.popleft()
             names = list(done.num_scheduled_tokens)
             places = {name: row for row, name in enumerate(names)}
             scheduler.update_from_output(done, ModelRunnerOutput(names, places, tokens))
+            if drafts and not ahead:
+                scheduler.update_draft_token_ids(
+                    DraftTokenIds(names, [[7] * drafts for _ in names])
+                )
         if not scheduler.has_unfinished_requests() and not any(one for _, one in flying):
             return steps
     raise AssertionError(f"no end: {steps}")
 
 
+@pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("blocks", [60, 16])
-def test_steps_of_a_request_agree_on_its_set(folder: str, ahead: bool, blocks: int) -> None:
+def test_steps_of_a_request_agree_on_its_set(
+    folder: str, ahead: bool, blocks: int, drafts: int
+) -> None:
     """Where blocks are short requests are preempted, too."""
     init_none_hash(sha256)
     requests = [
@@ -96,7 +115,7 @@ def test_steps_of_a_request_agree_on_its_set(folder: str, ahead: bool, blocks: i
         ask("prompt", ORIGINAL - 10, 30, "prompt"),
         ask("switch", ORIGINAL - 10, 30, "switch"),
     ]
-    steps = drive(make(folder, ahead, blocks), requests, ahead)
+    steps = drive(make(folder, ahead, blocks, drafts), requests, ahead, drafts)
     for request in requests:
         assert request.num_output_tokens == request.max_tokens
     sets = {name: {index for _, index in each} for name, each in steps.items()}

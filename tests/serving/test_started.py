@@ -1,4 +1,4 @@
-"""What an engine is started with: by torch.compile, over two processes."""
+"""What an engine is started with: by torch.compile, over processes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ STARTED: dict[str, dict[str, Any]] = {
     "compiled": {"enforce_eager": False},
     # A process for each half of the heads, which all choose the same sets.
     "tensor parallel": {"tensor_parallel_size": 2},
+    # One for each half of the layers; this build of vLLM has that compiled alone.
+    "pipeline parallel": {"pipeline_parallel_size": 2, "enforce_eager": False},
 }
 
 

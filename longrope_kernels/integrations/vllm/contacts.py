@@ -65,6 +65,7 @@ GET_ATTN_BACKEND = Contact(
     "get_attn_backend",
     ("head_size", "use_mla", "use_per_head_quant_scales"),
 )
+STEP = Contact("vllm.v1.core.sched.output", "CachedRequestData", ("req_ids", "num_output_tokens"))
 BAD_REQUEST = Contact("vllm.exceptions", "VLLMValidationError", ("message", "parameter"))
 STATE = (
     Contact(_STATE, "DefaultModelState.add_request", ("self", "req_index", "new_req_data")),
@@ -91,6 +92,7 @@ CONTACTS = (
     PROCESS_INPUTS,
     BAD_REQUEST,
     PREPARE_INPUTS,
+    STEP,
     *STATE,
     *SCHEDULER,
     *ATTENTION,
@@ -196,17 +198,22 @@ def _prepare_inputs(original: Any, self: Any, scheduler_output: Any, counts: Any
     prepared = original(self, scheduler_output, counts)
     longrope = getattr(self.get_model(), "longrope", None)
     if longrope is not None:
-        requests = [self.requests[name] for name in self.input_batch.req_ids]
-        lengths = [
-            longrope.policies.lengths(
-                request.sampling_params,
-                prompt=request.num_prompt_tokens,
-                begun=request.num_tokens,
-                end=request.num_computed_tokens + int(count),
-                limit=self.max_model_len,
+        # Of a request that is prefilled again a stage of a pipeline may lack the latest tokens.
+        old = scheduler_output.scheduled_cached_reqs
+        made = dict(zip(old.req_ids, old.num_output_tokens, strict=True))
+        lengths = []
+        for name, count in zip(self.input_batch.req_ids, counts, strict=True):
+            request = self.requests[name]
+            prompt = request.num_prompt_tokens
+            lengths.append(
+                longrope.policies.lengths(
+                    request.sampling_params,
+                    prompt=prompt,
+                    begun=max(request.num_tokens, prompt + made.get(name, 0)),
+                    end=request.num_computed_tokens + int(count),
+                    limit=self.max_model_len,
+                )
             )
-            for request, count in zip(requests, counts, strict=True)
-        ]
         longrope.rotary.choose(lengths, counts)
     return prepared
 

@@ -66,7 +66,8 @@ class Policies:
             prompt: tokens of its prompt.
             begun: tokens that it had before this step of the engine, or before its prefill: all
                 chunks of a prefill take the set of its end.
-            end: tokens that it has with those that this step computes.
+            end: tokens that it has with those that this step computes; drafts that may yet be
+                refused may be among them.
             limit: the most tokens that a request may have here.
 
         Returns:
@@ -79,6 +80,8 @@ class Policies:
         if policy == "switch":
             return begun, known
         if policy == "recompute":
+            # The last token of a request is never computed, what is drafted beyond it is no token.
+            known = min(known, prompt + params.max_tokens - 1)
             return known, known
         length = prompt if policy == "prompt" else min(prompt + params.max_tokens, limit)
         return length, length

@@ -48,17 +48,16 @@ class _BySet(Scheduler):
         for request in reversed(self.running):
             if self._switches(request):
                 continue  # each query has a set of its own
-            # What is in flight counts; the last token of a request is never computed.
-            most = request.num_prompt_tokens + request.max_tokens - 1
-            known = min(request.num_tokens + request.num_output_placeholders, most)
+            known = request.num_tokens + request.num_output_placeholders  # what is in flight counts
             if self._set_of(request, known) != request.longrope_set:
                 self.running.remove(request)
                 self._preempt_request(request, time.monotonic())
                 # It may be resumed in this very step: its tokens are sent again then.
                 self.prev_step_scheduled_req_ids.discard(request.request_id)
             else:
+                # With the token that verifying makes: a step ahead, all of it counts as known.
                 drafts = len(request.spec_token_ids)
-                while drafts and self._set_of(request, known + drafts) != request.longrope_set:
+                while drafts and self._set_of(request, known + drafts + 1) != request.longrope_set:
                     drafts -= 1
                 request.spec_token_ids = request.spec_token_ids[:drafts]
         return super().schedule(*args, **kwargs)

@@ -26,15 +26,20 @@ FAMILIES = {
     "Qwen3ForCausalLM": ("qwen3", "qwen3"),
 }
 SCHEDULER = "longrope_kernels.integrations.vllm.scheduler.LongRopeScheduler"
+DRAFTS = ("ngram", "draft_model", "eagle")  # speculative_config's methods that are served
 _SETTINGS = ("mode", "policy")
 
 
 def policies_of(vllm_config: Any) -> Policies | None:
     """The rope and the policy of a server; None where the rope is none of ours.
 
+    A model that makes drafts keeps vLLM's rope: what it is wrong about the server's model corrects.
+
     Raises:
         ValueError: naming the setting that is out of range, or the field of the rope.
     """
+    if vllm_config.model_config.runner_type == "draft":
+        return None
     rope = rope_of(vllm_config.model_config)
     if rope is None:
         return None
@@ -88,11 +93,6 @@ def has_scheduler(vllm_config: Any) -> bool:
     return bool(given == SCHEDULER)
 
 
-def _drafts(speculative_config: Any) -> str:
-    """How drafts are made: "ngram", by no model, also where there are none."""
-    return "ngram" if speculative_config is None else str(speculative_config.method)
-
-
 def refuse(vllm_config: Any, policies: Policies) -> None:
     """Raise a ValueError that names what of this server would give other results, or was not tried.
 
@@ -113,6 +113,13 @@ def refuse(vllm_config: Any, policies: Policies) -> None:
                 f"policy: 'recompute' needs a scheduler that knows of it; {add}, or take the "
                 f"policy {policies.without_scheduler}"
             )
+    drafts = vllm_config.speculative_config
+    if drafts is not None and drafts.method not in DRAFTS:
+        shown = ", ".join(map(repr, DRAFTS))
+        raise ValueError(
+            f"speculative_config: expected method {shown}, got {drafts.method!r}; LongRoPE in vLLM "
+            "does not serve it. VLLM_PLUGINS='' starts vLLM without this plugin"
+        )
     refused = {
         "runner_type": (model.runner_type, "generate"),
         "is_causal": (getattr(config, "is_causal", True), True),
@@ -121,11 +128,8 @@ def refuse(vllm_config: Any, policies: Policies) -> None:
             None,
         ),
         "enable_prompt_embeds": (model.enable_prompt_embeds, False),
-        "speculative_config": (_drafts(vllm_config.speculative_config), "ngram"),
-        "lora_config": (vllm_config.lora_config, None),
         "kv_transfer_config": (vllm_config.kv_transfer_config, None),
         "kv_sharing_fast_prefill": (cache.kv_sharing_fast_prefill, False),
-        "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
         "data_parallel_size": (parallel.data_parallel_size, 1),
         "decode_context_parallel_size": (parallel.decode_context_parallel_size, 1),
         "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, 1),
