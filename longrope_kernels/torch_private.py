@@ -77,3 +77,30 @@ def unwatched(*tensors: torch.Tensor) -> bool:
             if x.requires_grad:
                 return False
     return runs_now(*tensors) and not torch._C._autograd._profiler_enabled()
+
+
+def flash_attention_on_cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What scaled_dot_product_attention takes on a CPU, with the log-sum-exp that it keeps back.
+
+    q (B, Hq, Sq, D), k and v (B, Hk, Sk, D), none of them empty. Returns out like q, and lse
+    (B, Hq, Sq) float32, base e.
+    """
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    return op(q, k, v, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
+
+
+def flash_attention_on_cpu_backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv of `flash_attention_on_cpu`; out and lse may be those over more keys."""
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    return op(d_out, q, k, v, out, lse, 0.0, causal, scale=scale)  # type: ignore[no-any-return]

@@ -11,18 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "longrope_kernels"
 # From the ground up; a part imports those before it, and its own.
 PARTS = (
-    *(
-        "_version",
-        "_native",
-        "torch_private",
-        "rope",
-        "calls",
-        "kernels",
-        "backends",
-        "ops",
-        "cache",
-    ),
-    *("integrations", "search", "demo", "cli", "__main__"),
+    *("_version", "_native", "torch_private", "rope", "calls", "kernels", "backends", "ops"),
+    *("cache", "distributed", "integrations", "search", "demo", "cli", "__main__"),
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -152,3 +152,31 @@ def test_what_is_expected_is_seen_in_graphs_too(backend: str) -> None:
     assert torch.equal(look(torch.ones(2)), torch.full((2,), 2.0))
     with pytest.raises(RuntimeError, match="x: expected numbers above 0"):
         look(torch.zeros(2))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attention_on_cpu_has_lse_and_takes_that_over_more_keys(causal: bool) -> None:
+    """Of grouped heads; with all keys in two blocks the backward of each gives its part."""
+    q, d_out = (torch.randn(2, 4, 8, 16, dtype=torch.float32) for _ in range(2))
+    k, v = (torch.randn(2, 2, 8, 16) for _ in range(2))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    x, y, z = (t.repeat_interleave(4 // t.shape[1], 1) for t in leaves)
+    scores = 0.3 * x @ y.mT
+    if causal:
+        scores = scores.masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf)
+    wanted = torch.autograd.grad((scores.softmax(-1) @ z * d_out).sum(), leaves)
+
+    out, lse = torch_private.flash_attention_on_cpu(q, k, v, causal, 0.3)
+    torch.testing.assert_close(lse, scores.logsumexp(-1).float())
+    torch.testing.assert_close(out, (scores.softmax(-1) @ z).float())
+    halves = [slice(0, 8)] if causal else [slice(0, 3), slice(3, 8)]
+    parts = [
+        torch_private.flash_attention_on_cpu_backward(
+            d_out, q, k[:, :, at], v[:, :, at], out, lse, causal, 0.3
+        )
+        for at in halves
+    ]
+    dqs, dks, dvs = zip(*parts, strict=True)
+    found = sum(dqs), torch.cat(dks, 2), torch.cat(dvs, 2)
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y.float())

@@ -34,7 +34,7 @@ def check_attention(call: AttentionCall) -> None:
     if keys.borders is not None and keys.borders is not call.selection.borders:
         check_borders("cu_seqlens_k", keys.borders, keys.k.shape[1])
     if keys.start is not None:
-        _check_start(keys.start)
+        check_start(keys.start)
 
 
 def check_decode(call: DecodeCall) -> None:
@@ -53,7 +53,7 @@ def check_decode(call: DecodeCall) -> None:
     _check_lens(lens, slots)
     _check_selection(call.tables, call.selection, 0)
     if keys.start is not None:
-        _check_start(keys.start)
+        check_start(keys.start)
     _check_blocks(keys)
 
 
@@ -148,7 +148,10 @@ def _check_32_bits(name: str, positions: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected values from -2**31 to 2**31 - 1, got {low} to {high}")
 
 
-def _check_start(kv_start: torch.Tensor) -> None:
+def check_start(kv_start: torch.Tensor) -> None:
+    """Check first visible slots, where reading is free."""
+    if not readable(kv_start):
+        return
     if (least := min(kv_start.tolist(), default=0)) < 0:
         raise ValueError(f"kv_start: expected slots from 0, got {least}")
 

@@ -1,0 +1,96 @@
+"""Processes with a gloo group, forked once for many calls: they have the imports."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+# Of the process: the groups of the first ranks, by how many, and a mesh of two times two.
+GROUPS: dict[int, dist.ProcessGroup] = {}
+MESH: list[DeviceMesh] = []
+
+
+class Ranks:
+    """``size`` processes that run functions, all the same at a time; ``close`` ends them."""
+
+    def __init__(self, size: int, timeout: float = 20.0) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.pipes: list[Connection] = []
+        self.processes: list[int] = []
+        for rank in range(size):
+            here, there = Pipe()
+            process = os.fork()
+            if not process:
+                here.close()
+                _serve(there, rank, size, port, timeout)
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+        assert self("ready", ready) == list(range(size))
+
+    def __call__(self, name: str, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What each rank returns, or the exception that it raised; None of one that died."""
+        for pipe in self.pipes:
+            pipe.send_bytes(pickle.dumps((function, args)))
+        found = []
+        for pipe in self.pipes:
+            try:
+                found.append(pickle.loads(pipe.recv_bytes()))
+            except EOFError:  # noqa: PERF203
+                found.append(None)
+        return found
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            os.waitpid(process, 0)
+
+
+def ready() -> int:
+    return dist.get_rank()
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int, timeout: float) -> None:
+    signal.alarm(300)  # whatever happens, it ends
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo",
+            f"tcp://127.0.0.1:{port}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout),
+        )
+        for count in range(1, size + 1):
+            group = dist.new_group(list(range(count)), timeout=timedelta(seconds=timeout))
+            GROUPS[count] = group
+        if size == 4:
+            MESH.append(init_device_mesh("cpu", (2, 2)))
+        while True:
+            function, args = pickle.loads(pipe.recv_bytes())
+            try:
+                answer = function(*args)
+            except Exception as error:
+                answer = RuntimeError(f"{type(error).__name__}: {error}")
+                if os.environ.get("SHOW"):
+                    traceback.print_exc()
+            pipe.send_bytes(pickle.dumps(answer))
+    except EOFError:
+        os._exit(0)
+    finally:
+        os._exit(1)

@@ -1,0 +1,340 @@
+"""Context parallelism on gloo: 2, 3 and 4 processes make what the truth says of the whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from attention_truth import Call, Case, assert_lse_close, bf16, fp32, fp64
+from cases import Shape, two_sets
+from ranks import Ranks
+from tolerance import assert_close
+
+from longrope_kernels.calls.records import Scores
+from longrope_kernels.distributed import attention, choose_schedule, shard, unshard
+from longrope_kernels.distributed.blocks import Hidden
+from longrope_kernels.distributed.ranks import Line
+from longrope_kernels.distributed.ring import Plan
+from longrope_kernels.distributed.shards import spans_of
+
+AXIS = {"bshd": 1, "bhsd": 2, "thd": 0}
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    pool = Ranks(4)
+    yield pool
+    pool.close()
+
+
+def slots_of(tokens: int, rank: int, size: int, order: str) -> list[int]:
+    """The slots of a rank, told apart from the package's spans."""
+    if order == "contiguous":
+        cuts, own = [i * tokens // size for i in range(size + 1)], [rank]
+    else:
+        cuts = [i * tokens // (2 * size) for i in range(2 * size + 1)]
+        own = [rank, 2 * size - 1 - rank]
+    return [slot for i in own for slot in range(cuts[i], cuts[i + 1])]
+
+
+def whole(parts: list[torch.Tensor], tokens: int, order: str, dim: int) -> torch.Tensor:
+    slots = [slot for i in range(len(parts)) for slot in slots_of(tokens, i, len(parts), order)]
+    return torch.cat(parts, dim).index_select(dim, torch.tensor(slots).argsort())
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A case, over how many ranks (0: a mesh of two times two), and how."""
+
+    case: Case
+    ranks: int = 2
+    order: str = "balanced"
+    schedule: str = "ring"
+    backend: str | None = None
+    ordered: bool = False  # positions are the slots
+
+    def __str__(self) -> str:
+        parts = [str(self.ranks or "2x2"), self.schedule, self.order, self.backend or "any"]
+        return "-".join([*parts, "ordered" if self.ordered else "mixed", str(self.case)])
+
+    @property
+    def size(self) -> int:
+        return self.ranks or 4
+
+    def group(self) -> Any:
+        return ranks.GROUPS[self.ranks] if self.ranks else ranks.MESH[0]
+
+    def arguments(self) -> tuple[torch.Tensor, dict[str, Any]]:
+        made = self.case.arguments()
+        positions = made.pop("positions")
+        if self.ordered:
+            positions = torch.arange(len(positions))
+        return positions, made
+
+
+def attend(spread: Spread) -> tuple[torch.Tensor, ...] | None:
+    """out and lse, dq, dk and dv of the tokens of this rank."""
+    if dist.get_rank() >= spread.size:
+        return None
+    torch.manual_seed(0)
+    case, group, dim = spread.case, spread.group(), AXIS[spread.case.layout]
+    tensors = case.tensors()
+    positions, made = spread.arguments()
+    leaves = [shard(x, group, dim, order=spread.order).requires_grad_() for x in tensors]
+    out, lse = attention(
+        *(*leaves, shard(positions, group, -1, order=spread.order), case.rope()),
+        group=group,
+        tokens=case.tokens()[0],
+        order=spread.order,
+        schedule=spread.schedule if spread.ranks else "auto",
+        backend=spread.backend,
+        return_lse=True,
+        **made,
+    )
+    grads = of_outputs(case)
+    own = [shard(x, group, d, order=spread.order) for x, d in zip(grads, (dim, -1), strict=True)]
+    outs = (out, lse) if case.return_lse else (out,)
+    return out.detach(), lse.detach(), *torch.autograd.grad(outs, leaves, own[: len(outs)])
+
+
+def of_outputs(case: Case) -> list[torch.Tensor]:
+    """Gradients of the whole out and lse, the same in each process."""
+    torch.manual_seed(1)
+    queries = case.tokens()[0]
+    shapes = {
+        "bshd": (case.batch, queries, case.heads, case.dim),
+        "bhsd": (case.batch, case.heads, queries, case.dim),
+        "thd": (queries, case.heads, case.dim),
+    }
+    of_lse = (case.heads, queries) if case.layout == "thd" else (case.batch, case.heads, queries)
+    of_sums = fp64 if case.dtype == fp64 else fp32
+    return [torch.randn(shapes[case.layout]).to(case.dtype), torch.randn(of_lse).to(of_sums)]
+
+
+def check(spread: Spread, pool: Ranks) -> None:
+    case, dim = spread.case, AXIS[spread.case.layout]
+    found = pool("attend", attend, spread)[: spread.size]
+    for rank, answer in enumerate(found):
+        if not isinstance(answer, tuple):
+            raise AssertionError(f"rank {rank}: {answer!r}")
+    torch.manual_seed(0)
+    tensors = case.tensors()
+    positions, made = spread.arguments()
+    call = Call(*tensors, positions, case.rope(), **made)
+    out, lse, *grads = (
+        whole(list(parts), case.tokens()[0], spread.order, d)
+        for parts, d in zip(zip(*found, strict=True), (dim, -1, dim, dim, dim), strict=True)
+    )
+    expected = call.expected()
+    assert_close(out, expected.out)
+    assert_lse_close(lse, expected.lse)
+    given = of_outputs(case)
+    wanted = call.expected_grads(given[0], given[1] if case.return_lse else None)
+    for name, grad, one in zip("qkv", grads, wanted, strict=True):
+        assert_close(grad, one, f"grad of {name}")
+
+
+CASES = [
+    Case(),
+    Case(queries=16, heads=4, kv_heads=1),
+    Case(queries=17, heads=3, kv_heads=3, pairs=8, layout="bhsd"),
+    Case(queries=23, interleaved=True, return_lse=True),
+    Case(queries=24, lengths=(4096, 4097)),
+    Case(queries=20, sets=(1, 0), pairs=8, interleaved=True),
+    Case(queries=24, window=5),
+    Case(queries=24, causal=False),
+    Case(queries=24, causal=False, window=4),
+    Case(queries=21, softcap=3.0, scale=0.3),
+    Case(queries=22, kv_start=(0, 9)),
+    Case(queries=22, kv_start=(15, 3), window=6),
+    Case(layout="thd", counts=(5, 1, 12, 7)),
+    Case(layout="thd", counts=(9, 0, 16), lengths=(4096, 5000, 4097), window=4, kv_start=(2, 0, 5)),
+    Case(layout="thd", counts=(3, 14), causal=False),
+    Case(queries=19, dtype=bf16),
+]
+SPREAD = [
+    *(Spread(case) for case in CASES),
+    *(Spread(case, ranks=3, order="contiguous") for case in CASES[4:9]),
+    *(Spread(case, ranks=4) for case in CASES[::3]),
+    *(Spread(case, ranks=2, schedule="ulysses") for case in CASES if case.kv_heads == 2),
+    *(Spread(case, ranks=0) for case in CASES if case.kv_heads == 2),
+    *(Spread(Case(queries=n), ranks=4) for n in (1, 2, 3, 7)),
+    *(Spread(Case(queries=n), ranks=3, order="contiguous") for n in (1, 2, 4)),
+    Spread(Case(queries=1), ranks=2, schedule="ulysses"),
+    Spread(Case(queries=5), ranks=0),
+    Spread(Case(queries=13, batch=1), ranks=1),
+    # at large positions the angles of float64 are those of the reference, which the rule is not for
+    Spread(Case(queries=11, dtype=fp64), ranks=3, ordered=True),
+    # n_hat within a piece of a shard, and where one ends
+    *(Spread(Case(queries=16, n_hat=n), ordered=True) for n in (4, 6, 8, 9)),
+    *(Spread(Case(queries=12), backend=name) for name in ("reference", "composed")),
+    Spread(replace(CASES[12], dim=16, dtype=bf16), backend="triton"),
+    Spread(
+        Case(queries=12, dim=16, dtype=bf16, kv_start=(1, 7), return_lse=True), backend="triton"
+    ),
+    Spread(Case(queries=16, heads=2, kv_heads=1, dim=16, softcap=2.0), ranks=3),
+]
+
+
+@pytest.mark.parametrize("spread", SPREAD, ids=str)
+def test_equals_the_whole(spread: Spread, four: Ranks) -> None:
+    check(spread, four)
+
+
+# ---------------------------------------------------------------------------------------- shards
+
+
+def round_trip(tokens: int, size: int, order: str) -> tuple[Any, ...] | None:
+    if dist.get_rank() >= (size or 4):
+        return None
+    group = ranks.GROUPS[size] if size else ranks.MESH[0]
+    x = torch.arange(2 * tokens * 3).view(2, tokens, 3)
+    own = shard(x, group, order=order)  # type: ignore[arg-type]
+    back = unshard(own, group, tokens=tokens, order=order)  # type: ignore[arg-type]
+    return own, torch.equal(back, x)
+
+
+@pytest.mark.parametrize("order", ["balanced", "contiguous"])
+@pytest.mark.parametrize("size", [1, 2, 3, 0])
+def test_shard_and_back(size: int, order: str, four: Ranks) -> None:
+    for tokens in (0, 1, 5, 8, 17):
+        x = torch.arange(2 * tokens * 3).view(2, tokens, 3)
+        for rank, answer in enumerate(four("shard", round_trip, tokens, size, order)[: size or 4]):
+            own, same = answer
+            assert torch.equal(own, x[:, slots_of(tokens, rank, size or 4, order)])
+            assert same
+
+
+def test_balanced_ranks_have_the_same_work() -> None:
+    seen = [sum(slot + 1 for slot in slots_of(64, rank, 4, "balanced")) for rank in range(4)]
+    assert len(set(seen)) == 1
+
+
+def plan(order: str, scores: Scores, rank: int = 0) -> Plan:
+    spans = tuple(spans_of(16, i, 4, order) for i in range(4))  # type: ignore[arg-type]
+    return Plan(Line(None, rank, 4), spans, Hidden(scores, 16), "reference")
+
+
+def test_what_nobody_sees_is_neither_computed_nor_sent() -> None:
+    causal = Scores(True, 1.0)
+    assert [len(plan("contiguous", causal, 0).pairs(step)) for step in range(4)] == [1, 0, 0, 0]
+    assert [len(plan("contiguous", causal, 3).pairs(step)) for step in range(4)] == [1] * 4
+    # Of pieces 1 and 6 both see 0 and themselves, 6 sees 1, and the others of ranks 3 (3 and 4 are
+    # one stretch) and 2 (2 and 5).
+    assert [len(plan("balanced", causal, 1).pairs(step)) for step in range(4)] == [3, 2, 1, 2]
+    near = causal._replace(window=4)
+    assert plan("contiguous", causal).steps == 4
+    assert plan("contiguous", near._replace(window=1)).steps == 1
+    assert plan("contiguous", near).steps == 2
+    assert plan("contiguous", near._replace(window=6)).steps == 3
+
+
+def test_the_schedule_sends_the_less() -> None:
+    assert choose_schedule(32, 8, 2).name == "ring"
+    assert choose_schedule(32, 8, 8).name == "ulysses"
+    assert choose_schedule(32, 8, 16).name == "ring"
+    assert str(choose_schedule(32, 8, 8)) == (
+        "ulysses over 8 ranks: 70 head rows sent a token; ring sends 112"
+    )
+    with pytest.raises(ValueError, match="schedule: 'ulysses' needs KV heads that 3 ranks divide"):
+        choose_schedule(32, 8, 3, "ulysses")
+    with pytest.raises(ValueError, match="schedule: expected one of auto, ring, ulysses, got 'x'"):
+        choose_schedule(32, 8, 3, "x")
+
+
+# ---------------------------------------------------------------------------------------- errors
+
+
+def small(rank_has: dict[int, dict[str, Any]], die: int = -1, late: bool = False) -> str:
+    """`attention` on all ranks, some with other arguments; one dies before it or its backward."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    made: dict[str, Any] = {"queries": 4, "rope": Shape(1, 1, 1, 1, 16).rope(4)} | rank_has.get(
+        rank, {}
+    )
+    n = made.pop("queries")
+    q, k, v = (torch.ones(1, n, 2, 16, requires_grad=True) for _ in range(3))
+    if rank == die and not late:
+        os._exit(7)
+    positions = torch.arange(n) + rank * n
+    rest = {"order": "contiguous", "schedule": "ring", **made}
+    out = attention(q, k, v, positions, rest.pop("rope"), **rest)
+    if rank == die:
+        os._exit(7)
+    assert isinstance(out, torch.Tensor)
+    out.sum().backward()
+    return f"{size} ranks"
+
+
+DIFFER: dict[str, tuple[dict[str, Any], str]] = {
+    "window": (
+        {"window": 3},
+        "window: expected the same on all ranks, got 0 on rank 0, 3 on rank 1",
+    ),
+    "order": ({"order": "balanced"}, "order: expected the same on all ranks, got contiguous on"),
+    "tokens": ({"queries": 5}, "tokens: expected the same on all ranks, got 16 on rank 0, 20 on"),
+    "rope": ({"rope": two_sets(8), "sets": torch.zeros(1).int()}, "factors: expected the same on"),
+    "n_hat": ({"rope": Shape(1, 1, 1, 1, 16).rope(8)}, "factors: expected the same on all ranks"),
+    "lengths": ({"lengths": torch.tensor([9])}, r"lengths: expected the same .* \[9\] on rank 1"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), DIFFER.values(), ids=DIFFER)
+def test_other_arguments_end_all(given: dict[str, Any], message: str, four: Ranks) -> None:
+    for answer in four("differ", small, {1: given}):
+        assert isinstance(answer, RuntimeError)
+        with pytest.raises(RuntimeError, match=f"^ValueError: {message}"):
+            raise answer
+    assert four("again", small, {}) == ["4 ranks"] * 4
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["forward", "backward"])
+def test_a_dead_rank_ends_the_others_by_name(late: bool) -> None:
+    pool = Ranks(3, timeout=5)
+    found = pool("die", small, {}, 1, late)
+    pool.close()
+    assert found[1] is None
+    for rank in (0, 2):
+        assert isinstance(found[rank], RuntimeError), found[rank]
+        assert "died or did not answer" in str(found[rank])
+    named = [str(found[rank]) for rank in (0, 2)]
+    assert any("rank 1 of 3" in text for text in named)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "schedule": ({"schedule": "both"}, "schedule: expected one of auto, ring, ulysses"),
+    "heads": ({"schedule": "ulysses"}, "schedule: 'ulysses' needs KV heads that 4 ranks divide"),
+    "order": ({"order": "mixed"}, "order: expected 'balanced' or 'contiguous', got 'mixed'"),
+    "tokens": ({"tokens": 3}, "tokens: a sequence of 3 tokens has . on rank . of 4"),
+    "group": ({"group": 3}, "group: expected a ProcessGroup, a DeviceMesh or None, got int"),
+    "backend": ({"backend": "native"}, "backend: expected one of reference, composed, triton or"),
+    "composed": ({"backend": "composed", "softcap": 1.0}, "backend: 'composed' serves neither"),
+    "window": ({"backend": "triton", "window": 2}, "backend: 'triton' serves no window here"),
+    "sets": ({"rope": two_sets(8)}, "lengths: expected lengths= or sets="),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), BAD.values(), ids=BAD)
+def test_what_is_not_served_is_refused(given: dict[str, Any], message: str, four: Ranks) -> None:
+    for answer in four("refuse", small, dict.fromkeys(range(4), given)):
+        with pytest.raises(RuntimeError, match=message):
+            raise answer
+
+
+def test_without_processes() -> None:
+    with pytest.raises(RuntimeError, match="group: expected processes that"):
+        shard(torch.zeros(1, 2))
+
+
+def of_unshard() -> None:
+    unshard(torch.zeros(1, 2, requires_grad=True))
+
+
+def test_unshard_has_no_gradient(four: Ranks) -> None:
+    for answer in four("unshard", of_unshard):
+        assert "x: expected one without grad" in str(answer)
