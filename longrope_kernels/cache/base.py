@@ -199,12 +199,7 @@ class Cache(ABC):
         if k.dim() == 3:
             k, v, mapping = k[None], v[None], mapping[None]
         k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
-        cache = Keys(
-            self.k(layer),
-            self.v(layer),
-            k_scale=_of_layer(self._k_scale, layer),
-            v_scale=_of_layer(self._v_scale, layer),
-        )
+        cache = Keys(self.k(layer), self.v(layer), **self.scales(layer))
         check_apart({"k_cache": cache.k, "v_cache": cache.v}, {"k": k, "v": v})
         call = AppendCall(*alike(k, v), cache, mapping)
         write(call, choose_append(None, call))
@@ -265,8 +260,7 @@ class Cache(ABC):
         """
         own: dict[str, Any] = {
             "block_table": self.block_table,
-            "k_scale": _of_layer(self._k_scale, layer),
-            "v_scale": _of_layer(self._v_scale, layer),
+            **self.scales(layer),
         }
         if k_new is not None and v_new is not None:
             k_new, v_new = self._check_new(k_new, v_new, ("k_new", "v_new"))
@@ -287,6 +281,12 @@ class Cache(ABC):
         check_count("layer", layer, 0, self.layers - 1)
         return self._shaped(self._v[layer])
 
+    def scales(self, layer: int = 0) -> dict[str, torch.Tensor | None]:
+        """``k_scale`` and ``v_scale`` of a layer as `longrope_kernels.decode` takes them."""
+        check_count("layer", layer, 0, self.layers - 1)
+        scales = {"k_scale": self._k_scale, "v_scale": self._v_scale}
+        return {name: None if x is None else x[layer] for name, x in scales.items()}
+
     def gather(self, row: int, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values of one row in order, for `longrope_kernels.attention`.
 
@@ -304,7 +304,7 @@ class Cache(ABC):
         k, v = (as_bytes(x[layer])[address].view(self.dtype) for x in (self._k, self._v))
         if self.dtype != FLOAT8:
             return k, v
-        scales = (_of_layer(scale, layer) for scale in (self._k_scale, self._v_scale))
+        scales = self.scales(layer).values()
         k, v = (
             x.float() if scale is None else x.float() * scale[:, None]
             for x, scale in zip((k, v), scales, strict=True)
@@ -468,10 +468,6 @@ class Cache(ABC):
 def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Memory of one layer's keys or values, not initialised."""
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _of_layer(scale: torch.Tensor | None, layer: int) -> torch.Tensor | None:
-    return None if scale is None else scale[layer]
 
 
 def _check_tokens(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from ..calls import arguments, autocast, values
 from ..ops.rotary import apply_rotary
 from ..rope.value import Rope
 from . import blocks, heads, ring
+from .fields import shown
 from .ranks import ALONE, Group, Ranks, agree, ranks_of
 from .schedule import choose_schedule
 from .shards import Order, Spans, check_order, spans_of, whole_length
@@ -135,10 +134,10 @@ def attention(
     fields: dict[str, Any] = {"tokens": tokens, "order": order, "schedule": schedule}
     fields |= {"batch": batch, "heads": q_heads, "kv_heads": kv_heads, "dim": dim}
     fields |= {"dtype": str(q.dtype), "device": q.device.type, "layout": layout}
-    fields |= {"factors": _shown(factors), "n_hat": n_hat, "base": base}
+    fields |= {"factors": shown(factors), "n_hat": n_hat, "base": base}
     fields |= {"interleaved": interleaved, "attention_factor": attention_factor, **scores._asdict()}
-    fields |= {"cu_seqlens": _shown(cu_seqlens), "kv_start": _shown(kv_start)}
-    fields |= {"lengths": _shown(lengths), "sets": _shown(sets)}
+    fields |= {"cu_seqlens": shown(cu_seqlens), "kv_start": shown(kv_start)}
+    fields |= {"lengths": shown(lengths), "sets": shown(sets)}
     fields |= {"backend": backend, "requires_grad": trains}
     agree(ranks, fields, q.device)
     with autocast.off(q):
@@ -210,18 +209,3 @@ def _rotated(
     q, turned = apply_rotary(q, k, positions, factors, n_hat, **rest)
     assert turned is not None
     return q, turned
-
-
-def _shown(x: object) -> object:
-    """An argument as ranks compare it and an error shows it."""
-    if isinstance(x, torch.Tensor):
-        return x.tolist() if values.readable(x) else tuple(x.shape)
-    if isinstance(x, Rope):
-        return _of_rope(x)
-    return list(x) if isinstance(x, Sequence) else x
-
-
-@lru_cache(maxsize=64)
-def _of_rope(rope: Rope) -> str:
-    digest = hashlib.sha256(repr(rope).encode()).hexdigest()[:12]
-    return f"a Rope of {len(rope.sets)} sets ({digest})"

@@ -125,9 +125,9 @@ def unshard(
     x = x.movedim(dim, 0)
     padded = x.new_zeros((most, *x.shape[1:]))
     padded[: x.shape[0]] = x
-    gathered = _gathered(ranks.ring, _gathered(ranks.heads, padded[None]))
+    padded = gathered(ranks.ring, gathered(ranks.heads, padded[None]))
     whole = x.new_empty((tokens, *x.shape[1:]))
-    for spans, part in zip(parts, gathered, strict=True):
+    for spans, part in zip(parts, padded, strict=True):
         at = 0
         for start, stop in spans:
             whole[start:stop] = part[at : at + stop - start]
@@ -135,7 +135,7 @@ def unshard(
     return whole.movedim(0, dim)
 
 
-def _gathered(line: Line, x: torch.Tensor) -> torch.Tensor:
+def gathered(line: Line, x: torch.Tensor) -> torch.Tensor:
     """Those of all ranks of the line, along the first dimension."""
     if line.size == 1:
         return x
