@@ -145,12 +145,16 @@ class Worker {
         cos_((many_ ? kTile : kGroup) * layout.row),
         sin_((many_ ? kTile : kGroup) * layout.row),
         turned_((many_ ? kTile : kGroup) * layout.padded),
+        columns_(many_ ? kTile * layout.padded : 0),
         scores_((many_ ? groups_ : a.heads) * most_queries(a) * kTile),
         sum_(layout.values),
         widened_(widens_values(groups_ * most_queries(a)) ? kWidened * layout.values : 0) {
     // The padding of these meets that of keys, and 0 times NaN is NaN.
     for (Floats* x : {&cos_, &sin_, &turned_}) x->fill(0.0f);
     for (int64_t j = 0; j < kWidened; ++j) widened_rows_[j] = widened_.at(j * layout.values);
+    for (int64_t c = 0; many_ && c < layout.padded; ++c) {
+      columns_rows_.push_back(columns_.at(c * kTile));
+    }
   }
 
   // Rotates query t of a part, all heads of it, into its rows of q.
@@ -235,7 +239,7 @@ class Worker {
  private:
   bool widens_values(int64_t group_rows) const {
     return a_.dim % kWidth != 0 ||
-           (group_rows > 2 * kRowBlock && !std::is_same<T, float>::value);
+           (group_rows > 2 * kRowBlock && (many_ || !std::is_same<T, float>::value));
   }
 
   void find_slot(int64_t sequence, int64_t slot, int64_t j) {
@@ -264,14 +268,7 @@ class Worker {
                                cos_.at(j * layout_.row), sin_.at(j * layout_.row), layout_);
       }
       const int64_t first = h * group_rows_;
-      for (int64_t row = 0; row < group_rows_; row += kRowBlock) {
-        with_constant<kRowBlock>(group_rows_ - row, [&](auto rows) {
-          for (int64_t g = 0; g < keys; g += kGroup) {
-            score_block<rows()>(q + (first + row) * padded, turned_.at(g * padded), padded,
-                                scores_.at(row * kTile + g));
-          }
-        });
-      }
+      score_columns(q + first * padded);
       for (int64_t row = 0; row < group_rows_; ++row) {
         weigh_row(s, begin, keys, row, scores_.at(row * kTile),
                   sums + (first + row) * layout_.values, states[first + row]);
@@ -279,6 +276,29 @@ class Worker {
       for (int64_t g = 0; g < keys; g += most) {
         add_values(h, g, std::min(most, keys - g), scores_.at(g), sums);
       }
+    }
+  }
+
+  // The scores of all keys of the tile, turned before, with the rows of a KV head: a weighted sum of
+  // the columns of the keys, which wants no sum within a vector.
+  void score_columns(const float* q) {
+    const int64_t padded = layout_.padded;
+    for (int64_t j = 0; j < kTile; j += kWidth) {
+      for (int64_t c = 0; c < padded; c += kWidth) {
+        Vec rows[kWidth];
+        for (int i = 0; i < kWidth; ++i) rows[i] = load(turned_.at((j + i) * padded + c));
+        store_columns(columns_.at(c * kTile + j), kTile, rows);
+      }
+    }
+    std::fill(scores_.at(0), scores_.at(group_rows_ * kTile), 0.0f);
+    for (int64_t row = 0; row < group_rows_; row += kRowBlock) {
+      with_constant<kRowBlock>(group_rows_ - row, [&](auto rows) {
+        for (int64_t j = 0; j < kTile; j += kVecBlock * kWidth) {
+          add_block<rows(), std::min<int>(kVecBlock, kTile / kWidth)>(
+              columns_rows_.data(), j, 0, padded, q + row * padded, padded,
+              scores_.at(row * kTile + j), kTile);
+        }
+      });
     }
   }
 
@@ -399,7 +419,7 @@ class Worker {
         for (int64_t row = 0; row < group_rows_; row += kRowBlock) {
           with_constant<kRowBlock>(group_rows_ - row, [&](auto rows) {
             add_block<rows(), vecs()>(values, offset + c, row == 0 ? ahead : 0, keys,
-                                      weights + row * kTile, sums + row * width + c, width);
+                                      weights + row * kTile, kTile, sums + row * width + c, width);
           });
         }
       });
@@ -415,10 +435,12 @@ class Worker {
   Floats cos_;         // (kGroup or kTile, row)
   Floats sin_;         // (kGroup or kTile, row)
   Floats turned_;      // (kGroup or kTile, padded)
+  Floats columns_;     // (padded, kTile), where many
   Floats scores_;      // (rows of all KV heads or of one, kTile), then weights
   Floats sum_;         // (values,)
   Floats widened_;     // (kWidened, values), or nothing
   const float* widened_rows_[kWidened];
+  std::vector<const float*> columns_rows_;  // of columns_
   // Of the part.
   int64_t group_rows_;  // of a KV head
   bool widens_values_;

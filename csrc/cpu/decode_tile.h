@@ -273,11 +273,12 @@ LONGROPE_UNROLL
   if constexpr (kVecs % 2 == 1) x[kVecs - 1] = load(p + (kVecs - 1) * kWidth);
 }
 
-// The weighted sum of values over the keys of a tile, for kRows queries and kVecs vectors. Asks for
-// what lies so many elements ahead meanwhile, unless that is 0.
+// The weighted sum of values over the keys of a tile, for kRows queries, whose weights are
+// `weight_stride` apart, and kVecs vectors. Asks for what lies so many elements ahead meanwhile,
+// unless that is 0.
 template <int kRows, int kVecs, typename T>
 inline void add_block(const T* const* values, int64_t offset, int64_t ahead, int64_t keys,
-                      const float* weights, float* sums, int64_t stride) {
+                      const float* weights, int64_t weight_stride, float* sums, int64_t stride) {
   Vec sum[kRows][kVecs];
 LONGROPE_UNROLL
   for (int r = 0; r < kRows; ++r)
@@ -289,7 +290,7 @@ LONGROPE_UNROLL
     if (ahead != 0) prefetch_row<2>(values[j] + offset + ahead, kVecs * kWidth);
 LONGROPE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec w = splat(weights[r * kTile + j]);
+      const Vec w = splat(weights[r * weight_stride + j]);
 LONGROPE_UNROLL
       for (int c = 0; c < kVecs; ++c) sum[r][c] = multiply_add(x[c], w, sum[r][c]);
     }

@@ -78,6 +78,26 @@ inline void store_sums(float* p, const Vec (&v)[4]) {
   _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 
+// Stores the columns of v, kWidth rows, `stride` apart.
+inline void store_columns(float* p, int64_t stride, const Vec (&v)[kWidth]) {
+  Vec pairs[kWidth], fours[kWidth];
+  for (int i = 0; i < kWidth; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  // Of rows i to i + 3: column c in the first half, 4 + c in the second.
+  for (int i = 0; i < kWidth; i += 4) {
+    fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(p + c * stride, _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x20));
+    _mm256_storeu_ps(p + (4 + c) * stride, _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x31));
+  }
+}
+
 inline Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec multiply_subtract(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }

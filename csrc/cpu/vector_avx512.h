@@ -86,6 +86,32 @@ inline void store_sums(float* p, const Vec (&v)[4]) {
   _mm_storeu_ps(p, sum_of_quarters(sums));
 }
 
+// Stores the columns of v, kWidth rows, `stride` apart.
+inline void store_columns(float* p, int64_t stride, const Vec (&v)[kWidth]) {
+  Vec pairs[kWidth], fours[kWidth];
+  for (int i = 0; i < kWidth; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+  // Of rows i to i + 3: column c in the first quarter, 4 + c in the second, ...
+  for (int i = 0; i < kWidth; i += 4) {
+    fours[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    fours[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    fours[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    fours[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const Vec a = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0x44);
+    const Vec b = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0xee);
+    const Vec d = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0x44);
+    const Vec e = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0xee);
+    _mm512_storeu_ps(p + c * stride, _mm512_shuffle_f32x4(a, d, 0x88));
+    _mm512_storeu_ps(p + (4 + c) * stride, _mm512_shuffle_f32x4(a, d, 0xdd));
+    _mm512_storeu_ps(p + (8 + c) * stride, _mm512_shuffle_f32x4(b, e, 0x88));
+    _mm512_storeu_ps(p + (12 + c) * stride, _mm512_shuffle_f32x4(b, e, 0xdd));
+  }
+}
+
 inline Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec multiply_subtract(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }

@@ -57,6 +57,13 @@ inline void store_sums(float* p, const Vec (&v)[4]) {
   }
 }
 
+// Stores the columns of v, kWidth rows, `stride` apart.
+inline void store_columns(float* p, int64_t stride, const Vec (&v)[kWidth]) {
+  for (int c = 0; c < kWidth; ++c) {
+    for (int i = 0; i < kWidth; ++i) p[c * stride + i] = v[i].lane[c];
+  }
+}
+
 inline Vec multiply(Vec a, Vec b) {
   for (int i = 0; i < kWidth; ++i) a.lane[i] *= b.lane[i];
   return a;
