@@ -86,13 +86,10 @@ class Case:
         call = DecodeCall(q, keys, tables, Selection(), scores)
         splits = decode.splits_of(call, self.arch, MULTIPROCESSORS[self.arch])
         of_splits = empty(splits.most, *lse.shape, self.dim, dtype=torch.float32)
+        scratch = (of_splits, of_splits[..., 0].contiguous(), empty(1024, dtype=torch.int32))
         return decode.plan(
-            call,
-            torch.empty_like(q),
-            lse,
-            (of_splits, of_splits[..., 0].contiguous(), empty(1024, dtype=torch.int32)),
-            self.arch,
-            splits,
+            *(call, torch.empty_like(q), lse, scratch if splits.most > 1 else None),
+            *(self.arch, splits),
         )
 
 
@@ -102,6 +99,7 @@ VARIANTS = (
     {"block_size": 16},
     {"block_size": 16, "positions": True},
     {"queries": 16},
+    {"queries": 512, "block_size": 16},
 )
 MORE_VARIANTS = (
     {"block_size": 64},
@@ -124,6 +122,7 @@ def cases() -> Iterator[Case]:
             yield from (Case(dim, arch, **variant) for variant in variants)
         elif dim in (96, 256):
             yield Case(dim, arch, queries=16)
+            yield Case(dim, arch, queries=512, block_size=16)
     for arch in (86, 89, 120):
         yield Case(128, arch)
         yield Case(128, arch, block_size=16, float8=True)

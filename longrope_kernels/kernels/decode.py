@@ -107,7 +107,9 @@ def choose_config(arch: int, dim: int, rows: int) -> Config:
 
 def config_of(call: DecodeCall, arch: int) -> Config:
     """The tiles of a call."""
-    return choose_config(arch, call.q.shape[3], _rows_of_kv_head(call))
+    rows, dim = _rows_of_kv_head(call), call.q.shape[3]
+    # Of a prompt those of more rows would spill there.
+    return choose_config(arch, dim, 16 if _many(call) and dim > 128 else rows)
 
 
 def splits_of(
