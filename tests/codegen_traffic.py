@@ -42,7 +42,11 @@ VARIANTS = (
     {"dim": 256},
     {"dim": 128, "interleaved": True},
     {"dim": 128, "block_size": 16},
+    {"dim": 64, "block_size": 16, "float8": True},
+    {"dim": 96, "block_size": 16, "float8": True},
     {"dim": 128, "block_size": 16, "float8": True},
+    {"dim": 256, "block_size": 16, "float8": True},
+    {"dim": 128, "block_size": 16, "float8": True, "interleaved": True},
 )
 
 

@@ -26,17 +26,21 @@ def test_the_page_is_of_these_kernels(output: dict[str, Any]) -> None:
 
 
 def test_the_cache_is_read_once_and_little_else(rows: list[Row]) -> None:
-    assert_all(rows, lambda row: 1 <= row["distinct"] < 1.02 and row["moved"] < 1.15)
+    """Of 96 dimensions in float8, some pieces are half a sector, which caches bring once."""
+    assert_all(rows, lambda row: 1 <= row["distinct"] < 1.02)
+    whole = [row for row in rows if not (row["float8"] and row["dim"] == 96)]
+    assert_all(whole, lambda row: row["moved"] < 1.15)
 
 
 def test_lanes_do_not_wait_for_one_another_at_the_banks(rows: list[Row]) -> None:
-    """But of float8 caches, whose values and rotated keys Triton stores with conflicts."""
-    of_16_bits = [row for row in rows if not row["float8"]]
-    assert_all(of_16_bits, lambda row: row["turns"] <= 1.03 * row["least_turns"])
+    assert_all(rows, lambda row: row["turns"] <= 1.03 * row["least_turns"])
 
 
 def test_memory_bounds_decoding_and_not_the_banks(rows: list[Row]) -> None:
-    """Of the turns that fit beside the bytes of a 16-bit cache, four fifths at most."""
+    """Of the turns that fit beside the bytes of a 16-bit cache, four fifths at most.
+
+    float8 halves the bytes and not the turns: what it stores as 16 bits is stored once more.
+    """
     of_16_bits = [row for row in rows if not row["float8"]]
     assert_all(
         of_16_bits,

@@ -29,12 +29,12 @@ from .attention_tiles import (
     wide,
 )
 from .decode_cache import block_ids, slot_rows
-from .decode_float8 import CONVERT, SHIFT, half_pieces
+from .decode_float8 import CONVERT, SHIFT, half_pieces, pieces_as_16_bits
 from .decode_sets import queries_of_set, selection_args, set_of_query, several_sets
 from .decode_splits import combine_if_last, keys_of_sequence, split_keys, tiles_of_split
 from .launch import Launch, matrix_args, tensor_args, vector_args
 from .pieces import (
-    ROOMY,
+    NARROW,
     WIDE,
     add_dots,
     dot_rows,
@@ -185,7 +185,7 @@ def plan(
         "DIM": dim,
         "PAIRS": tables.pairs,
         "SETS": tables.sets,
-        "PAIRING": int(tables.interleaved) + (ROOMY.value if float8 else 0),
+        "PAIRING": int(tables.interleaved) + (NARROW.value if float8 else 0),
         "WINDOW": window > 0,
         "SOFTCAP": scores.cap > 0,
         "ONE_QUERY": queries == 1,
@@ -405,7 +405,7 @@ def decode_kernel(
     border = 0
     if key_positions[0] is None and PAIRS > 0:
         border = start + tl.minimum(tl.load(rope[1] + i_set), high).to(tl.int32)
-    acc = zero_pieces(BLOCK_M, WIDE, DIM, False)
+    acc = zero_pieces(BLOCK_M, WIDE, DIM, PAIRING)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for part in range(tl.where(border > begin, 0, 1), 2):
@@ -428,6 +428,8 @@ def decode_kernel(
         b_q = load_pieces(rows, in_q[:, None], PAIRS, DIM, PAIRING)
         b_q = rotate_pieces(b_q, n_q, original, a, p_steps, PAIRS, PAIRING, False)
         b_q = narrow_pieces(b_q, dtype)
+        if FLOAT8:
+            b_q = pieces_as_16_bits(b_q)
 
         ids = block_ids(table, i_b, j_begin, low, high, BLOCK_SIZE, BLOCK_N)
         for j0 in range(j_begin, part_high, BLOCK_N):
@@ -439,10 +441,10 @@ def decode_kernel(
             # Those of the next tile, so that its keys need not wait for them.
             ids = block_ids(table, i_b, j0 + BLOCK_N, low, high, BLOCK_SIZE, BLOCK_N)
             b_k = load_pieces(rows_k, exist[:, None], PAIRS, DIM, PAIRING)
-            b_v = load_pieces(rows_v, exist[:, None], WIDE, DIM, False)
+            b_v = load_pieces(rows_v, exist[:, None], WIDE, DIM, PAIRING)
             if FLOAT8:
-                b_k = half_pieces(b_k, exist.to(tl.int8)[:, None], FLOAT8)
-                b_v = half_pieces(b_v, exist.to(tl.int8)[:, None], FLOAT8)
+                b_k = half_pieces(b_k, FLOAT8)
+                b_v = pieces_as_16_bits(half_pieces(b_v, FLOAT8))
             b_k = _rotate_keys(
                 b_k,
                 j0,
@@ -457,7 +459,10 @@ def decode_kernel(
                 PAIRING,
                 BLOCK_N,
             )
-            s = dot_rows(b_q, narrow_pieces(b_k, dtype), None)
+            b_k = narrow_pieces(b_k, dtype)
+            if FLOAT8:
+                b_k = pieces_as_16_bits(b_k)
+            s = dot_rows(b_q, b_k, None)
             seen = exist[None, :]
             if not ONE_QUERY:
                 seen = seen & (j[None, :] <= slot[:, None])
@@ -485,11 +490,11 @@ def decode_kernel(
     offset = (i_b * heads + i_h) * queries + i_t
     if splits == 1:
         rows = out[0] + i_b * out[1] + (i_t * out[2] + i_h * out[3])[:, None]
-        store_pieces(rows, in_q[:, None], acc, WIDE, DIM, False)
+        store_pieces(rows, in_q[:, None], acc, WIDE, DIM, PAIRING)
         tl.store(lse + offset, top * LN2, mask=in_q)
     if partial_out is not None and splits > 1:
         offset += wide(i_split) * batch * heads * queries
-        store_pieces(partial_out + (offset * DIM)[:, None], in_q[:, None], acc, WIDE, DIM, False)
+        store_pieces(partial_out + (offset * DIM)[:, None], in_q[:, None], acc, WIDE, DIM, PAIRING)
         tl.store(partial_lse + offset, top, mask=in_q)
         unit = i_unit
         if SEVERAL_SETS:

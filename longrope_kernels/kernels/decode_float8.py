@@ -39,13 +39,8 @@ _CONVERT_FOUR = tl.constexpr(
 
 
 @triton.jit
-def half_of_e4m3(x, rows, FLOAT8: tl.constexpr):
-    """The numbers (float16) of e4m3 codes x (uint8, (N, D)); NaN stays NaN.
-
-    rows: (N, 1) int8, anything the compiler cannot know. It is not used, but keeps the conversion
-    in the layout in which rows are loaded: in the one that a matrix product wants, each byte of a
-    column would be a load of its own.
-    """
+def half_of_e4m3(x, FLOAT8: tl.constexpr):
+    """The numbers (float16) of e4m3 codes x (uint8); NaN stays NaN."""
     if _INTERPRETED:
         bits = x.to(tl.int32)
         bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
@@ -54,8 +49,8 @@ def half_of_e4m3(x, rows, FLOAT8: tl.constexpr):
     else:
         y = tl.inline_asm_elementwise(
             _CONVERT_FOUR if FLOAT8 == CONVERT else _SHIFT_FOUR,
-            "=r,=r,r,r",
-            [x, rows],
+            "=r,=r,r",
+            [x],
             dtype=tl.float16,
             is_pure=True,
             pack=4,
@@ -64,9 +59,32 @@ def half_of_e4m3(x, rows, FLOAT8: tl.constexpr):
 
 
 @triton.jit
-def half_pieces(pieces, rows, FLOAT8: tl.constexpr):
-    """Pieces of e4m3 codes (uint8) to float16; rows: as in `half_of_e4m3`."""
+def half_pieces(pieces, FLOAT8: tl.constexpr):
+    """Pieces of e4m3 codes (uint8) to float16."""
     halves = ()
     for i in tl.static_range(len(pieces)):
-        halves += (half_of_e4m3(pieces[i], rows, FLOAT8),)
+        halves += (half_of_e4m3(pieces[i], FLOAT8),)
     return halves
+
+
+@triton.jit
+def _as_16_bits(x):
+    if _INTERPRETED:
+        y = x
+    else:
+        y = tl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return y
+
+
+@triton.jit
+def pieces_as_16_bits(pieces):
+    """The same 16-bit pieces, for a product, by a step that Triton does not look behind.
+
+    Where it finds bytes loaded, it lays out the operands of a product for them, and stores and
+    loads their 16 bits with conflicts at the banks; or it converts in the layout of the product, in
+    which each byte of a column is a load of its own.
+    """
+    same = ()
+    for i in tl.static_range(len(pieces)):
+        same += (_as_16_bits(pieces[i]),)
+    return same

@@ -11,8 +11,7 @@ of them, or four pieces 32, 32, 16, 16, and is never padded to 128. Two orders a
 - plain pieces, of v and the output: as in memory.
 
 Tuples of tensors carry them; ``PAIRS``, ``DIM`` and ``PAIRING`` say which they are. PAIRING is
-whether pairs are interleaved, a bool, or a number with ``JOINED`` added to it, or ``ROOMY``: then
-chunks have 16 pairs at least, some of which do not exist, and no piece is put together from two.
+whether pairs are interleaved, a bool, or a number with ``JOINED`` or ``NARROW`` added to it.
 
 Short names: see rotation.py.
 """
@@ -26,10 +25,9 @@ from .rotation import _INTERPRETED, below_threshold, cos_sin, cos_sin_approx, na
 # and of 16 columns each of them would do all.
 WIDE = tl.constexpr(-1)
 
-# In ``PAIRING``. For float8: Triton up to 3.6 gives a product whose operand was joined from 8-bit
-# loads eight elements a lane in a row, of 32 columns at least, and of 16 columns takes wrong ones
-# (fixed upstream, triton-lang/triton#11691).
-ROOMY = tl.constexpr(2)
+# In ``PAIRING``: no piece is wider than 64. For float8, where a lane has 16 bytes of a row and
+# stores them as 32: eight lanes that do so at once meet in no bank where a row has four of them.
+NARROW = tl.constexpr(2)
 
 # In ``PAIRING``: firsts and seconds of a chunk share a piece. On sm_90 each product whose first
 # operand is in registers is waited for, so that fewer of them wait less.
@@ -44,6 +42,13 @@ def _powers(n, least):
 
 
 @triton.constexpr_function
+def _widths(n, least, pairing):
+    """Those of the pieces of n dimensions that are not rotated."""
+    wide = n // 64 if pairing & NARROW.value else 0
+    return [64] * wide + _powers(n - 64 * wide, least)
+
+
+@triton.constexpr_function
 def _chunks(pairs, pairing):
     """The widths of the chunks of pairs.
 
@@ -51,8 +56,7 @@ def _chunks(pairs, pairing):
     head need not be there all at once.
     """
     widest = 32 if pairing & 1 else 64
-    least = 16 if pairing & ROOMY.value else 8
-    return [widest] * (pairs // widest) + _powers(pairs % widest, least)
+    return [widest] * (pairs // widest) + _powers(pairs % widest, 8)
 
 
 @triton.constexpr_function
@@ -81,7 +85,7 @@ def _list_pieces(pairs, dim, pairing):
             pieces.append((pairs + start, width, 2 * pairs, False))
         start += width
     start = 2 * pairs
-    for width in _powers(dim - 2 * pairs, least):
+    for width in _widths(dim - 2 * pairs, least, pairing):
         pieces.append((start, width, dim, False))
         start += width
     return pieces
