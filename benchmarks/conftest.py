@@ -211,7 +211,7 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    recorder.note(session.config, _notes())
+    recorder.tell(session.config, {"note": _notes()})
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

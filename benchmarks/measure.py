@@ -226,7 +226,7 @@ class _Turns:
             rounds |= {name: self._fewest + int(n * spare / wanted) for name, n in more.items()}
 
     def _all_rounds(self, rows: dict[str, Timed], rounds: dict[str, int]) -> None:
-        recorder.begun(config, dict(self._ids[name] for name in rounds))
+        recorder.tell(config, {"begun": dict(self._ids[name] for name in rounds)})
         collects = gc.isenabled()
         gc.disable()
         passes = max(rounds.values())
@@ -264,7 +264,7 @@ class _Turns:
         rows: dict[str, Timed],
         rounds: dict[str, int],
     ) -> None:
-        recorder.begun(config, dict([self._ids[name]]))
+        recorder.tell(config, {"begun": dict([self._ids[name]])})
         begin = time.monotonic()
         try:
             row = prepare(name)

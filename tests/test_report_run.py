@@ -354,7 +354,7 @@ def test_the_page_says_what_clocks_were_seen(
     tmp_path: Path, measured: list[str], smi: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smi.touch()
-    assert facts._smi(facts._LASTING)["driver_version"] == "580.1"
+    assert facts.Asked(facts._LASTING).answer(None)["driver_version"] == "580.1"
     gpu = {"name": "NVIDIA H100", "driver_version": "580.1", "clocks.max.sm": "1980 MHz"}
     monkeypatch.setattr(facts, "describe", lambda root: {"cpu": "a processor", "gpu": gpu})
     of_run = runs.run_benchmarks

@@ -38,7 +38,7 @@ def describe(root: Path) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            **_smi(_LASTING),
+            **Asked(_LASTING).answer(None),
         }
     return facts
 
@@ -64,7 +64,7 @@ def folder_name(facts: dict[str, Any]) -> str:
 
 def clocks() -> dict[str, str]:
     """What nvidia-smi says now of clocks, power and heat; empty without it."""
-    return _smi(_CHANGING) if torch.cuda.is_available() else {}
+    return Asked().answer(None) if torch.cuda.is_available() else {}
 
 
 def gpu_refuses() -> bool:
@@ -79,30 +79,30 @@ def gpu_refuses() -> bool:
 
 
 class Asked:
-    """`clocks` of a time when this process has other things to do.
+    """nvidia-smi, which looks while this process has other things to do."""
 
-    ``answer`` is what nvidia-smi said since, or empty where it has said nothing yet.
-    """
-
-    def __init__(self) -> None:
-        self._process = None
+    def __init__(self, fields: tuple[str, ...] = _CHANGING) -> None:
+        self._fields, self._process = fields, None
         if shutil.which("nvidia-smi") is not None:
             self._process = subprocess.Popen(
-                _question(_CHANGING),
+                _question(fields),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 stdin=subprocess.DEVNULL,
                 text=True,
             )
 
-    def answer(self) -> dict[str, str]:
+    def answer(self, seconds: float | None = 0.0) -> dict[str, str]:
+        """What it says within seconds, None for as long as it takes; empty where it is nothing."""
         if self._process is None:
             return {}
-        too_late = self._process.poll() is None
-        if too_late:
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
             self._process.kill()
         line, _ = self._process.communicate()
-        return {} if too_late or self._process.returncode else _values(_CHANGING, line)
+        values = (value.strip() for value in line.split(","))
+        return {} if self._process.returncode else dict(zip(self._fields, values, strict=False))
 
 
 def spread(samples: list[dict[str, str]]) -> dict[str, dict[str, Any]]:
@@ -137,11 +137,6 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _smi(fields: tuple[str, ...]) -> dict[str, str]:
-    line = _output(*_question(fields))
-    return {} if line is None else _values(fields, line)
-
-
 def _question(fields: tuple[str, ...]) -> tuple[str, ...]:
     device = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"  # torch's first
     return (
@@ -150,10 +145,6 @@ def _question(fields: tuple[str, ...]) -> tuple[str, ...]:
         "--format=csv,noheader",
         f"--id={device}",
     )
-
-
-def _values(fields: tuple[str, ...], line: str) -> dict[str, str]:
-    return dict(zip(fields, (value.strip() for value in line.split(",")), strict=False))
 
 
 def _output(*command: str) -> str | None:

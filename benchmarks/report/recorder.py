@@ -25,25 +25,21 @@ def pytest_configure(config: Any) -> None:
         config.pluginmanager.register(_Recorder(path), "longrope-recorder")
 
 
-def note(config: Any, what: dict[str, Any]) -> None:
-    """A line of what is known beside the tests, where a recorder runs."""
-    recorder = _of(config)
-    if recorder is not None:
-        recorder.write({"note": what})
+def tell(config: Any, line: Mapping[str, Any]) -> bool:
+    """A line beside those of the tests, where a recorder runs; whether one does.
 
-
-def begun(config: Any, rows: Mapping[str, str]) -> None:
-    """These rows, by node id, run from now on: where the process ends amid them, one ended it."""
-    recorder = _of(config)
-    if recorder is not None:
-        recorder.write({"begun": dict(rows)})
+    A "note" is what is known beside them. "begun" has the rows, by node id, that run from now on:
+    where the process ends amid them, one ended it.
+    """
+    recorder = config and config.pluginmanager.get_plugin("longrope-recorder")
+    if recorder:
+        recorder.write(line)
+    return bool(recorder)
 
 
 def broke(config: Any, test: str, row: str, error: Exception) -> None:
     """Ends this process, of which a row left nothing to measure with; others go on elsewhere."""
-    recorder = _of(config)
-    if recorder is not None:
-        recorder.write(failure(test, row, (str(error).splitlines() or [repr(error)])[0]))
+    if tell(config, failure(test, row, (str(error).splitlines() or [repr(error)])[0])):
         os._exit(BROKEN)  # what pytest would do at its end waits for the GPU
 
 
@@ -59,10 +55,6 @@ def entries(record: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found
-
-
-def _of(config: Any) -> Any:
-    return config and config.pluginmanager.get_plugin("longrope-recorder")
 
 
 class _Recorder:
@@ -87,7 +79,7 @@ class _Recorder:
             line = {"test": report.nodeid, "outcome": "failed", "reason": _reason(report.longrepr)}
             self.write(line)
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line, default=str) + "\n")
 
     def pytest_unconfigure(self) -> None:

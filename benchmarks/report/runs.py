@@ -160,17 +160,15 @@ def _wait(
     process: subprocess.Popen[Any], seconds: float, record: Path, silent: float
 ) -> int | str | None:
     """See `_pytest`."""
-    end, left, patience = time.monotonic() + seconds, seconds, silent
-    status = None
-    while status is None:
-        try:
-            return process.wait(min(left, patience))
-        except subprocess.TimeoutExpired:
-            if left <= patience:
-                break
-        left = end - time.monotonic()
+    end, left, status = time.monotonic() + seconds, seconds, None
+    while status is None and left > 0:
         patience = silent - (time.time() - record.stat().st_mtime)
-        status = STOPPED if patience <= 0 else None
+        if patience <= 0:
+            status = STOPPED
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(min(left, patience))
+        left = end - time.monotonic()
     process.send_signal(signal.SIGINT)  # pytest ends its workers and says what it has
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10)
