@@ -79,6 +79,16 @@ def unwatched(*tensors: torch.Tensor) -> bool:
     return runs_now(*tensors) and not torch._C._autograd._profiler_enabled()
 
 
+@constant_in_graphs
+def in_context_parallel() -> bool:
+    """Whether torch's own ``context_parallel`` is in force, which puts its attention in the place.
+
+    To ask its module would import it, which takes a second.
+    """
+    attends = torch.nn.functional.scaled_dot_product_attention
+    return (attends.__module__ or "").startswith("torch.distributed.")
+
+
 def flash_attention_on_cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

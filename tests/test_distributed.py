@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,6 +248,28 @@ def test_the_schedule_sends_the_less() -> None:
         choose_schedule(32, 8, 3, "ulysses")
     with pytest.raises(ValueError, match="schedule: expected one of auto, ring, ulysses, got 'x'"):
         choose_schedule(32, 8, 3, "x")
+
+
+# -------------------------------------------------------------------------------------- the page
+
+
+def page() -> list[tuple[int, ...]]:
+    """What docs/distributed.md shows, with the names that it leaves to the reader."""
+    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text("utf-8")
+    torch.manual_seed(0)
+    tokens, rope = 9, two_sets(8)
+    q, k, v = (torch.randn(1, tokens, heads, 16) for heads in (4, 2, 2))
+    sizes = {"batch": 1, "capacity": 8, "kv_heads": 2, "head_dim": 16, "layers": 1, "layer": 0}
+    new = {"q_new": q[:, :1], "k_new": k[:, :1], "v_new": v[:, :1]}
+    given = {"q": q, "k": k, "v": v, "positions": torch.arange(tokens)[None]}
+    namespace: dict[str, Any] = {"rope": rope, "tokens": tokens, **sizes, **new, **given}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, namespace)
+    return [tuple(namespace[name].shape) for name in ("everything", "out")]
+
+
+def test_the_page_runs(four: Ranks) -> None:
+    assert four("page", page) == [[(1, 9, 4, 16), (1, 1, 4, 16)]] * 4
 
 
 # ---------------------------------------------------------------------------------------- errors

@@ -257,3 +257,43 @@ def test_repr_says_what_holds():
     assert f"sets(max_length, n_hat)=[({SWITCH}, 0), (None, 0)]" in shown
     assert "cache='unrotated'" in shown
     assert family_config("phi3").rope_parameters["original_max_position_embeddings"] == SWITCH
+
+
+# ------------------------------------------------------------------------- torch's context_parallel
+
+
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("family", "cache"), [("phi3", "unrotated"), ("llama", "unrotated"), ("phi3", "rotated")]
+)
+def test_refused_under_torchs_context_parallel(family, cache, one_rank):
+    """Where a shard would attend to itself alone, or choose its set by itself."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    model = enable(family_model(family), cache=cache)
+    positions = torch.arange(tokens().shape[1])[None]
+    expected = r"^context_parallel: an enabled model would attend within the shard"
+    with (
+        context_parallel(one_rank, buffers=[positions], buffer_seq_dims=[1]),
+        pytest.raises(RuntimeError, match=expected),
+    ):
+        run(model, position_ids=positions, use_cache=False)
+    run(model, position_ids=positions, use_cache=False)
+
+
+def test_one_set_is_rotated_under_torchs_context_parallel(one_rank):
+    """Positions are all that it reads; the attention is torch's, which has none for a CPU there."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    model = enable(family_model("llama"), cache="rotated")
+    positions = torch.arange(tokens().shape[1])[None]
+    with context_parallel(one_rank, buffers=[positions], buffer_seq_dims=[1]):
+        model.model.rotary_emb(None, positions)

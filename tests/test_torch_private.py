@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longrope_kernels import Rope, apply_rotary, torch_private
@@ -180,3 +182,21 @@ def test_flash_attention_on_cpu_has_lse_and_takes_that_over_more_keys(causal: bo
     found = sum(dqs), torch.cat(dks, 2), torch.cat(dvs, 2)
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y.float())
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_context_parallel_is_seen() -> None:
+    from torch.distributed.tensor.experimental import context_parallel
+
+    x = torch.zeros(1, 8)
+    assert not torch_private.in_context_parallel()
+    with context_parallel(init_device_mesh("cpu", (1,)), buffers=[x], buffer_seq_dims=[1]):
+        assert torch_private.in_context_parallel()
+    assert not torch_private.in_context_parallel()

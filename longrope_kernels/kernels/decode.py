@@ -5,8 +5,9 @@ rotated once for them, and a part of the keys (decode_splits.py). Those of a pro
 tile has rows for, are many programs, each with all keys that its own queries see. Memory bounds a
 step: on an H200 a multiprocessor has about 25 cycles for the 512 bytes of a key and a value of 128
 dimensions in 16 bits, in which each of its four schedulers issues up to 25 instructions;
-reports/codegen/decode.md counts what a tile takes. Keys are rotated in the layout in which they are loaded, where both
-dimensions of a pair are in one thread, and go to the matrix unit through shared memory.
+reports/codegen/decode.md counts what a tile takes. Keys are rotated in the layout in which they are
+loaded, where both dimensions of a pair are in one thread, and go to the matrix unit through shared
+memory.
 
 Short names: see rotation.py.
 """

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...ops.rotary import apply_rotary
 from ...rope.value import Rope
+from ...torch_private import in_context_parallel
 from .architectures import Architecture
 from .contacts import install
 from .markers import Rotated, Unrotated
@@ -60,9 +61,21 @@ class ExactRotaryEmbedding(nn.Module):
             x: not read; the hidden states, of which transformers' module takes device and dtype.
             position_ids: (batch, seq) or (1, seq), int32 or int64.
         """
+        if in_context_parallel():
+            self._check_shard()
         if self.settings.cache == "unrotated":
             return position_ids, Unrotated(position_ids)
         return position_ids, Rotated(position_ids.max() + 1, self._rotate)
+
+    def _check_shard(self) -> None:
+        """A shard of tokens shows neither the keys of the others nor the length of the whole."""
+        if self.settings.cache == "rotated" and not self.settings.chooses:
+            return
+        raise RuntimeError(
+            "context_parallel: an enabled model would attend within the shard of a rank and choose "
+            "its factor set by it; expected longrope_kernels.distributed.attention in the model's "
+            "code, or enable(..., cache='rotated') with a Rope of one set"
+        )
 
     def _rotate(
         self,
