@@ -12,6 +12,7 @@
 #include "cpu/instruction_sets.h"
 #include "from_python.h"
 #include "kind.h"
+#include "overlap.h"
 #include "selection.h"
 
 #if defined(__linux__)
@@ -119,6 +120,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("rotary", &rotary, "Rotate q and k: RotaryCall, outputs, threads, instruction set.");
   m.def("decode", &decode, "Attend to a cache: DecodeCall, out, lse, threads, instruction set.");
   m.def("kind_of", &longrope_calls::kind_of, "What is known of arguments without their values.");
+  m.def("filled", &longrope_calls::filled, "A form with the tensors of arguments in their places.");
+  m.def("clearly_apart", &longrope_calls::clearly_apart, "What is written, and what is read.");
   m.def("append", &append, "Write into a cache: AppendCall, threads.");
   m.def("ask_for_huge_pages", [](py::handle x) {
     const auto fresh = from_python<Tensor>(x);

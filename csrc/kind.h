@@ -22,14 +22,13 @@ class Kind {
     if (x == Py_True) return letter('t');
     if (x == Py_False) return letter('f');
     if (PyTuple_Check(x)) return add_tuple(x);
-    if (Py_TYPE(x) == tensor_type || Py_TYPE(x) == parameter_type) return add_tensor(x);
+    if (is_tensor(x)) return add_tensor(x);
     if (PyLong_CheckExact(x)) return add_integer(x);
     if (PyFloat_CheckExact(x)) return add_float(PyFloat_AS_DOUBLE(x));
     return PyUnicode_CheckExact(x) && add_text(x);
   }
 
   const std::string& bytes() const { return bytes_; }
-  const std::vector<PyObject*>& tensors() const { return tensors_; }
 
  private:
   bool letter(char what) {
@@ -118,6 +117,34 @@ inline pybind11::object kind_of(pybind11::handle arguments) {
   Kind kind;
   if (!kind.add(arguments.ptr())) return pybind11::none();
   return pybind11::bytes(kind.bytes());
+}
+
+// The tensors of arguments, tuples in the order of their items.
+inline void collect(PyObject* x, std::vector<PyObject*>& to) {
+  if (is_tensor(x)) to.push_back(x);
+  if (!PyTuple_Check(x)) return;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(x); ++i) collect(PyTuple_GET_ITEM(x, i), to);
+}
+
+inline pybind11::object fill(PyObject* form, const std::vector<PyObject*>& tensors) {
+  namespace py = pybind11;
+  if (PyBytes_CheckExact(form)) {
+    const auto at = static_cast<uint8_t>(PyBytes_AS_STRING(form)[0]);
+    return py::reinterpret_borrow<py::object>(tensors.at(at));
+  }
+  if (!PyTuple_CheckExact(form)) return py::reinterpret_borrow<py::object>(form);
+  py::tuple result(PyTuple_GET_SIZE(form));
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(form); ++i) {
+    PyTuple_SET_ITEM(result.ptr(), i, fill(PyTuple_GET_ITEM(form, i), tensors).release().ptr());
+  }
+  return result;
+}
+
+// A form is a tuple, of tuples and others, in which a byte i stands for the tensor i of arguments.
+inline pybind11::object filled(pybind11::handle form, pybind11::handle arguments) {
+  std::vector<PyObject*> tensors;
+  collect(arguments.ptr(), tensors);
+  return fill(form.ptr(), tensors);
 }
 
 }  // namespace longrope_calls

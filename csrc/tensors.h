@@ -67,6 +67,11 @@ inline void find_lender() {
   throw py::import_error("this torch has no C exchange API of DLPack 1, as torch 2.10 has");
 }
 
+// One of torch's own classes.
+inline bool is_tensor(PyObject* x) {
+  return Py_TYPE(x) == tensor_type || Py_TYPE(x) == parameter_type;
+}
+
 inline void load(PyObject* from, Tensor& to) {
   if (lender->read(from, &to) != 0) throw pybind11::error_already_set();
 }

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longrope_kernels.calls.memory import overlap, overlaps_itself
+from longrope_kernels.calls import memory
+from longrope_kernels.calls.memory import check_apart, overlap, overlaps_itself
 
 STORAGE = 96
 
@@ -40,9 +41,27 @@ def test_never_misses_shared_elements(x_view: tuple, y_view: tuple) -> None:
     if set(addresses(x)) & set(addresses(y)):
         assert overlap(x, y)
         assert overlap(y, x)
+        with pytest.raises(ValueError, match=r"y: overlaps x|x: elements share memory"):
+            check_apart({"x": x}, {"y": y})
+        with pytest.raises(ValueError, match=r": overlaps|: elements share memory"):
+            check_apart({"x": x, "y": y}, {})
     own = addresses(x)
     if len(set(own)) != len(own):
         assert overlaps_itself(x)
+        with pytest.raises(ValueError, match="x: elements share memory"):
+            check_apart({"x": x}, {})
+
+
+@pytest.mark.parametrize("looks", ["one", "two"])
+def test_neighbours_are_apart(monkeypatch: pytest.MonkeyPatch, looks: str) -> None:
+    """With one look of the extension, and without it."""
+    if looks == "one":
+        monkeypatch.setattr(memory, "overlaps_itself", None)
+    else:
+        monkeypatch.setattr(memory, "_clearly_apart", lambda written, read: False)
+    x = torch.zeros(STORAGE)
+    empty, strided = x[4:4], x[48:].view(8, 6)[:, :3]
+    check_apart({"a": x[:24], "b": x[24:48].view(2, 12)}, {"c": strided, "d": strided, "e": empty})
 
 
 @st.composite

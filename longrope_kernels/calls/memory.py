@@ -6,6 +6,16 @@ from itertools import combinations, product
 
 import torch
 
+try:
+    from .._native import clearly_apart as _clearly_apart
+except ImportError:
+
+    def _clearly_apart(
+        written: tuple[torch.Tensor, ...], read: tuple[torch.Tensor, ...], /
+    ) -> bool:
+        """Whether one look says that tensors lie apart; without the extension none does."""
+        return False
+
 
 def device_type(x: torch.Tensor) -> str:
     """As ``x.device.type``, which takes longer than most checks of a call: it makes a string."""
@@ -31,9 +41,12 @@ def overlaps_itself(x: torch.Tensor) -> bool:
 
 def check_apart(written: dict[str, torch.Tensor], read: dict[str, torch.Tensor]) -> None:
     """What a call writes shares no element with itself, or with what else it writes or reads."""
-    # A graph being traced has no addresses yet.
+    if torch.compiler.is_compiling():  # there are no addresses yet
+        return
+    if _clearly_apart((*written.values(),), (*read.values(),)):
+        return
     everything = written | read
-    if torch.compiler.is_compiling() or not all(map(_has_address, everything.values())):
+    if not all(map(_has_address, everything.values())):
         return
     for name, x in written.items():
         if overlaps_itself(x):
@@ -53,8 +66,10 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
     Views of one packed QKV tensor do not: they interleave. For a stride m that all larger strides
     of both are multiples of, x lies in one interval of addresses modulo m and y in another; where
     these are disjoint for some m, so are x and y. Anything else whose address ranges meet counts
-    as overlapping. Fake tensors have no addresses, and never overlap.
+    as overlapping. Fake tensors and a graph being traced have no addresses, and never overlap.
     """
+    if torch.compiler.is_compiling() or _clearly_apart((x,), (y,)):
+        return False
     if not (_has_address(x) and _has_address(y)) or x.numel() == 0 or y.numel() == 0:
         return False
     # In bytes, since two storages may lie over one buffer at any distance.

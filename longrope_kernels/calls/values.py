@@ -57,15 +57,19 @@ def check_decode(call: DecodeCall) -> None:
     _check_blocks(keys)
 
 
-def check_append(call: AppendCall) -> None:
-    """Check where the tokens of `append` go, where reading that is free."""
+def check_append(call: AppendCall, lens_too: bool = True) -> None:
+    """Check where the tokens of `append` go, where reading that is free.
+
+    lens_too: whether the lengths of the cache have not been checked.
+    """
     cache, mapping = call.cache, call.slot_mapping
     where = cache.lens if mapping is None else mapping
     assert where is not None
     if not call.k.numel() or not readable(where):
         return
     if mapping is None:
-        _check_lens(where, cache.capacity)
+        if lens_too:
+            _check_lens(where, cache.capacity)
         if cache.block_table is None:
             return
         _check_blocks(cache, call.k.shape[1])

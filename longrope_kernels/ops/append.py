@@ -184,13 +184,18 @@ def choose_append(backend: str | None, call: AppendCall) -> str:
 
 def write(call: AppendCall, backend: str) -> None:
     """Append by a chosen backend, once all but values was checked."""
+    values.check_append(call)
+    write_checked(call, backend)
+
+
+def write_checked(call: AppendCall, backend: str) -> None:
+    """Append by a chosen backend, once all was checked."""
     k, v, cache, _ = call
     if backend == "reference":
-        values.check_append(call)
         with torch.no_grad(), autocast.off(k):
             reference.append(call)
     elif unwatched(k, v, cache.k, cache.v):
-        _run(call, backend)
+        _start(call, backend)
         torch.autograd.graph.increment_version((cache.k, cache.v))
     else:
         _append(*schema.flatten(call), backend)
@@ -201,6 +206,10 @@ def write(call: AppendCall, backend: str) -> None:
 
 def _run(call: AppendCall, backend: str) -> None:
     values.check_append(call)
+    _start(call, backend)
+
+
+def _start(call: AppendCall, backend: str) -> None:
     if call.k.numel() and call.cache.k.numel():
         choose.part(backend, "append").append(call)
 

@@ -15,7 +15,7 @@ from ..calls.records import FEW_QUERIES, AppendCall, DecodeCall, Keys
 from ..rope.value import Rope
 from ..torch_private import unwatched
 from . import library
-from .append import autocast_new, check_new, choose_append, made, write
+from .append import autocast_new, check_new, choose_append, made, write_checked
 from .factors import resolve
 
 
@@ -139,17 +139,19 @@ def decode(
     call = DecodeCall(q, keys, tables, selection, scores)
     many = q.shape[1] > FEW_QUERIES
     name = choose.choose_decode(backend, device_type(q), q.dtype, k_cache.dtype, dim, many)
+    new = None
     if k_new is not None or v_new is not None or slot_mapping is not None:
         new = _check_new(k_new, v_new, keys, slot_mapping, q.shape[0])
         where = choose_append(backend, new)
-        values.check_decode(call)  # all of it, before anything is written
-        write(new, where)
+    values.check_decode(call)
+    if new is not None:  # all was checked before anything is written
+        values.check_append(new, lens_too=False)
+        write_checked(new, where)
     if name == "reference":
-        values.check_decode(call)
         with autocast.off(q):
             out, lse = reference.decode(call)
     elif unwatched(q, k_cache, v_cache):
-        out, lse = _run(call, name)
+        out, lse = _start(call, name)
     else:
         out, lse = _decode(*schema.flatten(call), name)
     return (out, lse) if return_lse else out
@@ -231,8 +233,12 @@ def _fake(call: DecodeCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _run(call: DecodeCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _fake(call, backend)
     values.check_decode(call)
+    return _start(call, backend)
+
+
+def _start(call: DecodeCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _fake(call, backend)
     choose.part(backend, "decode").decode(call, out, lse)
     return out, lse
 

@@ -99,16 +99,15 @@ def apply_rotary(
     batch, seq, _, _ = q4.shape
     positions = arguments.as_rows(positions, batch, seq)
     # Borders make no difference where all sequences take one set.
-    several = tables.sets > 1
-    selection = arguments.select(tables.sets, lengths, sets, cu_seqlens) if several else Selection()
+    count = tables.sets
+    selection = arguments.select(count, lengths, sets, cu_seqlens) if count > 1 else Selection()
     call = RotaryCall(q4, k4, positions, tables, selection)
     name = choose.choose_rotary(backend, device_type(q), q.dtype == torch.float64)
     if inplace:
         check_writable("q", q)
         if k is not None:
             check_writable("k", k)
-            # A graph being traced has no addresses yet.
-            if not torch.compiler.is_compiling() and overlap(q, k):
+            if overlap(q, k):
                 raise ValueError("inplace: q and k overlap in memory; expected separate elements")
         rotate_(call, name)
         return q, k
