@@ -7,7 +7,7 @@ takes for arguments, and which `run_launch` starts, must be one and the same.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def driver() -> Iterator[Driver]:
 @pytest.fixture(autouse=True)
 def _forget() -> None:
     launches._CHOSEN.clear()
+    launches._READY.clear()
     STARTED.clear()
     COMPILED.clear()
 
@@ -180,19 +181,24 @@ def test_rows_of_host_time_start_what_they_say(
 # ----------------------------------------------------------------------- the very kernel of Triton
 
 
-def plans() -> dict[str, Launch]:
-    """A launch of each kernel, taken from a call."""
-    found: list[Launch] = []
-    run = launches.run_launch
+def runs(call: Callable[[], Any]) -> list[tuple[Any, ...]]:
+    """What a call gives `run`: a plan, and arguments of it."""
+    found: list[tuple[Any, ...]] = []
+    run = launches.run
     modules = [import_module(f"longrope_kernels.backends.triton.{name}") for name in PARTS]
     for module in modules:
-        module.run_launch = found.append
+        module.run = lambda *given: found.append(given)
     try:
-        for call, _ in CALLS.values():
-            call()
+        call()
     finally:
         for module in modules:
-            module.run_launch = run
+            module.run = run
+    return found
+
+
+def plans() -> dict[str, Launch]:
+    """A launch of each kernel, taken from a call."""
+    found = [plan(*given) for call, _ in CALLS.values() for plan, *given in runs(call)]
     return {plan.kernel.__name__: plan for plan in found}
 
 
@@ -254,6 +260,98 @@ def test_the_kernel_is_the_one_that_triton_takes(name: str, data: st.DataObject)
         assert started is turn.kernel[turn.grid](*turn.args, **turn.constants, **options)
 
 
+def at(x: torch.Tensor, start: int) -> torch.Tensor:
+    """A copy of x, ``start`` elements from an address that 16 divides."""
+    return tensors(x.numel() + start, dtype=x.dtype)[start:].view(x.shape)
+
+
+def rotation(
+    dtype: torch.dtype, seq: int, start: int, both: bool, sets: bool, inplace: bool, packed: bool
+) -> None:
+    q, k = (at(tensors(1, seq, heads, 32, dtype=dtype), start) for heads in (4, 2))
+    which = torch.tensor([8] if not sets else [1], dtype=torch.int32)
+    given: dict[str, Any] = {"sets" if sets else "lengths": which}
+    if packed:
+        q, k = q[0], k[0]
+        given |= {"layout": "thd", "cu_seqlens": torch.tensor([0, seq])}
+    apply_rotary(
+        q, k if both else None, torch.arange(seq), TWO, **given, inplace=inplace, backend="triton"
+    )
+
+
+def attending(queries: int, capacity: int, dtype: torch.dtype, more: dict[str, Any]) -> None:
+    q, one = tensors(2, queries, 4, 32, dtype=dtype), tensors(2, queries, 2, 32, dtype=dtype)
+    cache = [tensors(2, capacity, 2, 32, dtype=dtype) for _ in range(2)]
+    if more.get("float8"):
+        cache, more = [x.to(torch.float8_e4m3fn) for x in cache], {}
+    decode(q, *cache, torch.tensor([3, 4]), TWO, k_new=one, v_new=one, backend="triton", **more)
+
+
+HALVES = st.sampled_from((bf16, torch.float16))
+OF_DECODE: tuple[dict[str, Any], ...] = (
+    *({}, {"window": 3}, {"window": 4}, {"softcap": 5.0}, {"softmax_scale": 0.5}, {"float8": True}),
+    *({"kv_start": torch.zeros(2, dtype=torch.int64)}, {"lengths": torch.tensor([8, 9])}),
+    *({"block_table": torch.zeros(2, n, dtype=torch.int32)} for n in (1, 2)),
+)
+VARIANTS = st.one_of(
+    st.builds(
+        lambda *given: lambda: rotation(*given),
+        *(HALVES, st.sampled_from((1, 2, 64)), st.sampled_from((0, 1, 8))),
+        *(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    ),
+    st.builds(
+        lambda *given: lambda: attending(*given),
+        *(st.sampled_from((1, 2)), st.sampled_from((16, 1024)), HALVES, st.sampled_from(OF_DECODE)),
+    ),
+    st.builds(lambda slots: lambda: attend(slots), st.sampled_from((8, 9, 400))),
+)
+
+
+def same(x: Any, y: Any) -> bool:
+    if isinstance(x, tuple):
+        return isinstance(y, tuple) and len(x) == len(y) and all(map(same, x, y))
+    if isinstance(x, torch.Tensor):
+        return x is y
+    return type(x) is type(y) and bool(x == y)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(calls=st.lists(VARIANTS, min_size=2, max_size=4), data=st.data())
+def test_a_kind_of_call_starts_what_its_plan_says(calls: list[Any], data: st.DataObject) -> None:
+    turns = [turn for call in calls for turn in runs(call)]
+    for plan, *arguments in data.draw(st.permutations(turns * 4)):
+        launches.run(plan, *arguments)
+        started, grid, args = STARTED[-1]
+        launch = plan(*arguments)
+        assert grid == (*launch.grid, 1, 1)[:3]
+        assert same(args, (*launch.args, *launch.constants.values()))
+        options = {"num_warps": launch.warps, "num_stages": launch.stages}
+        assert started is launch.kernel[launch.grid](*launch.args, **launch.constants, **options)
+
+
+def test_a_call_of_a_kind_that_came_twice_makes_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    ((plan, *given),) = runs(lambda: rotate(**LENGTHS))
+    seen: list[Any] = []
+
+    def watched(*given: Any) -> Launch | None:
+        seen.append(given)
+        return plan(*given)  # type: ignore[no-any-return]
+
+    for times in (1, 2, 2, 2):
+        launches.run(watched, *given)
+        assert len(seen) == times
+    assert len(STARTED) == 4
+    # Without the extension there are no kinds.
+    monkeypatch.setattr("longrope_kernels.calls.kinds._kind_of", None)
+    launches.run(watched, *given)
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_constants_stand_in_the_order_of_the_kernel(name: str) -> None:
     plan = plans()[name]
@@ -266,6 +364,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         q = tensors(1, seq, 4, 32)
         apply_rotary(q, None, torch.arange(seq), TWO, **LENGTHS, backend="triton")
         assert len(launches._CHOSEN) <= 3
+        assert len(launches._READY) <= 3
 
 
 # ----------------------------------------------------------------- contacts, of longrope_kernels...

@@ -163,14 +163,14 @@ def test_one_launch_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case((100, 100), heads=1, kv_heads=1, dim=16, dtype=bf16, block=32, boundary=40)
     arguments = {name: TRITON.move(x) for name, x in case.call().arguments.items()}
     launched: list[Any] = []
-    monkeypatch.setattr(triton_decode, "run_launch", launched.append)
+    monkeypatch.setattr(triton_decode, "run", lambda *given: launched.append(given))
     out, lse = TRITON.decode(**arguments, return_lse=True)
     monkeypatch.undo()
     assert len(launched) == 1
     for lens in ((40, 41), (0, 17), (100, 1)):
         arguments["cache_lens"].copy_(torch.tensor(lens))
         for launch in launched:
-            triton_decode.run_launch(launch)
+            triton_decode.run(*launch)
         expected = TRITON.decode(**arguments, return_lse=True)
         assert torch.equal(out, expected[0])
         assert torch.equal(lse, expected[1])
@@ -181,8 +181,8 @@ def test_the_last_program_combines(queries: int, monkeypatch: pytest.MonkeyPatch
     """One launch, which leaves what it counted in at 0: the next one is right, too."""
     case = Case((130, 16, 77), queries, 4, 2, 32, dtype=bf16, boundary=76, n_hat=20)
     launched: list[Any] = []
-    run = triton_decode.run_launch
-    monkeypatch.setattr(triton_decode, "run_launch", lambda x: (launched.append(x), run(x)))
+    run = triton_decode.run
+    monkeypatch.setattr(triton_decode, "run", lambda *x: (launched.append(x[0](*x[1:])), run(*x)))
     call = case.call()
     for _ in range(2):
         check(TRITON, call)

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 import torch
 
 try:
+    from .._native import filled as filled
     from .._native import kind_of as _kind_of
 except ImportError:
-    _kind_of = None  # type: ignore[assignment]
+    filled = _kind_of = None  # type: ignore[assignment]
 
 Result = TypeVar("Result")
+Form = tuple[Any, ...]
 # So many kinds are kept of a function.
 MOST = 4096
 _NOTHING = object()
@@ -57,3 +59,25 @@ def by_kind(function: Callable[..., Result]) -> Callable[..., Result]:
 
     once.kept = kept  # type: ignore[attr-defined]
     return once
+
+
+def form_of(made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Form | None:
+    """What was made of arguments, without their tensors; None where it holds another tensor.
+
+    ``filled`` makes of it and of arguments of the same kind what would be made of these.
+    """
+    places = {id(x): bytes([i]) for i, x in reversed([*enumerate(_tensors(arguments))])}
+    form: Form = _form(made, places)
+    return None if _tensors(form) else form
+
+
+def _tensors(x: Any) -> list[torch.Tensor]:
+    if isinstance(x, tuple):
+        return [y for part in x for y in _tensors(part)]
+    return [x] if isinstance(x, torch.Tensor) else []
+
+
+def _form(x: Any, places: dict[int, bytes]) -> Any:
+    if type(x) is tuple:
+        return tuple(_form(y, places) for y in x)
+    return places.get(id(x), x)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..calls.records import AppendCall
-from .launch import Launch, matrix_args, tensor_args, vector_args
+from .launch import Launch, as_bytes, matrix_args, tensor_args, vector_args
 
 _WARPS = 4
 # Triton's default; there is no loop.
@@ -27,10 +27,8 @@ def plan(call: AppendCall) -> Launch:
     """The launch of a call, for tensors that are not empty; no tensor is read."""
     k, v, cache, slot_mapping = call
     batch, tokens, heads, dim = k.shape
-    stored = [cache.k, cache.v]
-    float8 = cache.k.dtype == torch.float8_e4m3fn
-    if float8:
-        stored = [x.view(torch.uint8) for x in stored]
+    stored = as_bytes(cache)[:2]
+    float8 = stored[0].dtype == torch.uint8
     rows = batch * tokens * heads
     block_d = 1 << (dim - 1).bit_length()
     block_r = max(1, 32 * _WARPS * 16 // (block_d * k.element_size()))

@@ -33,7 +33,7 @@ from .decode_cache import block_ids, slot_rows
 from .decode_float8 import CONVERT, SHIFT, half_pieces, pieces_as_16_bits
 from .decode_sets import queries_of_set, selection_args, set_of_query, several_sets
 from .decode_splits import combine_if_last, keys_of_sequence, split_keys, tiles_of_split
-from .launch import Launch, matrix_args, tensor_args, vector_args
+from .launch import Launch, as_bytes, matrix_args, tensor_args, vector_args
 from .pieces import (
     NARROW,
     WIDE,
@@ -170,15 +170,14 @@ def plan(
     """
     q, cache, tables, selection, scores = call
     batch, queries, heads, dim = q.shape
-    k, v = cache.k, cache.v
+    k, v = as_bytes(cache)[:2]
     several = several_sets(tables, selection, queries)
     if config is None:
         config = config_of(call, arch)
     block_m, row_blocks = _row_blocks(call, config)
     float8 = 0
-    if k.dtype == torch.float8_e4m3fn:
+    if k.dtype == torch.uint8:
         float8 = CONVERT.value if arch >= 89 else SHIFT.value
-        k, v = k.view(torch.uint8), v.view(torch.uint8)
     of_sequences = (vector_args(cache.lens), vector_args(cache.start))
     partial_out, partial_lse, counters = scratch or (None, None, None)
     window = scores.window

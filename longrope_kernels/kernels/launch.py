@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..calls.records import Keys
+
 
 class Launch(NamedTuple):
     """One call: ``kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)``."""
@@ -21,6 +23,13 @@ class Launch(NamedTuple):
 def tensor_args(x: torch.Tensor) -> tuple[Any, ...]:
     """(pointer, batch stride, token stride, head stride) of a (B, S, H, D) tensor."""
     return (x, *x.stride()[:3])
+
+
+def as_bytes(cache: Keys) -> Keys:
+    """A float8 cache as kernels take it: as bytes, and so are no others."""
+    if cache.k.dtype != torch.float8_e4m3fn:
+        return cache
+    return cache._replace(k=cache.k.view(torch.uint8), v=cache.v.view(torch.uint8))
 
 
 def matrix_args(x: torch.Tensor | None) -> tuple[Any, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ...calls.records import AppendCall
 from ...kernels import append as kernels
+from ...kernels.launch import as_bytes
 from . import device
-from .launch import run_launch
+from .launch import run
 
 
 def append(call: AppendCall) -> None:
     """Write keys and values into the cache."""
     with device.on_device(call.k):
-        run_launch(kernels.plan(call))
+        run(kernels.plan, call._replace(cache=as_bytes(call.cache)))

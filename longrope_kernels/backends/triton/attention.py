@@ -9,7 +9,7 @@ from ...kernels import attention as kernels
 from ...kernels import attention_backward as gradients
 from ...rope.tables import Tables
 from . import device
-from .launch import run_launch
+from .launch import run, run_launch
 from .rotary import rotary
 
 # Rotated copies larger than this are made for one KV head at a time.
@@ -40,14 +40,14 @@ def forward(
     with device.on_device(q):
         if k_rotation == "registers":
             call = _with(call, q, _short_strides(k), v)
-            run_launch(kernels.plan(call, out, lse, rotated=False, arch=arch))
+            run(kernels.plan, call, out, lse, False, arch)
             return
         scratch = None
         for heads, kv in _heads_at_once(call, k.numel() // k.shape[2] * k.element_size()):
             scratch = _rotated_keys(call, kv, scratch)
             part = _with(call, _part(q, heads), scratch, _part(v, kv))
             of_heads = _part(out, heads), _part(lse, heads, 1)
-            run_launch(kernels.plan(part, *of_heads, rotated=True, arch=arch))
+            run(kernels.plan, part, *of_heads, True, arch)
 
 
 def backward(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from ...calls.kinds import by_kind
 from ...calls.records import DecodeCall
 from ...kernels import decode as kernels
-from ...kernels.splits import counters_for
+from ...kernels.launch import as_bytes
+from ...kernels.splits import Splits, counters_for
 from . import device
-from .launch import run_launch
+from .launch import run
 
 # What the interpreter stands for: enough that small tests see several splits.
 _INTERPRETED_MULTIPROCESSORS = 16
@@ -30,12 +32,22 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
     q = call.q
     arch = device.arch_of(q)
     multiprocessors = device.multiprocessors_of(q, _INTERPRETED_MULTIPROCESSORS)
-    config = kernels.config_of(call, arch)
-    splits = kernels.splits_of(call, arch, multiprocessors, config)
+    call = call._replace(keys=as_bytes(call.keys))
+    config, splits, counters = _sizes_of(call, arch, multiprocessors)
     with device.on_device(q):
         scratch = None
         if splits.most > 1:
             shape = (splits.most, *lse.shape)
-            counters = counters_for(q, kernels.counters_of(call, config))
-            scratch = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape), counters
-        run_launch(kernels.plan(call, out, lse, scratch, arch, splits, config))
+            partial = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape)
+            scratch = *partial, counters_for(q, counters)
+        run(kernels.plan, call, out, lse, scratch, arch, splits, config)
+
+
+@by_kind
+def _sizes_of(
+    call: DecodeCall, arch: int, multiprocessors: int
+) -> tuple[kernels.Config, Splits, int]:
+    """Tiles, splits, and how many counters they need."""
+    config = kernels.config_of(call, arch)
+    splits = kernels.splits_of(call, arch, multiprocessors, config)
+    return config, splits, kernels.counters_of(call, config)

@@ -1,38 +1,96 @@
-"""Launches: the first for arguments of a kind goes Triton's own way, later ones past its binder."""
+"""Launches: the first for arguments of a kind goes Triton's own way, later ones past its binder.
+
+Two things are kept: by what Triton's choice depends on, the kernel that it chose (`run_launch`),
+and by the kind of a call, all that is launched for it, so that no plan is made (`run`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...calls.kinds import Form, filled, form_of, kind_of
 from ...kernels.launch import Launch
 from . import private
 
 # What Triton chose, by all that its choice may depend on.
 _CHOSEN: dict[tuple[Any, ...], private.Chosen] = {}
-# So many are kept; other strides are another kind.
+# What is launched for a call: None until its kind comes again, False where plans must be made.
+_READY: dict[tuple[Any, ...], _Ready | bool | None] = {}
+# So many are kept of each; other strides are another kind.
 _MOST = 4096
 
 
-def run_launch(plan: Launch) -> None:
-    """Launch on the current device."""
+class _Ready(NamedTuple):
+    kernel: Any
+    chosen: private.Chosen
+    device: int
+    grid: tuple[int, ...]
+    form: Form  # of the kernel's arguments
+
+
+def run(plan: Callable[..., Launch | None], *arguments: Any) -> None:
+    """Launch on the current device what ``plan`` says of a call; None is nothing.
+
+    It must follow from the kind of the arguments. Where the kernel takes another tensor than these,
+    such as a view of one, a plan is made for each call.
+    """
+    kind = kind_of(*arguments) if private.USED else None
+    if kind is None:
+        run_launch(plan(*arguments))
+        return
+    key = plan, kind
+    ready = _READY.get(key, True)
+    if isinstance(ready, _Ready) and _as_before(ready):
+        device, stream = private.place()
+        if device == ready.device:
+            private.start(ready.chosen, ready.grid, stream, filled(ready.form, arguments))
+            return
+    launch = plan(*arguments)
+    chosen = run_launch(launch)
+    if launch is None or chosen is None:
+        return
+    if ready is True:  # the first of its kind
+        _keep(_READY, key, None)
+    elif ready is None:
+        form = form_of((*launch.args, *launch.constants.values()), arguments)
+        device, _ = private.place()
+        made = _Ready(launch.kernel, chosen, device, launch.grid, form) if form else False
+        _keep(_READY, key, made)
+
+
+def _as_before(ready: _Ready) -> bool:
+    return private.plain(ready.kernel) and private.unchanged(ready.chosen)
+
+
+def run_launch(plan: Launch | None) -> private.Chosen | None:
+    """Launch on the current device; returns what Triton chose for it, where that may be kept."""
+    if plan is None:
+        return None
     kernel, grid, args, constants, warps, stages = plan
     if not (private.USED and private.plain(kernel)):
         kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)
-        return
+        return None
     device, stream = private.place()
     key = key_of(plan, device)
     chosen = _CHOSEN.get(key)
     if chosen is not None and private.unchanged(chosen):
         private.start(chosen, grid, stream, (*args, *constants.values()))
-        return
+        return chosen
     compiled = kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)
     chosen = private.chosen(kernel, compiled)
-    if chosen is not None and [*constants] == kernel.arg_names[len(args) :]:
-        if len(_CHOSEN) >= _MOST:
-            _CHOSEN.clear()
-        _CHOSEN[key] = chosen
+    if chosen is None or [*constants] != kernel.arg_names[len(args) :]:
+        return None
+    _keep(_CHOSEN, key, chosen)
+    return chosen
+
+
+def _keep(kept: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
+    if len(kept) >= _MOST:
+        kept.clear()
+    kept[key] = value
 
 
 def key_of(plan: Launch, device: int) -> tuple[Any, ...]:

@@ -7,12 +7,10 @@ import torch
 from ...calls.records import RotaryCall
 from ...kernels import rotary as kernels
 from . import device
-from .launch import run_launch
+from .launch import run
 
 
 def rotary(call: RotaryCall, q_out: torch.Tensor, k_out: torch.Tensor) -> None:
     """Rotate q and k into q_out and k_out, which may be they."""
-    launch = kernels.plan(call, q_out, k_out)
-    if launch is not None:
-        with device.on_device(call.q):
-            run_launch(launch)
+    with device.on_device(call.q):
+        run(kernels.plan, call, q_out, k_out)
