@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import PATHS, ROOT
 from .calls import calls
 from .page import FAULTS, render
-from .schedule import ROOT, Step, run_all
+from .schedule import Step, run_all
 
 BUDGET = 520.0  # seconds of a call
 LATE = 15.0  # seconds beyond, after which the call ends whatever it waits for
 LOG = 2**20  # bytes of a step's output that are kept, its last
-PATHS = (ROOT, ROOT / "benchmarks", ROOT / "tests")
 
 
 class Call:
@@ -146,7 +146,6 @@ def _has_gpu() -> bool:
 
 
 def _commit() -> str | None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     from report import facts
 
     return facts.commit(ROOT)

@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .many import Small, each
-from .schedule import ROOT, write
-
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from .schedule import write
 
 LIMIT = 40.0  # seconds of one
 SANITIZED = 120.0  # of one that compute-sanitizer watches

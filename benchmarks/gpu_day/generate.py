@@ -8,15 +8,12 @@ The graph is the one that transformers makes of a static cache on a GPU; both ma
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .schedule import ROOT, write
-
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from .schedule import write
 
 PROMPT, NEW = 20, 40  # tokens; the switch lies between
 

@@ -9,16 +9,14 @@ import argparse
 import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from .schedule import ROOT, write
-
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from . import ROOT
+from .schedule import write
 
 # The ids of the rows by which a day is told, of benchmarks/.
 ATTENTION, DECODE = "S = 8192, d = 128, causal", "keys, bfloat16"

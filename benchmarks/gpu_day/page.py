@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from report.page import table
 
 from .goals import GOALS, Rows
 
@@ -19,17 +21,11 @@ def render(call: int, results: Sequence[dict[str, Any]], rows: Rows, rehearsal: 
     lines += ["", "## Steps", ""]
     lines += table(
         ("step", "outcome", "s", "why"),
-        [(x["step"], _outcome(x), x.get("seconds", ""), x["why"]) for x in results],
+        [(x["step"], _outcome(x), str(x.get("seconds", "")), x["why"]) for x in results],
     )
     for result in results:
         lines += _of_step(result)
     return "\n".join(lines) + "\n"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """The lines of a Markdown table."""
-    cells = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(x).replace("|", "/") for x in row) + " |" for row in cells]
 
 
 def _outcome(result: dict[str, Any]) -> str:

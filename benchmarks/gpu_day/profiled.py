@@ -6,13 +6,8 @@ ncu ... python -m benchmarks.gpu_day.profiled decode
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from .schedule import ROOT
-
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 CALLS = 3
 # By what is profiled: which kernels ncu looks at, as its option --kernel-name takes it.

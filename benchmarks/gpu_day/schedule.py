@@ -19,7 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from . import ROOT
+
 TAIL = 60  # lines of its output that are kept of a step
 ENDING = 15.0  # seconds of its own that a step is not told of, to end and to write
 AFTER_KILL = 5.0  # seconds for a killed process to go; one that the driver holds is left behind

@@ -41,6 +41,7 @@ def render(report: dict[str, Any], rows: list[Row]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table that also reads well as text; numbers to the right."""
+    head, *rows = ([cell.replace("|", "/") for cell in cells] for cells in (head, *rows))
     columns = list(zip(head, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     right = [all(x[:1] in "+-0123456789" for x in column[1:]) for column in columns]
