@@ -101,14 +101,44 @@ def demo(
         raise typer.Exit(1)
 
 
+@app.command("serve-check")
+def serve_check(
+    model: Annotated[Path, typer.Argument(help="Folder of the model: config.json and weights.")],
+    dtype: Annotated[
+        str, typer.Option(help="Of weights and activations: float32, bfloat16, float16.")
+    ] = "float32",
+) -> None:
+    """Compare vLLM without and with this package's plugin to transformers, on your model.
+
+    Asks each for the log-probabilities of a short prompt and of one that is longer than the first
+    factor set, and of a few new tokens; prints how far they are from transformers', and what to
+    start the server with. Loads the model three times, one after the other, offline.
+    """
+    _require("vllm", "vllm", "transformers", command="serve-check")
+    from .integrations.vllm.check import check, command_line
+
+    try:
+        rope, rows = check(model, dtype)
+    except (ValueError, RuntimeError) as error:
+        typer.echo(f"longrope serve-check: {error}", err=True)
+        raise typer.Exit(1) from error
+    sets = [s.max_length or "more" for s in rope.sets]
+    typer.echo(f"{model}, {dtype}: factor sets for up to {', '.join(map(str, sets))} tokens\n")
+    typer.echo("difference of log-probabilities to transformers, largest and mean")
+    for row in rows:
+        typer.echo(f"  {row.tokens:>7} tokens  {row.server:<15}  {row.most:8.1e}  {row.mean:8.1e}")
+    typer.echo(f"\nserve it by\n  {command_line(model)}")
+
+
 search_commands.register(app)
 
 
-def _require(extra: str, *packages: str) -> None:
+def _require(extra: str, *packages: str, command: str | None = None) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         typer.echo(
-            f"longrope {extra} needs {', '.join(missing)}: pip install 'longrope-kernels[{extra}]'",
+            f"longrope {command or extra} needs {', '.join(missing)}: "
+            f"pip install 'longrope-kernels[{extra}]'",
             err=True,
         )
         raise typer.Exit(1)

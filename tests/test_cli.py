@@ -58,6 +58,17 @@ def test_info_says_why_a_backend_is_missing(monkeypatch):
     assert "native     cpu   missing: not built; run make" in run("info").stdout
 
 
+def test_serve_check_without_vllm_is_one_line_naming_the_extra(monkeypatch, tmp_path):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "vllm" else real(name)
+    )
+    result = run("serve-check", str(tmp_path))
+    assert result.exit_code == 1
+    expected = "longrope serve-check needs vllm: pip install 'longrope-kernels[vllm]'\n"
+    assert result.stderr == expected
+
+
 def test_demo_without_its_packages_is_one_line_naming_the_extra(monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(
