@@ -18,6 +18,7 @@ import models
 import overview
 import parameters
 import profiles
+import ring
 import ropes
 import rotations
 import speeds
@@ -47,6 +48,7 @@ __all__ = [
     "overview",
     "parameters",
     "profiles",
+    "ring",
     "ropes",
     "rotary_rows",
     "rotations",
