@@ -25,7 +25,7 @@ MESH: list[DeviceMesh] = []
 class Ranks:
     """``size`` processes that run functions, all the same at a time; ``close`` ends them."""
 
-    def __init__(self, size: int, timeout: float = 20.0) -> None:
+    def __init__(self, size: int, timeout: float = 60.0) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -35,7 +35,8 @@ class Ranks:
             here, there = Pipe()
             process = os.fork()
             if not process:
-                here.close()
+                for pipe in (here, *self.pipes):
+                    pipe.close()
                 _serve(there, rank, size, port, timeout)
             there.close()
             self.pipes.append(here)
@@ -66,7 +67,7 @@ def ready() -> int:
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int, timeout: float) -> None:
-    signal.alarm(300)  # whatever happens, it ends
+    signal.alarm(100)  # whatever happens, it ends
     try:
         torch.set_num_threads(1)
         dist.init_process_group(
@@ -82,7 +83,9 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, timeout: float) ->
         if size == 4:
             MESH.append(init_device_mesh("cpu", (2, 2)))
         while True:
+            signal.alarm(0)
             function, args = pickle.loads(pipe.recv_bytes())
+            signal.alarm(100)
             try:
                 answer = function(*args)
             except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from ranks import Ranks
 from tolerance import assert_close
 
 from longrope_kernels.calls.records import Scores
-from longrope_kernels.distributed import attention, choose_schedule, shard, unshard
+from longrope_kernels.distributed import attention, blocks, choose_schedule, shard, unshard
 from longrope_kernels.distributed.blocks import Hidden
 from longrope_kernels.distributed.ranks import Line
 from longrope_kernels.distributed.ring import Plan
@@ -160,6 +161,12 @@ CASES = [
     Case(layout="thd", counts=(3, 14), causal=False),
     Case(queries=19, dtype=bf16),
 ]
+SMALL = Case(batch=1, queries=5, heads=2, kv_heads=1, dim=16, dtype=bf16)  # the interpreter is slow
+SLOW = [
+    Spread(replace(SMALL, batch=2, kv_start=(1, 3), return_lse=True), backend="triton"),
+    Spread(replace(SMALL, queries=9, softcap=2.0), ranks=3, backend="triton"),
+    Spread(replace(SMALL, kv_heads=2), schedule="ulysses", backend="triton"),
+]
 SPREAD = [
     *(Spread(case) for case in CASES),
     *(Spread(case, ranks=3, order="contiguous") for case in CASES[4:9]),
@@ -176,15 +183,16 @@ SPREAD = [
     # n_hat within a piece of a shard, and where one ends
     *(Spread(Case(queries=16, n_hat=n), ordered=True) for n in (4, 6, 8, 9)),
     *(Spread(Case(queries=12), backend=name) for name in ("reference", "composed")),
-    Spread(replace(CASES[12], counts=(3, 1, 5), dim=16, dtype=bf16), backend="triton"),
-    Spread(
-        Case(queries=12, dim=16, dtype=bf16, kv_start=(1, 7), return_lse=True), backend="triton"
-    ),
+    Spread(replace(SMALL, layout="thd", counts=(3, 1, 2)), backend="triton"),
     Spread(Case(queries=16, heads=2, kv_heads=1, dim=16, softcap=2.0), ranks=3),
 ]
 
 
-@pytest.mark.parametrize("spread", SPREAD, ids=str)
+@pytest.mark.parametrize(
+    "spread",
+    [*SPREAD, *(pytest.param(spread, marks=pytest.mark.full) for spread in SLOW)],
+    ids=str,
+)
 def test_equals_the_whole(spread: Spread, four: Ranks) -> None:
     check(spread, four)
 
@@ -235,6 +243,28 @@ def test_what_nobody_sees_is_neither_computed_nor_sent() -> None:
     assert plan("contiguous", near._replace(window=1)).steps == 1
     assert plan("contiguous", near).steps == 2
     assert plan("contiguous", near._replace(window=6)).steps == 3
+
+
+@pytest.mark.parametrize("order", ["balanced", "contiguous"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_kernel_is_told_what_a_pair_sees(packed: bool, causal: bool, order: str) -> None:
+    """The record of a pair, whose slots begin at 0, hides the keys that the whole sequence hides."""
+    borders = torch.tensor([0, 3, 3, 11, 29]) if packed else None
+    hidden = Hidden(Scores(causal, 1.0), 29, torch.tensor([1, 0, 2, 5]), borders)
+    spans = [spans_of(29, i, 3, order) for i in range(3)]  # type: ignore[arg-type]
+    batch, pairs = 1 if packed else 4, 0
+    for queries, keys in itertools.product(spans, spans):
+        for pair in blocks.pairs_of(queries, keys, hidden.scores):
+            shapes = [x.stop - x.start for x in (pair.queries, pair.keys, pair.keys)]
+            q, k, v = (torch.zeros(batch, count, 1, 4) for count in shapes)
+            seen = blocks._call(blocks.Parts(q, k, v), pair, hidden).visible()
+            rows = slice(0, shapes[0])
+            expected = blocks._visible(pair, hidden, rows, q.device)
+            assert expected is not None
+            assert torch.equal(seen, expected[:, 0, 0].expand_as(seen))
+            pairs += 1
+    assert pairs >= 6
 
 
 def test_the_schedule_sends_the_less() -> None:
