@@ -43,8 +43,13 @@ def documents(lengths: tuple[int, ...] = (40, 40), seed: int = 3) -> list[Docume
 
 
 @torch.no_grad()
-def transformers_losses(of: Rope, ids: torch.Tensor) -> torch.Tensor:
-    """(rows, length - 1): by transformers alone, with a config of type longrope."""
+def transformers_losses(
+    of: Rope, ids: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(rows, length - 1): by transformers alone, with a config of type longrope.
+
+    Positions that jump are one sequence there only under a whole causal mask.
+    """
     factors, a = list(of.sets[0].factors), of.sets[0].attention_factor
     model = AutoModelForCausalLM.from_config(
         family_config(
@@ -60,7 +65,11 @@ def transformers_losses(of: Rope, ids: torch.Tensor) -> torch.Tensor:
         )
     ).eval()
     model.load_state_dict(family_model("llama").state_dict())
-    logits = model(ids, use_cache=False).logits.double()
+    more = {}
+    if positions is not None:
+        causal = torch.full((ids.shape[1],) * 2, -torch.inf).triu(1)[None, None]
+        more = {"position_ids": positions, "attention_mask": causal}
+    logits = model(ids, use_cache=False, **more).logits.double()
     return -logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
 
 
@@ -107,6 +116,38 @@ def test_a_rope_of_several_sets_serves_by_the_length(losses):
     for length, single in ((23, short), (24, long)):
         ids = tokens(1, length)
         assert torch.equal(losses(both, ids), losses(Rope((single,)), ids))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 10**6])
+def test_positions_that_jump_are_one_sequence(losses, monkeypatch, batch_tokens):
+    """Each row with jumps of its own, and under its own rope."""
+    monkeypatch.setattr(losses, "_batch_tokens", batch_tokens)
+    ids, ropes = tokens(3), [rope(4.0, 1.2), rope(2.0), rope(4.0)]
+    places = torch.arange(24).repeat(3, 1)
+    for row, (at, jump) in enumerate(((12, 90), (5, 1), (20, 60))):
+        places[row, at:] += jump
+    got = losses(ropes, ids, last=15, positions=places)
+    rows = [(r, ids[i : i + 1], places[i : i + 1]) for i, r in enumerate(ropes)]
+    expected = torch.cat([transformers_losses(*row) for row in rows])[:, -15:]
+    assert (got - expected).abs().max() < CLOSE
+    # Packed or in one piece they would be something else.
+    apart = torch.cat([transformers_losses(r, ids[:, 12:]) for r, ids, _ in rows[:1]])
+    assert (got[0, 4:] - apart[0]).abs().max() > 100 * CLOSE
+    assert (got - losses(ropes, ids, last=15)).abs().max() > 100 * CLOSE
+
+
+def test_the_last_position_chooses_the_set(losses):
+    short, long = rope(1.0).sets[0], rope(4.0).sets[0]
+    both = Rope((FactorSet(short.factors, max_length=100), long))
+    ids, places = tokens(1), torch.arange(24)[None].clone()
+    for end, single in ((99, short), (100, long)):
+        places[:, 12:] = torch.arange(end - 11, end + 1)
+        assert torch.equal(
+            losses(both, ids, positions=places), losses(Rope((single,)), ids, positions=places)
+        )
+    for wrong in (places[0], places.int(), places.flip(1), places - 1):
+        with pytest.raises(ValueError, match="positions: expected"):
+            losses(both, ids, positions=wrong)
 
 
 def test_the_likeliest_tokens(losses):

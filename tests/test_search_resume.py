@@ -295,8 +295,8 @@ def damage(folder: Path, name: str, change: Callable[[str], str]) -> None:
         (state.STATE, lambda text: "{}", 'expected "format": "longrope_kernels.search"'),
         (
             state.STATE,
-            lambda text: text.replace('"version": 1', '"version": 2'),
-            "expected version 1, got 2",
+            lambda text: text.replace('"version": 2', '"version": 1'),
+            "expected version 2, got 1",
         ),
         (state.JOURNAL, lambda text: "x" + text, "evaluations.jsonl, line 1: expected JSON"),
         (

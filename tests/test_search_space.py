@@ -138,13 +138,40 @@ def test_starts_are_the_formulas_on_the_grid() -> None:
         scaling.yarn(128, 8.0, 4096),
     )
     starts = space.starts()
-    assert len(starts) == 3
-    for start, rope in zip(starts, ropes, strict=True):
+    assert len(starts) == 9
+    names = ("PI", "NTK", "YaRN")
+    for name, start, rope in zip(names, starts, ropes, strict=False):
+        assert start.origin == name
         assert start.factors == tuple(round(100 * value) for value in rope.sets[0].factors)
         assert start.n_hat == 0
-    paper = math.sqrt(1 + math.log(8) / math.log(4096))
-    attention = [round(100 * paper)] * 2 + [round(100 * (0.1 * math.log(8) + 1))]
-    assert [start.attention for start in starts] == attention
+    paper = round(100 * math.sqrt(1 + math.log(8) / math.log(4096)))
+    yarn = round(100 * (0.1 * math.log(8) + 1))
+    assert [start.attention for start in starts[:3]] == [paper, paper, yarn]
+    of = {name: {s.attention for s in starts if s.origin == name} for name in names}
+    assert all(found == {100, paper, yarn} for found in of.values())
+    fixed = SearchSpace(128, 1e4, 4096, 32768).starts()
+    assert [start.origin for start in fixed] == list(names)
+
+
+def test_children_know_the_formula_they_descend_from() -> None:
+    space, rng = small_space(attention="searched"), Random(7)
+    pi, ntk, yarn = space.starts()[:3]
+    for start in (pi, ntk, yarn):
+        mutant = space.mutate(space.mutate(start, rng), rng)
+        assert mutant.origin == start.origin
+        assert Candidate.from_json(mutant.to_json()).origin == start.origin
+        assert space.start_of(mutant) == start
+
+    def far(child: Candidate, start: Candidate) -> float:
+        return sum(math.log(a / b) ** 2 for a, b in zip(child.factors, start.factors, strict=True))
+
+    seen = set()
+    for _ in range(60):
+        child = space.crossover(pi, yarn, rng)
+        assert child.origin == ("PI" if far(child, pi) <= far(child, yarn) else "YaRN")
+        seen.add(child.origin)
+    assert seen == {"PI", "YaRN"}
+    assert space.start_of(Candidate((100,) * 8)) is None
 
 
 def test_starts_come_once() -> None:

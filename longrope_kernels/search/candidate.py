@@ -17,11 +17,13 @@ class Candidate:
             ``critical`` on, for all pairs where it has none.
         n_hat: in tokens, as in `FactorSet`.
         attention: the attention factor in hundredths; None where the space fixes it.
+        origin: the formula it descends from, by mutations and crossovers; not a part of the point.
     """
 
     factors: tuple[int, ...]
     n_hat: int = 0
     attention: int | None = None
+    origin: str = field(default="", compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -29,6 +31,7 @@ class Candidate:
             "factors": list(self.factors),
             "n_hat": self.n_hat,
             "attention": self.attention,
+            "origin": self.origin,
         }
 
     @classmethod
@@ -48,12 +51,24 @@ class Candidate:
             ) from None
         if not all(type(value) is int for value in values):
             raise ValueError(f"candidate: expected whole numbers, got {content!r}")
-        return cls(tuple(factors), n_hat, attention)
+        return cls(tuple(factors), n_hat, attention, str(content.get("origin", "")))
+
+
+@dataclass(frozen=True)
+class Formula(Candidate):
+    """A rope to compare with, by its name: judged as a candidate is, and no point of the grid."""
+
+    factors: tuple[int, ...] = ()
+    name: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The name as JSON."""
+        return {"formula": self.name}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The fitness of a candidate.
+    """The fitness of a candidate, or of a formula beside them.
 
     Attributes:
         candidate: as it was asked.
@@ -102,7 +117,10 @@ class Evaluation:
         Raises:
             ValueError: a field is missing or of another type.
         """
-        candidate = Candidate.from_json(content)
+        if isinstance(content, Mapping) and "formula" in content:
+            candidate: Candidate = Formula(name=str(content["formula"]))
+        else:
+            candidate = Candidate.from_json(content)
         try:
             fitness, seconds = float(content["fitness"]), float(content["seconds"])
             return cls(candidate, fitness, content["complete"], seconds, content["details"])

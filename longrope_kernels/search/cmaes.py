@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from .base import Search
 from .candidate import Candidate
+from .coarse import Sieve
 from .evolution import EvolutionSettings
 from .space import SearchSpace, check_whole
 
@@ -67,6 +68,8 @@ class CmaEsSearch(Search):
             evaluations and the same seed.
         folder: of the journal and the state, as in `Search`.
         context: as in `Search`.
+        formulas: as in `Search`.
+        sieve: as in `Search`.
 
     Raises:
         ImportError: the package ``cmaes`` is not there.
@@ -78,6 +81,8 @@ class CmaEsSearch(Search):
         settings: CmaEsSettings | EvolutionSettings | None = None,
         folder: str | os.PathLike[str] | None = None,
         context: Mapping[str, Any] | None = None,
+        formulas: Sequence[str] = (),
+        sieve: Sieve | None = None,
     ) -> None:
         self._library = _library()
         if isinstance(settings, EvolutionSettings):
@@ -85,10 +90,11 @@ class CmaEsSearch(Search):
         self.settings = settings or CmaEsSettings()
         self._optimizer: Any = None
         self._known: set[Candidate] = set()
+        self._origin = ""
         # What the optimiser sampled, and the candidate each sample stands for.
         self._generation: list[tuple[Any, Candidate]] = []
         config = {"optimizer": "cmaes", "settings": asdict(self.settings)}
-        super().__init__(space, config, self.settings.iterations, folder, context)
+        super().__init__(space, config, self.settings.iterations, folder, context, formulas, sieve)
 
     @property
     def total(self) -> int:
@@ -119,7 +125,7 @@ class CmaEsSearch(Search):
         # Ranks in place of fitness: NaN, stopped early and ties have one, and CMA-ES asks no more.
         order = sorted(
             range(len(self._generation)),
-            key=lambda i: self._results[self._generation[i][1]].rank,
+            key=lambda i: self._rank(self._generation[i][1]),
         )
         ranked = [(self._generation[i][0], float(rank)) for rank, i in enumerate(order)]
         self._optimizer.tell(ranked)
@@ -127,7 +133,8 @@ class CmaEsSearch(Search):
     def _start(self) -> Any:
         """The optimiser, with its mean at the best start."""
         space = self.space
-        start = min((self._results[c] for c in self._asked[0]), key=lambda one: one.rank).candidate
+        start = min(self._asked[0], key=self._rank)
+        self._origin = start.origin
         low, high = (math.log(bound) for bound in space.bounds)
         mean = [math.log(value) for value in start.factors]
         # A sample is clipped, so equal bounds need some room here as well.
@@ -163,14 +170,15 @@ class CmaEsSearch(Search):
         if self.space.attention_bounds is not None:
             fixed = self.space.attention_bounds[0]
             attention = fixed if sample.z is None else int(sample.z[0])
-        return Candidate(factors, n_hat, attention)
+        return Candidate(factors, n_hat, attention, self._origin)
 
     def _memory(self) -> dict[str, Any]:
         return {"cmaes": self._library.__version__, "numpy": np.__version__}
 
     def _recall(self, memory: Mapping[str, Any]) -> None:
         """Sample again what was sampled, from the seed, and tell what is in the journal."""
-        for iteration, asked in enumerate(self._asked):
+        sampled = self._asked[: len(self._asked) - self._closing]
+        for iteration, asked in enumerate(sampled):
             if self._propose() != asked:
                 raise ValueError(
                     f"folder: expected the samples of iteration {iteration} again; made with "

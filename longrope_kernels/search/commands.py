@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ..rope import FactorSet, Rope, scaling
-from . import base
+from .descent import in_words
 from .distributed import start_ranks
 from .documents import Document, Encode, encoder, read_documents
 from .extend import DONE, ExtendPlan, Extension, Watch
@@ -94,6 +94,8 @@ class Search:
             header = [f"perplexity, {self.length} tokens", "", ""]
             note = write_config(source, found.rope, self.length, self.out)
             _tell(header, rows, self.out, note)
+            if found.descent is not None:
+                typer.echo(in_words(found.descent))
 
     def _space(self, source: Source) -> SearchSpace:
         stage, reached = source.stage, source.trained
@@ -349,27 +351,22 @@ def _bars() -> Iterator[Watch]:
     """A bar for each step, which goes where the next begins."""
     from tqdm import tqdm
 
+    from .bar import SearchBar
+
     with ExitStack() as now:
 
         def watch(kind: str, name: str, total: int) -> Any:
             now.close()
-            unit = " candidates" if kind == "search" else " steps"
-            told = {"desc": name, "total": total or None, "unit": unit}
+            if kind == "search":
+                return now.enter_context(SearchBar(name, quiet=not is_main())).show
+            told = {"desc": name, "total": total or None, "unit": " steps"}
             bar = now.enter_context(tqdm(**told, dynamic_ncols=True, disable=not is_main()))
-
-            def searched(search: base.Search) -> None:
-                if search.evaluated < bar.n:
-                    bar.reset()
-                bar.total = search.total
-                bar.update(search.evaluated - bar.n)
-                if search.best is not None:
-                    bar.set_postfix_str(f"best perplexity {_number(search.best.fitness)}")
 
             def tuned(step: int, loss: float) -> None:
                 bar.update(step - bar.n)
                 bar.set_postfix_str(f"perplexity {_number(math.exp(min(loss, 700.0)))}")
 
-            return searched if kind == "search" else tuned
+            return tuned
 
         yield watch
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from .base import Search
 from .candidate import Candidate, Evaluation
-from .run import Evaluate, Progress, evaluated
+from .run import Evaluate, Progress, evaluated, judge_of
 
 _RESUME = "what was told is in the journal: start the same command again to go on"
 
@@ -49,6 +49,7 @@ def run_distributed(
     evaluate: Evaluate,
     progress: Progress | None = None,
     *,
+    coarse: Evaluate | None = None,
     batch: int = 1,
     racing: bool = False,
 ) -> Evaluation | None:
@@ -61,6 +62,7 @@ def run_distributed(
         make_search: called on rank 0 alone.
         evaluate: as in `run_search`; on every rank.
         progress: on rank 0 alone.
+        coarse: as in `run_search`; on every rank.
         batch: candidates per rank and round.
         racing: as in `run_search`.
 
@@ -75,13 +77,14 @@ def run_distributed(
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     if dist.get_rank() == 0:
-        return _lead(make_search, evaluate, progress, batch, racing)
-    return _follow(evaluate)
+        return _lead(make_search, evaluate, coarse, progress, batch, racing)
+    return _follow(evaluate, coarse)
 
 
 def _lead(
     make_search: Callable[[], Search],
     evaluate: Evaluate,
+    coarse: Evaluate | None,
     progress: Progress | None,
     batch: int,
     racing: bool,
@@ -93,8 +96,8 @@ def _lead(
         while candidates := search.ask():
             width = batch * dist.get_world_size()
             for start in range(0, len(candidates), width):
-                threshold = search.threshold if racing else None
-                _round(search, evaluate, candidates[start : start + width], threshold)
+                judge, threshold = judge_of(search, evaluate, coarse, racing)
+                _round(search, judge, candidates[start : start + width], threshold)
                 if progress is not None:
                     progress(search)
     except _RankError:
@@ -119,13 +122,13 @@ def _tell_end(text: str) -> None:
 
 
 def _round(
-    search: Search, evaluate: Evaluate, candidates: list[Candidate], threshold: float | None
+    search: Search, judge: Evaluate, candidates: list[Candidate], threshold: float | None
 ) -> None:
     """Rank 0's part: split, evaluate its own, gather, tell."""
     size = dist.get_world_size()
     shares = [candidates[rank::size] for rank in range(size)]
-    _broadcast(("evaluate", shares, threshold))
-    own = _attempt(evaluate, shares[0], threshold)
+    _broadcast(("evaluate", search.stage, shares, threshold))
+    own = _attempt(judge, shares[0], threshold)
     try:
         answers = _gather(own)
     except _RankError:
@@ -139,7 +142,7 @@ def _round(
         raise _RankError(f"{text}; {_RESUME}")
 
 
-def _follow(evaluate: Evaluate) -> Evaluation | None:
+def _follow(evaluate: Evaluate, coarse: Evaluate | None) -> Evaluation | None:
     while True:
         message = _broadcast(None)
         if message[0] == "done":
@@ -147,8 +150,9 @@ def _follow(evaluate: Evaluate) -> Evaluation | None:
             return best
         if message[0] == "failed":
             raise _RankError(f"{message[1]}; {_RESUME}")
-        _, shares, threshold = message
-        _gather(_attempt(evaluate, shares[dist.get_rank()], threshold))
+        _, stage, shares, threshold = message
+        judge = coarse if stage == "coarse" and coarse is not None else evaluate
+        _gather(_attempt(judge, shares[dist.get_rank()], threshold))
 
 
 def _attempt(

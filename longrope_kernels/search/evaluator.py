@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ..rope.value import Rope
-from .candidate import Candidate, Evaluation
+from .candidate import Candidate, Evaluation, Formula
 from .fitness import Measured, Race
 from .space import SearchSpace
 
@@ -28,10 +28,18 @@ class Evaluator:
         fitness: of their ropes.
         margin: as in `Race`, of a search that races; None gives up on what has lost for certain
             alone, so that the search ends with the same result as one that does not race.
+        formulas: the ropes that a `Formula` names.
     """
 
-    def __init__(self, space: SearchSpace, fitness: Fitness, margin: float | None = None) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        fitness: Fitness,
+        margin: float | None = None,
+        formulas: Mapping[str, Rope] | None = None,
+    ) -> None:
         self.space, self.fitness, self.margin = space, fitness, margin
+        self.formulas = dict(formulas or {})
         self._best: Measured | None = None
 
     def __call__(
@@ -44,7 +52,7 @@ class Evaluator:
             threshold: in a race, the perplexity above which a candidate is of no interest.
         """
         race = Race(threshold, self.margin, self._best) if math.isfinite(threshold) else None
-        ropes = [self.space.rope(candidate) for candidate in candidates]
+        ropes = [self._rope(candidate) for candidate in candidates]
         found = []
         for candidate, measured in zip(
             candidates, self.fitness.measure(ropes, race=race), strict=True
@@ -58,3 +66,8 @@ class Evaluator:
             if complete and measured.loss < (math.inf if self._best is None else self._best.loss):
                 self._best = measured
         return found
+
+    def _rope(self, candidate: Candidate) -> Rope:
+        if isinstance(candidate, Formula):
+            return self.formulas[candidate.name]
+        return self.space.rope(candidate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from random import Random
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ import typer
 
 from .base import Search
 from .candidate import Candidate, Evaluation
+from .coarse import Sieve
 from .space import SearchSpace, check_whole
 
 # How often a candidate that was seen before is drawn again. A space with no new ones ends there.
@@ -67,6 +68,8 @@ class EvolutionarySearch(Search):
         settings: the paper's where not given.
         folder: of the journal and the state, as in `Search`.
         context: as in `Search`.
+        formulas: as in `Search`.
+        sieve: as in `Search`.
     """
 
     def __init__(
@@ -75,11 +78,13 @@ class EvolutionarySearch(Search):
         settings: EvolutionSettings | None = None,
         folder: str | os.PathLike[str] | None = None,
         context: Mapping[str, Any] | None = None,
+        formulas: Sequence[str] = (),
+        sieve: Sieve | None = None,
     ) -> None:
         self.settings = settings or EvolutionSettings()
         self._rng = Random(self.settings.seed)
         config = {"optimizer": "evolution", "settings": asdict(self.settings)}
-        super().__init__(space, config, self.settings.iterations, folder, context)
+        super().__init__(space, config, self.settings.iterations, folder, context, formulas, sieve)
 
     @property
     def total(self) -> int:
@@ -97,8 +102,8 @@ class EvolutionarySearch(Search):
         return (finite or ranked)[: self.settings.parents]
 
     def _finished(self) -> list[Evaluation]:
-        whole = [a for a in self._asked if all(candidate in self._results for candidate in a)]
-        return [self._results[candidate] for asked in whole for candidate in asked]
+        finished = self._asked[: len(self._history)]
+        return [self._results[c] for asked in finished for c in asked if c in self._results]
 
     def _propose(self) -> list[Candidate]:
         one, rng, space = self.settings, self._rng, self.space
@@ -125,7 +130,7 @@ class EvolutionarySearch(Search):
                 # Parents that have become alike have no new child: then mutants of one.
                 if attempt >= _ATTEMPTS // 4:
                     candidate = self._mutant(candidate)
-                if candidate not in known and candidate not in self._results:
+                if not any(candidate in of for of in (known, self._results, self._coarse)):
                     known.add(candidate)
                     found.append(candidate)
                     break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,16 +12,19 @@ import typer
 from ..rope.value import Rope
 from .base import Search
 from .candidate import Evaluation
+from .coarse import Coarse, Sieve
+from .descent import YARN, best_attention, descent
 from .distributed import run_distributed
 from .documents import Document, Encode
 from .evaluator import Evaluator
 from .evolution import EvolutionarySearch, EvolutionSettings
-from .fitness import NeedlePerplexity, Perplexity, pass_key
+from .fitness import Needle, NeedlePerplexity, Perplexity, pass_key
 from .model import Losses
 from .options import Last, Read, Stride, ascending
 from .ranks import from_main, is_shared
 from .run import run_search
-from .source import digest, read_json, save_rope, write_json
+from .skipped import SkippedNeedles, SkippedPerplexity
+from .source import digest, save_rope, write_json
 from .space import SearchSpace
 
 OPTIMIZERS = ("evolution", "cmaes")
@@ -57,6 +60,7 @@ class Options(EvolutionSettings):
         race: give up on candidates that have lost for certain; the result is the same.
         margin: as in `Race`; the result may differ.
         batch: candidates that are measured together; on a GPU with short documents it is faster.
+        coarse: how candidates are judged before that fitness, and which of them get it.
 
     Raises:
         ValueError: naming the attribute that is out of range.
@@ -98,6 +102,7 @@ class Options(EvolutionSettings):
         ),
     ] = None
     batch: Annotated[int, typer.Option(min=1, help="Candidates to measure in one forward.")] = 1
+    coarse: Coarse = field(default_factory=Coarse)
 
     def __post_init__(self) -> None:
         for name, served in (("optimizer", OPTIMIZERS), ("fitness", FITNESSES)):
@@ -133,10 +138,28 @@ class Options(EvolutionSettings):
         """The fitness at a length; ``encode`` is what "needle" makes its text with."""
         if self.fitness == "perplexity":
             return Perplexity(losses, documents, length, last=self.last, stride=self.stride)
-        if encode is None:
-            raise ValueError("encode: expected one for fitness 'needle', got None")
-        needles = [pass_key(encode, number) for number in NEEDLES]
-        return NeedlePerplexity(losses, documents, needles, length)
+        return NeedlePerplexity(losses, documents, _needles(encode), length)
+
+    def skipped(
+        self, losses: Losses, documents: Sequence[Document], length: int, encode: Encode | None
+    ) -> SkippedPerplexity | SkippedNeedles | None:
+        """The coarse fitness for a length; None where there is none (`Coarse.window`)."""
+        tokens = self.coarse.window(length)
+        if tokens is None:
+            return None
+        if self.fitness == "perplexity":
+            return SkippedPerplexity(losses, documents, length, tokens, self.coarse, last=self.last)
+        needles = _needles(encode)
+        longest = max(sum(map(len, needle)) for needle in needles)
+        if self.coarse.mode == "auto" and tokens < 2 * longest:
+            return None
+        return SkippedNeedles(losses, documents, needles, length, tokens)
+
+
+def _needles(encode: Encode | None) -> list[Needle]:
+    if encode is None:
+        raise ValueError("encode: expected one for fitness 'needle', got None")
+    return [pass_key(encode, number) for number in NEEDLES]
 
 
 # Numbers of five digits, none of which is in the others; hidden in turn.
@@ -151,11 +174,13 @@ class Found:
         rope: of the best candidate, one set.
         best: its evaluation.
         others: the fitness of the formulas beside it.
+        descent: the formula it comes from (`descent.descent`).
     """
 
     rope: Rope
     best: Evaluation
     others: dict[str, float]
+    descent: dict[str, Any] | None = None
 
 
 def find(
@@ -188,32 +213,36 @@ def find(
         ValueError: an argument is out of range, the folder is another run's, or no candidate has a
             finite fitness.
     """
-    fitness = options.measure(losses, documents, space.target_length, encode)
+    length, ropes = space.target_length, others or {}
+    fitness = options.measure(losses, documents, length, encode)
+    skipped = options.skipped(losses, documents, length, encode)
+    sieve = None if skipped is None else options.coarse.sieve
     whole = {
         **(context or {}),
         "documents": digest(documents),
         "fitness": {name: getattr(options, name) for name in ("fitness", "last", "stride")},
         "margin": options.margin if options.race else None,  # else the result is the same
+        "windows": None if skipped is None else options.coarse.describe(length),
     }
-    compared: dict[str, float] = {}
     opened: list[Search] = []
 
     def make() -> Search:
-        search = make_search(space, options, folder, whole)
+        search = make_search(space, options, folder, whole, tuple(ropes), sieve)
         opened.append(search)
-        compared.update(_compare(fitness, others or {}, folder / RESULT))
         return search
 
     content = {
-        "length": space.target_length,
-        "others": compared,
+        "length": length,
         "space": space.describe(),
         "options": asdict(options),
         "documents": [document.name for document in documents],
+        "windows": whole["windows"],
     }
     note = _Note(folder, content, progress)
-    evaluate = Evaluator(space, fitness, options.margin)
+    evaluate = Evaluator(space, fitness, options.margin, ropes)
     arguments: dict[str, Any] = {"batch": options.batch, "racing": options.race}
+    if skipped is not None:
+        arguments["coarse"] = Evaluator(space, skipped)
     try:
         if is_shared():
             best = run_distributed(make, evaluate, note, **arguments)
@@ -224,7 +253,8 @@ def find(
             search.close()
     if best is None:
         raise ValueError(f"{folder}: no candidate has a finite loss; the journal has each of them")
-    return Found(space.rope(best.candidate), best, from_main(lambda: compared))
+    told = from_main(lambda: (_others(opened[0]), descent(opened[0])))
+    return Found(space.rope(best.candidate), best, *told)
 
 
 class _Note:
@@ -232,24 +262,24 @@ class _Note:
 
     def __init__(self, folder: Path, content: dict[str, Any], progress: Progress | None) -> None:
         self._folder, self._content, self._progress = folder, content, progress
-        self._written = -1
+        self._written = (-1, False)
 
     def __call__(self, search: Search) -> None:
         if self._progress is not None:
             self._progress(search)
-        if len(search.history) != self._written and search.best is not None:
-            self._written = len(search.history)
+        now = len(search.history), search.done
+        if now != self._written and search.best is not None:
+            self._written = now
             _write(self._folder, search, self._content)
 
 
-def _compare(
-    fitness: Perplexity | NeedlePerplexity, ropes: dict[str, Rope], result: Path
-) -> dict[str, float]:
-    """The fitness of each, read again where it was written."""
-    known = read_json(result)["others"] if result.exists() else {}
-    if known.keys() == ropes.keys():
-        return {name: float(value) for name, value in known.items()}
-    return {name: fitness(rope) for name, rope in ropes.items()}
+def _others(search: Search) -> dict[str, float]:
+    """The formulas' fitness, and that of YaRN with the best attention factor that was measured."""
+    found = {name: one.fitness for name, one in search.compared.items()}
+    yarn = best_attention(search)
+    if YARN in found and yarn is not None:
+        found[f"{YARN}, best attention factor"] = yarn[0]
+    return found
 
 
 def _write(folder: Path, search: Search, content: dict[str, Any]) -> None:
@@ -261,8 +291,13 @@ def _write(folder: Path, search: Search, content: dict[str, Any]) -> None:
         folder / RESULT,
         {
             **content,
+            "others": _others(search),
             "best": best.to_json(),
+            "descent": descent(search),
+            "judged": search.judged,
             "evaluations": search.evaluated,
+            "correlation": search.correlation,
+            "coarse": search.sifts,
             "seconds": sum(one.seconds for one in search.history),
             "history": [[one.best, one.median] for one in search.history],
         },
@@ -270,11 +305,16 @@ def _write(folder: Path, search: Search, content: dict[str, Any]) -> None:
 
 
 def make_search(
-    space: SearchSpace, options: Options, folder: Path, context: dict[str, Any]
+    space: SearchSpace,
+    options: Options,
+    folder: Path,
+    context: dict[str, Any],
+    formulas: Sequence[str] = (),
+    sieve: Sieve | None = None,
 ) -> Search:
     """The search of ``options.optimizer``."""
     if options.optimizer == "evolution":
-        return EvolutionarySearch(space, options.evolution, folder, context)
+        return EvolutionarySearch(space, options.evolution, folder, context, formulas, sieve)
     from .cmaes import CmaEsSearch
 
-    return CmaEsSearch(space, options.evolution, folder, context)
+    return CmaEsSearch(space, options.evolution, folder, context, formulas, sieve)

@@ -18,6 +18,8 @@ from ..rope.value import Rope
 from .documents import Document, Encode
 from .model import Losses
 
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # where needles are hidden, as shares of a document
+
 
 class Measured(NamedTuple):
     """The result for one rope, by document: sums of losses in nats, and how many tokens count.
@@ -88,9 +90,10 @@ class Window(NamedTuple):
 
     tokens: torch.Tensor  # (length,) int64
     last: int
+    positions: torch.Tensor | None = None  # (length,) int64, ascending; None: from 0, one by one
 
 
-class _Documents:
+class Documents:
     """The loop that all fitness functions share: documents one by one, all ropes at a time."""
 
     def __init__(self, losses: Losses, windows: Sequence[Sequence[Window]]) -> None:
@@ -128,20 +131,21 @@ class _Documents:
         # Windows of one shape go together, but for the last of a document that is all of them.
         shapes = dict.fromkeys((len(window.tokens), window.last) for window in windows)
         for length, last in shapes:
-            rows = torch.stack(
-                [w.tokens for w in windows if (len(w.tokens), w.last) == (length, last)]
-            )
+            alike = [w for w in windows if (len(w.tokens), w.last) == (length, last)]
+            rows = torch.stack([window.tokens for window in alike])
+            places = [window.positions for window in alike if window.positions is not None]
             found = self.losses(
                 [ropes[i] for i in running for _ in rows],
                 rows.repeat(len(running), 1),
                 last=last,
+                **({"positions": torch.stack(places).repeat(len(running), 1)} if places else {}),
             )
             for at, part in enumerate(found.double().sum(1).view(len(running), -1).sum(1).tolist()):
                 totals[at] += part
         return totals
 
 
-class Perplexity(_Documents):
+class Perplexity(Documents):
     """Over long documents, each token counted once, all tokens alike.
 
     Without ``stride`` a document is its first ``length`` tokens, of which the ``last`` ones count.
@@ -246,7 +250,7 @@ def hide(needle: Needle, document: Document, length: int, depth: float) -> Windo
     return Window(torch.cat(pieces), len(needle.answer))
 
 
-class NeedlePerplexity(_Documents):
+class NeedlePerplexity(Documents):
     """Of the answers alone (LongRoPE2, arXiv 2502.20082), over needles in long documents.
 
     Tokens that a model can guess from those nearby say little of how far it sees; the answer to a
@@ -260,7 +264,7 @@ class NeedlePerplexity(_Documents):
         needles: Sequence[Needle],
         length: int,
         *,
-        depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+        depths: Sequence[float] = DEPTHS,
     ) -> None:
         """Hide a needle at each depth of each document, the needles in turn.
 
@@ -284,7 +288,7 @@ def passkey_accuracy(
     needles: Sequence[Needle],
     length: int,
     *,
-    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    depths: Sequence[float] = DEPTHS,
 ) -> float:
     """The share of needles whose answer greedy decoding would give in full.
 

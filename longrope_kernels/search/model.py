@@ -20,7 +20,12 @@ class Losses(Protocol):
     """What the fitness functions ask of a model. A row is one sequence under one rope."""
 
     def __call__(
-        self, ropes: Ropes, tokens: torch.Tensor, *, last: int | None = None
+        self,
+        ropes: Ropes,
+        tokens: torch.Tensor,
+        *,
+        last: int | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross entropy of each token after the first, or of the last ones alone, in nats.
 
@@ -28,6 +33,8 @@ class Losses(Protocol):
             ropes: one for all rows, or one for each; of several sets, that of the length.
             tokens: (rows, length) int64.
             last: how many tokens at the end to score; None for all that have one before them.
+            positions: (rows, length) int64, ascending in each row, which is one sequence also
+                where they jump; the last one says how long it is. None for 0, 1, 2, ...
 
         Returns:
             (rows, last or length - 1) float32 on the host.
@@ -86,7 +93,12 @@ class TransformersLosses:
         self._batch_tokens = batch_tokens
 
     def __call__(
-        self, ropes: Ropes, tokens: torch.Tensor, *, last: int | None = None
+        self,
+        ropes: Ropes,
+        tokens: torch.Tensor,
+        *,
+        last: int | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Losses`.
 
@@ -94,16 +106,23 @@ class TransformersLosses:
             ValueError, TypeError: naming the argument that does not fit the model.
         """
         count = tokens.shape[-1] - 1 if last is None else last
-        return self._rows(ropes, tokens, count, _cross_entropy)
+        return self._rows(ropes, tokens, count, _cross_entropy, positions)
 
     def likeliest(self, ropes: Ropes, tokens: torch.Tensor, *, last: int) -> torch.Tensor:
         """As `Losses`."""
         return self._rows(ropes, tokens, last, lambda logits, _: logits.argmax(-1))
 
     def _rows(
-        self, ropes: Ropes, tokens: torch.Tensor, last: int, of_logits: _Head
+        self,
+        ropes: Ropes,
+        tokens: torch.Tensor,
+        last: int,
+        of_logits: _Head,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self._check_tokens(tokens, last)
+        if positions is not None:
+            _check_positions(positions, tokens)
         rows, length = tokens.shape
         ropes = [ropes] * rows if isinstance(ropes, Rope) else list(ropes)
         if len(ropes) != rows:
@@ -112,16 +131,21 @@ class TransformersLosses:
             self._check_rope(rope)
         step = max(self._batch_tokens // length, 1)
         parts = [
-            self._in_halves(ropes[at : at + step], tokens[at : at + step], last, of_logits)
-            for at in range(0, rows, step)
+            self._in_halves(ropes[part], tokens[part], last, of_logits, _of(positions, part))
+            for part in (slice(at, at + step) for at in range(0, rows, step))
         ]
         return torch.cat(parts)
 
     def _in_halves(
-        self, ropes: list[Rope], tokens: torch.Tensor, last: int, of_logits: _Head
+        self,
+        ropes: list[Rope],
+        tokens: torch.Tensor,
+        last: int,
+        of_logits: _Head,
+        positions: torch.Tensor | None,
     ) -> torch.Tensor:
         try:
-            return self._forward(ropes, tokens, last, of_logits)
+            return self._forward(ropes, tokens, last, of_logits, positions)
         except torch.OutOfMemoryError:
             if len(ropes) == 1:
                 raise
@@ -129,21 +153,33 @@ class TransformersLosses:
         half = len(ropes) // 2
         self._batch_tokens = max(half * tokens.shape[1], 1)
         parts = [
-            self._in_halves(ropes[part], tokens[part], last, of_logits)
+            self._in_halves(ropes[part], tokens[part], last, of_logits, _of(positions, part))
             for part in (slice(half), slice(half, None))
         ]
         return torch.cat(parts)
 
     @torch.no_grad()
     def _forward(
-        self, ropes: list[Rope], tokens: torch.Tensor, last: int, of_logits: _Head
+        self,
+        ropes: list[Rope],
+        tokens: torch.Tensor,
+        last: int,
+        of_logits: _Head,
+        positions: torch.Tensor | None,
     ) -> torch.Tensor:
         from ..integrations.transformers import set_rope
 
-        rope, sets = merged(ropes, tokens.shape[1])
+        ends = [tokens.shape[1]] * len(ropes)
+        if positions is not None:
+            ends = (positions[:, -1] + 1).tolist()
+        rope, sets = merged(ropes, ends)
         set_rope(self.model, rope)
         tokens = tokens.to(self.model.device)
         chosen = {} if len(rope.sets) == 1 else {"longrope_sets": sets.to(tokens.device)}
+        if positions is not None:
+            # transformers takes positions that jump for packed sequences, unless it has a mask.
+            mask = torch.ones_like(tokens)
+            chosen |= {"position_ids": positions.to(tokens.device), "attention_mask": mask}
         base = self.model.base_model
         hidden = base(input_ids=tokens, use_cache=False, **chosen).last_hidden_state
         hidden, targets = hidden[:, -last - 1 : -1], tokens[:, -last:]
@@ -175,17 +211,20 @@ class TransformersLosses:
                 raise ValueError(f"rope: expected {name} = {wanted} as in the model, got {got}")
 
 
-def merged(ropes: Sequence[Rope], length: int) -> tuple[Rope, torch.Tensor]:
-    """One rope with the factor sets of several for sequences of one length.
+def merged(ropes: Sequence[Rope], lengths: Sequence[int]) -> tuple[Rope, torch.Tensor]:
+    """One rope with the factor sets that several have for sequences of given lengths.
 
     Args:
         ropes: of the same pairs, base and pairing, one for each row.
-        length: of every row, in tokens.
+        lengths: of each row, in tokens.
 
     Returns:
         The rope, whose bounds mean nothing, and the set of each row, (rows,) int32.
     """
-    of_rows = [replace(r.sets[r.set_index(length)], max_length=None) for r in ropes]
+    of_rows = [
+        replace(rope.sets[rope.set_index(length)], max_length=None)
+        for rope, length in zip(ropes, lengths, strict=True)
+    ]
     unique = {factor_set: index for index, factor_set in enumerate(dict.fromkeys(of_rows))}
     sets = tuple(
         replace(factor_set, max_length=None if index == len(unique) - 1 else index + 1)
@@ -193,6 +232,20 @@ def merged(ropes: Sequence[Rope], length: int) -> tuple[Rope, torch.Tensor]:
     )
     rope = Rope(sets, ropes[0].base, ropes[0].interleaved)
     return rope, torch.tensor([unique[s] for s in of_rows], dtype=torch.int32)
+
+
+def _of(positions: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if positions is None else positions[rows]
+
+
+def _check_positions(positions: torch.Tensor, tokens: torch.Tensor) -> None:
+    if positions.shape != tokens.shape or positions.dtype != torch.int64:
+        raise ValueError(
+            f"positions: expected {tuple(tokens.shape)} int64 as tokens, got "
+            f"{tuple(positions.shape)}, {positions.dtype}"
+        )
+    if bool((positions.diff() < 1).any()) or bool((positions < 0).any()):
+        raise ValueError("positions: expected 0 or more, ascending in each row, got others")
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 from ..rope.files import SIDECAR
 from ..rope.value import Rope
 from .base import Iteration
+from .descent import in_words
 from .find import RESULT
 from .source import EVALUATION, Source, baselines, read_json
 
@@ -135,7 +136,9 @@ def _draw_result(content: Mapping[str, Any], folder: Path) -> None:
     if length > original:
         plain = Rope.plain(space["dim"], base=space["base"], interleaved=space["interleaved"])
         formulas = baselines(Source(Path(), {}, plain, original, original), length)
-    title = f"{length} tokens, {content['evaluations']} candidates"
+    title = f"{length} tokens, {content['judged']} candidates"
+    if content["descent"] is not None:
+        title += f"; {in_words(content['descent'])}"
     draw_factors(Rope.load(folder / SIDECAR), formulas, folder / "factors.png", title)
     history = [Iteration(float(best), float(median), 0, 0.0) for best, median in content["history"]]
     values = {name: float(value) for name, value in content["others"].items()}

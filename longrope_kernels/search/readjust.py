@@ -19,6 +19,8 @@ from .find import Found, Options, Progress, find
 from .model import Losses
 from .space import SearchSpace
 
+BEFORE = "before"
+
 
 @dataclass(frozen=True)
 class ShortSpace(SearchSpace):
@@ -32,7 +34,10 @@ class ShortSpace(SearchSpace):
 
     def starts(self) -> list[Candidate]:
         """As in `SearchSpace`, and `present`."""
-        found = super().starts() + ([] if self.present is None else [self.present])
+        found = super().starts()
+        if self.present is not None:
+            # Behind one of each formula, before these with other attention factors.
+            found.insert(3, replace(self.present, origin=BEFORE))
         return list(dict.fromkeys(found))
 
 
@@ -122,12 +127,12 @@ def readjust(
             space,
             options,
             folder / f"{length}",
-            others={"before": rope},
+            others={BEFORE: rope},
             encode=encode,
             context={**(context or {}), "before": as_json(rope)},
             progress=progress,
         )
-    before = {length: one.others["before"] for length, one in found.items()}
+    before = {length: one.others[BEFORE] for length, one in found.items()}
     result = Readjusted(rope, found, before)
     short = [replace(found[n].rope.sets[0], max_length=n) for n in result.taken]
     return replace(result, rope=with_short_sets(rope, short, lengths[-1]))

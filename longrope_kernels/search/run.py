@@ -21,6 +21,7 @@ def run_search(
     evaluate: Evaluate,
     progress: Progress | None = None,
     *,
+    coarse: Evaluate | None = None,
     batch: int = 1,
     racing: bool = False,
 ) -> Evaluation | None:
@@ -32,6 +33,7 @@ def run_search(
             ``evaluate(candidates, threshold)``, and may give up on a candidate whose fitness is
             certain to be above the threshold (`Evaluation.complete` False). Where it never gives
             up on one that would have come out lower, the search ends with the same result.
+        coarse: the same by the coarse fitness, for a search that has a sieve; it never races.
         progress: called with the search at the start and after every evaluation told.
         batch: candidates per call; as many are lost when the process is killed.
         racing: off for exact reproduction by evaluators that only guess.
@@ -51,10 +53,22 @@ def run_search(
     while candidates := search.ask():
         for start in range(0, len(candidates), batch):
             part = candidates[start : start + batch]
-            search.tell(evaluated(evaluate, part, search.threshold if racing else None))
+            judge, threshold = judge_of(search, evaluate, coarse, racing)
+            search.tell(evaluated(judge, part, threshold))
             if progress is not None:
                 progress(search)
     return search.best
+
+
+def judge_of(
+    search: Search, evaluate: Evaluate, coarse: Evaluate | None, racing: bool
+) -> tuple[Evaluate, float | None]:
+    """What judges the candidates of a search's stage, and the threshold in a race."""
+    if search.stage != "coarse":
+        return evaluate, search.threshold if racing else None
+    if coarse is None:
+        raise ValueError("coarse: expected an evaluator, since the search has a sieve, got None")
+    return coarse, None
 
 
 def evaluated(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -202,8 +203,9 @@ class SearchSpace:
     def starts(self) -> list[Candidate]:
         """PI, NTK and YaRN for this stage's ratio, on the grid and in range, each once.
 
-        Where the attention factor is searched, YaRN comes with its own and the others with the
-        paper's. Under ``critical`` "NTK" is the one that gives the critical pair ``ratio``.
+        Where the attention factor is searched, each comes with YaRN's, the paper's and 1: first
+        YaRN with its own and the others with the paper's. ``origin`` of each is its own name.
+        Under ``critical`` "NTK" is the one that gives the critical pair ``ratio``.
         """
         ratio, pairs = self._ratio, self.pairs
         ntk = formulas.ntk_factors(pairs, ratio)
@@ -211,12 +213,35 @@ class SearchSpace:
             ntk = tuple(ratio ** (i / self.critical) for i in range(pairs))
         yarn = formulas.yarn_factors(pairs, self.base, ratio, self.original_length)
         total = max(1.0, self.target_length / self.original_length)
-        found = [
-            self.nearest(formulas.linear_factors(pairs, ratio)),
-            self.nearest(ntk),
-            self.nearest(yarn, attention=formulas.yarn_attention_factor(total)),
-        ]
+        of_yarn, of_paper = formulas.yarn_attention_factor(total), self._fixed_attention
+        plain = formulas.linear_factors(pairs, ratio)
+        first = [("PI", plain, of_paper), ("NTK", ntk, of_paper), ("YaRN", yarn, of_yarn)]
+        others = [(*one[:2], x) for x in (of_paper, of_yarn, 1.0) for one in reversed(first)]
+        found = (
+            replace(self.nearest(factors, attention=attention), origin=name)
+            for name, factors, attention in first + others
+        )
         return list(dict.fromkeys(found))
+
+    def start_of(self, candidate: Candidate) -> Candidate | None:
+        """The formula that ``candidate`` descends from, with its own attention factor."""
+        return next((one for one in self._starts if one.origin == candidate.origin), None)
+
+    @cached_property
+    def _starts(self) -> list[Candidate]:
+        return self.starts()
+
+    def _nearer(self, factors: list[int], a: Candidate, b: Candidate) -> str:
+        """Of the formulas two parents descend from, the one whose factors are nearer."""
+
+        def distance(parent: Candidate) -> float:
+            start = self.start_of(parent)
+            if start is None:
+                return math.inf
+            pairs = zip(factors, start.factors, strict=True)
+            return math.fsum(math.log(x / y) ** 2 for x, y in pairs)
+
+        return a.origin if a.origin == b.origin or distance(a) <= distance(b) else b.origin
 
     def allows(self, candidate: Candidate) -> bool:
         """Whether it lies on the grid, in range, in order, with a threshold of the set."""
@@ -267,10 +292,12 @@ class SearchSpace:
             n_hat = rng.choice(self._n_hats)
         if self.attention_bounds is not None and attention is not None:
             attention = moves.mutate_value(attention, self.attention_bounds, rng, probability, kind)
-        return Candidate(tuple(factors), n_hat, attention)
+        return Candidate(tuple(factors), n_hat, attention, candidate.origin)
 
     def crossover(self, a: Candidate, b: Candidate, rng: Random, kind: str = "mixed") -> Candidate:
         """A child of two candidates of this space; it may be one of them.
+
+        Its ``origin`` is that of the parents' whose factors are nearer to its own.
 
         Args:
             a: a parent.
@@ -282,7 +309,8 @@ class SearchSpace:
         """
         factors = moves.cross_factors(list(a.factors), list(b.factors), self.monotone, rng, kind)
         n_hat = rng.choice((a, b)).n_hat
-        return Candidate(tuple(factors), n_hat, rng.choice((a, b)).attention)
+        attention, origin = rng.choice((a, b)).attention, self._nearer(factors, a, b)
+        return Candidate(tuple(factors), n_hat, attention, origin)
 
     def describe(self) -> dict[str, Any]:
         """All that decides what is proposed and what it means, as JSON values."""

@@ -1,0 +1,191 @@
+"""Which candidates of an iteration are judged by the full fitness, after a coarse one saw all.
+
+The coarse fitness orders, and nothing else: parents and the winner are chosen by the full one. How
+well it orders is measured while the search runs, on the candidates that got both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from .candidate import Evaluation
+
+# Rank correlations: `auto` doubles the share below the first, and takes all below the second.
+GOOD, LEAST = 0.85, 0.7
+# So many candidates with both before a correlation means anything.
+ENOUGH = 8
+
+# Tokens of a window by default: a quarter of the length, but not more than these; where that comes
+# to fewer than those, `auto` has no coarse fitness.
+_MOST, _FEWEST = 4096, 128
+MODES = ("auto", "on", "off")
+
+Both = tuple[Evaluation, Evaluation]
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """How candidates are judged before the full fitness: by short windows at far positions.
+
+    Attributes:
+        mode: "on"; "off"; or "auto", which is off where windows would be short, judges more
+            candidates in full where the two fitnesses rank them differently (`Sieve.adapts`), and
+            no more by windows where they contradict one another.
+        share: of an iteration's candidates, that are judged in full.
+        tokens: of a window; None for a quarter of the length, up to 4096.
+        chunks: 2 to 4, into which a window is cut; of a needle's there are always 3.
+        windows: of each document; of a needle one for each depth.
+
+    Raises:
+        ValueError: naming the attribute that is out of range.
+    """
+
+    mode: Annotated[
+        str,
+        typer.Option(
+            "--coarse",
+            help="Judge candidates by short windows at far positions first: on, off, or auto, as "
+            "long as these rank them as the full length does.",
+        ),
+    ] = "auto"
+    share: Annotated[
+        float, typer.Option("--coarse-share", help="Of them, to be judged at the full length.")
+    ] = 0.25
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--coarse-tokens",
+            help="Of such a window. [default: a quarter of the length, up to 4096]",
+        ),
+    ] = None
+    chunks: Annotated[
+        int, typer.Option("--coarse-chunks", min=2, max=4, help="Into which a window is cut.")
+    ] = 2
+    windows: Annotated[int, typer.Option("--coarse-windows", min=1, help="Of each document.")] = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"coarse: expected one of {', '.join(MODES)}, got {self.mode!r}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"coarse-share: expected above 0 and up to 1, got {self.share}")
+        for name, value, least, most in (
+            ("chunks", self.chunks, 2, 4),
+            ("tokens", self.tokens, 2 * self.chunks, math.inf),
+            ("windows", self.windows, 1, math.inf),
+        ):
+            if value is not None and not least <= value <= most:
+                end = f"to {most}" if most < math.inf else "or more"
+                raise ValueError(f"coarse-{name}: expected {least} {end}, got {value}")
+
+    def window(self, length: int) -> int | None:
+        """The tokens of a window for sequences of a length, or None for no coarse fitness.
+
+        Raises:
+            ValueError: it is on, and the length has no room for two windows.
+        """
+        tokens = min(length // 4, _MOST) if self.tokens is None else self.tokens
+        if self.mode == "off" or (self.mode == "auto" and tokens < _FEWEST and not self.tokens):
+            return None
+        tokens = max(tokens, 2 * self.chunks)
+        if length < 2 * tokens:
+            if self.mode == "auto":
+                return None
+            raise ValueError(
+                f"coarse-tokens: expected at most {length // 2}, since {length} tokens need room "
+                f"for two windows, got {tokens}"
+            )
+        return tokens
+
+    def describe(self, length: int) -> dict[str, Any]:
+        """The windows for sequences of a length, as JSON values."""
+        return {"tokens": self.window(length), "chunks": self.chunks, "windows": self.windows}
+
+    @property
+    def sieve(self) -> Sieve:
+        """What is judged in full."""
+        return Sieve(self.share, self.mode == "auto")
+
+
+@dataclass(frozen=True)
+class Sieve:
+    """How many of an iteration's candidates are judged by the full fitness.
+
+    Attributes:
+        share: of the candidates; above 0, up to 1.
+        adapts: more of them where the two fitnesses rank candidates differently: twice the share
+            below a rank correlation of 0.85, all of them and no coarse fitness any more below 0.7.
+
+    Raises:
+        ValueError: a share out of range.
+    """
+
+    share: float = 0.25
+    adapts: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share: expected above 0 and up to 1, got {self.share}")
+
+    def misleads(self, correlation: float | None) -> bool:
+        """Whether the coarse fitness is of no use."""
+        return self.adapts and correlation is not None and not correlation >= LEAST
+
+    def wanted(self, count: int, correlation: float | None) -> int:
+        """How many of ``count`` candidates to judge in full, at least 1.
+
+        Where it adapts and there is no correlation yet, so many that there is one.
+
+        Args:
+            count: of the iteration.
+            correlation: of `correlation`, over all candidates so far.
+        """
+        share = self.share
+        if self.misleads(correlation):
+            share = 1.0
+        elif self.adapts and correlation is not None and correlation < GOOD:
+            share = min(2 * share, 1.0)
+        least = ENOUGH if self.adapts and correlation is None else 1
+        return min(max(math.ceil(share * count - 1e-9), least), count)
+
+    def order(self, judged: Sequence[Evaluation]) -> list[Evaluation]:
+        """The candidates of an iteration, the one to judge first in front.
+
+        They are in the order of their coarse fitness, but for the one in the middle, which comes
+        third: a correlation over the best alone would say little.
+        """
+        ranked = sorted(judged, key=lambda one: one.rank)
+        if len(ranked) > 4:
+            ranked.insert(2, ranked.pop(len(ranked) // 2))
+        return ranked
+
+
+def correlation(both: Sequence[Both]) -> float | None:
+    """Spearman's rank correlation of coarse and full fitness.
+
+    Those that a race gave up share the place behind all others. None where there are too few
+    candidates, or one of the two fitnesses has the same rank for all.
+
+    Args:
+        both: the coarse and the full evaluation of each candidate.
+    """
+    if len(both) < ENOUGH:
+        return None
+    coarse = _ranks([one.rank for one, _ in both])
+    full = _ranks([one.rank if one.complete else (1, 0.0) for _, one in both])
+    middle = (len(both) - 1) / 2
+    a, b = ([rank - middle for rank in ranks] for ranks in (coarse, full))
+    spread = math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
+    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / spread if spread else None
+
+
+def _ranks(values: Sequence[tuple[int, float]]) -> list[float]:
+    """From 0; equal values share the mean of their places."""
+    places: dict[tuple[int, float], list[int]] = {}
+    for place, value in enumerate(sorted(values)):
+        places.setdefault(value, []).append(place)
+    return [sum(places[value]) / len(places[value]) for value in values]

@@ -1,0 +1,137 @@
+"""The coarse fitness: short windows whose positions are spread over the length to extend to.
+
+A window is cut into chunks, and the positions jump from one to the next, so that far fewer tokens
+have distances of the whole length between them (as PoSE, arXiv 2309.10400, does in training). It
+is one sequence all the same. Such windows order candidates about as the full length does, and
+decide nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+import torch
+
+from .coarse import Coarse
+from .documents import Document
+from .fitness import DEPTHS, Documents, Needle, Window, hide
+from .model import Losses
+
+_SEED = 0  # of where windows lie: all searches of the same documents have the same
+
+
+class SkippedPerplexity(Documents):
+    """Of the tokens behind the first jump, over windows of the documents."""
+
+    def __init__(
+        self,
+        losses: Losses,
+        documents: Sequence[Document],
+        length: int,
+        tokens: int,
+        coarse: Coarse,
+        *,
+        last: int | None = None,
+    ) -> None:
+        """Cut the windows, which lie anywhere in the documents.
+
+        Args:
+            losses: the model.
+            documents: each of at least ``tokens`` tokens.
+            length: whose positions windows are spread over.
+            tokens: of a window, at most half of ``length``.
+            coarse: how many windows, and of how many chunks.
+            last: as in `Perplexity`: fewer tokens count where that is less.
+
+        Raises:
+            ValueError: an argument is out of range, or a document is too short, by name.
+        """
+        _check(documents, length, tokens)
+        rng = Random(_SEED)
+        first = tokens // coarse.chunks
+        scored = min(tokens - first, tokens if last is None else last)
+
+        def window(document: Document) -> Window:
+            start = rng.randint(0, len(document.tokens) - tokens)
+            text = document.tokens[start : start + tokens]
+            inner = (rng.randint(0, length - tokens) for _ in range(coarse.chunks - 2))
+            jumps = [0, *sorted(inner), length - tokens]
+            sizes = [first] * (coarse.chunks - 1)
+            return Window(text, scored, _spread(jumps, [*sizes, tokens - sum(sizes)]))
+
+        super().__init__(losses, [[window(d) for _ in range(coarse.windows)] for d in documents])
+
+
+class SkippedNeedles(Documents):
+    """Of the answers alone: the statement lies in the middle chunk, the question in the last."""
+
+    def __init__(
+        self,
+        losses: Losses,
+        documents: Sequence[Document],
+        needles: Sequence[Needle],
+        length: int,
+        tokens: int,
+        *,
+        depths: Sequence[float] = DEPTHS,
+    ) -> None:
+        """Hide a needle at each depth of each document, the needles in turn.
+
+        Args:
+            losses: the model.
+            documents: each of at least ``tokens`` tokens.
+            needles: as in `NeedlePerplexity`.
+            length: whose positions windows are spread over.
+            tokens: of a window, at most half of ``length``, with room for a needle.
+            depths: shares of ``length``, where the statements' positions are.
+
+        Raises:
+            ValueError: an argument is out of range, or a document is too short, by name.
+        """
+        _check(documents, length, tokens)
+        count = len(depths)
+
+        def window(index: int, at: int, document: Document) -> Window:
+            needle = needles[(index * count + at) % len(needles)]
+            return skipped_needle(needle, document, length, tokens, depths[at])
+
+        super().__init__(
+            losses,
+            [[window(i, at, d) for at in range(count)] for i, d in enumerate(documents)],
+        )
+
+
+def skipped_needle(
+    needle: Needle, document: Document, length: int, tokens: int, depth: float
+) -> Window:
+    """A window of three chunks: the beginning, the statement within text, text and the question."""
+    one = hide(needle, document, tokens, 0.5)
+    room = tokens - sum(map(len, needle))
+    at, behind = round(0.5 * room), round(0.5 * room) + len(needle.statement)
+    left = at // 2
+    right = behind + (room - at) // 2
+    wanted = round(depth * (length - sum(map(len, needle))))
+    jump = min(max(wanted - at, 0), length - tokens)
+    return one._replace(
+        positions=_spread([0, jump, length - tokens], [left, right - left, tokens - right])
+    )
+
+
+def _spread(jumps: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    """Positions of chunks of some sizes, each so far beyond those of a text in one piece."""
+    shift = torch.tensor(jumps).repeat_interleave(torch.tensor(sizes))
+    return torch.arange(sum(sizes)) + shift
+
+
+def _check(documents: Sequence[Document], length: int, tokens: int) -> None:
+    if length < 2 * tokens:
+        raise ValueError(
+            f"length: expected at least {2 * tokens} tokens, two windows of {tokens}, got {length}"
+        )
+    for document in documents:
+        if len(document.tokens) < tokens:
+            raise ValueError(
+                f"{document.name}: expected at least {tokens} tokens, one window, got "
+                f"{len(document.tokens)}"
+            )
