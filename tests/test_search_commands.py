@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, GPTNeo
 from typer.testing import CliRunner
 
 from longrope_kernels import Rope, cli
+from longrope_kernels.search import find as find_module
 from longrope_kernels.search.documents import encoder, read_documents
-from longrope_kernels.search.fitness import Perplexity
+from longrope_kernels.search.fitness import Documents, Perplexity
 from longrope_kernels.search.model import TransformersLosses
 
 LENGTH = 96
@@ -391,3 +392,37 @@ def test_what_windows_cannot_be_is_named(work, tmp_path, changes, message):
     assert result.exit_code == 1
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------- hours
+
+
+def test_a_search_within_hours_goes_on_with_what_was_chosen(work, tmp_path, monkeypatch):
+    seconds = iter([1.0, 40.0])  # of a candidate: by windows, and at the full length
+    monkeypatch.setattr(find_module, "seconds_of", lambda work: next(seconds))
+    more = ["--hours", 0.2, *COARSE]
+    stopped = []
+
+    def stop(self: Any, ropes: Any, **rest: Any) -> Any:
+        stopped.append(1)
+        if len(stopped) == 9:
+            raise KeyboardInterrupt
+        return measure(self, ropes, **rest)
+
+    measure = Documents.measure
+    monkeypatch.setattr(Documents, "measure", stop)
+    sizes = {"population": 64, "iterations": 40, "mutants": 16, "crossovers": 16, "parents": 32}
+    first = search(work, tmp_path, *more, **sizes)
+    assert first.exit_code == 130
+    assert "0.2 hours: 90 candidates in 10 iterations (1 s each), 0.125 of them" in first.stderr
+    monkeypatch.setattr(Documents, "measure", measure)
+    result = search(work, tmp_path, *more, **sizes)
+    assert result.exit_code == 0, result.stderr
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert content["options"]["population"] == 18
+    assert content["options"]["coarse"]["share"] == 0.125
+    assert content["judged"] == 4 + 90
+    refused = search(work, tmp_path, *more[2:], "--hours", 0.3, **sizes)
+    assert "hours is 0.2 there and 0.3 here" in refused.stderr
+    wrong = search(work, tmp_path / "none", "--hours", 0)
+    assert "hours: expected a time above 0, got 0" in wrong.stderr

@@ -54,9 +54,13 @@ def train(
     folder: Path,
     *,
     every: int = 100,
+    until: int | None = None,
     say: Callable[[str], None] = print,
 ) -> LlamaForCausalLM:
-    """The trained model; a run that was stopped goes on from the last ``every`` steps."""
+    """The trained model; a run that was stopped goes on from the last ``every`` steps.
+
+    ``until``: a step to end at, before the last of the recipe.
+    """
     model = build(recipe).to(DEVICE)
     windows = Windows(corpus, recipe.context, recipe.seed)
     optimizer = torch.optim.AdamW(
@@ -75,7 +79,8 @@ def train(
     model.train()
     losses: list[float] = []
     began = time.perf_counter()
-    for step in range(start, recipe.steps):
+    end = recipe.steps if until is None else until
+    for step in range(start, end):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * _schedule(step, recipe.steps)
         tokens = windows.batch(recipe.rows).to(DEVICE)
@@ -85,7 +90,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if (step + 1) % every == 0 or step + 1 == recipe.steps:
+        if (step + 1) % every == 0 or step + 1 == end:
             spent = seconds + time.perf_counter() - began
             perplexity = math.exp(sum(losses) / len(losses))
             say(f"step {step + 1}: perplexity {perplexity:.3f}, {spent:.0f} s")

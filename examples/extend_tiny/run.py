@@ -28,10 +28,11 @@ from transformers import LlamaForCausalLM
 
 from longrope_kernels import FactorSet, Rope
 from longrope_kernels.rope import scaling
+from longrope_kernels.search.coarse import Coarse
 from longrope_kernels.search.documents import Document
-from longrope_kernels.search.find import Options, find, read_json, write_json
+from longrope_kernels.search.find import Options, find
 from longrope_kernels.search.readjust import readjust
-from longrope_kernels.search.source import fingerprint
+from longrope_kernels.search.source import fingerprint, read_json, write_json
 from longrope_kernels.search.space import SearchSpace
 from longrope_kernels.search.tune import TuneSettings, tune
 
@@ -69,6 +70,7 @@ class Sizes:
             crossovers=self.population // 4,
             parents=self.population // 2,
             attention="searched",
+            coarse=Coarse("off"),  # coarse.py compares with and without
         )
 
 
@@ -117,7 +119,7 @@ class Book:
 class Experiment:
     """One model, extended; each method is a step of its own."""
 
-    def __init__(self, sizes: Sizes, out: Path) -> None:
+    def __init__(self, sizes: Sizes, out: Path, until: int | None = None) -> None:
         self.sizes, self.out = sizes, out
         self.corpus = read_corpus()
         self.context = sizes.recipe.context
@@ -138,7 +140,7 @@ class Experiment:
                 },
             },
         )
-        self.model = train(sizes.recipe, self.corpus, out)
+        self.model = train(sizes.recipe, self.corpus, out, until=until)
         self.judge = Judge(self.model, self.judged, sizes.last)
         self.dim = self.judge.losses.rope.rotary_dim
 

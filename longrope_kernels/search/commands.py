@@ -6,6 +6,7 @@ A field that is `Annotated` by Typer is an option, as in options.py; its default
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -85,6 +86,7 @@ class Search:
                 encode=encode,
                 context={"weights": fingerprint(losses.model)},
                 progress=watch("search", "search", 0),
+                say=_say,
             )
         if is_main():
             best, one = found.best.candidate, found.rope.sets[0]
@@ -161,6 +163,7 @@ class Readjust:
                 encode=encode,
                 context={"weights": fingerprint(losses.model)},
                 progress=watch("search", "readjust", 0),
+                say=_say,
             )
         if is_main():
             rows = []
@@ -194,7 +197,7 @@ class Extend:
         out, machine = self.out, self.machine
         extension = Extension(self.plan, out, device=machine.device, dtype=machine.dtype)
         with _bars() as watch:
-            rope = extension.run(watch, lambda line: typer.echo(line, err=True))
+            rope = extension.run(watch, _say)
         if not is_main():
             return
         rows = []
@@ -369,6 +372,13 @@ def _bars() -> Iterator[Watch]:
             return tuned
 
         yield watch
+
+
+def _say(line: str) -> None:
+    """Above a bar."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
 
 
 def _tell(

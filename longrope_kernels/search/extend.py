@@ -228,6 +228,7 @@ class Extension:
             encode=self.encode,
             context={"weights": fingerprint(losses.model)},
             progress=self._progress("search", step),
+            say=self._say,
         )
         step.finish({"perplexity": found.best.fitness, "others": found.others})
         return found.rope
@@ -284,6 +285,7 @@ class Extension:
             encode=self.encode,
             context={"weights": fingerprint(losses.model)},
             progress=self._progress("search", step),
+            say=self._say,
         )
         from_main(lambda: save_rope(result.rope, step.folder))
         after = {str(n): found.best.fitness for n, found in result.found.items()}

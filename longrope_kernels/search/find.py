@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from ..rope.value import Rope
 from .base import Search
+from .budget import Costs, planned, seconds_of
 from .candidate import Evaluation
 from .coarse import Coarse, Sieve
 from .descent import YARN, best_attention, descent
@@ -18,10 +20,10 @@ from .distributed import run_distributed
 from .documents import Document, Encode
 from .evaluator import Evaluator
 from .evolution import EvolutionarySearch, EvolutionSettings
-from .fitness import Needle, NeedlePerplexity, Perplexity, pass_key
+from .fitness import Documents, Needle, NeedlePerplexity, Perplexity, pass_key
 from .model import Losses
 from .options import Last, Read, Stride, ascending
-from .ranks import from_main, is_shared
+from .ranks import from_main, is_main, is_shared, rank_count
 from .run import run_search
 from .skipped import SkippedNeedles, SkippedPerplexity
 from .source import digest, save_rope, write_json
@@ -61,6 +63,8 @@ class Options(EvolutionSettings):
         margin: as in `Race`; the result may differ.
         batch: candidates that are measured together; on a GPU with short documents it is faster.
         coarse: how candidates are judged before that fitness, and which of them get it.
+        hours: the time for a search, from which population, iterations and the coarse share are
+            chosen; those given are the most.
 
     Raises:
         ValueError: naming the attribute that is out of range.
@@ -103,6 +107,13 @@ class Options(EvolutionSettings):
     ] = None
     batch: Annotated[int, typer.Option(min=1, help="Candidates to measure in one forward.")] = 1
     coarse: Coarse = field(default_factory=Coarse)
+    hours: Annotated[
+        float | None,
+        typer.Option(
+            help="Time for each search: chooses population, iterations and --coarse-share, no more "
+            "than the numbers above."
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         for name, served in (("optimizer", OPTIMIZERS), ("fitness", FITNESSES)):
@@ -112,6 +123,8 @@ class Options(EvolutionSettings):
                 )
         if self.margin is not None and not self.margin >= 0:
             raise ValueError(f"margin: expected 0 or more nats per token, got {self.margin}")
+        if self.hours is not None and not 0 < self.hours < math.inf:
+            raise ValueError(f"hours: expected a time above 0, got {self.hours}")
         if self.batch < 1:
             raise ValueError(f"batch: expected at least 1, got {self.batch}")
         super().__post_init__()
@@ -194,6 +207,7 @@ def find(
     encode: Encode | None = None,
     context: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Found:
     """Search, in a folder where the same call goes on if it is stopped.
 
@@ -208,6 +222,7 @@ def find(
         encode: see `Options.measure`.
         context: what else decides the fitness, as JSON values: the model.
         progress: as in `run_search`.
+        say: told on rank 0 what was chosen for ``options.hours``.
 
     Raises:
         ValueError: an argument is out of range, the folder is another run's, or no candidate has a
@@ -216,6 +231,10 @@ def find(
     length, ropes = space.target_length, others or {}
     fitness = options.measure(losses, documents, length, encode)
     skipped = options.skipped(losses, documents, length, encode)
+    if options.hours is not None:
+        options, text = _within(options, options.hours, folder, space, fitness, skipped, len(ropes))
+        if say is not None and is_main():
+            say(text)
     sieve = None if skipped is None else options.coarse.sieve
     whole = {
         **(context or {}),
@@ -255,6 +274,32 @@ def find(
         raise ValueError(f"{folder}: no candidate has a finite loss; the journal has each of them")
     told = from_main(lambda: (_others(opened[0]), descent(opened[0])))
     return Found(space.rope(best.candidate), best, *told)
+
+
+def _within(
+    options: Options,
+    hours: float,
+    folder: Path,
+    space: SearchSpace,
+    fitness: Documents,
+    skipped: Documents | None,
+    formulas: int,
+) -> tuple[Options, str]:
+    """Options that fit into some hours, the same on all ranks, and a line on them."""
+    ropes = [space.rope(space.starts()[0])] * options.batch
+
+    def measure() -> Costs:
+        each = options.batch * rank_count()
+        coarse = None
+        if skipped is not None:
+            coarse = seconds_of(lambda: skipped.measure(ropes)) / each
+        return Costs(seconds_of(lambda: fitness.measure(ropes)) / each, coarse, formulas)
+
+    settings, share, text = from_main(
+        lambda: planned(folder, asdict(options), options.evolution, hours, measure)
+    )
+    coarse = options.coarse if skipped is None else replace(options.coarse, share=share)
+    return replace(options, **asdict(settings), coarse=coarse), text
 
 
 class _Note:

@@ -20,6 +20,11 @@ def is_shared() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def rank_count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if is_shared() else 1
+
+
 def from_main(make: Callable[[], _Value]) -> _Value:
     """What ``make`` gives on rank 0, which alone calls it, on every rank.
 

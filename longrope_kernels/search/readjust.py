@@ -7,7 +7,7 @@ at the short lengths, with a lower bound on ``lambda``, and lets short sequences
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ def readjust(
     encode: Encode | None = None,
     context: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Readjusted:
     """Search a set for each short length, and put those that are better before the long ones.
 
@@ -99,6 +100,7 @@ def readjust(
         encode: as in `find`.
         context: as in `find`.
         progress: as in `find`.
+        say: as in `find`.
 
     Raises:
         ValueError: the lengths do not ascend, or reach beyond the bound of the last set; as `find`.
@@ -131,6 +133,7 @@ def readjust(
             encode=encode,
             context={**(context or {}), "before": as_json(rope)},
             progress=progress,
+            say=say,
         )
     before = {length: one.others[BEFORE] for length, one in found.items()}
     result = Readjusted(rope, found, before)

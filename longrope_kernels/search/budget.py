@@ -1,0 +1,138 @@
+"""A search that fits into a number of hours: how many candidates, and what share in full."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .evolution import EvolutionSettings
+from .source import read_json, write_json
+from .state import differences
+
+BUDGET = "budget.json"
+# Shares of candidates in full, of which the largest is taken that leaves time for all candidates.
+_SHARES = (0.5, 0.25, 0.125)
+# With fewer candidates a search is not worth its name.
+_FEWEST = 16
+# A measurement of less is made again: the first one loads and compiles.
+_LONG = 5.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of the whole machine for what a search measures.
+
+    Attributes:
+        full: of a candidate by the full fitness, without a race.
+        coarse: by the coarse one; None where there is none.
+        formulas: ropes that are measured in full beside the candidates.
+    """
+
+    full: float
+    coarse: float | None
+    formulas: int
+
+
+def planned(
+    folder: Path,
+    told: Mapping[str, Any],
+    settings: EvolutionSettings,
+    hours: float,
+    measure: Callable[[], Costs],
+) -> tuple[EvolutionSettings, float, str]:
+    """Settings that fit into the hours, the share in full, and a line on them.
+
+    What was chosen is in the folder, and read again there.
+
+    Args:
+        folder: of the search, where `BUDGET` is written.
+        told: all options, as JSON values.
+        settings: the most that are chosen.
+        hours: for the search.
+        measure: takes some forwards.
+
+    Raises:
+        ValueError: the hours are too few; the folder's were shared out for other options.
+    """
+    path, asked = folder / BUDGET, json.loads(json.dumps(told))
+    if path.exists():
+        known = read_json(path)
+        found = differences(known["options"], asked)
+        if found:
+            raise ValueError(
+                f"{folder}: the hours were shared out for other options: {'; '.join(found)}. Name "
+                "another folder, or the same settings to go on"
+            )
+    else:
+        costs = measure()
+        numbers, share = fitted(settings, hours, costs)
+        known = {"options": asked, "chosen": numbers, "share": share}
+        known |= {"seconds": {"full": costs.full, "coarse": costs.coarse}}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+    chosen, share, seconds = replace(settings, **known["chosen"]), known["share"], known["seconds"]
+    text = f"{hours:g} hours: {_count(chosen)} candidates in {chosen.iterations} iterations"
+    if seconds["coarse"] is None:
+        return chosen, share, f"{text}, {seconds['full']:.3g} s each"
+    text += f" ({seconds['coarse']:.3g} s each), {share:g} of them at the full length"
+    return chosen, share, f"{text} ({seconds['full']:.3g} s each)"
+
+
+def fitted(settings: EvolutionSettings, hours: float, costs: Costs) -> tuple[dict[str, int], float]:
+    """Population, iterations and so on for some hours, and the share in full.
+
+    Races make it less time than this, and a coarse fitness that ranks badly makes it more.
+
+    Args:
+        settings: the most that are chosen; fewer candidates come in the same proportions.
+        hours: for the search.
+        costs: of a candidate.
+
+    Raises:
+        ValueError: the hours are too few for a search.
+    """
+    most = _count(settings)
+    shares = (1.0,) if costs.coarse is None else _SHARES
+    left = 3600 * hours - costs.formulas * costs.full
+    each = {share: (costs.coarse or 0.0) + share * costs.full for share in shares}
+    share = next((x for x in shares if each[x] * most <= left), shares[-1])
+    count, fewest = min(int(left / each[share]), most), min(_FEWEST, most)
+    if count < fewest:
+        least = (costs.formulas * costs.full + fewest * each[share]) / 3600
+        raise ValueError(
+            f"hours: expected at least {least:.2g}, since a candidate takes {costs.full:.3g} s at "
+            f"the full length, got {hours:g}"
+        )
+    names = ("population", "iterations", "mutants", "crossovers", "parents")
+    chosen = {name: getattr(settings, name) for name in names}
+    if count < most:
+        # Several generations of children, each as large to the first population as before.
+        chosen["population"] = min(settings.population, max(count // 5, fewest // 2))
+        part = chosen["population"] / settings.population
+        for name in ("mutants", "crossovers", "parents"):
+            chosen[name] = max(round(part * chosen[name]), min(chosen[name], 1))
+        children = max(chosen["mutants"] + chosen["crossovers"], 1)
+        iterations = 1 + (count - chosen["population"]) // children
+        chosen["iterations"] = min(iterations, settings.iterations)
+    return chosen, share
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Of a call; of a second one where the first is short."""
+    seconds = 0.0
+    for _ in range(2):
+        begin = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - begin
+        if seconds > _LONG:
+            break
+    return seconds
+
+
+def _count(settings: EvolutionSettings) -> int:
+    children = settings.mutants + settings.crossovers
+    return settings.population + (settings.iterations - 1) * children

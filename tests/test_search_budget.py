@@ -1,0 +1,131 @@
+"""A search within some hours: what is chosen, kept, and said; and the bar that shows it."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from space_cases import SMALL, measure, small_space
+
+from longrope_kernels.search import Evaluation, EvolutionarySearch, EvolutionSettings
+from longrope_kernels.search.bar import SearchBar
+from longrope_kernels.search.budget import BUDGET, Costs, fitted, planned, seconds_of
+from longrope_kernels.search.coarse import Sieve
+
+PAPER = EvolutionSettings()
+
+
+def taken(chosen: dict[str, int], share: float, costs: Costs) -> float:
+    """Seconds of a search of these numbers, without races."""
+    children = chosen["mutants"] + chosen["crossovers"]
+    count = chosen["population"] + (chosen["iterations"] - 1) * children
+    return costs.formulas * costs.full + count * ((costs.coarse or 0) + share * costs.full)
+
+
+@pytest.mark.parametrize("hours", [0.2, 0.5, 1, 2, 3, 5, 8])
+@pytest.mark.parametrize("coarse", [None, 3.0])
+def test_what_is_chosen_fits_into_the_time_and_uses_it(hours: float, coarse: float | None) -> None:
+    costs = Costs(30.0, coarse, 4)
+    chosen, share = fitted(PAPER, hours, costs)
+    seconds = taken(chosen, share, costs)
+    assert 0.75 * 3600 * hours < seconds <= 3600 * hours
+    EvolutionSettings(**chosen)
+    assert share in ((1.0,) if coarse is None else (0.125, 0.25, 0.5))
+    # As many children to the first population as the paper has, and half of it are parents.
+    assert chosen["parents"] == pytest.approx(chosen["population"] / 2, abs=1)
+    assert chosen["mutants"] == pytest.approx(chosen["population"] / 4, abs=1)
+
+
+def test_more_time_judges_more_in_full_and_never_more_candidates() -> None:
+    costs = Costs(10.0, 1.0, 4)
+    shares = [fitted(PAPER, hours, costs)[1] for hours in (0.5, 1, 1.2, 2, 100)]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0.125, 0.5)
+    chosen, _ = fitted(PAPER, 100, costs)
+    assert EvolutionSettings(**chosen) == PAPER
+    assert fitted(PAPER, 1.0, Costs(0.1, None, 4))[1] == 1.0
+
+
+def test_too_few_hours_are_refused() -> None:
+    costs = Costs(60.0, 5.0, 4)
+    with pytest.raises(ValueError, match=r"hours: expected at least 0\.12, .* takes 60 s .* got 0"):
+        fitted(PAPER, 0.05, costs)
+    chosen, share = fitted(PAPER, 0.13, costs)
+    assert taken(chosen, share, costs) <= 0.13 * 3600
+
+
+def test_what_was_chosen_is_kept(tmp_path: Path) -> None:
+    told: dict[str, Any] = {"hours": 1.0, "n_hats": (0, 4)}
+    measured = []
+
+    def costs() -> Costs:
+        measured.append(1)
+        return Costs(10.0 * len(measured), 1.0, 4)
+
+    first = planned(tmp_path, told, PAPER, 1.0, costs)
+    assert planned(tmp_path, told, PAPER, 1.0, costs) == first
+    assert len(measured) == 1
+    settings, share, text = first
+    assert share == 0.125
+    assert f"in {settings.iterations} iterations (1 s each), 0.125 of them at the full" in text
+    with pytest.raises(ValueError, match=r"other options: hours is 1\.0 there and 2\.0 here"):
+        planned(tmp_path, told | {"hours": 2.0}, PAPER, 2.0, costs)
+    assert (tmp_path / BUDGET).exists()
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_short_work_is_timed_once_more() -> None:
+    calls = []
+    assert 0 <= seconds_of(lambda: calls.append(1)) < 1
+    assert len(calls) == 2
+
+
+# ------------------------------------------------------------------------------------------ bar
+
+
+def shown(search: EvolutionarySearch, bar: SearchBar) -> str:
+    bar.show(search)
+    bar.refresh()
+    text: str = bar.fp.getvalue().split("\r")[-1]
+    return text
+
+
+@pytest.fixture
+def bar(monkeypatch: pytest.MonkeyPatch) -> SearchBar:
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    return SearchBar("search")
+
+
+def test_the_bar_shows_formulas_candidates_and_both_bests(bar: SearchBar) -> None:
+    space = small_space(attention="searched")
+    search = EvolutionarySearch(space, SMALL, None, {}, ("PI", "YaRN"), Sieve())
+    pi, yarn = search.ask()
+    assert "0/46" in shown(search, bar)
+    search.tell(Evaluation(pi, 9.25))
+    assert "1/46" in shown(search, bar)
+    assert "PI 9.25" in shown(search, bar)
+    search.tell(Evaluation(yarn, 4.5))
+    search.tell(measure(search.ask()))
+    assert search.stage == "full"
+    search.tell(measure(search.ask()))
+    assert search.best is not None
+    text = shown(search, bar)
+    assert "14/46" in text
+    assert f"best {search.best.fitness:.4g}, YaRN 4.5, 8 at the full length" in text
+    assert "rank correlation 1.00" in text
+    assert " a minute" in text
+
+
+def test_what_an_earlier_run_has_done_is_no_speed(bar: SearchBar) -> None:
+    search = EvolutionarySearch(small_space(), SMALL)
+    search.tell(measure(search.ask()))
+    assert "12/44" in shown(search, bar)
+    assert ", ..." in shown(search, bar)
+    search.tell(measure(search.ask()[:1]))
+    assert " a minute" in shown(search, bar)
+    assert math.isfinite(bar.format_dict["rate"])
+    other = EvolutionarySearch(small_space(), SMALL)
+    assert "0/44" in shown(other, bar)
