@@ -6,15 +6,35 @@ import contextlib
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from space_cases import SMALL, measure, small_space
+from space_cases import SMALL, distance, measure, small_space
 
-from longrope_kernels.search import EvolutionarySearch, Search, run_search
+from longrope_kernels.search import (
+    Candidate,
+    Evaluation,
+    EvolutionarySearch,
+    Search,
+    run_search,
+)
+from longrope_kernels.search.candidate import Formula
+from longrope_kernels.search.coarse import Sieve
 from longrope_kernels.search.distributed import run_distributed, start_ranks
+
+
+def near(candidates: Sequence[Candidate]) -> list[Evaluation]:
+    """A coarse fitness that ranks about as the full one does, from one space to the next."""
+    return [Evaluation(c, distance(c) + 0.02 * (sum(c.factors) % 7)) for c in candidates]
+
+
+def sifted(trouble: str) -> dict[str, Any]:
+    """What makes the search of a trouble that is called "coarse" one with a coarse fitness."""
+    named = trouble.startswith("coarse")
+    return {"formulas": ("PI",), "sieve": Sieve()} if named else {}
 
 
 def child(folder: str, trouble: str) -> None:
@@ -25,6 +45,10 @@ def child(folder: str, trouble: str) -> None:
     def evaluate(candidates: Any, threshold: float | None = None) -> Any:
         nonlocal calls
         calls += 1
+        if candidates and isinstance(candidates[0], Formula):
+            return [Evaluation(one, 3.0) for one in candidates]
+        if calls == 2 and trouble == f"coarse, raise{rank}":
+            raise ValueError("stopped within the candidates for the full fitness")
         if calls == 4 and trouble == f"raise{rank}":
             raise ValueError(f"no such document, says {rank}")
         if calls == 4 and trouble == f"die{rank}":
@@ -35,9 +59,9 @@ def child(folder: str, trouble: str) -> None:
         assert rank == 0
         if trouble == "refuse":
             raise ValueError("the folder is another run's")
-        return EvolutionarySearch(small_space(), SMALL, folder)
+        return EvolutionarySearch(small_space(), SMALL, folder, **sifted(trouble))
 
-    best = run_distributed(make_search, evaluate, racing=trouble == "race")
+    best = run_distributed(make_search, evaluate, coarse=near, racing=trouble == "race")
     assert best is not None
     print("BEST", best.fitness, calls)
     dist.destroy_process_group()
@@ -109,6 +133,29 @@ def test_an_error_ends_all_ranks_and_the_resume_goes_on(
     with EvolutionarySearch(small_space(), SMALL, tmp_path) as search:
         assert search.evaluated == 7  # three rounds, and the other rank's of the fourth
     assert_whole(run_ranks(tmp_path), tmp_path, whole)
+
+
+@pytest.mark.parametrize("trouble", ["coarse", "coarse, raise1"])
+def test_two_ranks_sift_as_one_process_does(trouble: str, tmp_path: Path) -> None:
+    alone = EvolutionarySearch(small_space(), SMALL, tmp_path / "alone", **sifted("coarse"))
+    full = lambda cs: [Evaluation(c, 3.0) if not c.factors else measure([c])[0] for c in cs]  # noqa: E731
+    with alone:
+        run_search(alone, full, coarse=near)
+    shared = tmp_path / "shared"
+    ranks = run_ranks(shared, trouble)
+    if trouble != "coarse":
+        assert [status for status, _ in ranks] == [1, 1]
+        assert "stopped within the candidates" in ranks[0][1]
+        ranks = run_ranks(shared, "coarse")
+    assert alone.best is not None
+    for status, output in ranks:
+        assert status == 0, output
+        assert f"BEST {alone.best.fitness} " in output
+    with EvolutionarySearch(small_space(), SMALL, shared, **sifted("coarse")) as search:
+        assert search.done
+        assert search.evaluations == alone.evaluations
+        assert search.correlation == alone.correlation
+        assert search.judged == alone.judged
 
 
 @pytest.mark.parametrize("rank", [0, 1])
