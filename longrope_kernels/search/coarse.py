@@ -17,7 +17,7 @@ from .candidate import Evaluation
 
 # Rank correlations: `auto` doubles the share below the first, and takes all below the second. Those
 # that are judged in full are mostly the best, which are harder to rank than all candidates are.
-GOOD, LEAST = 0.8, 0.7
+GOOD, LEAST = 0.75, 0.7
 # So many candidates with both before a correlation means anything.
 ENOUGH = 8
 
@@ -119,7 +119,7 @@ class Sieve:
     Attributes:
         share: of the candidates; above 0, up to 1.
         adapts: more of them where the two fitnesses rank candidates differently: twice the share
-            below a rank correlation of 0.8, all of them and no coarse fitness any more below 0.7.
+            below a rank correlation of 0.75, all of them and no coarse fitness any more below 0.7.
 
     Raises:
         ValueError: a share out of range.
