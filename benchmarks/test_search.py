@@ -1,4 +1,4 @@
-"""What a search costs beside the model: proposing candidates, and putting them into the model.
+"""What a search costs: proposing candidates, putting them into the model, and one forward of it.
 
 ``pytest benchmarks/ --benchmark-only`` is the measurement; without the option the search is short
 and the model small, and it is a check that everything runs. Wall time, on a GPU too.
@@ -35,16 +35,18 @@ OF_MODEL = SearchSpace(96, 10000.0, original_length=4096, target_length=131072)
 IN_MEMORY, JOURNAL = "in memory", "with a journal and a state on disk"
 SET, ENABLE = "set_rope", "disable and enable"
 THEIRS = "transformers, a new rotary module"
+PLAIN, LOSSES = "transformers, a head for the scored tokens", "the losses of a candidate"
 VARIANTS = {
     "40 iterations, a free evaluator": (IN_MEMORY, JOURNAL),
     "a candidate into a model": (THEIRS, SET, ENABLE),
+    "a forward, its last half scored": (PLAIN, LOSSES),
 }
 
 
 @cache
 def missing(name: str) -> str | None:
     """Why it cannot run here, or None."""
-    return not_importable("transformers") if name in (SET, ENABLE, THEIRS) else None
+    return not_importable("transformers") if name not in (IN_MEMORY, JOURNAL) else None
 
 
 NAMES = list(itertools.chain(*VARIANTS.values()))
@@ -80,9 +82,13 @@ def test_search(benchmark: Any, request: pytest.FixtureRequest, kind: str, name:
     def prepare(name: str) -> Timed:
         if name in (IN_MEMORY, JOURNAL):
             return _searching(name, full_size)
+        if name in (PLAIN, LOSSES):
+            return _forward(name, full_size)
         return _exchanging(name, full_size)
 
-    found = measure(benchmark, request, prepare, (THEIRS,), SECONDS_A_ROW, fewest=3, clock=HOST)
+    found = measure(
+        benchmark, request, prepare, (THEIRS, PLAIN), SECONDS_A_ROW, fewest=3, clock=HOST
+    )
     if found is None:
         return
     first = VARIANTS[kind][0]
@@ -173,6 +179,39 @@ def _putting(name: str, of: Any) -> Callable[[Candidate], Any]:
     return theirs
 
 
+# ---------------------------------------------------------------------------------------- forwards
+
+
+def _forward(name: str, full_size: bool) -> Timed:
+    """The losses of the last half of a text, under the rope that the model has."""
+    from longrope_kernels.search.model import TransformersLosses
+
+    of = _model(PLAIN, full_size)
+    length = 2048 if full_size else 64
+    ids, last = torch.arange(length)[None] % 64, length // 2
+
+    @torch.no_grad()
+    def plain(ids: torch.Tensor) -> torch.Tensor:
+        ids = ids.to(DEVICE)
+        hidden = of.model(input_ids=ids, use_cache=False).last_hidden_state[:, -last - 1 : -1]
+        logits = of.lm_head(hidden).float()
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, -last:].flatten(), reduction="none"
+        )
+        return losses[None].cpu()
+
+    if name == PLAIN:
+        return Timed(plain, lambda: (ids,), None, 1)
+    losses = TransformersLosses(copy.deepcopy(_untouched(full_size)))
+
+    def ours(ids: torch.Tensor) -> torch.Tensor:
+        return losses(losses.rope, ids, last=last)
+
+    found, right = ours(ids), plain(ids)
+    assert_right(name, "losses", found, right, 1e-3)
+    return Timed(ours, lambda: (ids,), None, 1)
+
+
 @lru_cache(maxsize=1)
 def _untouched(full_size: bool) -> Any:
     """Phi-3-mini's layers, narrow: what an exchange costs does not depend on their width."""
@@ -193,7 +232,7 @@ def _model(name: str, full_size: bool) -> Any:
     from longrope_kernels.integrations.transformers import enable
 
     of = copy.deepcopy(_untouched(full_size))
-    return of if name == THEIRS else enable(of, rope=OF_MODEL.rope(next(_ropes())))
+    return of if name in (THEIRS, PLAIN) else enable(of, rope=OF_MODEL.rope(next(_ropes())))
 
 
 def _logits(candidate: Candidate, full_size: bool, ids: torch.Tensor) -> torch.Tensor:
