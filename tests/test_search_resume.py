@@ -29,6 +29,7 @@ from longrope_kernels.search import (
     state,
 )
 from longrope_kernels.search.cmaes import CmaEsSearch, CmaEsSettings
+from longrope_kernels.search.coarse import Sieve
 
 # An odd number of genes: a generator of normal numbers keeps every second one for later.
 SPACE = small_space(dim=14, attention="searched")
@@ -41,6 +42,12 @@ def evolution(folder: Path | None) -> Search:
 
 def short_evolution(folder: Path | None) -> Search:
     return EvolutionarySearch(SPACE, replace(SMALL, iterations=3), folder)
+
+
+def sifted(folder: Path | None) -> Search:
+    """With formulas, and a coarse fitness before the full one."""
+    settings = replace(SMALL, iterations=3)
+    return EvolutionarySearch(SPACE, settings, folder, None, ("PI", "YaRN"), Sieve(0.4))
 
 
 def cma_es(folder: Path | None) -> Search:
@@ -56,7 +63,7 @@ BOTH = pytest.mark.parametrize("make", [evolution, cma_es])
 
 def finish(make: Make, folder: Path | None) -> Search:
     with make(folder) as search:
-        run_search(search, measure, batch=3)
+        run_search(search, measure, coarse=measure, batch=3)
     return search
 
 
@@ -68,10 +75,12 @@ def assert_same(search: Search, make: Make, folder: Path) -> None:
     assert search.best == whole.best
     assert search.history == whole.history
     rows = [json.loads(line) for line in (folder / state.JOURNAL).read_text().splitlines()]
-    assert len(rows) == len(
-        {json.dumps(row["factors"] + [row["n_hat"], row["attention"]]) for row in rows}
+    names = ("stage", "formula", "factors", "n_hat", "attention")
+    assert len(rows) == len({json.dumps([row.get(name) for name in names]) for row in rows})
+    assert sum(row["stage"] == "full" for row in rows) == whole.evaluated
+    assert len({(row["stage"] == "formulas", row["iteration"], row["place"]) for row in rows}) == (
+        whole.judged
     )
-    assert len(rows) == whole.evaluated
     assert not (folder / (state.STATE + ".new")).exists()
 
 
@@ -92,13 +101,13 @@ def forked(work: Callable[[], None], *, kill_after: float | None = None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@BOTH
+@pytest.mark.parametrize("make", [evolution, cma_es, sifted])
 def test_killed_at_random_moments(make: Make, tmp_path: Path) -> None:
     rng = Random(4)
 
     def work() -> None:
         with make(tmp_path) as search:
-            run_search(search, lambda cs: (time.sleep(1e-3), measure(cs))[1])
+            run_search(search, lambda cs: (time.sleep(1e-3), measure(cs))[1], coarse=measure)
 
     for _ in range(20):
         status = forked(work, kill_after=rng.uniform(0, 0.1))
@@ -132,7 +141,7 @@ class Kill:
         return getattr(os, name)
 
 
-@pytest.mark.parametrize("make", [short_evolution, short_cma_es])
+@pytest.mark.parametrize("make", [short_evolution, short_cma_es, sifted])
 def test_killed_at_every_step_to_the_disk(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
