@@ -13,9 +13,9 @@ log-sum-exp of a query that sees no key is minus infinity.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -33,15 +33,25 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
-@contextmanager
-def _named(**ours: str) -> Iterator[None]:
+
+def _named(**ours: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
     """Errors of what the function calls name the arguments as they are called here."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        text = re.sub(r"\w+", lambda word: ours.get(word[0], word[0]), str(error))
-        raise type(error)(text) from None
+
+    def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
+        @wraps(function)  # no context manager, which would take some time of each call
+        def named(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            try:
+                return function(*args, **kwargs)
+            except (TypeError, ValueError) as error:
+                text = re.sub(r"\w+", lambda word: ours.get(word[0], word[0]), str(error))
+                raise type(error)(text) from None
+
+        return named
+
+    return decorate
 
 
 @_named(q="x", positions="seqlen_offsets")
@@ -245,7 +255,7 @@ def flash_attn_with_kvcache(
     next set needs no new prefill (policy "switch" of `KVCache`); ``sets`` holds it to one.
 
     Args:
-        q: (batch, seqlen_q, heads, dim), seqlen_q from 1 to 16, unrotated; its last query stands
+        q: (batch, seqlen_q, heads, dim), unrotated; its last query stands
             at the last key, those of this call included.
         k_cache: (batch, capacity, kv_heads, dim); with ``block_table`` (blocks, block_size,
             kv_heads, dim).
