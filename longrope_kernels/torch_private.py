@@ -86,7 +86,7 @@ def in_context_parallel() -> bool:
     To ask its module would import it, which takes a second.
     """
     attends = torch.nn.functional.scaled_dot_product_attention
-    return (attends.__module__ or "").startswith("torch.distributed.")
+    return (getattr(attends, "__module__", None) or "").startswith("torch.distributed.")
 
 
 def flash_attention_on_cpu(

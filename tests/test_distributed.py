@@ -249,7 +249,7 @@ def test_what_nobody_sees_is_neither_computed_nor_sent() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_kernel_is_told_what_a_pair_sees(packed: bool, causal: bool, order: str) -> None:
-    """The record of a pair, whose slots begin at 0, hides the keys that the whole sequence hides."""
+    """The record of a pair, whose slots begin at 0, hides what the whole sequence hides."""
     borders = torch.tensor([0, 3, 3, 11, 29]) if packed else None
     hidden = Hidden(Scores(causal, 1.0), 29, torch.tensor([1, 0, 2, 5]), borders)
     spans = [spans_of(29, i, 3, order) for i in range(3)]  # type: ignore[arg-type]
@@ -345,6 +345,13 @@ def test_other_arguments_end_all(given: dict[str, Any], message: str, four: Rank
         with pytest.raises(RuntimeError, match=f"^ValueError: {message}"):
             raise answer
     assert four("again", small, {}) == ["4 ranks"] * 4
+
+
+def test_a_wrong_argument_of_one_rank_ends_all(four: Ranks) -> None:
+    found = four("wrong", small, {2: {"softcap": -1.0}})
+    own = "ValueError: softcap: expected a finite number above 0, got -1.0"
+    others = f"ValueError: group: rank 2: {own}"
+    assert [str(answer) for answer in found] == [others, others, own, others]
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["forward", "backward"])

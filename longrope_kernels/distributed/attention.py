@@ -12,7 +12,7 @@ from ..ops.rotary import apply_rotary
 from ..rope.value import Rope
 from . import blocks, heads, ring
 from .fields import shown
-from .ranks import ALONE, Group, Ranks, agree, ranks_of
+from .ranks import ALONE, Group, Ranks, agree, ranks_of, telling
 from .schedule import choose_schedule
 from .shards import Order, Spans, check_order, spans_of, whole_length
 
@@ -99,38 +99,40 @@ def attention(
             raise TypeError(f"{name}: expected a bool, got {flag!r}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         arguments.check_tensor(name, x)
-    check_order(order)
     ranks = ranks_of(group)
-    if autocast.dtype_of(q) or not q.dtype == k.dtype == v.dtype:
-        q, k, v = map(autocast.cast, (q, k, v))
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        arguments.check_heads(name, x, layout, 0)
-    arguments.check_like("k", k, "q", q, layout)
-    arguments.check_like("v", v, "k", k, layout, free=())
-    (batch, local, q_heads, dim), kv_heads = (
-        arguments.as_bshd(q, layout).shape,
-        arguments.as_bshd(k, layout).shape[2],
-    )
-    arguments.check_groups("k", q_heads, kv_heads)
-    scores = arguments.check_scores(causal, softmax_scale, window, softcap, dim)
-    tokens = whole_length(tokens, local, ranks, order)
-    sequences = batch
-    if cu_seqlens is not None:
-        sequences = arguments.check_borders("cu_seqlens", cu_seqlens, q, layout)
-        values.check_borders("cu_seqlens", cu_seqlens, tokens)
-    if kv_start is not None:
-        arguments.check_per_sequence("kv_start", kv_start, sequences, q)
-        values.check_start(kv_start)
-    ranks = _scheduled(ranks, schedule, q_heads, kv_heads)
-    hidden = blocks.Hidden(scores, tokens, kv_start, cu_seqlens)
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    name = blocks.choose_backend(backend, q, hidden, trains)
+    with telling(ranks, q.device):
+        if autocast.dtype_of(q) or not q.dtype == k.dtype == v.dtype:
+            q, k, v = map(autocast.cast, (q, k, v))
+        check_order(order)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            arguments.check_heads(name, x, layout, 0)
+        arguments.check_like("k", k, "q", q, layout)
+        arguments.check_like("v", v, "k", k, layout, free=())
+        (batch, local, q_heads, dim), kv_heads = (
+            arguments.as_bshd(q, layout).shape,
+            arguments.as_bshd(k, layout).shape[2],
+        )
+        arguments.check_groups("k", q_heads, kv_heads)
+        scores = arguments.check_scores(causal, softmax_scale, window, softcap, dim)
+        tokens = whole_length(tokens, local, ranks, order)
+        sequences = batch
+        if cu_seqlens is not None:
+            sequences = arguments.check_borders("cu_seqlens", cu_seqlens, q, layout)
+            values.check_borders("cu_seqlens", cu_seqlens, tokens)
+        if kv_start is not None:
+            arguments.check_per_sequence("kv_start", kv_start, sequences, q)
+            values.check_start(kv_start)
+        ranks = _scheduled(ranks, schedule, q_heads, kv_heads)
+        hidden = blocks.Hidden(scores, tokens, kv_start, cu_seqlens)
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        name = blocks.choose_backend(backend, q, hidden, trains)
 
-    parts = tuple(spans_of(tokens, i, ranks.size, order) for i in range(ranks.size))
-    borders = cu_seqlens if cu_seqlens is None else _own_borders(cu_seqlens, parts[ranks.rank])
-    rotation: dict[str, Any] = {"base": base, "interleaved": interleaved, "layout": layout}
-    rotation |= {"lengths": lengths, "sets": sets, "attention_factor": attention_factor}
-    q, k = _rotated(q, k, positions, factors, n_hat, {**rotation, "cu_seqlens": borders})
+        parts = tuple(spans_of(tokens, i, ranks.size, order) for i in range(ranks.size))
+        borders = cu_seqlens if cu_seqlens is None else _own_borders(cu_seqlens, parts[ranks.rank])
+        rotation: dict[str, Any] = {"base": base, "interleaved": interleaved, "layout": layout}
+        rotation |= {"lengths": lengths, "sets": sets, "attention_factor": attention_factor}
+        q, k = _rotated(q, k, positions, factors, n_hat, {**rotation, "cu_seqlens": borders})
+
     fields: dict[str, Any] = {"tokens": tokens, "order": order, "schedule": schedule}
     fields |= {"batch": batch, "heads": q_heads, "kv_heads": kv_heads, "dim": dim}
     fields |= {"dtype": str(q.dtype), "device": q.device.type, "layout": layout}

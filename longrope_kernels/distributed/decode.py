@@ -20,7 +20,7 @@ from ..ops.factors import resolve
 from ..rope.tables import Tables
 from ..rope.value import Rope
 from .fields import shown
-from .ranks import Group, agree, ranks_of
+from .ranks import Group, agree, ranks_of, telling
 from .shards import gathered
 
 
@@ -95,34 +95,38 @@ def decode(
     """
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: expected a bool, got {return_lse!r}")
+    arguments.check_tensor("q", q)
     ranks = ranks_of(group)
-    tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
-    arguments.check_heads("q", q, "bshd", 2 * tables.pairs)
-    batch, queries = q.shape[:2]
-    if not 1 <= queries <= MAX_QUERIES:
-        raise ValueError(f"q: expected from 1 to {MAX_QUERIES} tokens a sequence, got {queries}")
-    caches.check_no_gradient("q", q, "decode")
-    caches.check_caches("q", q, k_cache, v_cache, block_table)
-    arguments.check_scores(True, softmax_scale, window, softcap, q.shape[3])
-    for name, x in (("cache_lens", cache_lens), ("total_lens", total_lens)):
-        arguments.check_per_sequence(name, x, batch, q)
-    arguments.check_index("key_slots", key_slots, q)
-    if key_slots.dim() != 2 or key_slots.shape[0] != batch:
-        raise ValueError(
-            f"key_slots: expected shape ({batch}, slots), got {tuple(key_slots.shape)}"
-        )
-    if kv_start is not None:
-        arguments.check_per_sequence("kv_start", kv_start, batch, q)
-        values.check_start(kv_start)
-    if sets is not None:
-        arguments.select(tables, q, batch, "bshd", None, sets, None)
-    elif lengths is not None:
-        arguments.check_index("lengths", lengths, q)
-        if tuple(lengths.shape) not in ((batch,), (batch, queries)):
+    with telling(ranks, q.device):
+        tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
+        arguments.check_heads("q", q, "bshd", 2 * tables.pairs)
+        batch, queries = q.shape[:2]
+        if not 1 <= queries <= MAX_QUERIES:
             raise ValueError(
-                f"lengths: expected shape ({batch},) or ({batch}, {queries}), got "
-                f"{tuple(lengths.shape)}"
+                f"q: expected from 1 to {MAX_QUERIES} tokens a sequence, got {queries}"
             )
+        caches.check_no_gradient("q", q, "decode")
+        caches.check_caches("q", q, k_cache, v_cache, block_table)
+        arguments.check_scores(True, softmax_scale, window, softcap, q.shape[3])
+        for name, x in (("cache_lens", cache_lens), ("total_lens", total_lens)):
+            arguments.check_per_sequence(name, x, batch, q)
+        arguments.check_index("key_slots", key_slots, q)
+        if key_slots.dim() != 2 or key_slots.shape[0] != batch:
+            raise ValueError(
+                f"key_slots: expected shape ({batch}, slots), got {tuple(key_slots.shape)}"
+            )
+        if kv_start is not None:
+            arguments.check_per_sequence("kv_start", kv_start, batch, q)
+            values.check_start(kv_start)
+        if sets is not None:
+            arguments.select(tables, q, batch, "bshd", None, sets, None)
+        elif lengths is not None:
+            arguments.check_index("lengths", lengths, q)
+            if tuple(lengths.shape) not in ((batch,), (batch, queries)):
+                raise ValueError(
+                    f"lengths: expected shape ({batch},) or ({batch}, {queries}), got "
+                    f"{tuple(lengths.shape)}"
+                )
 
     fields: dict[str, Any] = {"q": tuple(q.shape), "dtype": str(q.dtype), "device": q.device.type}
     fields |= {"factors": shown(factors), "n_hat": n_hat, "base": base, "interleaved": interleaved}

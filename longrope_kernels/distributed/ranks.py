@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -144,6 +145,7 @@ def _unanswered(line: Line, ranks: list[int], error: RuntimeError) -> RuntimeErr
 
 # -------------------------------------------------------------------------------------- digests
 
+_ERROR = "error"  # in place of arguments
 _known: WeakKeyDictionary[dist.ProcessGroup, set[str]] = WeakKeyDictionary()
 
 
@@ -168,6 +170,19 @@ def agree(ranks: Ranks, fields: dict[str, Any], device: torch.device) -> None:
                 known.add(digest)
 
 
+@contextmanager
+def telling(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """A wrong argument of this rank, found before `agree`, ends the others there, by its name."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if device.type == "cpu":  # where the others compare
+            with suppress(ValueError, RuntimeError):
+                told = f"rank {ranks.rank}: {type(error).__name__}: {error}"
+                agree(ranks, {_ERROR: told}, device)
+        raise
+
+
 def _compare(line: Line, digest: str, fields: dict[str, Any], device: torch.device) -> None:
     own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
     others = [i for i in range(line.size) if i != line.rank]
@@ -178,6 +193,9 @@ def _compare(line: Line, digest: str, fields: dict[str, Any], device: torch.devi
         return
     everyone: list[Any] = [None] * line.size
     answered(line, lambda: dist.all_gather_object(everyone, fields, group=line.group))
+    for of_rank in everyone:
+        if _ERROR in of_rank:
+            raise ValueError(f"group: {of_rank[_ERROR]}")
     for name in fields:
         values = [of_rank.get(name) for of_rank in everyone]
         if any(value != values[0] for value in values):
