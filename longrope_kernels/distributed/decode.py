@@ -13,8 +13,7 @@ import torch
 
 from ..backends import reference
 from ..calls import arguments, caches, values
-from ..calls.records import Selection
-from ..ops.decode import MAX_QUERIES
+from ..calls.records import FEW_QUERIES, Selection
 from ..ops.decode import decode as decode_locally
 from ..ops.factors import resolve
 from ..rope.tables import Tables
@@ -101,11 +100,11 @@ def decode(
         tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
         arguments.check_heads("q", q, "bshd", 2 * tables.pairs)
         batch, queries = q.shape[:2]
-        if not 1 <= queries <= MAX_QUERIES:
+        if not 1 <= queries <= FEW_QUERIES:
             raise ValueError(
-                f"q: expected from 1 to {MAX_QUERIES} tokens a sequence, got {queries}"
+                f"q: expected from 1 to {FEW_QUERIES} tokens a sequence, got {queries}"
             )
-        caches.check_no_gradient("q", q, "decode")
+        caches.check_no_gradients("decode", q=q)
         caches.check_caches("q", q, k_cache, v_cache, block_table)
         arguments.check_scores(True, softmax_scale, window, softcap, q.shape[3])
         for name, x in (("cache_lens", cache_lens), ("total_lens", total_lens)):
@@ -119,7 +118,7 @@ def decode(
             arguments.check_per_sequence("kv_start", kv_start, batch, q)
             values.check_start(kv_start)
         if sets is not None:
-            arguments.select(tables, q, batch, "bshd", None, sets, None)
+            arguments.check_selection(tables.sets, q, batch, "bshd", None, sets, None)
         elif lengths is not None:
             arguments.check_index("lengths", lengths, q)
             if tuple(lengths.shape) not in ((batch,), (batch, queries)):

@@ -115,10 +115,10 @@ def refuse(vllm_config: Any, policies: Policies) -> None:
             )
     drafts = vllm_config.speculative_config
     if drafts is not None and drafts.method not in DRAFTS:
-        shown = ", ".join(map(repr, DRAFTS))
+        methods = ", ".join(map(repr, DRAFTS))
         raise ValueError(
-            f"speculative_config: expected method {shown}, got {drafts.method!r}; LongRoPE in vLLM "
-            "does not serve it. VLLM_PLUGINS='' starts vLLM without this plugin"
+            f"speculative_config: expected method {methods}, got {drafts.method!r}; LongRoPE in "
+            "vLLM does not serve it. VLLM_PLUGINS='' starts vLLM without this plugin"
         )
     refused = {
         "runner_type": (model.runner_type, "generate"),
