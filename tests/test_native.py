@@ -114,3 +114,20 @@ print(len(os.listdir("/proc/self/task")) - before)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(out.stdout) == (threads - 1 if tokens > 1 else 0)
+
+
+def test_a_torch_that_lends_no_tensors_is_named() -> None:
+    """By DLPack's C exchange API; nothing else needs the extension."""
+    code = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__
+import longrope_kernels as lk
+from longrope_kernels.backends import native
+print(native.missing())
+x = torch.ones(1, 2, 1, 8)
+print(lk.apply_rotary(x, None, torch.zeros(2, dtype=torch.int64), lk.Rope.plain(8))[0].sum())
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    reason, total = out.stdout.splitlines()
+    assert "this torch has no C exchange API of DLPack 1, as torch 2.10 has" in reason
+    assert total == "tensor(16.)"
