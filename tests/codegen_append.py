@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
-import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +20,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import triton
-from codegen import CUOBJDUMP, INSTRUCTION, compile_all, print_all, source
-from triton.backends.compiler import GPUTarget
+from codegen import compile_all, compile_launch, print_all
 
 from longrope_kernels.calls.records import AppendCall, Keys
 from longrope_kernels.kernels import append
@@ -80,18 +75,8 @@ def cases() -> Iterator[Case]:
 def compile_case(case: Case, folder: Path) -> dict[str, Any]:
     """Compile and count."""
     launch = case.launch()
-    target = GPUTarget("cuda", case.arch, 32)
-    compiled = triton.compile(
-        source(launch.kernel, launch.args, launch.constants, target),
-        target=target,
-        options={"num_warps": launch.warps, "num_stages": launch.stages},
-    )
-    cubin = folder / f"{os.getpid()}.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    command = [CUOBJDUMP, "-sass", "-res-usage", cubin]
-    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    counts = Counter(INSTRUCTION.findall(dump))
-    del counts["NOP"]
+    compiled = compile_launch(launch, case.arch, folder)
+    counts = compiled.counts()
 
     def number(name: str, *ends: str) -> int:
         return sum(
@@ -104,9 +89,9 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
         **asdict(case),
         "rows": launch.constants["BLOCK_R"],
         "warps": launch.warps,
-        "registers": int(re.search(r"REG:(\d+)", dump)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", dump)[1]),
-        "shared": compiled.metadata.shared,
+        "registers": compiled.registers,
+        "stack": compiled.stack,
+        "shared": compiled.shared,
         "local": number("LDL", "") + number("STL", ""),
         "instructions": counts.total(),
         # Of a thread, of k and of v, 16 bytes each.

@@ -443,8 +443,9 @@ def decode_kernel(
             b_k = load_pieces(rows_k, exist[:, None], PAIRS, DIM, PAIRING)
             b_v = load_pieces(rows_v, exist[:, None], WIDE, DIM, PAIRING)
             if FLOAT8:
-                b_k = half_pieces(b_k, FLOAT8)
+                # Values first: the other way round Triton 3.7 and its ptxas spill some.
                 b_v = pieces_as_16_bits(half_pieces(b_v, FLOAT8))
+                b_k = half_pieces(b_k, FLOAT8)
             b_k = _rotate_keys(
                 b_k,
                 j0,
