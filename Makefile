@@ -19,7 +19,7 @@ install = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/$(PIP) --no-build-isolation 
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses auto --junitxml=$(1)/tests.xml
 
 .PHONY: demo test test-full test-long test-compiled test-newest-triton test-newest-ptxas \
-	test-oldest test-vllm test-newest record mutations benchmark report lint format docs lock clean
+	test-oldest test-vllm test-vllm-long test-newest record mutations benchmark report lint format docs lock clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
@@ -71,6 +71,10 @@ test-oldest: .venv-oldest/oldest.stamp
 test-vllm: .venv-vllm/vllm.stamp
 	.venv-vllm/bin/python -m pytest -q --confcutdir=tests/serving \
 		--junitxml=.venv-vllm/tests.xml tests/serving
+
+# Of these what takes long: 200 requests of up to 3,000 tokens, a text of 12,000.
+test-vllm-long: .venv-vllm/vllm.stamp
+	LONGROPE_FULL=1 .venv-vllm/bin/python -m pytest -q --confcutdir=tests/serving -m full tests/serving
 
 # Everything as new as it gets, made anew each time.
 test-newest: $(VENV)/development.stamp

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import pytest
+
 ABSENT = importlib.util.find_spec("vllm") is None
 collect_ignore_glob = ["test_*.py"] if ABSENT else []
 
@@ -20,3 +22,11 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what takes long, unless LONGROPE_FULL=1 (`make test-vllm-long`)."""
+    if os.environ.get("LONGROPE_FULL") != "1":
+        long = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
