@@ -245,6 +245,35 @@ def test_what_nobody_sees_is_neither_computed_nor_sent() -> None:
     assert plan("contiguous", near._replace(window=6)).steps == 3
 
 
+def rows_sent(schedule: str) -> float:
+    """Head rows that leave this rank for each of its tokens in a forward, beside the arguments."""
+    group, sent = ranks.GROUPS[4], []
+    isend, exchange = dist.isend, dist.all_to_all_single
+
+    def counted(x: torch.Tensor, *args: Any) -> Any:
+        sent.append(x.numel() if x.dtype == fp32 else 0)
+        return isend(x, *args)
+
+    def exchanged(came: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(x.numel() * 3 // 4 if x.shape[-1] == 16 else 0)
+        return exchange(came, x, *args, **kwargs)
+
+    dist.isend, dist.all_to_all_single = counted, exchanged
+    try:
+        q, k, v = (torch.ones(1, 8, heads, 16) for heads in (8, 4, 4))
+        rope, at = Shape(1, 1, 1, 1, 16).rope(0), torch.arange(8)
+        attention(q, k, v, at, rope, group=group, schedule=schedule)
+    finally:
+        dist.isend, dist.all_to_all_single = isend, exchange
+    return sum(sent) / (8 * 16)
+
+
+@pytest.mark.parametrize("schedule", ["ring", "ulysses"])
+def test_as_much_is_sent_as_the_schedule_says(schedule: str, four: Ranks) -> None:
+    expected = choose_schedule(8, 4, 4, schedule).rows_sent
+    assert four("sent", rows_sent, schedule) == [expected] * 4
+
+
 @pytest.mark.parametrize("order", ["balanced", "contiguous"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
