@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
 import json
 import os
 import subprocess
@@ -37,12 +38,29 @@ def spills(row: Row, allowed: bool = False) -> bool:
     )
 
 
-def compiled(script: str) -> dict[str, Any]:
-    """What tests/SCRIPT prints, in a process without the interpreter: its rows and its page."""
+def compiled(script: str, temporary: pytest.TempPathFactory) -> dict[str, Any]:
+    """What tests/SCRIPT prints, in a process without the interpreter: its rows and its page.
+
+    Once for all workers of pytest-xdist: it takes minutes, and every core.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return dict(json.loads(_printed(script)))
+    kept = temporary.getbasetemp().parent / f"{script}.json"  # what all workers share
+    with kept.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        if not text:
+            text = _printed(script)
+            file.write(text)
+    return dict(json.loads(text))
+
+
+def _printed(script: str) -> str:
     command = [sys.executable, Path(__file__).with_name(script)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return dict(json.loads(result.stdout))
+    return result.stdout
 
 
 def assert_current(page: str, name: str) -> None:

@@ -19,8 +19,8 @@ MAX_NARROW_LOADS_PACKED = 16
 
 
 @pytest.fixture(scope="module")
-def output() -> dict[str, Any]:
-    return compiled("codegen.py")
+def output(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return compiled("codegen.py", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.counts]
 
 
 @pytest.fixture(scope="module")
-def output() -> dict[str, Any]:
-    return compiled("codegen_append.py")
+def output(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return compiled("codegen_append.py", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

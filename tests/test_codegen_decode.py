@@ -21,8 +21,8 @@ CYCLES_A_BYTE = {80: 108 * 1.41e9 / 2.04e12, 90: 132 * 1.755e9 / 4.8e12}
 
 
 @pytest.fixture(scope="module")
-def output() -> dict[str, Any]:
-    return compiled("codegen_decode.py")
+def output(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return compiled("codegen_decode.py", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

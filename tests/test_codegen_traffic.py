@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.counts]
 
 
 @pytest.fixture(scope="module")
-def output() -> dict[str, Any]:
-    return compiled("codegen_traffic.py")
+def output(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return compiled("codegen_traffic.py", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
