@@ -100,6 +100,7 @@ VARIANTS = (
     {"block_size": 16, "positions": True},
     {"queries": 16},
     {"queries": 512, "block_size": 16},
+    {"queries": 32, "block_size": 16, "float8": True},
 )
 MORE_VARIANTS = (
     {"block_size": 64},

@@ -105,6 +105,33 @@ def test_a_small_cache_is_not_split() -> None:
     assert choose_splits(8, 4, 129, 64, 264, 2).most == 2
 
 
+# Each with several splits: fewer tiles than the device has places. The last row of a tile is the
+# 64th query of it.
+A_FEW_TILES = [
+    Case((80,), 64, 1, 1, boundary=(30, 60), dtype=bf16),
+    Case((70, 90), 40, 2, 1, block=16, boundary=60, window=33, dtype=fp16),
+    Case((90, 0), 33, 1, 1, n_hat=40, kv_start=(20, 0), dtype=bf16),
+]
+
+
+@pytest.mark.parametrize("case", A_FEW_TILES, ids=str)
+def test_a_prompt_of_few_tiles_is_split(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    splits_of = kernels.splits_of
+
+    def watched(*args: Any) -> Any:
+        found.append(splits_of(*args))
+        return found[-1]
+
+    monkeypatch.setattr(kernels, "splits_of", watched)
+    if not CUDA:
+        wide = kernels.Config(64, 16, 4, 1, 1)
+        monkeypatch.setattr(kernels, "config_of", lambda call, arch: wide)
+    check(TRITON, case.call())
+    if not CUDA:
+        assert all(splits.most > 1 for splits in found)
+
+
 def test_splits_cover_the_keys_once() -> None:
     block_n, count = 16, 100
     low = torch.randint(0, 500, (count,))

@@ -117,13 +117,13 @@ def splits_of(
     call: DecodeCall, arch: int, multiprocessors: int, config: Config | None = None
 ) -> Splits:
     """How to split the keys of a call; ``most`` sizes the scratch of `plan`."""
-    if _many(call):
-        return Splits(1, 1, 1)
     if config is None:
         config = config_of(call, arch)
     batch, keys = call.q.shape[0], call.keys
     units = batch * keys.heads * _row_blocks(call, config)[1]
     places = multiprocessors * config.programs
+    if _many(call) and 2 * units > places:
+        return Splits(1, 1, 1)
     # In the interpreter a tile is worth a program.
     least_tiles = 1 if arch == 0 else max(1, _LEAST_KEYS // config.block_n)
     return choose_splits(units, batch, keys.capacity, config.block_n, places, least_tiles)
@@ -136,7 +136,7 @@ def counters_of(call: DecodeCall, config: Config) -> int:
 
 
 def _many(call: DecodeCall) -> bool:
-    """Whether the tiles of a sequence fill the device by themselves, each with keys of its own."""
+    """Whether each tile of a sequence has keys of its own, those that its queries see."""
     return call.q.shape[1] > FEW_QUERIES
 
 
@@ -318,8 +318,8 @@ def decode_kernel(
     Row r is query r // groups of head r % groups. Grid: (most * batch * kv_heads * row_blocks,),
     splits slowest, so that those that are not live come last. With SEVERAL_SETS the queries of a
     sequence may differ in their factor sets: then SETS times as many, each for the rows of one set,
-    and those without a row end at once. With MANY, of more than `FEW_QUERIES`, there is one split,
-    and the keys of a tile end with its last query and begin with the window of its first.
+    and those without a row end at once. With MANY, of more than `FEW_QUERIES`, the keys
+    of a tile end with its last query and begin with the window of its first.
 
     q, out: (pointer, batch stride, token stride, head stride) of (batch, queries, heads, DIM). k,
     v: those of the caches, (batch, slots, kv_heads, DIM), with BLOCK_SIZE > 0 (blocks, BLOCK_SIZE,
@@ -352,29 +352,26 @@ def decode_kernel(
     in_q = o_m < queries * groups
     i_t = o_m // groups
     last_t = (tl.minimum(m0 + BLOCK_M, queries * groups) - 1) // groups
-    takers = -1
+    takers = tl.full((), -1, tl.int64 if MANY else tl.int32)
     if SEVERAL_SETS:
-        if MANY:
-            i_t = tl.minimum(i_t, queries - 1)
-            in_q = in_q & (set_of_query(i_b, i_t, tokens + i_t, of_sets, SETS) == i_set)
-            takers = tl.max(in_q.to(tl.int32), 0)
-        else:
-            takers = queries_of_set(i_set, i_b, m0 // groups, last_t, tokens, of_sets, SETS)
+        of_tile = (i_b, m0 // groups, last_t, tokens)
+        takers = queries_of_set(i_set, *of_tile, of_sets, SETS, MANY)
         if takers == 0:
             return
     splits = 1
-    end = high
+    until = high  # seen by the last row
     if MANY:
-        end = tl.maximum(high - queries + last_t + 1, 0)
-        low = tl.minimum(low, end)
+        until = tl.maximum(high - queries + last_t + 1, 0)
         if WINDOW:
-            low = tl.minimum(tl.maximum(low, high - queries + m0 // groups - window + 1), end)
+            low = tl.maximum(low, high - queries + m0 // groups - window + 1)
+        low = tl.minimum(low, until)
     begin = low // BLOCK_N * BLOCK_N
+    end = until
     if partial_out is not None:
         share = tiles_of_split(cache_lens, batch, even, least, queries, window, WINDOW, BLOCK_N)
-        splits, first, keys = split_keys(low, high, share, most, BLOCK_N)
+        splits, first, keys = split_keys(low, until, share, most, BLOCK_N)
         begin = first + i_split * keys
-        end = tl.minimum(begin + keys, high)
+        end = tl.minimum(begin + keys, until)
         if i_split >= splits:
             return
 
@@ -485,8 +482,9 @@ def decode_kernel(
         factor *= tl.load(v_scale[0] + i_hk * v_scale[1])
     acc = scale_pieces(acc, factor[:, None])
     top += tl.log2(total_or_1)
-    if SEVERAL_SETS and not MANY:
-        in_q = in_q & ((takers >> tl.minimum(i_t - m0 // groups, 31)) & 1 != 0)
+    if SEVERAL_SETS:
+        last_bit: tl.constexpr = 63 if MANY else 31
+        in_q = in_q & ((takers >> tl.minimum(i_t - m0 // groups, last_bit)) & 1 != 0)
     heads = kv_heads * groups
     offset = (i_b * heads + i_h) * queries + i_t
     if splits == 1:

@@ -19,8 +19,9 @@ from ..rope.tables import Tables
 from .launch import vector_args
 from .rotation import clamp_set, set_of_length
 
-# As many queries as a tile of few may have.
-_QUERIES = tl.constexpr(FEW_QUERIES)
+# Queries that a tile has at most, a bit for each: all of a sequence, or as many as it has rows.
+_FEW = tl.constexpr(FEW_QUERIES)
+_MANY = tl.constexpr(64)
 
 
 def several_sets(tables: Tables, selection: Selection, queries: int) -> bool:
@@ -56,9 +57,12 @@ def set_of_query(i_b, i_t, tokens, of_sets, SETS: tl.constexpr):
 
 
 @triton.jit
-def queries_of_set(i_set, i_b, t0, t1, tokens, of_sets, SETS: tl.constexpr):
-    """Which of queries t0 to t1 take this set: bit t - t0; tokens: how many up to query 0."""
-    o_t = tl.arange(0, _QUERIES)
+def queries_of_set(i_set, i_b, t0, t1, tokens, of_sets, SETS: tl.constexpr, MANY: tl.constexpr):
+    """Which of queries t0 to t1 take this set: bit t - t0; tokens: how many up to query 0.
+
+    int32, with MANY int64.
+    """
+    o_t = tl.arange(0, _MANY if MANY else _FEW)
     i_t = tl.minimum(t0 + o_t, t1)
     takes = set_of_query(i_b, i_t, tokens + i_t, of_sets, SETS) == i_set
-    return tl.sum(takes.to(tl.int32) << o_t, 0)
+    return tl.sum(takes.to(tl.int64 if MANY else tl.int32) << o_t, 0)
