@@ -51,7 +51,7 @@ def client(folder: str) -> Iterator[openai.OpenAI]:
         "--max-model-len": str(4 * ORIGINAL),
         "--max-num-batched-tokens": "128",
         "--scheduler-cls": SCHEDULER,
-        "--additional-config": '{"longrope": {"policy": "prompt"}}',
+        "--additional-config": '{"longrope": {"mode": "unrotated", "policy": "prompt"}}',
     }
     flat = [part for pair in arguments.items() for part in pair]
     log = Path(folder) / "server.log"

@@ -75,15 +75,15 @@ def test_without_the_scheduler(folder: str, mode: str, expected: str) -> None:
 
 
 def test_the_defaults(folder: str) -> None:
-    """A GPU has vLLM's own attention until ours is measured there."""
+    """vLLM's own attention, until ours is measured beside it."""
     config = config_of(folder)
     policies = policies_of(config)
     assert policies is not None
-    assert (policies.mode, policies.default) == ("unrotated", "switch")
-    config.device_config.device_type = "cuda"
+    assert (policies.mode, policies.default) == ("rotated", "recompute")
+    config.additional_config = {"longrope": {"mode": "unrotated"}}
     policies = policies_of(config)
     assert policies is not None
-    assert (policies.mode, policies.default) == ("rotated", "recompute")
+    assert (policies.mode, policies.default) == ("unrotated", "switch")
 
 
 def test_another_attention_under_unrotated(folder: str) -> None:
@@ -147,7 +147,7 @@ def test_models_refused_by_name(folder: str, name: str, value: Any) -> None:
     [
         ({"mode": "fast"}, "'mode'.: expected one of 'rotated', 'unrotated', got 'fast'$"),
         ({"mode": "rotated", "policy": "switch"}, "'policy'.: .* got 'switch', which needs mode"),
-        ({"policy": 3}, "'policy'.: expected one of 'switch', 'final', .* 'unrotated', got 3$"),
+        ({"policy": 3}, "'policy'.: expected one of 'recompute', .* in mode 'rotated', got 3$"),
         ({"polcy": "final"}, "expected keys among mode, policy, got"),
         ("final", "expected keys among mode, policy, got 'final'"),
     ],

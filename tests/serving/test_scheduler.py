@@ -34,7 +34,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def make(folder: str, ahead: bool, blocks: int, drafts: int) -> Any:
     by = {"method": "draft_model", "model": folder, "num_speculative_tokens": drafts}
     chosen = {"max_num_batched_tokens": 128, "block_size": BLOCK}
-    config = config_of(folder, speculative_config=by if drafts else None, **chosen)
+    settings = {"longrope": {"mode": "unrotated"}}  # which has all policies
+    config = config_of(
+        folder,
+        speculative_config=by if drafts else None,
+        additional_config=settings,
+        **chosen,
+    )
     config.scheduler_config.async_scheduling = ahead
     config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)

@@ -43,8 +43,7 @@ def policies_of(vllm_config: Any) -> Policies | None:
     rope = rope_of(vllm_config.model_config)
     if rope is None:
         return None
-    on_cpu = vllm_config.device_config.device_type == "cpu"
-    name, mode = _given(vllm_config, "mode", "unrotated" if on_cpu else "rotated")
+    name, mode = _given(vllm_config, "mode", "rotated")
     if mode not in POLICIES:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, POLICIES))}, got {mode!r}")
     policy = _given(vllm_config, "policy", POLICIES[mode][0])
