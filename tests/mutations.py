@@ -100,6 +100,9 @@ SEARCH = [
     Mutation("a child out of order", "search/moves.py", "return raised(child) if monotone else child", "return child", "test_search_space.py test_search_evolution.py"),
     Mutation("worse parents first", "search/evolution.py", "key=lambda evaluation: evaluation.rank)", "key=lambda evaluation: evaluation.rank, reverse=True)", "test_search_evolution.py"),
     Mutation("a race that stops too early", "search/fitness.py", "if not total / sum(counts) <= limit:", "if not total / sum(counts[: len(sums)]) <= limit:", "test_search_fitness.py"),
+    Mutation("skipped windows taken for packed sequences", "search/model.py", ', "attention_mask": mask}', "}", "test_search_fitness.py"),
+    Mutation("windows that mislead and stay", "search/coarse.py", "not correlation >= LEAST", "correlation < -1", "test_search_coarse.py"),
+    Mutation("a mutant of no formula", "search/space.py", "n_hat, attention, candidate.origin)", "n_hat, attention)", "test_search_space.py test_search_coarse.py"),
     Mutation("randomness that begins anew", "search/evolution.py", "        self._rng.setstate((version, tuple(internal), gauss))", "        pass", "test_search_resume.py test_search_evolution.py"),
 ]  # fmt: skip
 ALL = [*NUMBERS, *ATTENTION, *DECODING, *CACHES, *MODELS, *SEARCH]

@@ -55,6 +55,14 @@ def test_the_committed_page_is_of_the_committed_results(tmp_path: Path) -> None:
     )
 
 
+def test_the_committed_page_of_windows_is_of_its_results() -> None:
+    folder = ROOT / "reports/search_coarse"
+    code = "import coarse, json, sys; print(coarse.page(json.load(open(sys.argv[1]))))"
+    command = [sys.executable, "-c", code, str(folder / "coarse.json")]
+    done = subprocess.run(command, cwd=EXAMPLE, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (folder / "coarse.md").read_text("utf-8").strip()
+
+
 def test_windows_with_keys() -> None:
     code = (
         "import text\n"
