@@ -204,7 +204,7 @@ def test_killed_after_each_line_of_the_journal(
     lines = (tmp_path / "whole" / "evaluations.jsonl").read_bytes().splitlines(keepends=True)
     stages = [json.loads(line)["stage"] for line in lines]
     assert {"formulas", "coarse", "full"} == set(stages)
-    for left in range(1, len(lines), 3):
+    for left in range(1, len(lines), 7):
         folder = tmp_path / str(left)
 
         def stop(search: Search, left: int = left) -> None:
