@@ -92,6 +92,23 @@ def test_another_attention_under_unrotated(folder: str) -> None:
     refused(config, "^attention_backend: expected None, got TRITON_ATTN;")
 
 
+def test_drafts_a_step_ahead_under_unrotated(folder: str) -> None:
+    config = config_of(folder, additional_config={"longrope": {"mode": "unrotated"}})
+    config.speculative_config = SimpleNamespace(method="ngram")
+    config.scheduler_config.async_scheduling = True
+    refused(config, "^async_scheduling: expected False, got True;")
+
+
+def test_lengths_of_a_request_that_switches(folder: str) -> None:
+    """All of a prompt takes its end's set, drafts each their own, whatever was counted before."""
+    config = config_of(folder, additional_config={"longrope": {"mode": "unrotated"}})
+    policies = policies_of(config)
+    assert policies is not None
+    params = SimpleNamespace(extra_args=None, max_tokens=8)
+    for end, expected in ((10, (20, 20)), (20, (20, 20)), (23, (0, 23))):
+        assert policies.lengths(params, 20, 20, end, 100) == expected
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_policy_of_a_request(folder: str, mode: str) -> None:
     settings = {"longrope": {"mode": mode}}

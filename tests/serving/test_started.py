@@ -28,7 +28,6 @@ STARTED: dict[str, dict[str, Any]] = {
     "tensor parallel": {"tensor_parallel_size": 2},
     # One for each half of the layers; this build of vLLM has that compiled alone.
     "pipeline parallel": {"pipeline_parallel_size": 2, "enforce_eager": False},
-    "blocks of 16": {"block_size": 16},
     "blocks of 128": {"block_size": 128},
 }
 

@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from engines import ORIGINAL, engine, of_prompt, prompt, reference, run, save_model, scores
 from test_lengths import CLOSE, far
 
-from longrope_kernels.integrations.vllm.backend import LongRopeImpl, _cut
+from longrope_kernels.integrations.vllm.backend import LongRopeImpl, _by_queries
 
 
-@pytest.mark.parametrize("block_size", [16, 128])
-def test_blocks(block_size: int, tmp_path: Path) -> None:
+def test_blocks_of_16(tmp_path: Path) -> None:
+    """Which vLLM's own attention has not on a CPU."""
     folder = save_model(tmp_path)
     truth = reference(folder)
     asked = [prompt(tokens, tokens) for tokens in (40, ORIGINAL + 1)]
-    with engine(folder, "unrotated", block_size=block_size) as served:
+    with engine(folder, "unrotated", block_size=16) as served:
         outs = run(served, asked)
     for out, one in zip(outs, asked, strict=True):
         assert far(of_prompt(out), scores(truth, one)) < CLOSE
@@ -40,8 +39,5 @@ def test_refused_by_name(name: str) -> None:
 
 
 def test_a_step_is_cut_into_calls() -> None:
-    """A decode, a chunk of 35 queries, two drafts: each query once, by as many a sequence."""
-    parts = _cut([0, 1, 36, 39])
-    assert parts == {1: [(0, 0, 0)], 16: [(1, 1, 19), (1, 17, 3)], 3: [(1, 33, 0), (2, 36, 0)]}
-    begins = [begin + i for n, each in parts.items() for _, begin, _ in each for i in range(n)]
-    assert torch.equal(torch.tensor(sorted(begins)), torch.arange(39))
+    """Two decodes, a chunk of 35 queries, one without any, two drafts."""
+    assert _by_queries([0, 1, 36, 36, 39, 40]) == {1: [(0, 0), (4, 39)], 35: [(1, 1)], 3: [(3, 36)]}

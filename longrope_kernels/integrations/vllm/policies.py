@@ -71,14 +71,14 @@ class Policies:
             limit: the most tokens that a request may have here.
 
         Returns:
-            The least and the greatest length. They are the same but under "switch". Under
-            "recompute" all cached keys were computed under the set of a length as long, which is
-            what the scheduler sees to.
+            The least and the greatest length. They are the same but under "switch", where only what
+            a prefill computes is held to its end. Under "recompute" all cached keys were computed
+            under the set of a length as long, which is what the scheduler sees to.
         """
         policy = self.of(params)
         known = max(begun, end)
         if policy == "switch":
-            return begun, known
+            return (begun if end <= begun else 0), known
         if policy == "recompute":
             # The last token of a request is never computed, what is drafted beyond it is no token.
             known = min(known, prompt + params.max_tokens - 1)

@@ -138,6 +138,8 @@ def refuse(vllm_config: Any, policies: Policies) -> None:
     if policies.mode == "unrotated":  # which is an attention backend of its own
         backend = vllm_config.attention_config.backend
         refused["attention_backend"] = (backend and backend.name, None)
+        if drafts is not None:  # a step ahead, drafts that may be refused are counted as tokens
+            refused["async_scheduling"] = (vllm_config.scheduler_config.async_scheduling, False)
     for name, (found, served) in refused.items():
         if found != served:
             shown = found if isinstance(found, str | int) else type(found).__name__
