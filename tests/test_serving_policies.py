@@ -38,41 +38,51 @@ def request(policy: Any = None, new: int = 10) -> Any:
         ("recompute", 30, 65, 2),
         ("prompt", 32, 70, 0),
         ("prompt", 33, 70, 1),
-        ("final", 22, 22, 0),  # 32 in the end
-        ("final", 23, 23, 1),
-        ("final", 55, 55, 2),
+        ("final", 22, 22, 1),  # 62 in the end
+        ("final", 24, 24, 1),
+        ("final", 25, 25, 2),
     ],
 )
 def test_the_set_of_a_request(policy: str, prompt: int, known: int, index: int) -> None:
     for policies, params in (
-        (Policies(ROPE, policy), request()),
-        (Policies(ROPE, "prompt" if policy != "prompt" else "final"), request(policy)),
+        (Policies(ROPE, policy, "rotated"), request(new=40)),
+        (
+            Policies(ROPE, "prompt" if policy != "prompt" else "final", "rotated"),
+            request(policy, 40),
+        ),
     ):
         assert policies.index(params, prompt, known, limit=128) == index
 
 
 def test_a_final_length_stays_within_the_limit() -> None:
     """A request is cut at max_model_len, whatever its max_tokens."""
-    policies = Policies(ROPE, "final")
+    policies = Policies(ROPE, "final", "rotated")
     assert policies.index(request(new=1000), prompt=20, known=20, limit=64) == 1
     assert policies.index(request(new=1000), prompt=20, known=20, limit=65) == 2
 
 
 def test_parameters_without_extra_args_take_the_default() -> None:
-    assert Policies(ROPE, "prompt").of(SimpleNamespace(extra_args={})) == "prompt"
-    assert Policies(ROPE, "prompt").of(None) == "prompt"
+    policies = Policies(ROPE, "prompt", "rotated")
+    assert policies.of(SimpleNamespace(extra_args={})) == "prompt"
+    assert policies.of(None) == "prompt"
 
 
 @pytest.mark.parametrize("policy", ["switch", "Final", "", 0, ["final"]])
 def test_what_is_no_policy(policy: Any) -> None:
-    with pytest.raises(ValueError, match=r"^longrope_policy: expected one of 'final', ") as caught:
-        Policies(ROPE, "final").of(request(policy))
+    with pytest.raises(ValueError, match=r"^longrope_policy: expected one of 'recomp") as caught:
+        Policies(ROPE, "final", "rotated").of(request(policy))
     assert repr(policy) in str(caught.value)
-    assert ("belongs to mode 'unrotated'" in str(caught.value)) == (policy == "switch")
+    assert ("needs mode 'unrotated'" in str(caught.value)) == (policy == "switch")
 
 
-def test_every_policy_is_one() -> None:
-    assert [check_policy("policy", policy) for policy in POLICIES] == list(POLICIES)
+@pytest.mark.parametrize("mode", POLICIES)
+def test_every_policy_is_one(mode: str) -> None:
+    assert [check_policy("policy", policy, mode) for policy in POLICIES[mode]] == [*POLICIES[mode]]
+
+
+def test_drafts_beyond_the_last_token_of_a_request_choose_no_set() -> None:
+    """It is never computed: of 30 and 3 tokens 32 are."""
+    assert Policies(ROPE, "recompute", "rotated").index(request(new=3), 30, 35, limit=128) == 0
 
 
 @pytest.fixture
@@ -92,7 +102,7 @@ def test_each_token_turns_by_the_set_of_its_request(rotary: TokenRotary) -> None
         rope = Rope((ROPE.sets[index],))
         one = [x[token].clone().view(1, 1, -1, 20) for x in (q, k)]
         expected.append(apply_rotary(*one, positions[token : token + 1], rope))
-    rotary.choose([0, 1, 0, 2], [3, 2, 1, 3])
+    rotary.choose([(3, 3), (41, 42), (6, 6), (73, 73)], [3, 2, 1, 3])
     found = rotary(positions, q, k)
     for each, (before, which) in zip(found, ((q, 0), (k, 1)), strict=True):
         assert each.data_ptr() == before.data_ptr()  # in place
@@ -109,9 +119,9 @@ def test_a_graph_reads_what_the_next_step_chose(rotary: TokenRotary) -> None:
 
     compiled = torch.compile(rotary, backend=backend, fullgraph=True, dynamic=True)
     address = rotary.token_sets.data_ptr()
-    for sets in ([0, 1], [2, 0], [1, 1]):
+    for lengths in ((9, 40), (70, 9), (33, 64)):
         q, k, positions = packed(4), packed(2), torch.arange(9)
-        rotary.choose(sets, [4, 5])
+        rotary.choose([(n, n) for n in lengths], [4, 5])
         found = compiled(positions, q.clone(), k.clone())
         assert all(map(torch.equal, found, rotary(positions, q, k)))
     assert len(graphs) == 1

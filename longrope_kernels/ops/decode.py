@@ -137,8 +137,11 @@ def decode(
         v_scale=v_scale,
     )
     call = DecodeCall(q, keys, tables, selection, scores)
-    many = q.shape[1] > FEW_QUERIES
-    name = choose.choose_decode(backend, device_type(q), q.dtype, k_cache.dtype, dim, many)
+    of_all = backend, device_type(q), q.dtype, k_cache.dtype, dim
+    if q.shape[1] > FEW_QUERIES:  # a branch, which a traced graph takes; no number for the choice
+        name = choose.choose_decode(*of_all, many=True)
+    else:
+        name = choose.choose_decode(*of_all)
     new = None
     if k_new is not None or v_new is not None or slot_mapping is not None:
         new = _check_new(k_new, v_new, keys, slot_mapping, q.shape[0])
