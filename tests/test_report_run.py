@@ -103,7 +103,7 @@ def test_a_benchmark_that_failed_is_told(checkout: Path) -> None:
     [
         ("crash", "it ended with -9 while this ran"),
         ("access", "an illegal memory access was encountered"),
-        ("hang", "nothing was heard for 30 s while this ran"),
+        pytest.param("hang", "nothing was heard for 30 s while this ran", marks=pytest.mark.full),
     ],
 )
 def test_a_row_that_ends_its_process_leaves_all_others(

@@ -161,13 +161,14 @@ def _wait(
 ) -> int | str | None:
     """See `_pytest`."""
     end, left, status = time.monotonic() + seconds, seconds, None
-    while status is None and left > 0:
+    while status is None:
         patience = silent - (time.time() - record.stat().st_mtime)
-        if patience <= 0:
-            status = STOPPED
-        else:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(min(left, patience))
+        try:
+            return process.wait(max(min(left, patience), 0))
+        except subprocess.TimeoutExpired:
+            if left <= patience:
+                break
+        status = STOPPED if patience <= 0 else None
         left = end - time.monotonic()
     process.send_signal(signal.SIGINT)  # pytest ends its workers and says what it has
     with contextlib.suppress(subprocess.TimeoutExpired):
