@@ -33,29 +33,34 @@ OURS = {
 # The same kernel on rotated keys, by the row that rotates them.
 NO_ROTATION = {f"triton{suffix}": f"triton, rotated keys{suffix}" for suffix in KINDS.values()}
 SDPA = "SDPA, rotated keys"
+GATHERED = "SDPA, keys gathered and rotated, paged"
 FLASHINFER = "FlashInfer, ROPE_LLAMA"
 FLASHINFER_PAGED = "FlashInfer, rotated keys, paged"
 _KIND_OF = {
     **{name: kind for name, (_, kind) in OURS.items()},
     **{name: OURS[of][1] for of, name in NO_ROTATION.items()},
     FLASHINFER_PAGED: "paged",
+    GATHERED: "paged",
 }
-NAMES = (SDPA, *NO_ROTATION.values(), *OURS, FLASHINFER, FLASHINFER_PAGED)
-PEERS = (SDPA, FLASHINFER, FLASHINFER_PAGED)
+NAMES = (SDPA, GATHERED, *NO_ROTATION.values(), *OURS, FLASHINFER, FLASHINFER_PAGED)
+PEERS = (SDPA, GATHERED, FLASHINFER, FLASHINFER_PAGED)
 CEILING = "copy" if DEVICE.type == "cuda" else "read"
 
 
 class Shape(NamedTuple):
-    """One step: a query of each sequence against its keys."""
+    """One step: the last queries of each sequence against its keys, a chunk of a prompt if many."""
 
     lengths: tuple[int, ...]
     dtype: torch.dtype
     geometry: Geometry = LLAMA
+    queries: int = 1
 
     def __str__(self) -> str:
         count, longest = len(self.lengths), max(self.lengths)
         batch = f"{count} x {longest}" if len(set(self.lengths)) == 1 else f"{count} to {longest}"
-        return f"{batch} keys, {str(self.dtype).removeprefix('torch.')}{self.geometry.suffix}"
+        chunk = f", {self.queries} queries" if self.queries > 1 else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{batch} keys{chunk}, {dtype}{self.geometry.suffix}"
 
     @property
     def keys(self) -> int:
@@ -63,13 +68,16 @@ class Shape(NamedTuple):
 
     @property
     def flops(self) -> int:
-        return 4 * self.geometry.q_heads * self.geometry.dim * self.keys
+        ahead = len(self.lengths) * self.queries * (self.queries - 1) // 2
+        seen = self.queries * self.keys - ahead
+        return 4 * self.geometry.q_heads * self.geometry.dim * seen
 
     def traffic(self, name: str) -> int:
         """Bytes of a row: keys and values read once, q and the output."""
         of = self.geometry
         itemsize = (FLOAT8 if kind_of(name) == "float8" else self.dtype).itemsize
-        queries = 2 * len(self.lengths) * of.q_heads * of.dim * self.dtype.itemsize
+        rows = len(self.lengths) * self.queries * of.q_heads
+        queries = 2 * rows * of.dim * self.dtype.itemsize
         return 2 * of.k_heads * of.dim * self.keys * itemsize + queries
 
 
@@ -103,7 +111,7 @@ class Inputs:
         self.shape = shape
         of = shape.geometry
         batch, capacity = len(shape.lengths), -(-max(shape.lengths) // BLOCK) * BLOCK
-        self.q = normal(batch, 1, of.q_heads, of.dim, dtype=shape.dtype, seed=0)
+        self.q = normal(batch, shape.queries, of.q_heads, of.dim, dtype=shape.dtype, seed=0)
         self.k, self.v = (
             normal(batch, capacity, of.k_heads, of.dim, dtype=shape.dtype, seed=seed)
             for seed in (1, 2)
@@ -151,7 +159,8 @@ class Inputs:
 
     def _truth(self, turn: Any, dtype: torch.dtype | None = None) -> Any:
         q = self.q[:, :, self.q_heads].double()
-        return decode(q, *self._checked(self.k, dtype), self.lens, turn, backend="reference")
+        keys = self._checked(self.k, dtype)
+        return decode(q, *keys, self.lens, turn, lengths=self.lens, backend="reference")
 
     def _checked(self, k: torch.Tensor, dtype: torch.dtype | None) -> list[torch.Tensor]:
         """k and v of `kv_heads` in float64, rounded to ``dtype`` before."""
@@ -189,18 +198,27 @@ class Inputs:
 
     @cached_property
     def rotated(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """q and k rotated, for those who do not rotate: q (batch, 1, ...), k (batch, capacity)."""
-        positions = torch.arange(self.k.shape[1], device=DEVICE)
-        of_q = (self.lens - 1).long()[:, None]
-        q, _ = apply_rotary(self.q, None, of_q, self.rope, lengths=self.lens)
-        k, _ = apply_rotary(self.k, None, positions, self.rope, lengths=self.lens)
-        return q, k
+        """q and k rotated, for those who do not rotate: q (batch, queries), k (batch, capacity)."""
+        return self.turned_q(), self.turned_k(self.k)
+
+    def turned_q(self) -> torch.Tensor:
+        """q rotated, each sequence by the set of its length."""
+        back = torch.arange(-self.shape.queries, 0, device=DEVICE)
+        positions = self.lens.long()[:, None] + back
+        return apply_rotary(self.q, None, positions, self.rope, lengths=self.lens)[0]
+
+    def turned_k(self, k: torch.Tensor) -> torch.Tensor:
+        """k (batch, slots, ...) rotated likewise, from the first slot on."""
+        positions = torch.arange(k.shape[1], device=DEVICE)
+        return apply_rotary(k, None, positions, self.rope, lengths=self.lens)[0]
 
 
 def implementation(name: str, inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """A function of no arguments: the output (batch, 1, 32, 128)."""
+    """A function of no arguments: the output (batch, queries, 32, 128)."""
     if name == SDPA:
         return _sdpa(inputs)
+    if name == GATHERED:
+        return _gathered(inputs)
     if name in NO_ROTATION.values():
         return _without_rotation(inputs, kind_of(name))
     if name == FLASHINFER:
@@ -209,10 +227,12 @@ def implementation(name: str, inputs: Inputs) -> Callable[[], torch.Tensor]:
         return _flashinfer_paged(inputs)
     backend, kind = OURS[name]
     of = inputs.cache(kind, inputs.k)
+    # A chunk takes one set, that of its prompt, as the keys that others rotate before.
+    lengths = inputs.lens if inputs.shape.queries > 1 else None
 
     def run() -> Any:
         given = inputs.q, of.k, of.v, of.lens, inputs.rope
-        return decode(*given, block_table=of.block_table, backend=backend)
+        return decode(*given, block_table=of.block_table, lengths=lengths, backend=backend)
 
     return run
 
@@ -223,11 +243,32 @@ def _sdpa(inputs: Inputs) -> Callable[[], torch.Tensor]:
     mask = None
     if len(set(inputs.shape.lengths)) == 1:
         k, v = (x[:, :, : inputs.shape.lengths[0]] for x in (k, v))
-    else:
-        slots = torch.arange(k.shape[2], device=DEVICE)
-        mask = (slots < inputs.lens[:, None])[:, None, None]
+    if len(set(inputs.shape.lengths)) > 1 or inputs.shape.queries > 1:
+        mask = _seen(inputs, k.shape[2])
 
     def run() -> torch.Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _seen(inputs: Inputs, slots: int) -> torch.Tensor:
+    """Which slots each query sees: (batch, 1, queries, slots)."""
+    back = torch.arange(-inputs.shape.queries, 0, device=DEVICE)
+    last = inputs.lens[:, None] + back
+    return (torch.arange(slots, device=DEVICE) <= last[..., None])[:, None]
+
+
+def _gathered(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """A chunk of a prompt without a paged kernel: its keys copied out of their blocks, rotated."""
+    k_pages, v_pages = inputs.in_pages
+    table, slots = inputs.table.long(), max(inputs.shape.lengths)
+    mask = _seen(inputs, slots)
+
+    def run() -> torch.Tensor:
+        k, v = (x[table].flatten(1, 2)[:, :slots] for x in (k_pages, v_pages))
+        q, k, v = (x.transpose(1, 2) for x in (inputs.turned_q(), inputs.turned_k(k), v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return out.transpose(1, 2)
 
@@ -245,7 +286,7 @@ def _without_rotation(inputs: Inputs, kind: str) -> Callable[[], torch.Tensor]:
 
     q, k = inputs.rotated
     call = _unrotated(q, inputs.cache(kind, k))
-    lse = q.new_empty((q.shape[0], q.shape[2], 1), dtype=torch.float32)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
     def run() -> torch.Tensor:
         out = torch.empty_like(q)
@@ -315,6 +356,11 @@ def _workspace() -> torch.Tensor:
 
 def serves(name: str, shape: Shape) -> bool:
     """Whether it has this call."""
+    chunk = shape.queries > 1
+    if name == GATHERED:
+        return chunk
+    if chunk and (name in (FLASHINFER, FLASHINFER_PAGED) or OURS.get(name, (None,))[0] == "cuda"):
+        return False
     if name == FLASHINFER:
         whole = shape.geometry.rotated == shape.geometry.dim
         return len(shape.lengths) == 1 and whole and shape.dtype != torch.float32

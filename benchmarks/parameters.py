@@ -119,12 +119,14 @@ if GPU:
         *((0, (lens, bf16, LLAMA)) for lens in ((131072,), (4096,) * 32, (8192,))),
         (0, ((300, 4096, 4097, 32768) * 4, bf16, LLAMA)),
         *((1, ((32768,), bf16, geometry)) for geometry in OTHERS),
+        (1, ((32768,), bf16, LLAMA, 512)),  # a chunk of a prompt
         *((2, ((tokens,), bf16, LLAMA)) for tokens in (1024, 2**20, 2**21)),
     ]
 else:
     STEPS = [
         *((0, ((n,), dtype, LLAMA)) for n in (4096, 32768) for dtype in (bf16, fp32)),
         (0, ((300, 4096, 4097, 8000), bf16, LLAMA)),
+        *((1, ((2048,), dtype, LLAMA, 512)) for dtype in (bf16, fp32)),  # chunks of a prompt
         *((2, ((4096,), bf16, geometry)) for geometry in OTHERS),
         *((2, ((tokens,), bf16, LLAMA)) for tokens in (1024, 131072)),
     ]

@@ -36,7 +36,8 @@ from table import Row, Table, median_of
 SHAPES = [(rank, Shape(*step)) for rank, step in STEPS]
 NOT_TIMED = {name: reason for name in NAMES if (reason := missing(name))}
 TABLE = Table(
-    "decoding: q (B, 1, 32, 128), keys and values of 8 heads of 128, or the model named, medians",
+    "decoding: q (B, 1, 32, 128) or as many queries as said, keys and values of 8 heads of 128, "
+    "or the model named, medians",
     "GB/s",
     1e9,
     f"of {CEILING}",
@@ -61,7 +62,8 @@ SECONDS_A_ROW = 0.7
 def test_decode(benchmark: Any, request: pytest.FixtureRequest, shape: Shape, name: str) -> None:
     full_size = bool(request.config.getoption("benchmark_only"))
     if not full_size:
-        shape = shape._replace(lengths=tuple(min(n, 130 + i) for i, n in enumerate(shape.lengths)))
+        lengths = tuple(min(n, 130 + i) for i, n in enumerate(shape.lengths))
+        shape = shape._replace(lengths=lengths, queries=min(shape.queries, 40))
     benchmark.group = f"decode, {shape}"
 
     def prepare(name: str) -> Timed:
@@ -77,9 +79,10 @@ def test_decode(benchmark: Any, request: pytest.FixtureRequest, shape: Shape, na
     row = Row(benchmark.group, name, found.median, found.amount, found.fraction, sdpa)
     ROWS.append(row)
     rotated = median_of(ROWS, benchmark.group, NO_ROTATION.get(name, ""))
+    chunk = f", {shape.queries} queries" if shape.queries > 1 else ""
     benchmark.extra_info.update(
         work="decode",
-        kind=f"batch {len(shape.lengths)}, {str(shape.dtype)[6:]}{shape.geometry.suffix}",
+        kind=f"batch {len(shape.lengths)}{chunk}, {str(shape.dtype)[6:]}{shape.geometry.suffix}",
         tokens=max(shape.lengths),
         copies=len(make_copies(shape).all),
         **speeds.told(found, CEILING, found.amount, shape.flops),
