@@ -348,9 +348,6 @@ def decode_kernel(
     low, high, start = keys_of_sequence(i_b, cache_lens, kv_start, queries, window, WINDOW)
     of_sets = (lengths, sets, rope[3])
     tokens = high - start - queries + 1  # up to query 0
-    o_m = m0 + tl.arange(0, BLOCK_M)
-    in_q = o_m < queries * groups
-    i_t = o_m // groups
     last_t = (tl.minimum(m0 + BLOCK_M, queries * groups) - 1) // groups
     takers = tl.full((), -1, tl.int64 if MANY else tl.int32)
     if SEVERAL_SETS:
@@ -378,7 +375,10 @@ def decode_kernel(
     if not SEVERAL_SETS:
         i_set = set_of_query(i_b, 0, tokens, of_sets, SETS)
     dtype: tl.constexpr = q[0].dtype.element_ty
+    o_m = m0 + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
+    in_q = o_m < queries * groups
+    i_t = o_m // groups
     i_h = i_hk * groups + o_m % groups
     slot = high - queries + i_t
     n_k = (None, 0)
