@@ -127,6 +127,7 @@ def test_a_prompt_of_few_tiles_is_split(case: Case, monkeypatch: pytest.MonkeyPa
     if not CUDA:
         wide = kernels.Config(64, 16, 4, 1, 1)
         monkeypatch.setattr(kernels, "config_of", lambda call, arch: wide)
+        monkeypatch.setattr(kernels, "_LEAST_KEYS", 16)
     check(TRITON, case.call())
     if not CUDA:
         assert all(splits.most > 1 for splits in found)
