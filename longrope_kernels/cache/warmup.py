@@ -9,7 +9,6 @@ import torch
 
 from ..calls import arguments
 from ..calls.caches import FLOAT8
-from ..calls.records import FEW_QUERIES
 from ..ops.attention import attention
 from ..ops.rotary import apply_rotary
 from ..rope.value import Rope, check_device
@@ -54,7 +53,7 @@ def warmup(
         device: where the model is.
         batch: how many sequences a call has.
         tokens: new tokens of a sequence in a step, for `apply_rotary` and, with ``capacity``, for
-            `decode` (1 to 16), which appends them; several where steps differ.
+            `decode`, which appends them; several where steps differ, as chunks of prompts do.
         prompts: lengths of prompts, for `apply_rotary` and `attention`; several where they differ.
         capacity: how many tokens a sequence may have in the cache; None: there is no cache. A
             dense one is made as `KVCache` makes it, for one layer, and freed.
@@ -82,7 +81,7 @@ def warmup(
         raise TypeError(f"cache_dtype: expected {dtype}, float8_e4m3fn or None, got {cache_dtype}")
     if capacity is None and (block_size, cache_dtype) != (None, None):
         raise ValueError("capacity: expected beside block_size and cache_dtype, got None")
-    most = 2**31 - 1 if capacity is None else min(check_count("capacity", capacity, 1), FEW_QUERIES)
+    most = 2**31 - 1 if capacity is None else check_count("capacity", capacity, 1)
     steps = _counts("tokens", tokens, most)
     if capacity is not None and not steps:
         raise ValueError(f"tokens: expected at least one number beside capacity, got {tokens!r}")
