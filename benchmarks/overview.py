@@ -34,7 +34,7 @@ PARTS = (
     Part("rotation", test_rotary, "forward, ", rotations.IN_PLACE),
     Part("in place", test_rotary, "in place, ", rotations.IN_PLACE),
     Part("decode", test_decode, "decode, ", decodes.OURS),
-    Part("prefill", test_attention, "forward, ", attentions.OURS),
+    Part("prefill", test_attention, "attention forward, ", attentions.OURS),
     Part("model", test_models, "model, forward, ", models.OURS),
 )
 NOTES = (

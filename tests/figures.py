@@ -360,8 +360,8 @@ def host_time() -> str:
     took = {row["name"].split("-")[-1][:-1]: row["stats"]["median"] * 1e4 for row in rows}
     return (
         f"one call of `apply_rotary` took {took['apply_rotary']:.1f} us, in place "
-        f"{took['apply_rotary in place']:.1f}, `decode` over a short cache {took['decode']:.1f}; by "
-        f"the Triton backend a rotation in place {took['triton, apply_rotary in place']:.1f}, a "
+        f"{took['apply_rotary in place']:.1f}, `decode` over a short cache {took['decode']:.1f}; "
+        f"by the Triton backend a rotation in place {took['triton, apply_rotary in place']:.1f}, a "
         f"`decode` that appends {took['triton, decode and append']:.1f}, `attention` "
         f"{took['triton, attention']:.1f}"
     )

@@ -56,8 +56,12 @@ def test_what_was_left_out_is_two_lines() -> None:
     ]
 
 
+SMALL = "benchmarks/test_attention.py::test_attention[forward-S = 256, d = 96, causal-"
+ROWS = [f"{SMALL}{name}]" for name in ("transformers eager, SDPA", "composed")]
+
+
 def run(*options: str) -> Any:
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_host.py", "-k", "torch"]
+    command = [sys.executable, "-m", "pytest", *ROWS]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", *options]
     # Not those of the pytest around this one: under xdist it would refuse to time.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
@@ -67,8 +71,11 @@ def run(*options: str) -> Any:
 def test_a_measurement_ends_in_minutes_unless_told_otherwise() -> None:
     shown = run("--benchmark-only")
     assert shown.returncode == 0, shown.stdout
-    (left,) = re.findall(r"^ *\d+ s  +(\d+) s left  host: host$", shown.stdout, re.M)
+    told = r"^ *\d+ s  +(\d+) s left  attention: forward-S = 256, d = 96, causal$"
+    (left,) = re.findall(told, shown.stdout, re.M)
     assert 200 <= int(left) <= 600
+    row = r"^prefill  S = 256, d = 96, causal  composed +\d+ +\d+ +[\d.]+ +[\d.]+$"
+    assert re.search(row, shown.stdout, re.M), shown.stdout
     assert "Name (time in" not in shown.stdout
     verbose = run("--benchmark-only", "-v", "--budget=0")
     assert "Name (time in" in verbose.stdout
