@@ -75,7 +75,7 @@ def planned(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, known)
     chosen, share, seconds = replace(settings, **known["chosen"]), known["share"], known["seconds"]
-    text = f"{hours:g} hours: {_count(chosen)} candidates in {chosen.iterations} iterations"
+    text = f"{hours:g} hours: {chosen.candidates} candidates in {chosen.iterations} iterations"
     if seconds["coarse"] is None:
         return chosen, share, f"{text}, {seconds['full']:.3g} s each"
     text += f" ({seconds['coarse']:.3g} s each), {share:g} of them at the full length"
@@ -95,7 +95,7 @@ def fitted(settings: EvolutionSettings, hours: float, costs: Costs) -> tuple[dic
     Raises:
         ValueError: the hours are too few for a search.
     """
-    most = _count(settings)
+    most = settings.candidates
     shares = (1.0,) if costs.coarse is None else _SHARES
     left = 3600 * hours - costs.formulas * costs.full
     each = {share: (costs.coarse or 0.0) + share * costs.full for share in shares}
@@ -131,8 +131,3 @@ def seconds_of(work: Callable[[], Any]) -> float:
         if seconds > _LONG:
             break
     return seconds
-
-
-def _count(settings: EvolutionSettings) -> int:
-    children = settings.mutants + settings.crossovers
-    return settings.population + (settings.iterations - 1) * children

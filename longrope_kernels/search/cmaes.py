@@ -47,10 +47,7 @@ class CmaEsSettings:
     @classmethod
     def matching(cls, settings: EvolutionSettings, starts: int) -> CmaEsSettings:
         """At most as many evaluations as an evolutionary search of these settings has."""
-        total = settings.population + (settings.iterations - 1) * (
-            settings.mutants + settings.crossovers
-        )
-        left = max(total - starts, 0)
+        left = max(settings.candidates - starts, 0)
         population = max(4, min(cls.population, left))
         return cls(population, 1 + left // population, settings.seed)
 

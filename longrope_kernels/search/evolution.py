@@ -59,6 +59,16 @@ class EvolutionSettings:
         if self.mutants + self.crossovers == 0 and self.iterations > 1:
             raise ValueError("mutants: expected at least 1 where there are no crossovers, got 0")
 
+    @property
+    def children(self) -> int:
+        """Of each later iteration."""
+        return self.mutants + self.crossovers
+
+    @property
+    def candidates(self) -> int:
+        """Of all iterations."""
+        return self.population + (self.iterations - 1) * self.children
+
 
 class EvolutionarySearch(Search):
     """LongRoPE's search: the best so far are the parents of mutants and crossovers.
@@ -88,8 +98,7 @@ class EvolutionarySearch(Search):
 
     @property
     def total(self) -> int:
-        one = self.settings
-        return one.population + (one.iterations - 1) * (one.mutants + one.crossovers)
+        return self.settings.candidates
 
     @property
     def parents(self) -> list[Evaluation]:
