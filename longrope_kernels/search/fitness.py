@@ -8,7 +8,7 @@ up after a few of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -181,7 +181,7 @@ class Perplexity(Documents):
                 raise ValueError(f"{name}: expected 1 to {length - 1} tokens, got {value}")
         if last is not None and stride is not None:
             raise ValueError("stride: expected None where last is given")
-        _check_documents(documents, length)
+        check_documents(documents, length)
         self.length, self.last, self.stride = length, last, stride
         super().__init__(losses, [self._cut(document.tokens) for document in documents])
 
@@ -314,26 +314,39 @@ def _hidden(
     length: int,
     depths: Sequence[float],
 ) -> list[list[Window]]:
+    check_documents(documents, length)
+    return in_turn(documents, needles, depths, lambda n, d, depth: hide(n, d, length, depth))
+
+
+def in_turn(
+    documents: Sequence[Document],
+    needles: Sequence[Needle],
+    depths: Sequence[float],
+    window: Callable[[Needle, Document, float], Window],
+) -> list[list[Window]]:
+    """A window for each depth of each document, the needles in turn."""
     for name, values in (("needles", needles), ("depths", depths)):
         if not values:
             raise ValueError(f"{name}: expected at least one, got none")
-    _check_documents(documents, length)
     count = len(depths)
     return [
         [
-            hide(needles[(index * count + at) % len(needles)], document, length, depth)
+            window(needles[(index * count + at) % len(needles)], document, depth)
             for at, depth in enumerate(depths)
         ]
         for index, document in enumerate(documents)
     ]
 
 
-def _check_documents(documents: Sequence[Document], length: int) -> None:
+def check_documents(
+    documents: Sequence[Document], length: int, why: str = "the length to measure at"
+) -> None:
+    """There are documents, and each has so many tokens; why, as an error says it."""
     if not documents:
         raise ValueError("documents: expected at least one, got none")
     for document in documents:
         if len(document.tokens) < length:
             raise ValueError(
-                f"{document.name}: expected at least {length} tokens, the length to measure at, "
-                f"got {len(document.tokens)}"
+                f"{document.name}: expected at least {length} tokens, {why}, got "
+                f"{len(document.tokens)}"
             )

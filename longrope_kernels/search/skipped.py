@@ -15,7 +15,7 @@ import torch
 
 from .coarse import Coarse
 from .documents import Document
-from .fitness import DEPTHS, Documents, Needle, Window, hide
+from .fitness import DEPTHS, Documents, Needle, Window, check_documents, hide, in_turn
 from .model import Losses
 
 _SEED = 0  # of where windows lie: all searches of the same documents have the same
@@ -90,16 +90,11 @@ class SkippedNeedles(Documents):
             ValueError: an argument is out of range, or a document is too short, by name.
         """
         _check(documents, length, tokens)
-        count = len(depths)
 
-        def window(index: int, at: int, document: Document) -> Window:
-            needle = needles[(index * count + at) % len(needles)]
-            return skipped_needle(needle, document, length, tokens, depths[at])
+        def window(needle: Needle, document: Document, depth: float) -> Window:
+            return skipped_needle(needle, document, length, tokens, depth)
 
-        super().__init__(
-            losses,
-            [[window(i, at, d) for at in range(count)] for i, d in enumerate(documents)],
-        )
+        super().__init__(losses, in_turn(documents, needles, depths, window))
 
 
 def skipped_needle(
@@ -129,9 +124,4 @@ def _check(documents: Sequence[Document], length: int, tokens: int) -> None:
         raise ValueError(
             f"length: expected at least {2 * tokens} tokens, two windows of {tokens}, got {length}"
         )
-    for document in documents:
-        if len(document.tokens) < tokens:
-            raise ValueError(
-                f"{document.name}: expected at least {tokens} tokens, one window, got "
-                f"{len(document.tokens)}"
-            )
+    check_documents(documents, tokens, "one window")
