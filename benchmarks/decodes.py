@@ -13,12 +13,12 @@ from copies import Copies
 from measure import Ceiling
 from parameters import LLAMA, Geometry
 from ropes import DEVICE, EXACT, FAST, backend_missing, normal, not_importable, plain_rope, rope
-from without_rotation import no_pairs
 
 from longrope_kernels import apply_rotary, decode
 from longrope_kernels.backends import choose as backends
 from longrope_kernels.backends import reference
 from longrope_kernels.calls.records import DecodeCall, Keys, Scores, Selection
+from longrope_kernels.rope.tables import no_pairs
 
 BLOCK = 64
 FLOAT8 = torch.float8_e4m3fn

@@ -8,7 +8,7 @@ import torch
 
 from longrope_kernels.backends.triton import device
 from longrope_kernels.calls.records import AttentionCall, Keys, Scores, Selection
-from longrope_kernels.rope.tables import Tables
+from longrope_kernels.rope.tables import no_pairs
 
 
 class _WithoutRotation(torch.autograd.Function):
@@ -56,10 +56,3 @@ def unrotated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -
     positions = torch.zeros(1, 1, dtype=torch.int64, device=q.device).expand(q.shape[:2])
     keys, scores = Keys(k, v, positions), Scores(causal, q.shape[3] ** -0.5)
     return AttentionCall(q, positions, keys, no_pairs(q.device), Selection(), scores)
-
-
-def no_pairs(device: torch.device) -> Tables:
-    """Tables that turn nothing."""
-    none = torch.zeros(1, dtype=torch.int64, device=device)
-    steps = none.new_empty((1, 2, 0))
-    return Tables(steps, none, none.double(), none, steps.double(), False)

@@ -17,6 +17,11 @@ from ..calls.records import AppendCall, AttentionCall, DecodeCall, Keys, RotaryC
 from ..rope.tables import Tables, sets_of_lengths
 
 
+def dtype_of_sums(x: torch.Tensor) -> torch.dtype:
+    """What attention of such tensors is worked out in, here and wherever this is what it equals."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def token_sets(tables: Tables, selection: Selection, positions: torch.Tensor) -> torch.Tensor:
     """The factor set of each token: (B, S) int64.
 
@@ -110,7 +115,7 @@ def attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """
     q, positions, keys, tables, selection, how = call
     assert keys.positions is not None
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = dtype_of_sums(q)
     of_keys = selection._replace(borders=keys.borders)
     turned = []
     for x, n, chosen in ((q, positions, selection), (keys.k, keys.positions, of_keys)):
@@ -181,7 +186,7 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     lens, start = cache.lens, cache.start
     assert lens is not None
     batch, queries = q.shape[:2]
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = dtype_of_sums(q)
     block_table = cache.block_table
     if block_table is not None and not cache.k.shape[0]:
         block_table = block_table[:, :0]  # no blocks, and none that an entry could mean

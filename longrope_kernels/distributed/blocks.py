@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 
 from ..backends import choose
+from ..backends.reference import dtype_of_sums
 from ..calls.masks import sequence_of_token
 from ..calls.records import AttentionCall, Keys, Scores, Selection
-from ..rope.tables import UNBOUNDED, Tables
+from ..rope.tables import no_pairs
 from ..torch_private import flash_attention_on_cpu, flash_attention_on_cpu_backward
 from .shards import Spans
 
@@ -192,19 +193,11 @@ def _call(parts: Parts, pair: Pair, hidden: Hidden) -> AttentionCall:
     start = None if start is None else start.clamp(min=0)
     at_q, at_k = (q.new_zeros(x.shape[:2], dtype=torch.int32) for x in (q, k))
     keys = Keys(k, v, at_k, start, borders_k)
-    return AttentionCall(q, at_q, keys, _unturned(q.device), Selection(borders=borders), scores)
+    return AttentionCall(q, at_q, keys, no_pairs(q.device), Selection(borders=borders), scores)
 
 
 def _clipped(borders: torch.Tensor, first: int, count: int) -> torch.Tensor:
     return (borders - first).clamp(0, count)
-
-
-def _unturned(device: torch.device) -> Tables:
-    """Tables of no pairs: nothing is rotated."""
-    none = torch.zeros((1, 2, 0), dtype=torch.int64, device=device)
-    zero = torch.zeros(1, dtype=torch.int64, device=device)
-    one = torch.ones(1, dtype=torch.float64, device=device)
-    return Tables(none, zero, one, zero + UNBOUNDED, none.double(), False)
 
 
 # ----------------------------------------------------------------------------------- reference
@@ -221,7 +214,7 @@ def _attend_rows(
     q, k, v = _grouped(parts, rows)
     scores, _ = _scores(q, k, pair, hidden, rows)
     lse = scores.logsumexp(-1)
-    out = torch.exp(scores - _finite(lse)[..., None]) @ v
+    out = torch.exp(scores - finite(lse)[..., None]) @ v
     return _ungrouped(out), lse.flatten(1, 2)
 
 
@@ -229,7 +222,7 @@ def _attend_backward(
     parts: Parts, pair: Pair, hidden: Hidden, given: Gradients
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dqs: list[torch.Tensor] = []
-    dk, dv = (x.new_zeros(x.transpose(1, 2).shape, dtype=_sums(x)) for x in parts[1:])
+    dk, dv = (x.new_zeros(x.transpose(1, 2).shape, dtype=dtype_of_sums(x)) for x in parts[1:])
     for rows in _rows(parts.q):
         q, k, v = _grouped(parts, rows)
         d_out, out = (_of_groups(x[:, rows], k.shape[1], q.dtype) for x in (given.d_out, given.out))
@@ -238,16 +231,12 @@ def _attend_backward(
         if given.d_lse is not None:
             delta = delta - given.d_lse[..., rows].unflatten(1, q.shape[1:3])
         scores, slope = _scores(q, k, pair, hidden, rows)
-        p = torch.exp(scores - _finite(lse)[..., None])
+        p = torch.exp(scores - finite(lse)[..., None])
         ds = p * (d_out @ v.mT - delta[..., None]) * slope * hidden.scores.scale
         dqs.append(_ungrouped(ds @ k))
         dk = dk + (ds.mT @ q).sum(2)
         dv = dv + (p.mT @ d_out).sum(2)
     return torch.cat(dqs, 1), dk.transpose(1, 2), dv.transpose(1, 2)
-
-
-def _sums(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _rows(q: torch.Tensor) -> list[slice]:
@@ -256,7 +245,7 @@ def _rows(q: torch.Tensor) -> list[slice]:
 
 def _grouped(parts: Parts, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q (B, Hk, G, rows, D), k and v (B, Hk, 1, Sk, D), in the dtype of the sums."""
-    compute = _sums(parts.q)
+    compute = dtype_of_sums(parts.q)
     q = _of_groups(parts.q[:, rows], parts.k.shape[2], compute)
     k, v = (x.transpose(1, 2)[:, :, None].to(compute) for x in (parts.k, parts.v))
     return q, k, v
@@ -319,6 +308,6 @@ def _beyond(window: int, tokens: int) -> int:
     return window - 1 if window else tokens
 
 
-def _finite(lse: torch.Tensor) -> torch.Tensor:
+def finite(lse: torch.Tensor) -> torch.Tensor:
     """A stand-in where nothing is seen, so that weights become 0 there and not NaN."""
     return lse.masked_fill(lse == -torch.inf, 0.0)

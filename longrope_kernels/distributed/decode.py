@@ -18,6 +18,7 @@ from ..ops.decode import decode as decode_locally
 from ..ops.factors import resolve
 from ..rope.tables import Tables
 from ..rope.value import Rope
+from .blocks import finite
 from .fields import shown
 from .ranks import Group, agree, ranks_of, telling
 from .shards import gathered
@@ -188,7 +189,7 @@ def _turned(
     cos, sin = reference.cos_sin(tables, pinned, position)
     cos_b, sin_b = reference.cos_sin(tables, pinned, behind)
     square = cos_b**2 + sin_b**2
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = reference.dtype_of_sums(q)
     c = ((cos * cos_b + sin * sin_b) / square).to(compute)
     s = ((sin * cos_b - cos * sin_b) / square).to(compute)
     return reference.rotate(q, c, s, tables.interleaved)
@@ -198,6 +199,5 @@ def _merged(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, S, H, D) and lse (B, H, S) of (ranks, B, S, H, D + 1), lse last, in any order."""
     out, lse = parts[..., :-1], parts[..., -1]
     total = lse.logsumexp(0)
-    some = total.masked_fill(total == -torch.inf, 0.0)
-    weights = torch.exp(lse - some)
+    weights = torch.exp(lse - finite(total))
     return (out * weights[..., None]).sum(0), total.transpose(1, 2)

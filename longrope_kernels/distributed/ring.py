@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..backends.reference import dtype_of_sums
 from . import blocks
-from .blocks import Gradients, Hidden, Parts
+from .blocks import Gradients, Hidden, Parts, finite
 from .ranks import Line, Work, finish, start
 from .shards import Spans, count
 
@@ -87,7 +88,7 @@ class _Ring(torch.autograd.Function):
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = dtype_of_sums(q)
     out = torch.zeros_like(q, dtype=compute, memory_format=torch.contiguous_format)
     lse = out.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
     steps = plan.steps
@@ -115,7 +116,7 @@ def _merge(
 ) -> None:
     """Add the attention to more keys, in place: softmax over both."""
     total = torch.logaddexp(lse, new_lse)
-    some = total.masked_fill(total == -torch.inf, 0.0)
+    some = finite(total)
     old, new = (torch.exp(x - some).transpose(1, 2)[..., None] for x in (lse, new_lse))
     out.mul_(old).add_(new_out * new)
     lse.copy_(total)

@@ -95,6 +95,14 @@ def make_tables(sets: Sequence[FactorSet], base: float, interleaved: bool) -> Ta
     )
 
 
+def no_pairs(device: torch.device) -> Tables:
+    """One set that turns nothing."""
+    none = torch.zeros((1, 2, 0), dtype=torch.int64, device=device)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    one = torch.ones(1, dtype=torch.float64, device=device)
+    return Tables(none, zero, one, zero + UNBOUNDED, none.double(), False)
+
+
 def sets_of_lengths(lengths: torch.Tensor, max_length: torch.Tensor) -> torch.Tensor:
     """The first set that serves each length, else the last: int64 of its shape, on the device.
 
