@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -10,41 +11,37 @@ import torch.distributed as dist
 from .ranks import Line, answered
 from .shards import Spans, count
 
+Move: TypeAlias = Callable[[torch.Tensor, Line, tuple[Spans, ...]], torch.Tensor]
+
 
 def to_tokens(x: torch.Tensor, line: Line, spans: tuple[Spans, ...]) -> torch.Tensor:
     """(B, own tokens, H, D) to (B, tokens of all ranks, H / ranks, D), in the order of slots."""
     if line.size == 1:
         return x
-    return _ToTokens.apply(x, line, spans)  # type: ignore[no-any-return,no-untyped-call]
+    return _Exchanged.apply(x, _to_tokens, _to_heads, line, spans)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def to_heads(x: torch.Tensor, line: Line, spans: tuple[Spans, ...]) -> torch.Tensor:
     """The inverse of `to_tokens`."""
     if line.size == 1:
         return x
-    return _ToHeads.apply(x, line, spans)  # type: ignore[no-any-return,no-untyped-call]
+    return _Exchanged.apply(x, _to_heads, _to_tokens, line, spans)  # type: ignore[no-any-return,no-untyped-call]
 
 
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, line: Line, spans: tuple[Spans, ...]) -> torch.Tensor:
-        ctx.rest = line, spans
-        return _to_tokens(x, line, spans)
+class _Exchanged(torch.autograd.Function):
+    """One of the two exchanges, whose gradient is the other one's."""
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return to_heads(grad, *ctx.rest), None, None
-
-
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, line: Line, spans: tuple[Spans, ...]) -> torch.Tensor:
-        ctx.rest = line, spans
-        return _to_heads(x, line, spans)
+    def forward(
+        ctx: Any, x: torch.Tensor, there: Move, back: Move, line: Line, spans: tuple[Spans, ...]
+    ) -> torch.Tensor:
+        ctx.rest = back, there, line, spans
+        return there(x, line, spans)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return to_tokens(grad, *ctx.rest), None, None
+        grad = _Exchanged.apply(grad, *ctx.rest)  # type: ignore[no-untyped-call]
+        return grad, None, None, None, None
 
 
 def _to_tokens(x: torch.Tensor, line: Line, spans: tuple[Spans, ...]) -> torch.Tensor:
