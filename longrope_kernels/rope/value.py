@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..torch_private import static_in_graphs
-from . import files, hf_config
+from . import files, hf_config, hf_writer
 from .checks import warn_about
 from .factor_set import FASTEST, FactorSet, as_factors, is_int, is_number
 from .formulas import LARGEST, extension_attention_factor
@@ -238,7 +238,7 @@ class Rope:
         Raises:
             ValueError: no type says exactly what this rope is, and why; `save` can keep it.
         """
-        return hf_config.write_config(
+        return hf_writer.write_config(
             self.sets,
             self.base,
             self.interleaved,
