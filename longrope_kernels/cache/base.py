@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from ..backends.reference import as_bytes
-from ..calls import arguments, values
+from ..calls import arguments
 from ..calls.caches import FLOAT8
 from ..calls.memory import check_apart
 from ..calls.records import FEW_QUERIES, AppendCall, Keys
-from ..ops.append import alike, autocast_new, choose_append, write
+from ..ops.append import alike, choose_append, write
 from ..ops.decode import decode
 from ..rope.value import Rope, check_device
+from .checks import check_new, check_scale, check_tokens
 from .rows import Policy, Rows, check_count
 
 _HOST = torch.device("cpu")
@@ -64,8 +65,10 @@ class Cache(ABC):
                 f"{dtype!r}"
             )
         self.dtype, self.device = dtype, check_device(device)
-        self._k_scale = self._scale("k_scale", k_scale)
-        self._v_scale = self._scale("v_scale", v_scale)
+        self._k_scale, self._v_scale = (
+            check_scale(name, x, self.layers, self.kv_heads, dtype, self.device)
+            for name, x in (("k_scale", k_scale), ("v_scale", v_scale))
+        )
         self._addresses_of_step: dict[bool, torch.Tensor] = {}
         # What is made in inference mode can be written in no other.
         with torch.inference_mode(False):
@@ -194,7 +197,7 @@ class Cache(ABC):
             RuntimeError: nothing was extended, or something else came between.
         """
         check_count("layer", layer, 0, self.layers - 1)
-        k, v = self._check_new(k, v)
+        k, v = check_new(k, v, self._k[0])
         mapping = self._address(k)
         if k.dim() == 3:
             k, v, mapping = k[None], v[None], mapping[None]
@@ -229,11 +232,11 @@ class Cache(ABC):
                 f"layers: expected 1 for append, got {self.layers}; call extend once, and write "
                 "for each layer"
             )
-        self._check_new(k, v)
+        check_new(k, v, self._k[0])
         if counts is None and k.dim() == 3:
             raise ValueError("counts: expected one for each row beside packed tokens, got None")
         rows, counts = self._rows.check_step(k.shape[1] if counts is None else counts, rows)
-        _check_tokens(k, rows, counts)
+        check_tokens(k, rows, counts)
         self.extend(counts, rows)
         self.write(k, v)
 
@@ -263,7 +266,7 @@ class Cache(ABC):
             **self.scales(layer),
         }
         if k_new is not None and v_new is not None:
-            k_new, v_new = self._check_new(k_new, v_new, ("k_new", "v_new"))
+            k_new, v_new = check_new(k_new, v_new, self._k[0], ("k_new", "v_new"))
             own |= {"slot_mapping": self._address(k_new, "k_new"), "k_new": k_new, "v_new": v_new}
         elif k_new is not v_new:
             raise ValueError("k_new, v_new: expected both or neither, got one of them")
@@ -387,7 +390,7 @@ class Cache(ABC):
         if self._rows.step is None:
             raise RuntimeError(f"{name}: expected an extend just before the first write, got none")
         rows, counts = self._rows.step
-        _check_tokens(k, rows, counts, name)
+        check_tokens(k, rows, counts, name)
         packed = k.dim() == 3
         if not packed and rows == tuple(range(self.batch)) and k.shape[1] <= FEW_QUERIES:
             return self._newest[:, FEW_QUERIES - k.shape[1] :]
@@ -414,72 +417,7 @@ class Cache(ABC):
                 "while it is being captured"
             )
 
-    # ----------------------------------------------------------------------------- arguments
-
-    def _check_new(
-        self, k: torch.Tensor, v: torch.Tensor, names: tuple[str, str] = ("k", "v")
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """k and v, new tokens of one layer, as autocast hands them on."""
-        for name, x in zip(names, (k, v), strict=True):
-            arguments.check_tensor(name, x)
-        k, v = autocast_new(k, v, self._k[0])
-        for name, x in zip(names, (k, v), strict=True):
-            heads = (self.kv_heads, self.head_dim)
-            if x.dim() not in (3, 4) or tuple(x.shape[-2:]) != heads:
-                raise ValueError(
-                    f"{name}: expected shape (rows, q_len, {heads[0]}, {heads[1]}) or "
-                    f"(tokens, {heads[0]}, {heads[1]}), got {tuple(x.shape)}"
-                )
-            served = arguments.FLOAT_DTYPES if self.dtype == FLOAT8 else (self.dtype,)
-            if x.dtype not in served:
-                known = " or ".join(str(dtype).removeprefix("torch.") for dtype in served)
-                raise TypeError(f"{name}: expected {known}, got {x.dtype}")
-            if x.device != self.device:
-                raise ValueError(
-                    f"{name}: expected the device of the cache, {self.device}, got {x.device}"
-                )
-        if v.shape != k.shape:
-            raise ValueError(
-                f"{names[1]}: expected the shape of {names[0]}, {tuple(k.shape)}, got "
-                f"{tuple(v.shape)}"
-            )
-        return k, v
-
-    def _scale(self, name: str, scale: torch.Tensor | None) -> torch.Tensor | None:
-        """A scale for each layer and KV head, (layers, kv_heads), on the device."""
-        if scale is None:
-            return None
-        arguments.check_tensor(name, scale)
-        if self.dtype != FLOAT8:
-            raise ValueError(f"{name}: expected with dtype float8_e4m3fn only, got {self.dtype}")
-        if scale.dtype != torch.float32:
-            raise TypeError(f"{name}: expected float32, got {scale.dtype}")
-        shape = (self.layers, self.kv_heads)
-        if tuple(scale.shape) not in (shape, shape[1:]):
-            raise ValueError(
-                f"{name}: expected shape ({self.kv_heads},) or {shape}, got {tuple(scale.shape)}"
-            )
-        if values.readable(scale) and not bool((scale.isfinite() & (scale > 0)).all()):
-            raise ValueError(f"{name}: expected finite numbers above 0, got {scale.tolist()}")
-        with torch.inference_mode(False):
-            return scale.detach().expand(shape).to(self.device, copy=True)
-
 
 def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Memory of one layer's keys or values, not initialised."""
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _check_tokens(
-    k: torch.Tensor, rows: Sequence[int], counts: Sequence[int], name: str = "k"
-) -> None:
-    """k has the tokens that were announced."""
-    if k.dim() == 3 and k.shape[0] != sum(counts):
-        raise ValueError(
-            f"{name}: expected {sum(counts)} tokens, the sum of counts, got shape {tuple(k.shape)}"
-        )
-    if k.dim() == 4 and tuple(k.shape[:2]) != (len(rows), max(counts, default=0)):
-        raise ValueError(
-            f"{name}: expected {len(rows)} rows of {max(counts, default=0)} tokens, the largest of "
-            f"counts, got shape {tuple(k.shape)}"
-        )
