@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from attention_peers import (
+    COMPILED,
+    EAGER,
+    K_ALONE,
+    OF_CHUNKS,
+    PADDED,
+    SDPA,
+    STOCK,
+    Attention,
+    flashinfer_fused,
+    sdpa,
+    sdpa_refuses,
+    stock,
+)
 from copies import Copies
-from measure import require_time_to_compile
 from parameters import COMPILED_PROMPTS, Geometry, Prompt, of_dim
 from ropes import (
     DEVICE,
@@ -22,38 +33,18 @@ from ropes import (
     rope,
     transformers_rotary,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
-from without_rotation import attend_without_rotation, unrotated
+from without_rotation import attend_without_rotation
 
 from longrope_kernels import apply_rotary, attention
 from longrope_kernels.backends import choose as backends
 
 DTYPE = torch.bfloat16
-SDPA = {
-    "SDPA flash, no rotation": SDPBackend.FLASH_ATTENTION,
-    "SDPA cuDNN, no rotation": SDPBackend.CUDNN_ATTENTION,
-    "SDPA efficient, no rotation": SDPBackend.EFFICIENT_ATTENTION,
-    "SDPA math, no rotation": SDPBackend.MATH,
-}
-# cuDNN's causal mask of torch begins at the first key: a chunk gets queries ahead of its own.
-PADDED = "SDPA cuDNN, padded queries, no rotation"
-SDPA[PADDED] = SDPBackend.CUDNN_ATTENTION
-# What is left of the rotation's cost where the kernel that attends rotates q: forward only.
-K_ALONE = "SDPA cuDNN, k rotated alone"
-SDPA[K_ALONE] = SDPBackend.CUDNN_ATTENTION
-OF_CHUNKS = ("SDPA flash, no rotation", PADDED)  # of those, who serves them
-ON_CPU = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
 # Ours: the arguments of `attention`.
 OURS = {
     "triton prepass": {"backend": "triton", "k_rotation": "prepass"},
     "triton registers": {"backend": "triton", "k_rotation": "registers"},
     **{name: {"backend": name} for name in backends.ATTENTION_BACKENDS if name != "triton"},
 }
-EAGER = "transformers eager, SDPA"
-COMPILED = "transformers torch.compile, SDPA"  # both as one function
-# transformers' rotation before a flash-attn library: stock RoPE, to tell what fusing saves.
-STOCK = {f"transformers eager, {name}": name for name in backends.FLASH_BACKENDS}
 NO_ROTATION = "triton, no rotation"
 FLASHINFER = "FlashInfer, ROPE_LLAMA"  # plain RoPE, no backward
 NAMES = (EAGER, COMPILED, *STOCK, FLASHINFER, *OURS, NO_ROTATION, *SDPA)
@@ -62,7 +53,6 @@ PEERS = (EAGER, COMPILED, *STOCK, FLASHINFER, *SDPA, *backends.FLASH_BACKENDS)
 LONGEST = {"reference": 256, "SDPA math, no rotation": 2048}
 LONGEST_MASK = 8192  # of those whose mask does
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Chunks = dict[tuple[int, int], torch.Tensor]
 
 
@@ -234,7 +224,7 @@ def missing(name: str) -> str | None:
     if name == FLASHINFER:
         return not_importable("flashinfer") or (None if DEVICE.type == "cuda" else "needs a GPU")
     if name in SDPA:
-        return _sdpa_refuses(name)
+        return sdpa_refuses(name)
     backend = OURS.get(name, {"backend": "triton"})["backend"]
     if backend in ("reference", "composed"):
         return None
@@ -289,100 +279,11 @@ def implementation(name: str, inputs: Inputs) -> Attention:
         return lambda q, k, v: attend_without_rotation(q, k, v, causal)
     if name == K_ALONE:
         rest = inputs.positions, rope(inputs.shape.heads.rotated)
-        return lambda q, k, v: _sdpa(
+        return lambda q, k, v: sdpa(
             name, q, apply_rotary(k, None, *rest, lengths=inputs.lengths)[0], v, causal
         )
     if name in SDPA:
-        return lambda q, k, v: _sdpa(name, q, k, v, causal)
+        return lambda q, k, v: sdpa(name, q, k, v, causal)
     if name == FLASHINFER:
-        return _flashinfer(causal)
-    return _stock(name, inputs)
-
-
-def _stock(name: str, inputs: Inputs) -> Attention:
-    """transformers' rotation, then torch's SDPA or a flash-attn library."""
-    cos, sin = inputs.table
-    if name == COMPILED:
-        require_time_to_compile()
-    of_call = _compiled if name == COMPILED else _eager
-    attend = of_call(inputs.shape.heads, inputs.shape.causal, STOCK.get(name))
-    return lambda q, k, v: attend(q, k, v, cos, sin)
-
-
-def _eager(geometry: Geometry, causal: bool, library: str | None) -> Callable[..., torch.Tensor]:
-    rotate = transformers_rotary(geometry).apply
-
-    def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        q, k = rotate(q, k, cos, sin)
-        if library:
-            return _flash_attn(library, *(x.transpose(1, 2) for x in (q, k, v)), causal)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-        return out.transpose(1, 2)
-
-    return attend
-
-
-@lru_cache(maxsize=1)
-def _compiled(geometry: Geometry, causal: bool, library: str | None) -> Any:
-    return torch.compile(_eager(geometry, causal, library), dynamic=False)
-
-
-def _flash_attn(
-    library: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
-) -> torch.Tensor:
-    from longrope_kernels.backends import flash_attention
-
-    return flash_attention.attend(library, unrotated(q, k, v, causal), False)[0]
-
-
-def _flashinfer(causal: bool) -> Attention:
-    """Its prefill of one sequence with the rotation fused; the base is 10000, as ours."""
-    import flashinfer
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = flashinfer.single_prefill_with_kv_cache(
-            *(q[0], k[0], v[0]),
-            causal=causal,
-            kv_layout="NHD",
-            pos_encoding_mode="ROPE_LLAMA",
-            rope_theta=10000.0,
-        )
-        return out[None]
-
-    return attend
-
-
-def _sdpa(
-    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
-) -> torch.Tensor:
-    """torch's SDPA by one of its kernels; the efficient one wants a KV head for each query head.
-
-    Causal, the last query stands at the last key.
-    """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if SDPA[name] == SDPBackend.EFFICIENT_ATTENTION:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    ahead, mask = k.shape[2] - q.shape[2], None
-    if causal and ahead and name == PADDED:
-        q = F.pad(q, (0, 0, ahead, 0))
-    elif causal and ahead:
-        causal, mask = False, causal_lower_right(q.shape[2], k.shape[2])
-    with sdpa_kernel(SDPA[name]):
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    return out[:, :, ahead if name == PADDED else 0 :].transpose(1, 2)
-
-
-def _sdpa_refuses(name: str) -> str | None:
-    if DEVICE.type != "cuda" and SDPA[name] not in ON_CPU:
-        return "needs a GPU"
-    x: Any = torch.zeros(1, 64, 8, 64, device=DEVICE, dtype=DTYPE)
-    try:
-        _sdpa(name, x, x, x, True)
-    except RuntimeError as error:
-        return str(error)
-    return None
+        return flashinfer_fused(causal)
+    return stock(name, inputs.shape.heads, causal, *inputs.table)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, cached_property, lru_cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
+import decode_peers as peers
 import torch
-import torch.nn.functional as F
 from copies import Copies
 from measure import Ceiling
 from parameters import LLAMA, Geometry
@@ -215,62 +214,28 @@ class Inputs:
 
 def implementation(name: str, inputs: Inputs) -> Callable[[], torch.Tensor]:
     """A function of no arguments: the output (batch, queries, 32, 128)."""
+    lengths = inputs.shape.lengths
     if name == SDPA:
-        return _sdpa(inputs)
+        return peers.sdpa(*inputs.rotated, inputs.v, inputs.lens, lengths)
     if name == GATHERED:
-        return _gathered(inputs)
+        turned, pages = (inputs.turned_q, inputs.turned_k), inputs.in_pages
+        sizes = inputs.shape.queries, max(lengths)
+        return peers.gathered(*turned, *pages, inputs.table, inputs.lens, *sizes)
     if name in NO_ROTATION.values():
         return _without_rotation(inputs, kind_of(name))
     if name == FLASHINFER:
-        return _flashinfer(inputs)
+        return peers.flashinfer_fused(inputs.q, inputs.k, inputs.v, lengths[0])
     if name == FLASHINFER_PAGED:
-        return _flashinfer_paged(inputs)
+        cache = inputs.cache("paged", inputs.rotated[1])
+        return peers.flashinfer_paged(inputs.rotated[0][:, 0], cache, lengths)
     backend, kind = OURS[name]
     of = inputs.cache(kind, inputs.k)
     # A chunk takes one set, that of its prompt, as the keys that others rotate before.
-    lengths = inputs.lens if inputs.shape.queries > 1 else None
+    chosen = inputs.lens if inputs.shape.queries > 1 else None
 
     def run() -> Any:
         given = inputs.q, of.k, of.v, of.lens, inputs.rope
-        return decode(*given, block_table=of.block_table, lengths=lengths, backend=backend)
-
-    return run
-
-
-def _sdpa(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    q, k = (x.transpose(1, 2) for x in inputs.rotated)
-    v = inputs.v.transpose(1, 2)
-    mask = None
-    if len(set(inputs.shape.lengths)) == 1:
-        k, v = (x[:, :, : inputs.shape.lengths[0]] for x in (k, v))
-    if len(set(inputs.shape.lengths)) > 1 or inputs.shape.queries > 1:
-        mask = _seen(inputs, k.shape[2])
-
-    def run() -> torch.Tensor:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return out.transpose(1, 2)
-
-    return run
-
-
-def _seen(inputs: Inputs, slots: int) -> torch.Tensor:
-    """Which slots each query sees: (batch, 1, queries, slots)."""
-    back = torch.arange(-inputs.shape.queries, 0, device=DEVICE)
-    last = inputs.lens[:, None] + back
-    return (torch.arange(slots, device=DEVICE) <= last[..., None])[:, None]
-
-
-def _gathered(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """A chunk of a prompt without a paged kernel: its keys copied out of their blocks, rotated."""
-    k_pages, v_pages = inputs.in_pages
-    table, slots = inputs.table.long(), max(inputs.shape.lengths)
-    mask = _seen(inputs, slots)
-
-    def run() -> torch.Tensor:
-        k, v = (x[table].flatten(1, 2)[:, :slots] for x in (k_pages, v_pages))
-        q, k, v = (x.transpose(1, 2) for x in (inputs.turned_q(), inputs.turned_k(k), v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return out.transpose(1, 2)
+        return decode(*given, block_table=of.block_table, lengths=chosen, backend=backend)
 
     return run
 
@@ -294,64 +259,6 @@ def _without_rotation(inputs: Inputs, kind: str) -> Callable[[], torch.Tensor]:
         return out
 
     return run
-
-
-def _flashinfer(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """Its decode of one sequence with the rotation fused: plain RoPE, of the same base."""
-    import flashinfer
-
-    q, k, v = inputs.q[0, 0], inputs.k[0], inputs.v[0]
-    count = inputs.shape.lengths[0]
-
-    def run() -> torch.Tensor:
-        out = flashinfer.single_decode_with_kv_cache(
-            *(q, k[:count], v[:count]),
-            kv_layout="NHD",
-            pos_encoding_mode="ROPE_LLAMA",
-            rope_theta=10000.0,
-        )
-        return out[None, None]
-
-    return run
-
-
-def _flashinfer_paged(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """Its decode of a batch from a paged cache of rotated keys, planned before."""
-    import flashinfer
-
-    of, q = inputs.shape.geometry, inputs.rotated[0][:, 0]
-    cache = inputs.cache("paged", inputs.rotated[1])
-    used = [-(-length // BLOCK) for length in inputs.shape.lengths]
-    last = [n - BLOCK * (blocks - 1) for n, blocks in zip(inputs.shape.lengths, used, strict=True)]
-    pages = [row[:blocks] for row, blocks in zip(inputs.table, used, strict=True)]
-    # From four query heads to a KV head on, as SGLang chooses.
-    decoder = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        _workspace(), "NHD", use_tensor_cores=of.q_heads // of.k_heads >= 4
-    )
-    decoder.plan(
-        torch.tensor([0, *accumulate(used)], dtype=torch.int32, device=DEVICE),
-        torch.cat(pages),
-        torch.tensor(last, dtype=torch.int32, device=DEVICE),
-        *(of.q_heads, of.k_heads, of.dim, BLOCK),
-        pos_encoding_mode="NONE",
-        q_data_type=q.dtype,
-        kv_data_type=cache.k.dtype,
-    )
-
-    def run() -> torch.Tensor:
-        out: torch.Tensor = decoder.run(q, (cache.k, cache.v))
-        return out[:, None]
-
-    return run
-
-
-@cache
-def _workspace() -> torch.Tensor:
-    """Where FlashInfer keeps what its splits found, as many bytes as it recommends.
-
-    All its rows share it, as the layers of a model do: it is scratch of one call at a time.
-    """
-    return torch.zeros(128 * 2**20, dtype=torch.uint8, device=DEVICE)
 
 
 def serves(name: str, shape: Shape) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import attention_peers
 import attentions
 import clock
 import copies
@@ -33,6 +34,7 @@ from ropes import WrongResultError
 __all__ = [
     "WrongResultError",
     "append_rows",
+    "attention_peers",
     "attention_rows",
     "attentions",
     "clock",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from benchmark_modules import (
     WrongResultError,
+    attention_peers,
     attention_rows,
     attentions,
     decode_rows,
@@ -369,10 +370,10 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     plain = torch.compile
     monkeypatch.setattr(torch, "compile", compile_)
     forget_inputs()
-    attentions._compiled.cache_clear()
+    attention_peers.compiled.cache_clear()
     yield given
     forget_inputs()
-    attentions._compiled.cache_clear()
+    attention_peers.compiled.cache_clear()
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -28,6 +28,7 @@ from benchmark_modules import (
     profiles,
     ropes,
 )
+from torch.nn.attention import SDPBackend
 
 from longrope_kernels.rope.published import published_configs
 
@@ -459,7 +460,7 @@ def test_padded_queries_are_a_chunk_by_the_mask_that_begins_at_the_first_key(
     name = attentions.PADDED
     assert attentions.serves(name, attentions.Shape(64, 32, True, queries=32), "forward")
     assert not attentions.serves(name, attentions.Shape(64, 32, True), "forward")
-    monkeypatch.setitem(attentions.SDPA, name, attentions.SDPBackend.MATH)
+    monkeypatch.setitem(attentions.SDPA, name, SDPBackend.MATH)
     inputs = attentions.Inputs(attentions.Shape(64, 32, True, queries=32))
     attention_rows._prepared("forward", name, inputs)
 
@@ -470,7 +471,7 @@ def test_keys_rotated_alone_are_held_to_that(monkeypatch: pytest.MonkeyPatch) ->
     assert attentions.serves(name, shape, "forward")
     assert not attentions.serves(name, shape, "backward")
     assert not attentions.serves(name, shape._replace(queries=32), "forward")
-    monkeypatch.setitem(attentions.SDPA, name, attentions.SDPBackend.MATH)
+    monkeypatch.setitem(attentions.SDPA, name, SDPBackend.MATH)
     inputs = attentions.Inputs(shape)
     attention_rows._prepared("forward", name, inputs)
     inputs.turned_keys = inputs.unturned  # type: ignore[misc]
