@@ -1,4 +1,4 @@
-"""Launches past Triton's binder start the very kernel that it would take; see launches.py."""
+"""Launches past Triton's binder start the very kernel that it would take; see launches*.py."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def test_launches() -> None:
     left_out = ("TRITON_INTERPRET", "LONGROPE_PTX")
     env = {name: value for name, value in os.environ.items() if name not in left_out}
     run = subprocess.run(
-        [*command, TESTS / "launches.py"], env=env, capture_output=True, text=True, check=False
+        [*command, "-p", "launching", *sorted(TESTS.glob("launches*.py"))],
+        cwd=TESTS,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]

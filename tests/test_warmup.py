@@ -1,4 +1,4 @@
-"""`warmup`: what it calls, and what it refuses; what is compiled after it: launches.py."""
+"""`warmup`: what it calls, and what it refuses; what is compiled after it: launches_warmup.py."""
 
 from __future__ import annotations
 
