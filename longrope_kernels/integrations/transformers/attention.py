@@ -15,6 +15,8 @@ from ...rope.value import Rope
 from .masks import ANY_MASK, is_slots
 from .sequences import Call, Memory
 from .settings import Settings
+from .spread import Step
+from .spread import attend as attend_spread
 
 NAME = "longrope"  # among transformers' attention implementations
 
@@ -41,6 +43,7 @@ def longrope_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     longrope_sets: torch.Tensor | None = None,
+    longrope_step: Step | None = None,
     output_attentions: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -62,6 +65,8 @@ def longrope_attention(
         cu_seq_lens_k: the same.
         longrope_sets: (batch,) int32, the factor set of each sequence whatever its length, as a
             search tries several ropes in one batch.
+        longrope_step: of a step behind a spread cache, where a group of ranks shares a sequence:
+            position_ids and attention_mask are then of the whole.
         output_attentions: must be False: the weights are never in memory.
 
     Returns:
@@ -95,10 +100,13 @@ def longrope_attention(
         )
     if position_ids is None:
         raise ValueError("position_ids: expected them from the decoder layer, got None")
-    if cu_seq_lens_q is not None:
-        _check_borders(cu_seq_lens_q, cu_seq_lens_k, query)
     settings: Settings = enabled.settings
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    if settings.group is not None:  # what the call is derived from is of the whole
+        queries = position_ids.shape[-1]
+        keys = queries if longrope_step is None else longrope_step.total
+    if cu_seq_lens_q is not None:
+        _check_borders(cu_seq_lens_q, cu_seq_lens_k, batch * queries)
     call = enabled.memory.call(
         settings.chooses, position_ids, attention_mask, batch, keys, cu_seq_lens_q
     )
@@ -109,6 +117,8 @@ def longrope_attention(
         "sets": longrope_sets,
     }
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if settings.group is not None:
+        return attend_spread(q, k, v, call, settings, longrope_step, rest), None
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if call.cache_lens is not None and queries <= FEW_QUERIES and not recorded:
         out: Any = decode(
@@ -138,10 +148,7 @@ def longrope_attention(
     return out.unflatten(0, (batch, queries)) if call.cu_seqlens is not None else out, None
 
 
-def _check_borders(
-    borders: torch.Tensor, of_keys: torch.Tensor | None, query: torch.Tensor
-) -> None:
-    tokens = query.shape[0] * query.shape[2]
+def _check_borders(borders: torch.Tensor, of_keys: torch.Tensor | None, tokens: int) -> None:
     if borders.dim() != 1:
         raise ValueError(
             f"cu_seq_lens_q: expected shape (sequences + 1,), got {tuple(borders.shape)}"

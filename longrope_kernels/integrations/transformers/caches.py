@@ -42,7 +42,7 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     queries = next(x.shape[1] for x in everything if isinstance(x, torch.Tensor))
     for given in everything:
         if isinstance(given, Cache):
-            if settings.cache == "unrotated":
+            if settings.cache == "unrotated" and settings.group is None:
                 _check_layers(given, module.config, queries)
             _check_keys(given, settings)
 

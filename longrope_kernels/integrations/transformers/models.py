@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from ...backends import choose as backends
+from ...distributed.blocks import BACKENDS as SPREAD_BACKENDS
+from ...distributed.ranks import Group, ranks_of
 from ...rope.hf_config import rope_type
 from ...rope.value import Rope
 from .architectures import SUPPORTED, head_dim
@@ -17,6 +19,7 @@ from .contacts import install
 from .parts import Slot, slots_of
 from .rotary import ExactRotaryEmbedding
 from .settings import CACHES, Cache, Settings
+from .spread_loss import heads_of, put_loss, take_loss
 from .trial import check_contacts
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -28,6 +31,7 @@ def enable(
     rope: Rope | None = None,
     cache: Cache = "unrotated",
     backend: str | None = None,
+    group: Group = None,
 ) -> Model:
     """Give a model of transformers LongRoPE's rotation, attention and cache.
 
@@ -57,8 +61,9 @@ def enable(
         ValueError: naming the argument: no model that is supported; a config whose rotation this
             package does not know, or that needs a length (dynamic NTK); a rope that rotates more
             dimensions than a head has; an unknown cache or backend, or a backend that does not
-            serve the model's device or dtype. Nothing is changed then.
-        TypeError: ``rope`` is not a `Rope`.
+            serve the model's device or dtype; with ``group`` a cache "rotated", or a head that is
+            not of a causal language model. Nothing is changed then.
+        TypeError: ``rope`` is not a `Rope`, or ``group`` is no group.
         RuntimeError: the named backend is not available; the installed transformers has not what
             this relies on.
     """
@@ -71,10 +76,16 @@ def enable(
     if not slots:
         raise ValueError(f"model: expected {SUPPORTED}, got {type(model).__name__}")
 
+    heads = []
+    if group is not None:
+        ranks_of(group)
+        if cache != "unrotated":
+            raise ValueError(f"cache: expected 'unrotated' with group=, got {cache!r}")
+        heads = heads_of(model, [slot.base for slot in slots])
     chosen = []
     for slot in slots:
         own = _rope_of(slot.original.config) if rope is None else rope
-        settings = Settings(own, cache, backend, fingerprint(slot.attentions[0]))
+        settings = Settings(own, cache, backend, fingerprint(slot.attentions[0]), group)
         _check(settings, slot)
         chosen.append(settings)
     for architecture in {slot.architecture for slot in slots}:
@@ -83,6 +94,8 @@ def enable(
     disable(model)
     for slot, settings in zip(slots, chosen, strict=True):
         slot.put(ExactRotaryEmbedding(slot.original, slot.architecture, settings))
+    for head in heads:
+        put_loss(head, group)
     return model
 
 
@@ -98,6 +111,7 @@ def disable(model: Model) -> Model:
     for slot in _slots(model):
         if slot.is_replaced:
             slot.take_back()
+    take_loss(model)
     return model
 
 
@@ -167,7 +181,13 @@ def _check(settings: Settings, slot: Slot) -> None:
         return
     if not getattr(config, "is_causal", True):
         raise ValueError("model: expected causal attention, got a config with is_causal=False")
-    if settings.attention_backend is not None:
+    if settings.group is not None:
+        if settings.attention_backend not in (None, *SPREAD_BACKENDS):
+            raise ValueError(
+                f"backend: expected one of {', '.join(SPREAD_BACKENDS)}, native or None with "
+                f"group=, got {settings.backend!r}"
+            )
+    elif settings.attention_backend is not None:
         backends.choose_attention(settings.attention_backend, device, dtype, dim, "masked")
     if settings.decode_backend is not None:
         backends.choose_decode(settings.decode_backend, device, dtype, dtype, dim)

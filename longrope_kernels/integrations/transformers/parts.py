@@ -13,6 +13,7 @@ from .contacts import contact
 from .rotary import ExactRotaryEmbedding
 from .sequences import Memory
 from .settings import Settings
+from .spread import put_hooks
 
 
 class Slot(NamedTuple):
@@ -52,6 +53,8 @@ class Slot(NamedTuple):
         for module in self.attentions:
             module.longrope = enabled
         self.attentions[0].register_forward_pre_hook(before_attention, with_kwargs=True)
+        if settings.group is not None:
+            replacement.hooks = put_hooks(base)
 
     def use(self, settings: Settings) -> None:
         """Take other settings, in a slot that is replaced."""
@@ -69,6 +72,8 @@ class Slot(NamedTuple):
             if hook is before_attention:
                 del first._forward_pre_hooks[key]
                 first._forward_pre_hooks_with_kwargs.pop(key, None)
+        for hook in self.module.hooks:
+            hook.remove()
         if self.module.former_attention is not None:
             self.base.set_attn_implementation(self.module.former_attention)
 

@@ -6,11 +6,12 @@ The layers pass the pair on to ``apply_rotary_pos_emb``, which knows the marker 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ...ops.rotary import apply_rotary
 from ...rope.value import Rope
@@ -38,7 +39,9 @@ class ExactRotaryEmbedding(nn.Module):
         self.original = original
         self.architecture = architecture
         self.settings = settings
-        self.former_attention: str | None = None  # implementation, for `disable`; None: left as is
+        # For `disable`: the attention implementation (None: left as is), and hooks of the base.
+        self.former_attention: str | None = None
+        self.hooks: Sequence[RemovableHandle] = ()
         self.train(original.training)
         self._make_ready()
 
@@ -73,8 +76,8 @@ class ExactRotaryEmbedding(nn.Module):
             return
         raise RuntimeError(
             "context_parallel: an enabled model would attend within the shard of a rank and choose "
-            "its factor set by it; expected longrope_kernels.distributed.attention in the model's "
-            "code, or enable(..., cache='rotated') with a Rope of one set"
+            "its factor set by it; expected enable(model, group=...) without that context, or "
+            "enable(..., cache='rotated') with a Rope of one set"
         )
 
     def _rotate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ...distributed.ranks import Group
 from ...rope.value import Rope
 
 Cache = Literal["unrotated", "rotated"]
@@ -19,6 +20,7 @@ class Settings:
     cache: Cache
     backend: str | None
     fingerprint: int
+    group: Group = None  # of the ranks that share a sequence; None: each has its own
 
     @property
     def chooses(self) -> bool:

@@ -1,0 +1,172 @@
+"""One sequence over the ranks of a group: a model is told all of it and computes its own tokens.
+
+All ranks give a model the same inputs, whole, so that each knows positions, padding, borders and
+lengths of the whole without asking. Hooks of the base model keep the tokens of this rank before
+they are embedded; every layer then works on these, and attention goes over the ranks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import Cache
+
+from ...calls.records import FEW_QUERIES
+from ...calls.values import readable
+from ...distributed import attention, decode, shard
+from ...distributed.ranks import agree, ranks_of
+from ...distributed.shards import gathered
+from .masks import slots_of_mask
+from .sequences import Call
+from .settings import Settings
+from .spread_cache import ORDER, held_in
+
+STEP = "longrope_step"  # the argument that layers pass on to the attention function
+
+
+class Step(NamedTuple):
+    """Of a few tokens behind a spread cache, which every rank computes whole."""
+
+    key_slots: torch.Tensor  # (keys,) int64, the slots of the keys here, the new ones included
+    total: int  # how many keys all ranks have
+
+
+def put_hooks(base: Any) -> list[Any]:
+    """The hooks of a base model, to be removed by `disable`."""
+    return [
+        base.register_forward_pre_hook(_before, with_kwargs=True),
+        base.register_forward_hook(_after, with_kwargs=True),
+    ]
+
+
+def _before(
+    base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Derive what the whole says, and keep the tokens of this rank."""
+    names = list(inspect.signature(base.forward).parameters)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    inputs = [n for n in ("input_ids", "inputs_embeds") if given.get(n) is not None]
+    if len(inputs) != 1:
+        return None  # transformers' own error comes
+    (name,) = inputs
+    whole = given[name]
+    (batch, tokens), device = whole.shape[:2], whole.device
+    settings: Settings = base.longrope.settings
+    ranks = ranks_of(settings.group)
+    caches = [x for x in given.values() if isinstance(x, Cache)]
+    past = caches[0].get_seq_length() if caches else 0
+    positions, padding = given.get("position_ids"), given.get("attention_mask")
+    fields = {name: _digest(whole), "past_key_values": past, "attention_mask": _digest(padding)}
+    agree(ranks, fields | {"position_ids": _digest(positions)}, device)
+
+    packed = False
+    if positions is None:
+        positions = torch.arange(past, past + tokens, device=device)[None]
+    elif positions.shape[-1] != tokens:
+        raise ValueError(
+            f"position_ids: expected those of all {tokens} tokens on each rank, got "
+            f"{tuple(positions.shape)}"
+        )
+    elif padding is None and not caches:  # transformers takes them for packed sequences
+        packed = bool((positions.diff() != 1).any())
+    if padding is not None:
+        padding = padding.to(device, torch.bool)
+    # transformers hands a mask of four dimensions on as it is, and looks for nothing of its own.
+    given["attention_mask"] = slots_of_mask(
+        *(batch, tokens, past + tokens, past, 0, padding, not packed, device), always=True
+    )
+    given["position_ids"] = positions
+    held = held_in(caches[0], base, ranks, device, past) if caches else None
+    step = held is not None and tokens <= FEW_QUERIES
+    if past and not step:
+        raise ValueError(
+            f"{name}: expected at most {FEW_QUERIES} tokens behind a spread cache, got {tokens}"
+        )
+    if not step and tokens < 2 * ranks.size:  # layers of transformers take no fewer than one token
+        raise ValueError(f"{name}: expected at least two tokens a rank, got {tokens}")
+    if held is not None:
+        held.begin(tokens, whole=step)
+        if step:
+            given[STEP] = Step(held.slots, past + tokens)
+            return (), given
+    else:
+        given["use_cache"] = False
+    given[name] = shard(whole, settings.group, order=ORDER)
+    return (), given
+
+
+def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Of a prompt in a cache all ranks get the last token, from which the next one is chosen."""
+    cached = any(isinstance(x, Cache) for x in kwargs.values())
+    if not cached or STEP in kwargs:
+        return None
+    ranks = ranks_of(base.longrope.settings.group)
+    last = output.last_hidden_state[None, :, -1:]
+    # Rank 0 has the last piece of a balanced sequence.
+    output.last_hidden_state = gathered(ranks.ring, gathered(ranks.heads, last))[0]
+    return output
+
+
+def _digest(x: torch.Tensor | None) -> object:
+    """What ranks compare: the values where reading is free, else the shape."""
+    if x is None or not readable(x):
+        return None if x is None else tuple(x.shape)
+    return tuple(x.shape), zlib.crc32(x.detach().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    call: Call,
+    settings: Settings,
+    step: Step | None,
+    rest: dict[str, Any],
+) -> torch.Tensor:
+    """Attention over the ranks: q, k and v (batch, tokens here, heads, dim), a `Call` of the whole.
+
+    rest: softmax_scale, window, softcap and sets.
+    """
+    group, rope = settings.group, settings.rope
+    batch, tokens = q.shape[0], call.positions.shape[-1]
+    if step is not None:
+        if call.key_positions is not None and readable(call.key_positions):
+            raise ValueError(
+                "position_ids: expected those of the tokens in their order, from 0, behind a "
+                "spread cache, got others"
+            )
+        held, total = (q.new_full((batch,), n, dtype=torch.int64) for n in (k.shape[1], step.total))
+        out = decode(
+            *(q, k, v, held, rope),
+            key_slots=step.key_slots.expand(batch, -1),
+            total_lens=total,
+            lengths=call.lengths if call.query_lengths is None else call.query_lengths,
+            kv_start=call.kv_start,
+            group=group,
+            backend=settings.decode_backend,
+            **rest,
+        )
+        assert isinstance(out, torch.Tensor)
+        return out
+    if call.cu_seqlens is not None:
+        if batch > 1:
+            raise ValueError(
+                f"position_ids: expected packed sequences in one row with group=, got {batch} rows"
+            )
+        q, k, v = (x.squeeze(0) for x in (q, k, v))
+        rest = rest | {"layout": "thd", "cu_seqlens": call.cu_seqlens}
+    out = attention(
+        *(q, k, v, shard(call.positions, group, -1, order=ORDER), rope),
+        group=group,
+        tokens=tokens,
+        order=ORDER,
+        lengths=call.lengths,
+        kv_start=call.kv_start,
+        backend=settings.attention_backend,
+        **rest,
+    )
+    assert isinstance(out, torch.Tensor)
+    return out[None] if call.cu_seqlens is not None else out

@@ -1,0 +1,103 @@
+"""A cache of transformers whose tokens are spread over ranks: each holds some in every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ...distributed.ranks import Ranks
+from ...distributed.shards import Order, Spans, count, spans_of
+
+ORDER: Order = "balanced"  # in which a model's tokens are cut
+
+
+class Held:
+    """Which slots of a cache are on this rank, and how many on each."""
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self.ranks = ranks
+        self.counts = [0] * ranks.size
+        self.slots = torch.empty(0, dtype=torch.int64, device=device)
+        self.new = 0  # tokens of this forward, on all ranks
+        self.keeps = True  # whether this rank keeps what its layers make in this forward
+
+    def begin(self, tokens: int, *, whole: bool) -> None:
+        """New tokens: a prompt as `shard` cuts it, or ``whole`` where the fewest are."""
+        size, rank, total = self.ranks.size, self.ranks.rank, sum(self.counts)
+        parts: list[Spans]
+        if whole:
+            owner = self.counts.index(min(self.counts))
+            parts = [((total, total + tokens),) if i == owner else () for i in range(size)]
+        else:
+            parts = [spans_of(tokens, i, size, ORDER) for i in range(size)]
+        self.new, self.keeps = tokens, bool(parts[rank])
+        new = [torch.arange(*span, device=self.slots.device) for span in parts[rank]]
+        self.slots = torch.cat([self.slots, *new])
+        self.counts = [old + count(part) for old, part in zip(self.counts, parts, strict=True)]
+
+
+class SpreadLayer(DynamicLayer):  # type: ignore[misc]
+    """The keys and values of a layer that this rank holds; its length is that of all ranks."""
+
+    is_croppable = False
+
+    def __init__(self, held: Held) -> None:
+        super().__init__()
+        self.held = held
+        self.total = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the new ones where they belong to this rank; all that it has."""
+        self.total += self.held.new
+        count = key_states.shape[2] if self.held.keeps else 0
+        if count or not self.is_initialized:
+            super().update(key_states[:, :, :count], value_states[:, :, :count])
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """How many tokens all ranks hold."""
+        return self.total
+
+    def reset(self) -> None:
+        """Empty it."""
+        super().reset()
+        self.total = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not served."""
+        raise ValueError(
+            f"past_key_values: a spread cache drops no tokens, got crop({tokens_to_remove}); "
+            "assisted generation is not served with group="
+        )
+
+
+def held_in(cache: Any, base: Any, ranks: Ranks, device: torch.device, past: int) -> Held:
+    """What a cache holds here; an empty one becomes a spread one."""
+    if torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters()):
+        raise ValueError(
+            "past_key_values: expected None where gradients are recorded, since a spread cache has "
+            "none; call the model under torch.no_grad()"
+        )
+    layers = cache.layers
+    if past:
+        first = layers[0]
+        if isinstance(first, SpreadLayer) and first.held.ranks == ranks:
+            return first.held
+        raise ValueError(
+            "past_key_values: expected an empty DynamicCache, or one that this model has filled, "
+            f"got {past} tokens in {type(cache).__name__}"
+        )
+    if type(cache) is not DynamicCache or cache.offloading:
+        raise ValueError(
+            "past_key_values: expected a DynamicCache that offloads nothing, got "
+            f"{type(cache).__name__}"
+        )
+    held = Held(ranks, device)
+    count_of_layers = base.config.get_text_config().num_hidden_layers
+    cache.layers = [SpreadLayer(held) for _ in range(count_of_layers)]
+    cache.layer_class_to_replicate = None
+    return held

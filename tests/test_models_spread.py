@@ -1,0 +1,342 @@
+"""Enabled models over ranks, on gloo: what one process makes of the whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from model_cases import SWITCH, family_model, generated, max_diff, padded, tokens
+from ranks import Ranks
+from test_distributed import whole
+from transformers import DynamicCache, StaticCache
+
+from longrope_kernels.integrations.transformers import disable, enable
+
+CLOSE = 2e-5
+PHI3, LLAMA = "phi3", "llama"
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    pool = Ranks(4)
+    yield pool
+    pool.close()
+
+
+def group_of(size: int) -> Any:
+    """The first ranks, or a mesh of two times two; None on ranks outside of it."""
+    if dist.get_rank() >= (size or 4):
+        return None
+    return ranks.GROUPS[size] if size else ranks.MESH[0]
+
+
+def spread_model(family: str, size: int, **config: Any) -> Any:
+    group = group_of(size)
+    return None if group is None else enable(family_model(family, **config), group=group)
+
+
+def results(pool: Ranks, size: int, function: Any, *args: Any) -> list[Any]:
+    found = pool("spread", function, *args)[: size or 4]
+    for rank, answer in enumerate(found):
+        if isinstance(answer, Exception):
+            raise AssertionError(f"rank {rank}: {answer}")
+    return found
+
+
+# -------------------------------------------------------------------------- logits, loss, training
+
+
+def forward(family: str, size: int, inputs: dict[str, Any], config: dict[str, Any]) -> Any:
+    """Logits of the tokens of this rank, and with labels the loss and the mean of the gradients."""
+    model = spread_model(family, size, **config)
+    if model is None:
+        return None
+    if "labels" not in inputs:
+        with torch.no_grad():
+            return model(**inputs).logits, None, None
+    model.train()
+    out = model(**inputs)
+    out.loss.backward()
+    grads = []
+    for p in model.parameters():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(grad, group=ranks.GROUPS[size or 4])
+        grads.append(grad / (size or 4))
+    return out.logits.detach(), out.loss.detach(), grads
+
+
+def alone(family: str, inputs: dict[str, Any], config: dict[str, Any]) -> Any:
+    """The same of an untouched model in one process."""
+    model = family_model(family, **config).train()
+    out = model(**inputs, use_cache=False)
+    if out.loss is None:
+        return out.logits.detach(), None, None
+    out.loss.backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return out.logits.detach(), out.loss.detach(), grads
+
+
+def check(pool: Ranks, size: int, family: str, inputs: dict[str, Any], **config: Any) -> None:
+    found = results(pool, size, forward, family, size, inputs, config)
+    logits, loss, grads = alone(family, inputs, config)
+    count = logits.shape[1]
+    assert max_diff(whole([part for part, _, _ in found], count, "balanced", 1), logits) < CLOSE
+    if loss is not None:
+        for _, value, gradients in found:
+            assert torch.equal(value, found[0][1])
+            assert max_diff(value, loss) < CLOSE
+            assert max(map(max_diff, gradients, grads)) < CLOSE
+
+
+@pytest.mark.parametrize("family", [LLAMA, PHI3])
+@pytest.mark.parametrize("size", [2, 3, 0])
+def test_training_is_that_of_one_process(size: int, family: str, four: Ranks) -> None:
+    ids = tokens(2, SWITCH + 9)
+    labels = ids.masked_fill(ids < 20, -100)  # unevenly over the ranks
+    check(four, size, family, {"input_ids": ids, "labels": labels})
+
+
+@pytest.mark.parametrize("length", [8, 11, SWITCH, SWITCH + 1])
+def test_any_length_and_the_switch(length: int, four: Ranks) -> None:
+    check(four, 4, PHI3, {"input_ids": tokens(1, length)})
+
+
+@pytest.mark.parametrize("family", ["phi3 sliding", "qwen2 sliding", "qwen3", "phimoe"])
+def test_other_families(family: str, four: Ranks) -> None:
+    check(four, 2, family, {"input_ids": tokens(1, 21)})
+
+
+def test_recomputed_layers(four: Ranks) -> None:
+    for answer in results(four, 2, recomputed):
+        if answer is not None:
+            assert max(map(max_diff, *answer)) < CLOSE
+
+
+def recomputed() -> Any:
+    """Gradients with layers run again in the backward, after another forward, and without."""
+    model = spread_model(PHI3, 2)
+    if model is None:
+        return None
+    found = []
+    for recompute in (False, True):
+        model.zero_grad()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        model.train()
+        losses = [model(input_ids=ids, labels=ids).loss for ids in (tokens(2, 40), tokens(2, 11))]
+        sum(losses).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    return found
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_sets_that_mix(side: str, four: Ranks) -> None:
+    """Each row as if it came alone; the short set's and the long one's in one batch."""
+    rows = [tokens(1, n, seed=n)[0] for n in (SWITCH - 7, SWITCH + 6)]
+    ids, mask = padded(rows, side)
+    found = results(four, 3, forward, PHI3, 3, {"input_ids": ids, "attention_mask": mask}, {})
+    logits = whole([part for part, _, _ in found], ids.shape[1], "balanced", 1)
+    for row, own, real in zip(rows, logits, mask.bool(), strict=True):
+        expected, _, _ = alone(PHI3, {"input_ids": row[None]}, {})
+        assert max_diff(own[real], expected[0]) < CLOSE
+
+
+@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens"])
+def test_packed_sequences(given: str, four: Ranks) -> None:
+    rows = [tokens(1, n, seed=n) for n in (5, SWITCH + 3, 9)]
+    ids = torch.cat(rows, 1)
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+    if given == "cu_seq_lens":
+        borders = torch.tensor([0, 5, 5 + SWITCH + 3, ids.shape[1]])
+        inputs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+    found = results(four, 4, forward, PHI3, 4, inputs, {})
+    logits = whole([part for part, _, _ in found], ids.shape[1], "balanced", 1)
+    expected = torch.cat([alone(PHI3, {"input_ids": row}, {})[0] for row in rows], 1)
+    assert max_diff(logits, expected) < CLOSE
+
+
+def page() -> Any:
+    """What docs/distributed.md shows of a model."""
+    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    given = {"model": family_model(LLAMA), "group": group_of(4), "ids": tokens(1, 24)}
+    for block in blocks:
+        if "transformers" in block:
+            exec(block, given)
+    return given["found"].shape[1]
+
+
+def test_the_page_runs(four: Ranks) -> None:
+    assert results(four, 4, page) == [26] * 4
+
+
+# ----------------------------------------------------------------------------------------- generate
+
+
+def generate(family: str, size: int, inputs: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    model = spread_model(family, size)
+    if model is None:
+        return None
+    cache = DynamicCache(config=model.config)
+    out = generated(
+        model, inputs["input_ids"], **inputs_beside(inputs), **arguments, past_key_values=cache
+    )
+    return out, [layer.keys.shape[2] for layer in cache.layers]
+
+
+def inputs_beside(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in inputs.items() if name != "input_ids"}
+
+
+@pytest.mark.parametrize("family", [LLAMA, PHI3])
+@pytest.mark.parametrize("size", [2, 0])
+def test_generates_the_tokens_of_one_process(size: int, family: str, four: Ranks) -> None:
+    """64 tokens, the switch among them, from keys that each rank has some of."""
+    inputs, more = {"input_ids": tokens(1, SWITCH - 9)}, {"max_new_tokens": 64}
+    found = results(four, size, generate, family, size, inputs, more)
+    expected = generated(enable(family_model(family)), **inputs_of(inputs), **more)
+    total = expected.shape[1] - 1  # the last one is not put in
+    for out, _ in found:
+        assert torch.equal(out, expected)
+    for held in zip(*(held for _, held in found), strict=True):
+        assert sum(held) == total
+        assert max(held) - min(held) <= 2
+
+
+def inputs_of(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {"ids": inputs["input_ids"], **inputs_beside(inputs)}
+
+
+def test_generates_from_a_short_prompt(four: Ranks) -> None:
+    """One that is no more than a step: one rank holds it."""
+    inputs = {"input_ids": tokens(1, 3)}
+    expected = generated(enable(family_model(PHI3)), **inputs_of(inputs))
+    for out, _ in results(four, 4, generate, PHI3, 4, inputs, {}):
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("family", [PHI3, "qwen2 sliding"])
+def test_generates_for_padded_rows_and_beams(family: str, four: Ranks) -> None:
+    rows = [tokens(1, n, seed=n)[0] for n in (3, SWITCH - 4)]
+    ids, mask = padded(rows)
+    inputs, more = {"input_ids": ids, "attention_mask": mask}, {"num_beams": 2}
+    found = results(four, 3, generate, family, 3, inputs, more)
+    expected = generated(enable(family_model(family)), **inputs_of(inputs), **more)
+    for out, _ in found:
+        assert torch.equal(out, expected)
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+def refuse(case: str) -> Any:
+    """The error of a call that is not served, and that the next one is."""
+    model = spread_model(PHI3, 4)
+    ids = tokens(1, 24)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    with torch.no_grad():
+        try:
+            if case == "ids":
+                model(input_ids=ids + dist.get_rank())
+            elif case == "labels":
+                model(input_ids=ids, labels=ids[:, :6])
+            elif case == "few":
+                model(input_ids=ids[:, :7])
+            elif case == "positions":
+                model(input_ids=ids, position_ids=torch.arange(6)[None])
+            elif case == "packed rows":
+                positions = torch.arange(12).repeat(2)[None].expand(2, -1)
+                model(input_ids=ids.expand(2, -1), position_ids=positions)
+            elif case == "static":
+                model(**inputs, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+            elif case == "filled":
+                cache = DynamicCache(config=model.config)
+                enable(family_model(PHI3))(input_ids=ids, past_key_values=cache)
+                model(**inputs, past_key_values=cache)
+            elif case == "chunk":
+                cache = DynamicCache(config=model.config)
+                model(**inputs, past_key_values=cache)
+                model(**inputs, past_key_values=cache)
+            elif case == "crop":
+                cache = DynamicCache(config=model.config)
+                model(**inputs, past_key_values=cache)
+                cache.crop(-2)
+            elif case == "recorded":
+                with torch.enable_grad():
+                    model(**inputs, past_key_values=DynamicCache(config=model.config))
+            elif case == "rotated":
+                enable(model, group=group_of(4), cache="rotated")
+            elif case == "backend":
+                enable(model, group=group_of(4), backend="cuda")
+            elif case == "group":
+                enable(model, group=4)
+        except (ValueError, TypeError) as error:
+            return str(error), model(input_ids=ids).logits.shape[1]
+    return None
+
+
+REFUSED = {
+    "ids": r"input_ids: expected the same on all ranks, got \(\(1, 24\), \d+\) on rank 0, ",
+    "labels": r"labels: expected those of all tokens on each rank, got \(1, 6\) where this rank",
+    "few": r"input_ids: expected at least two tokens a rank, got 7",
+    "positions": r"position_ids: expected those of all 24 tokens on each rank, got \(1, 6\)",
+    "packed rows": r"position_ids: expected packed sequences in one row with group=, got 2 rows",
+    "static": r"past_key_values: expected a DynamicCache that offloads nothing, got StaticCache",
+    "filled": r"past_key_values: expected an empty DynamicCache, or one that this model has filled",
+    "chunk": r"input_ids: expected at most 16 tokens behind a spread cache, got 24",
+    "crop": r"past_key_values: a spread cache drops no tokens, got crop\(-2\)",
+    "recorded": r"past_key_values: expected None where gradients are recorded",
+    "rotated": r"cache: expected 'unrotated' with group=, got 'rotated'",
+    "backend": r"backend: expected one of reference, composed, triton, native or None with group=",
+    "group": r"group: expected a ProcessGroup, a DeviceMesh or None, got int",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_served_is_refused(case: str, four: Ranks) -> None:
+    for answer in results(four, 4, refuse, case):
+        message, count = answer
+        with pytest.raises(ValueError, match=f"^{REFUSED[case]}"):
+            raise ValueError(message)
+        assert count == 6  # tokens of this rank: the next call is served
+
+
+def other_head() -> Any:
+    from transformers import LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification(family_model(LLAMA).config)
+    try:
+        enable(model, group=group_of(4))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_other_heads_are_refused(four: Ranks) -> None:
+    for message in results(four, 4, other_head):
+        assert message == (
+            "model: expected a causal language model or its base model with group=, got "
+            "LlamaForSequenceClassification"
+        )
+
+
+def back() -> Any:
+    """What `disable` leaves of the group: nothing."""
+    model = family_model(PHI3)
+    ids = tokens(1, 12)
+    before = model(input_ids=ids, labels=ids)
+    disable(enable(model, group=group_of(4)))
+    after = model(input_ids=ids, labels=ids)
+    hooks = [len(model.model._forward_pre_hooks), len(model.model._forward_hooks)]
+    return torch.equal(before.logits, after.logits), torch.equal(before.loss, after.loss), hooks
+
+
+def test_disable_puts_everything_back(four: Ranks) -> None:
+    assert results(four, 4, back) == [(True, True, [0, 0])] * 4
