@@ -11,9 +11,7 @@ pictures; README.md beside this file says what is in them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 from base import DEVICE, Recipe, train
+from book import Book
 from judge import Judge, policies, slices
 from page import write_page
 from text import Windows, read_corpus
@@ -32,7 +31,7 @@ from longrope_kernels.search.coarse import Coarse
 from longrope_kernels.search.documents import Document
 from longrope_kernels.search.find import Options, find
 from longrope_kernels.search.readjust import readjust
-from longrope_kernels.search.source import fingerprint, read_json, write_json
+from longrope_kernels.search.source import fingerprint, read_json
 from longrope_kernels.search.space import SearchSpace
 from longrope_kernels.search.tune import TuneSettings, tune
 
@@ -89,31 +88,6 @@ SMALL = Sizes(
     tune_rows=2,
     tune_windows=8,
 )
-
-
-class Book:
-    """The results so far, in a file: what is in it is not done again."""
-
-    def __init__(self, path: Path, head: dict[str, Any]) -> None:
-        self.path = path
-        self.content: dict[str, Any] = {**head, "results": {}, "seconds": {}}
-        if path.exists():
-            known = read_json(path)
-            for name in ("sizes", "text"):
-                if known[name] != json.loads(json.dumps(head[name])):
-                    raise SystemExit(f"{path}: it has another {name}; name another --out")
-            self.content = known
-
-    def get(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of that name, made where it is missing."""
-        if name not in self.content["results"]:
-            begin = time.perf_counter()
-            self.content["results"][name] = make()
-            # Of the run that made it; what an earlier one had done of it is in its own folder.
-            self.content["seconds"][name] = round(time.perf_counter() - begin, 1)
-            write_json(self.path, self.content)
-            print(f"{name}: {self.content['seconds'][name]} s", flush=True)
-        return self.content["results"][name]
 
 
 class Experiment:

@@ -1,0 +1,38 @@
+"""Results in a file, each made once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from longrope_kernels.search.source import read_json, write_json
+
+
+class Book:
+    """The results so far, in a file: what is in it is not done again."""
+
+    def __init__(self, path: Path, head: dict[str, Any]) -> None:
+        """Open or begin it; ``head`` has ``sizes``, ``text`` and the facts of the ``machine``."""
+        self.path, self.commit = path, head["machine"]["commit"]
+        self.content: dict[str, Any] = {**head, "results": {}, "seconds": {}, "commits": {}}
+        if path.exists():
+            known = read_json(path)
+            for name in ("sizes", "text"):
+                if known[name] != json.loads(json.dumps(head[name])):
+                    raise SystemExit(f"{path}: it has another {name}; name another --out")
+            self.content = {"commits": {}, **known}
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of that name, made where it is missing."""
+        if name not in self.content["results"]:
+            begin = time.perf_counter()
+            self.content["results"][name] = make()
+            # Of the run that made it; what an earlier one had done of it is in its own folder.
+            self.content["seconds"][name] = round(time.perf_counter() - begin, 1)
+            self.content["commits"][name] = self.commit
+            write_json(self.path, self.content)
+            print(f"{name}: {self.content['seconds'][name]} s", flush=True)
+        return self.content["results"][name]
