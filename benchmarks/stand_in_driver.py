@@ -19,7 +19,7 @@ from triton.runtime import driver
 
 from longrope_kernels.backends import choose
 from longrope_kernels.backends.triton import device as triton_device
-from longrope_kernels.calls import values
+from longrope_kernels.calls import kinds, values
 
 KEPT = 64  # starts that are remembered
 
@@ -89,7 +89,9 @@ def installed(arch: int = 90, multiprocessors: int = 132) -> Iterator[Driver]:
     """The stand-in in place of a driver; what a GPU's tensors would not be asked is not asked."""
     there, before = driver_of(arch, multiprocessors), driver._active
     driver.set_active(there)
+    missing = choose.missing
     replaced = (
+        (choose, "missing", lambda name: None if name == "triton" else missing(name)),
         (triton_device, "interpreting", lambda: True),
         (triton_device, "arch_of", lambda x: arch),
         (triton_device, "multiprocessors_of", lambda x, interpreted: multiprocessors),
@@ -98,11 +100,11 @@ def installed(arch: int = 90, multiprocessors: int = 132) -> Iterator[Driver]:
     kept = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, value in replaced:
         setattr(module, name, value)
-    choose.missing.cache_clear()
+    kinds.forget()
     try:
         yield there
     finally:
         for module, name, value in kept:
             setattr(module, name, value)
-        choose.missing.cache_clear()
+        kinds.forget()
         driver._active = before

@@ -9,6 +9,11 @@ import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_forward_ad = torch.autograd.forward_ad
+_peek_transforms = torch._C._functorch.peek_interpreter_stack
+_count_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_profiler_enabled = torch._C._autograd._profiler_enabled
 
 
 def below_autograd() -> Any:
@@ -57,11 +62,15 @@ def runs_now(*tensors: torch.Tensor) -> bool:
     for x in tensors:  # a generator takes longer, here and below
         if type(x) not in _PLAIN:
             return False
+    return _nothing_between()
+
+
+def _nothing_between() -> bool:
     return not (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        _peek_transforms() is not None
+        or _count_modes()
+        or _forward_ad._current_level >= 0
+        or _tracing_state() is not None
     )
 
 
@@ -72,11 +81,13 @@ def unwatched(*tensors: torch.Tensor) -> bool:
     on the stack, and the tensors are torch's own. An op costs some 10 us of the host beside what it
     does, a third of the rotation of one token on a CPU.
     """
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x.requires_grad:
-                return False
-    return runs_now(*tensors) and not torch._C._autograd._profiler_enabled()
+    if torch.compiler.is_compiling():
+        return False
+    records = torch.is_grad_enabled()
+    for x in tensors:
+        if type(x) not in _PLAIN or (records and x.requires_grad):
+            return False
+    return _nothing_between() and not _profiler_enabled()
 
 
 @constant_in_graphs

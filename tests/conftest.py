@@ -100,6 +100,14 @@ def _seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _nothing_kept() -> None:
+    """Tests say which backends there are, by which calls of a kind are served."""
+    from longrope_kernels.calls import kinds
+
+    kinds.forget()
+
+
+@pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
     """Fill what torch.empty and its kin return with NaN: an unwritten output element shows.
 

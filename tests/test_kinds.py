@@ -17,30 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longrope_kernels import Rope, append, apply_rotary, attention, decode
 from longrope_kernels.calls import kinds
-from longrope_kernels.calls.kinds import by_kind, kind_of
+from longrope_kernels.calls.kinds import by_kind, forget, kind_of
 from longrope_kernels.calls.records import Scores
-from longrope_kernels.ops import append as append_op
-from longrope_kernels.ops import attention as attention_op
-from longrope_kernels.ops import decode as decode_op
 from longrope_kernels.ops import rotary as rotary_op
-
-CHECKS = (
-    *(rotary_op._check_kind, decode_op._check_kind, attention_op._check_kind),
-    *(append_op._check_kind, append_op.check_new),
-)
-
-
-def forget() -> None:
-    for check in CHECKS:
-        check.kept.clear()  # type: ignore[attr-defined]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_kept() -> Iterator[None]:
-    forget()
-    yield
-    forget()
-
 
 # ------------------------------------------------------------------------------ what a kind tells
 

@@ -58,7 +58,7 @@ def test_neighbours_are_apart(monkeypatch: pytest.MonkeyPatch, looks: str) -> No
     if looks == "one":
         monkeypatch.setattr(memory, "overlaps_itself", None)
     else:
-        monkeypatch.setattr(memory, "_clearly_apart", lambda written, read: False)
+        monkeypatch.setattr(memory, "clearly_apart", lambda written, read: False)
     x = torch.zeros(STORAGE)
     empty, strided = x[4:4], x[48:].view(8, 6)[:, :3]
     check_apart({"a": x[:24], "b": x[24:48].view(2, 12)}, {"c": strided, "d": strided, "e": empty})

@@ -349,6 +349,7 @@ def _row(name: str) -> dict[str, Any]:
     return {"name": name, "devices": devices, **why}
 
 
+@cache
 def part(backend: str, part: str) -> ModuleType:
     """A part of a backend; native has all of them in one module."""
     return _module("native" if backend == "native" else f"{backend}.{part}")

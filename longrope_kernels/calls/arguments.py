@@ -21,6 +21,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
+_FIRST = Selection()
 
 
 def check_tensor(name: str, x: object) -> torch.Tensor:
@@ -163,8 +164,12 @@ def select(
 ) -> Selection:
     """What was checked of ``lengths`` and ``sets``; of one factor set there is no choice."""
     if count == 1:
-        return Selection(borders=cu_seqlens)
-    return Selection(None if sets is not None else lengths, sets, cu_seqlens)
+        lengths = sets = None
+    elif sets is not None:
+        lengths = None
+    if lengths is sets is cu_seqlens is None:
+        return _FIRST
+    return Selection(lengths, sets, cu_seqlens)
 
 
 def check_per_sequence(name: str, x: torch.Tensor, count: int, q: torch.Tensor) -> None:

@@ -14,9 +14,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def dtype_of(x: torch.Tensor) -> torch.dtype | None:
     """What autocast makes of x: None outside of it, and for what it leaves alone, as float64."""
     kind = device_type(x)
-    if x.dtype not in DTYPES or not torch.amp.is_autocast_available(kind):
+    if not (kind == "cpu" or torch.amp.is_autocast_available(kind)):
         return None
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if x.dtype in DTYPES else None
 
 
 def cast(x: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ Form = tuple[Any, ...]
 # So many kinds are kept of a function.
 MOST = 4096
 _NOTHING = object()
+_kept: list[dict[bytes, Any]] = []  # of all functions
 
 
 def kind_of(*arguments: Any) -> bytes | None:
@@ -31,7 +32,8 @@ def kind_of(*arguments: Any) -> bytes | None:
 
     No kind has what torch traces or wraps, what has no memory, and any other object.
     """
-    if torch.compiler.is_compiling() or _kind_of is None:
+    # What else is traced than by dynamo is of no class that has a kind.
+    if torch.compiler.is_dynamo_compiling() or _kind_of is None:
         return None
     return _kind_of(arguments)
 
@@ -39,10 +41,11 @@ def kind_of(*arguments: Any) -> bytes | None:
 def by_kind(function: Callable[..., Result]) -> Callable[..., Result]:
     """The function, called once for each kind of arguments: its result must follow from that.
 
-    It takes arguments by position and reads no values and no state. What it returns holds no
-    tensor. An error is raised anew by each call.
+    It takes arguments by position and reads no values, and no state but which backends there are,
+    which stays. What it returns holds no tensor. An error is raised anew by each call.
     """
     kept: dict[bytes, Any] = {}
+    _kept.append(kept)
 
     @wraps(function)
     def once(*arguments: Any) -> Result:
@@ -59,6 +62,12 @@ def by_kind(function: Callable[..., Result]) -> Callable[..., Result]:
 
     once.kept = kept  # type: ignore[attr-defined]
     return once
+
+
+def forget() -> None:
+    """Work out all anew, for who changes which backends there are."""
+    for kept in _kept:
+        kept.clear()
 
 
 def form_of(made: tuple[Any, ...], arguments: tuple[Any, ...]) -> Form | None:

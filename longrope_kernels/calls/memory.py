@@ -7,19 +7,17 @@ from itertools import combinations, product
 import torch
 
 try:
-    from .._native import clearly_apart as _clearly_apart
+    from .._native import clearly_apart as clearly_apart
 except ImportError:
 
-    def _clearly_apart(
-        written: tuple[torch.Tensor, ...], read: tuple[torch.Tensor, ...], /
-    ) -> bool:
+    def clearly_apart(written: tuple[torch.Tensor, ...], read: tuple[torch.Tensor, ...], /) -> bool:
         """Whether one look says that tensors lie apart; without the extension none does."""
         return False
 
 
 def device_type(x: torch.Tensor) -> str:
     """As ``x.device.type``, which takes longer than most checks of a call: it makes a string."""
-    return "cpu" if x.is_cpu else x.device.type
+    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:
@@ -43,7 +41,7 @@ def check_apart(written: dict[str, torch.Tensor], read: dict[str, torch.Tensor])
     """What a call writes shares no element with itself, or with what else it writes or reads."""
     if torch.compiler.is_compiling():  # there are no addresses yet
         return
-    if _clearly_apart((*written.values(),), (*read.values(),)):
+    if clearly_apart((*written.values(),), (*read.values(),)):
         return
     everything = written | read
     if not all(map(_has_address, everything.values())):
@@ -68,7 +66,7 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
     these are disjoint for some m, so are x and y. Anything else whose address ranges meet counts
     as overlapping. Fake tensors and a graph being traced have no addresses, and never overlap.
     """
-    if torch.compiler.is_compiling() or _clearly_apart((x,), (y,)):
+    if torch.compiler.is_compiling() or clearly_apart((x,), (y,)):
         return False
     if not (_has_address(x) and _has_address(y)) or x.numel() == 0 or y.numel() == 0:
         return False

@@ -7,7 +7,7 @@ import torch
 from ..backends import choose, reference
 from ..calls import arguments, autocast, caches, schema, values
 from ..calls.kinds import by_kind
-from ..calls.memory import check_apart, device_type
+from ..calls.memory import check_apart, clearly_apart, device_type
 from ..calls.records import AppendCall, Keys
 from ..torch_private import unwatched
 from . import library
@@ -69,14 +69,17 @@ def append(
         raise ValueError("block_table: expected with cache_lens only, got it with slot_mapping")
     k, v = autocast_new(k, v, k_cache)
     layout: arguments.Layout = "bshd" if cache_lens is not None or k.dim() != 3 else "thd"
-    _check_kind(
-        *(k, v, k_cache, v_cache, cache_lens, block_table, slot_mapping, k_scale, v_scale, layout)
+    name = _check_kind(
+        *(k, v, k_cache, v_cache, cache_lens, block_table, slot_mapping, k_scale, v_scale),
+        *(layout, backend),
     )
     cache = Keys(
         k_cache, v_cache, lens=cache_lens, block_table=block_table, k_scale=k_scale, v_scale=v_scale
     )
-    call = made(("k", "v"), k, v, cache, slot_mapping, layout)
-    write(call, choose_append(backend, call))
+    direct = unwatched(k, v, k_cache, v_cache)
+    call = made(("k", "v"), k, v, cache, slot_mapping, direct, layout)
+    values.check_append(call)
+    write_checked(call, name, direct)
 
 
 @by_kind
@@ -91,8 +94,9 @@ def _check_kind(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     layout: arguments.Layout,
-) -> None:
-    """All tensors of a call but their values, and where they lie."""
+    backend: str | None,
+) -> str:
+    """All tensors of a call but their values, and where they lie; returns the chosen backend."""
     arguments.check_heads("k", k, layout, 0)
     of_k = arguments.as_bshd(k, layout)
     caches.check_caches("k", of_k, k_cache, v_cache, block_table, by_row=slot_mapping is None)
@@ -102,7 +106,7 @@ def _check_kind(
     batch = of_k.shape[0]
     if cache_lens is not None:
         arguments.check_per_sequence("cache_lens", cache_lens, batch, k)
-    check_new("k", "v", k, v, k_cache, slot_mapping, batch, layout)
+    return check_new("k", "v", k, v, k_cache, slot_mapping, batch, layout, backend)
 
 
 def autocast_new(
@@ -117,7 +121,6 @@ def autocast_new(
     return autocast.like_cache(k, k_cache), autocast.like_cache(v, k_cache)
 
 
-@by_kind
 def check_new(
     k_name: str,
     v_name: str,
@@ -127,8 +130,9 @@ def check_new(
     slot_mapping: torch.Tensor | None,
     batch: int,
     layout: arguments.Layout,
-) -> None:
-    """New keys and values, so called, go with a cache which was checked."""
+    backend: str | None,
+) -> str:
+    """New keys and values, so called, go with a cache which was checked; returns who writes."""
     new = (k_name, k), (v_name, v)
     for name, x in new:
         arguments.check_heads(name, x, layout, 0)
@@ -152,6 +156,7 @@ def check_new(
                 f"slot_mapping: expected shape {tuple(shape[:-2])}, one for each new token, got "
                 f"{tuple(slot_mapping.shape)}"
             )
+    return _choose(backend, k, v)
 
 
 def made(
@@ -160,15 +165,22 @@ def made(
     v: torch.Tensor,
     cache: Keys,
     slot_mapping: torch.Tensor | None,
+    direct: bool,
     layout: arguments.Layout = "bshd",
 ) -> AppendCall:
-    """The call of new keys and values, called ``names``, once they and the cache were checked."""
-    of_cache, new = {"k_cache": cache.k, "v_cache": cache.v}, dict(zip(names, (k, v), strict=True))
-    caches.check_no_gradients("append", **of_cache, **new)
-    check_apart(of_cache, new)
-    if layout == "thd" and slot_mapping is not None:
-        slot_mapping = slot_mapping.unsqueeze(0)
-    k, v = arguments.as_bshd(k, layout), arguments.as_bshd(v, layout)
+    """The call of new keys and values, called ``names``, once they and the cache were checked.
+
+    direct: whether all of these are `unwatched`.
+    """
+    if not (direct and clearly_apart((cache.k, cache.v), (k, v))):
+        of_cache = {"k_cache": cache.k, "v_cache": cache.v}
+        new = dict(zip(names, (k, v), strict=True))
+        caches.check_no_gradients("append", **of_cache, **new)
+        check_apart(of_cache, new)
+    if layout == "thd":
+        if slot_mapping is not None:
+            slot_mapping = slot_mapping.unsqueeze(0)
+        k, v = arguments.as_bshd(k, layout), arguments.as_bshd(v, layout)
     return AppendCall(*alike(k, v), cache, slot_mapping)
 
 
@@ -178,23 +190,28 @@ def alike(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def choose_append(backend: str | None, call: AppendCall) -> str:
-    """The backend: it is traffic of memory as the rotation is, and served alike."""
-    return choose.choose_rotary(backend, device_type(call.k), call.k.dtype == torch.float64)
+    """The backend that writes what a call has."""
+    return _choose(backend, call.k, call.v)
+
+
+def _choose(backend: str | None, k: torch.Tensor, v: torch.Tensor) -> str:
+    """It is traffic of memory as the rotation is, and served alike."""
+    return choose.choose_rotary(backend, device_type(k), k.dtype == v.dtype == torch.float64)
 
 
 def write(call: AppendCall, backend: str) -> None:
     """Append by a chosen backend, once all but values was checked."""
     values.check_append(call)
-    write_checked(call, backend)
+    write_checked(call, backend, unwatched(call.k, call.v, call.cache.k, call.cache.v))
 
 
-def write_checked(call: AppendCall, backend: str) -> None:
-    """Append by a chosen backend, once all was checked."""
-    k, v, cache, _ = call
+def write_checked(call: AppendCall, backend: str, direct: bool) -> None:
+    """Append by a chosen backend, once all was checked; direct: all of it is `unwatched`."""
+    k, _, cache, _ = call
     if backend == "reference":
         with torch.no_grad(), autocast.off(k):
             reference.append(call)
-    elif unwatched(k, v, cache.k, cache.v):
+    elif direct:
         _start(call, backend)
         torch.autograd.graph.increment_version((cache.k, cache.v))
     else:

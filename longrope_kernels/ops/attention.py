@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 from ..backends import choose, reference
 from ..calls import arguments, autocast, schema, values
 from ..calls.kinds import by_kind
-from ..calls.records import AttentionCall, Keys, RotaryCall, Selection
+from ..calls.memory import device_type
+from ..calls.records import AttentionCall, Keys, RotaryCall, Scores, Selection
 from ..rope.value import Rope
 from ..torch_private import below_autograd, runs_now, unwatched
 from . import library
@@ -109,26 +110,29 @@ def attention(
     if autocast.dtype_of(q) or not q.dtype == k.dtype == v.dtype:
         q, k, v = map(autocast.cast, (q, k, v))
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
-    _check_kind(
+    direct = unwatched(q, k, v)
+    recorded = not direct and (q.requires_grad or k.requires_grad or v.requires_grad)
+    scores, count, name = _check_kind(
         *(q, k, v, positions, key_positions, cu_seqlens, cu_seqlens_k, kv_start, lengths, sets),
-        *(tables.steps, layout),
+        *(tables.steps, layout, causal, softmax_scale, window, softcap, return_lse),
+        *(backend, k_rotation, recorded and torch.is_grad_enabled()),
+        backend is None and (direct or runs_now(q, k, v)),
     )
-    q4, k4, v4 = (arguments.as_bshd(x, layout) for x in (q, k, v))
-    (batch, queries, _, dim), slots = q4.shape, k4.shape[1]
-    scores = arguments.check_scores(causal, softmax_scale, window, softcap, dim)
-    selection = arguments.select(tables.sets, lengths, sets, cu_seqlens)
+    if layout != "bshd":
+        q, k, v = (arguments.as_bshd(x, layout) for x in (q, k, v))
+    selection = arguments.select(count, lengths, sets, cu_seqlens)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
+    batch, queries, _, _ = q.shape
     positions = arguments.as_rows(positions, batch, queries)
     if key_positions is None:
         key_positions = positions
     else:
-        key_positions = arguments.as_rows(key_positions, batch, slots)
+        key_positions = arguments.as_rows(key_positions, batch, k.shape[1])
 
-    keys = Keys(k4, v4, key_positions, kv_start, cu_seqlens_k)
-    call = AttentionCall(q4, positions, keys, tables, selection, scores)
-    name = _choose(backend, k_rotation, call, return_lse)
-    out, lse = _attend(call, name, k_rotation, return_lse)
+    keys = Keys(k, v, key_positions, kv_start, cu_seqlens_k)
+    call = AttentionCall(q, positions, keys, tables, selection, scores)
+    out, lse = _attend(call, name, k_rotation, return_lse, direct)
     out = arguments.from_bshd(out, layout)
     if lse is None or not return_lse:
         return out
@@ -149,14 +153,27 @@ def _check_kind(
     sets: torch.Tensor | None,
     steps: torch.Tensor,
     layout: arguments.Layout,
-) -> None:
-    """All tensors of a call but their values; steps: of the tables."""
+    causal: bool,
+    softmax_scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    return_lse: bool,
+    backend: str | None,
+    k_rotation: str | None,
+    trains: bool,
+    libraries: bool,
+) -> tuple[Scores, int, str]:
+    """All of a call but the values of its tensors; steps: of the tables.
+
+    trains, libraries: see `choose.choose_attention`. Returns what follows: the scores, how many
+    factor sets there are, and the backend.
+    """
     count, _, pairs = steps.shape
     for name, x in (("q", q), ("k", k), ("v", v)):
         arguments.check_heads(name, x, layout, 2 * pairs)
     arguments.check_like("k", k, "q", q, layout, free=("heads", "seq", "tokens"))
     arguments.check_like("v", v, "k", k, layout, free=())
-    (batch, queries, heads, _), (_, slots, kv_heads, _) = (
+    (batch, queries, heads, size), (_, slots, kv_heads, _) = (
         arguments.as_bshd(x, layout).shape for x in (q, k)
     )
     arguments.check_groups("k", heads, kv_heads)
@@ -180,56 +197,55 @@ def _check_kind(
             f"key_positions: expected them where keys are not those of the queries ({slots} keys, "
             f"{queries} queries), got None"
         )
-
-
-def _choose(
-    backend: str | None, k_rotation: str | None, call: AttentionCall, return_lse: bool
-) -> str:
+    dim = operator.index(size)  # a constant, also where a graph is traced with dynamic sizes
+    scores = arguments.check_scores(causal, softmax_scale, window, softcap, dim)
     if k_rotation not in (None, "prepass", "registers"):
         raise ValueError(f"k_rotation: expected 'prepass', 'registers' or None, got {k_rotation!r}")
     if k_rotation is not None and backend != "triton":
         raise ValueError(f"k_rotation: expected backend='triton' beside it, got {backend!r}")
-    q, keys = call.q, call.keys
-    recorded = q.requires_grad or keys.k.requires_grad or keys.v.requires_grad
-    trains = recorded and torch.is_grad_enabled()
-    dim = operator.index(q.shape[-1])  # a constant, also where a graph is traced with dynamic sizes
-    libraries = backend is None and runs_now(q, keys.k, keys.v)
-    capability = choose.capability_of(q.device) if libraries else None
-    return choose.choose_attention(
-        *(backend, q.device.type, q.dtype, dim, _needs(call, return_lse, libraries, dim)),
-        *(trains, capability, libraries),
+    masks = cu_seqlens is not None, kv_start is not None
+    needs = _needs(scores, return_lse, *masks, (queries, slots) if libraries else None, dim)
+    name = choose.choose_attention(
+        *(backend, device_type(q), q.dtype, dim, needs, trains),
+        *(choose.capability_of(q.device) if libraries else None, libraries),
     )
+    return scores, count, name
 
 
-def _needs(call: AttentionCall, return_lse: bool, sizes: bool, dim: int) -> str:
-    """The column of `choose.ATTENTION_CHOICE`; ``sizes``: whether they may be looked at.
+def _needs(
+    scores: Scores,
+    return_lse: bool,
+    packed: bool,
+    padded: bool,
+    sizes: tuple[int, int] | None,
+    dim: int,
+) -> str:
+    """The column of `choose.ATTENTION_CHOICE`; sizes: how many queries and keys of a sequence.
 
-    In a graph with dynamic sizes that would tie it to the answer.
+    None where they may not be looked at: a graph with dynamic sizes would be tied to the answer.
     """
-    scores, keys = call.scores, call.keys
     if scores.cap or return_lse:
         return "scored"
-    if keys.start is not None:
+    if padded:
         return "padded"
-    packed = keys.borders is not None
-    if scores.window and sizes and not packed and not scores.causal:
-        queries, slots = call.q.shape[1], keys.k.shape[1]
+    if sizes and scores.window and not packed and not scores.causal:
+        queries, slots = sizes
         if slots < scores.window < queries:  # see flash_attention.keywords
             return "padded"
     if scores.window or packed:
         return "masked"
-    if sizes and scores.causal and call.q.shape[1] < keys.k.shape[1]:
+    if sizes and scores.causal and sizes[0] < sizes[1]:
         return "chunk"
     return "wide" if dim > choose.WIDE else "plain"
 
 
 def _attend(
-    call: AttentionCall, backend: str, k_rotation: str | None, return_lse: bool
+    call: AttentionCall, backend: str, k_rotation: str | None, return_lse: bool, direct: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The output, and the log-sum-exp where the backend has it."""
-    q, keys = call.q, call.keys
+    """The output, and the log-sum-exp where the backend has it; direct: all is `unwatched`."""
+    q = call.q
     if backend in ("triton", "cuda"):
-        if unwatched(q, keys.k, keys.v):
+        if direct:
             return _run(call, k_rotation, backend)
         return _attention(*schema.flatten(call), k_rotation, backend)  # type: ignore[no-any-return]
     values.check_attention(call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -11,11 +12,11 @@ from ..backends import choose, reference
 from ..calls import arguments, autocast, caches, schema, values
 from ..calls.kinds import by_kind
 from ..calls.memory import device_type
-from ..calls.records import FEW_QUERIES, AppendCall, DecodeCall, Keys
+from ..calls.records import FEW_QUERIES, DecodeCall, Keys, Scores
 from ..rope.value import Rope
 from ..torch_private import unwatched
 from . import library
-from .append import autocast_new, check_new, choose_append, made, write_checked
+from .append import autocast_new, check_new, made, write_checked
 from .factors import resolve
 
 
@@ -119,62 +120,49 @@ def decode(
         if k_new is None:  # which must not be written into copies
             k_cache, v_cache = autocast.alike(k_cache, v_cache)
         q = autocast.like_cache(q, k_cache)
+    if k_new is None and v_new is None and slot_mapping is None:
+        direct = unwatched(q, k_cache, v_cache)
+    else:
+        k_new = arguments.check_tensor("k_new", k_new)
+        v_new = arguments.check_tensor("v_new", v_new)
+        k_new, v_new = autocast_new(k_new, v_new, k_cache)
+        direct = unwatched(q, k_cache, v_cache, k_new, v_new)
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
-    _check_kind(
+    scores, count, name, writer = _check_kind(
         *(q, k_cache, v_cache, cache_lens, block_table, lengths, sets, kv_start, key_positions),
-        *(k_scale, v_scale, tables.steps),
+        *(k_scale, v_scale, k_new, v_new, slot_mapping, tables.steps),
+        *(softmax_scale, window, softcap, backend),
     )
-    caches.check_no_gradients("decode", q=q, k_cache=k_cache, v_cache=v_cache)
-    dim = operator.index(q.shape[3])  # a constant, also where a graph is traced with dynamic sizes
-    scores = arguments.check_scores(True, softmax_scale, window, softcap, dim)
-    selection = arguments.select(tables.sets, lengths, sets)
-
+    if not direct:
+        caches.check_no_gradients("decode", q=q, k_cache=k_cache, v_cache=v_cache)
+    selection = arguments.select(count, lengths, sets)
     keys = Keys(
-        *(k_cache, v_cache, key_positions, kv_start),
-        lens=cache_lens,
-        block_table=block_table,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        *(k_cache, v_cache, key_positions, kv_start, None),
+        *(cache_lens, block_table, k_scale, v_scale),
     )
     call = DecodeCall(q, keys, tables, selection, scores)
-    of_all = backend, device_type(q), q.dtype, k_cache.dtype, dim
-    if q.shape[1] > FEW_QUERIES:  # a branch, which a traced graph takes; no number for the choice
-        name = choose.choose_decode(*of_all, many=True)
-    else:
-        name = choose.choose_decode(*of_all)
-    new = None
-    if k_new is not None or v_new is not None or slot_mapping is not None:
-        new = _check_new(k_new, v_new, keys, slot_mapping, q.shape[0])
-        where = choose_append(backend, new)
     values.check_decode(call)
-    if new is not None:  # all was checked before anything is written
+    if writer is not None:
+        assert k_new is not None
+        assert v_new is not None
+        new = made(("k_new", "v_new"), k_new, v_new, keys, slot_mapping, direct)
         values.check_append(new, lens_too=False)
-        write_checked(new, where)
+        write_checked(new, writer, direct)  # all was checked before anything is written
     if name == "reference":
         with autocast.off(q):
             out, lse = reference.decode(call)
-    elif unwatched(q, k_cache, v_cache):
+    elif direct:
         out, lse = _start(call, name)
     else:
         out, lse = _decode(*schema.flatten(call), name)
     return (out, lse) if return_lse else out
 
 
-def _check_new(
-    k_new: torch.Tensor | None,
-    v_new: torch.Tensor | None,
-    keys: Keys,
-    slot_mapping: torch.Tensor | None,
-    batch: int,
-) -> AppendCall:
-    """New keys and values that go with the caches of the call."""
-    for name, x in (("k_new", k_new), ("v_new", v_new)):
-        arguments.check_tensor(name, x)
-    assert k_new is not None
-    assert v_new is not None
-    k_new, v_new = autocast_new(k_new, v_new, keys.k)
-    check_new("k_new", "v_new", k_new, v_new, keys.k, slot_mapping, batch, "bshd")
-    return made(("k_new", "v_new"), k_new, v_new, keys, slot_mapping)
+class _Known(NamedTuple):
+    scores: Scores
+    sets: int  # factor sets that there are
+    backend: str
+    writer: str | None  # the backend that writes new keys and values, if there are any
 
 
 @by_kind
@@ -190,9 +178,16 @@ def _check_kind(
     key_positions: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    k_new: torch.Tensor | None,
+    v_new: torch.Tensor | None,
+    slot_mapping: torch.Tensor | None,
     steps: torch.Tensor,
-) -> None:
-    """All tensors of a call but their values; steps: of the tables."""
+    softmax_scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    backend: str | None,
+) -> _Known:
+    """All of a call but the values of its tensors, and what follows; steps: of the tables."""
     arguments.check_heads("q", q, "bshd", 2 * steps.shape[2])
     batch, queries, heads, _ = q.shape
     if queries < 1:
@@ -216,6 +211,18 @@ def _check_kind(
             )
     if sets is not None:
         arguments.check_selection(steps.shape[0], q, batch, "bshd", None, sets, None)
+    dim = operator.index(q.shape[3])  # a constant, also where a graph is traced with dynamic sizes
+    scores = arguments.check_scores(True, softmax_scale, window, softcap, dim)
+    of_all = backend, device_type(q), q.dtype, k_cache.dtype, dim
+    if queries > FEW_QUERIES:  # a branch, which a traced graph takes; no number for the choice
+        name = choose.choose_decode(*of_all, many=True)
+    else:
+        name = choose.choose_decode(*of_all)
+    writer = None
+    if k_new is not None and v_new is not None:
+        of_new = "k_new", "v_new", k_new, v_new, k_cache, slot_mapping, batch
+        writer = check_new(*of_new, "bshd", backend)
+    return _Known(scores, steps.shape[0], name, writer)
 
 
 def _check_key_positions(key_positions: torch.Tensor, batch: int, q: torch.Tensor) -> None:

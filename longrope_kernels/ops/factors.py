@@ -36,11 +36,6 @@ def resolve(
                 "factors: got a Rope, which holds n_hat, base, interleaved and attention_factor; "
                 "expected none of them beside it"
             )
-        if _capturing_without(factors, q):
-            raise RuntimeError(
-                f"factors: this Rope has no tables on {device} yet and a CUDA graph is being "
-                f"captured; call rope.to({str(device)!r}) before the capture"
-            )
         return like(factors.tables(device), q)
 
     if n_hat is None:
@@ -90,16 +85,10 @@ def _rope_of(
 
 def like(tables: Tables, q: torch.Tensor) -> Tables:
     """The tables as fake tensors where q is one."""
-    if torch.compiler.is_compiling() or type(q) is torch.Tensor:
+    if type(q) is torch.Tensor or torch.compiler.is_compiling():
         return tables
     mode = fake_mode_of(q)
     return tables if mode is None else tables.convert(mode.from_tensor)
-
-
-def _capturing_without(rope: Rope, q: torch.Tensor) -> bool:
-    if not q.is_cuda or torch.compiler.is_compiling() or rope.has_tables(q.device):
-        return False
-    return torch.cuda.is_current_stream_capturing()
 
 
 def _check_factors_tensor(factors: torch.Tensor) -> None:

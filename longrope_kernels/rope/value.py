@@ -328,12 +328,20 @@ class Rope:
 
         A graph that is traced before `to` was called on that device copies them on each run:
         what is made inside a graph cannot be kept beyond it.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and there are none on the device yet.
         """
         tables = self._tables.get(device)
         if tables is not None:
             return tables
         if torch.compiler.is_compiling():
             return self._tables_on(device)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"factors: this Rope has no tables on {device} yet and a CUDA graph is being "
+                f"captured; call rope.to({str(device)!r}) before the capture"
+            )
         with torch.inference_mode(False):  # what is kept may be saved for a backward later
             tables = self._tables_on(device)
         if type(tables.steps) is torch.Tensor:
@@ -346,10 +354,6 @@ class Rope:
         device = torch.device(device)  # a name does, too
         host = self._tables.get(_HOST) or make_tables(self.sets, self.base, self.interleaved)
         return host.to(device)
-
-    def has_tables(self, device: torch.device) -> bool:
-        """Whether a call on ``device`` finds its tables there."""
-        return device in self._tables
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Rope, (self.sets, self.base, self.interleaved)

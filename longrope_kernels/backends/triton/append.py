@@ -5,7 +5,6 @@ from __future__ import annotations
 from ...calls.records import AppendCall
 from ...kernels import append as kernels
 from ...kernels.launch import as_bytes
-from . import device
 from .launch import run
 
 
@@ -14,5 +13,4 @@ def append(call: AppendCall) -> None:
     cache = as_bytes(call.cache)
     if cache is not call.cache:  # to replace it takes longer than to look
         call = call._replace(cache=cache)
-    with device.on_device(call.k):
-        run(kernels.plan, call)
+    run(kernels.plan, call)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from ...calls.records import AttentionCall, RotaryCall, Selection
+from ...calls.kinds import by_kind
+from ...calls.records import AttentionCall, Keys, RotaryCall, Selection
 from ...kernels import attention as kernels
 from ...kernels import attention_backward as gradients
 from ...rope.tables import Tables
@@ -14,6 +17,9 @@ from .rotary import rotary
 
 # Rotated copies larger than this are made for one KV head at a time.
 _SCRATCH_BYTES = 256 * 2**20
+# From this stride of tokens on an offset within a tile of them would pass 32 bits.
+_LONG_STRIDE = 2**23
+_ALL = slice(None)  # heads
 
 
 def forward(
@@ -24,30 +30,48 @@ def forward(
     A query that sees no key gets 0 and -inf. k_rotation: "prepass", "registers", or None for
     `kernels.attention.choose_rotation`.
     """
-    if out.numel() == 0:
-        return
-    q, k = call.q, call.keys.k
-    if k.shape[1] == 0:
+    way = _way_of(call, k_rotation)
+    if way is None:
         out.zero_()
         lse.fill_(float("-inf"))
         return
+    q, (k, v, *_) = call.q, call.keys
+    arch = device.arch_of(q)
+    if way.copies_v:
+        v = v.contiguous()
+    if way.parts is None:
+        if way.copies_k:
+            k = k.contiguous()
+        if k is not call.keys.k or v is not call.keys.v:
+            call = _with(call, q, k, v)
+        run(kernels.plan, call, out, lse, False, arch)
+        return
+    scratch = None
+    for heads, kv in way.parts:
+        scratch = _rotated_keys(call, kv, scratch)
+        part = _with(call, _part(q, heads), scratch, _part(v, kv))
+        run(kernels.plan, part, _part(out, heads), _part(lse, heads, 1), True, arch)
+
+
+class _Way(NamedTuple):
+    parts: tuple[tuple[slice, slice], ...] | None  # of `_heads_at_once`; None: no pre-pass
+    copies_k: bool
+    copies_v: bool
+
+
+@by_kind
+def _way_of(call: AttentionCall, k_rotation: str | None) -> _Way | None:
+    """How the forward pass goes; None where there is no query or no key."""
+    q, (k, v, *_) = call.q, call.keys
+    if q.numel() == 0 or k.shape[1] == 0:
+        return None
     if k_rotation is None:
         sequences = call.selection.sequences(q.shape[0])
         k_rotation = kernels.choose_rotation(q.shape[0] * q.shape[1], sequences, call.groups)
-    arch = device.arch_of(q)
-    v = _short_strides(call.keys.v)
-
-    with device.on_device(q):
-        if k_rotation == "registers":
-            call = _with(call, q, _short_strides(k), v)
-            run(kernels.plan, call, out, lse, False, arch)
-            return
-        scratch = None
-        for heads, kv in _heads_at_once(call, k.numel() // k.shape[2] * k.element_size()):
-            scratch = _rotated_keys(call, kv, scratch)
-            part = _with(call, _part(q, heads), scratch, _part(v, kv))
-            of_heads = _part(out, heads), _part(lse, heads, 1)
-            run(kernels.plan, part, *of_heads, True, arch)
+    parts = None
+    if k_rotation == "prepass":
+        parts = _heads_at_once(call, k.numel() // k.shape[2] * k.element_size())
+    return _Way(parts, k.stride(1) >= _LONG_STRIDE, v.stride(1) >= _LONG_STRIDE)
 
 
 def backward(
@@ -102,27 +126,27 @@ def backward(
 
 def _with(call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionCall:
     """The call with other tensors, of some of its heads."""
-    return call._replace(q=q, keys=call.keys._replace(k=k, v=v))
+    return AttentionCall(q, call.positions, Keys(k, v, *call.keys[2:]), *call[3:])
 
 
 def _short_strides(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy where an offset within a tile of tokens would pass 32 bits."""
-    return x.contiguous() if x.stride(1) >= 2**23 else x
+    return x.contiguous() if x.stride(1) >= _LONG_STRIDE else x
 
 
-def _heads_at_once(call: AttentionCall, bytes_of_head: int) -> list[tuple[slice, slice]]:
+def _heads_at_once(call: AttentionCall, bytes_of_head: int) -> tuple[tuple[slice, slice], ...]:
     """Heads of q and their KV heads, so many at a time that the scratch stays within its bound."""
     kv_heads, groups = call.keys.heads, call.groups
-    step = min(max(1, _SCRATCH_BYTES // bytes_of_head), kv_heads)
+    step = max(1, _SCRATCH_BYTES // bytes_of_head)
+    if step >= kv_heads:
+        return ((_ALL, _ALL),)
     parts = [slice(kv, min(kv + step, kv_heads)) for kv in range(0, kv_heads, step)]
-    return [(slice(kv.start * groups, kv.stop * groups), kv) for kv in parts]
+    return tuple((slice(kv.start * groups, kv.stop * groups), kv) for kv in parts)
 
 
 def _part(x: torch.Tensor, heads: slice, axis: int = 2) -> torch.Tensor:
-    """x of some of its heads; a view costs the host more than a look."""
-    if heads.stop - heads.start == x.shape[axis]:
-        return x
-    return x.narrow(axis, heads.start, heads.stop - heads.start)
+    """x of some of its heads; a view of all would cost the host more than all else."""
+    return x if heads is _ALL else x.narrow(axis, heads.start, heads.stop - heads.start)
 
 
 def _rotated_keys(call: AttentionCall, kv: slice, scratch: torch.Tensor | None) -> torch.Tensor:
@@ -144,7 +168,10 @@ def _rotated(
     """x (B, S, H, D) rotated, in ``scratch`` if there is one; the tokens of a head together."""
     batch, seq, heads, dim = x.shape
     if scratch is None:
-        scratch = x.new_empty(batch, heads, seq, dim).transpose(1, 2)
-    y, none = _part(scratch, slice(0, heads)), x.narrow(2, 0, 0)
-    rotary(RotaryCall(x, none, positions, tables, selection), y, none)
-    return y
+        strides = heads * seq * dim, dim, seq * dim, 1
+        scratch = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    elif scratch.shape[2] > heads:
+        scratch = scratch.narrow(2, 0, heads)
+    none = x.new_empty((batch, seq, 0, dim))
+    rotary(RotaryCall(x, none, positions, tables, selection), scratch, none)
+    return scratch

@@ -23,33 +23,32 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
     a query that sees no key gets 0 and -inf. What is launched follows from shapes alone, so that
     one captured graph serves all lengths.
     """
-    if out.numel() == 0:
-        return
-    if call.keys.empty:
-        out.zero_()
-        lse.fill_(float("-inf"))
-        return
     q = call.q
     arch = device.arch_of(q)
-    multiprocessors = device.multiprocessors_of(q, _INTERPRETED_MULTIPROCESSORS)
     keys = as_bytes(call.keys)
     if keys is not call.keys:  # to replace them takes longer than to look
         call = call._replace(keys=keys)
-    config, splits, counters = _sizes_of(call, arch, multiprocessors)
-    with device.on_device(q):
-        scratch = None
-        if splits.most > 1:
-            shape = (splits.most, *lse.shape)
-            partial = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape)
-            scratch = *partial, counters_for(q, counters)
-        run(kernels.plan, call, out, lse, scratch, arch, splits, config)
+    sizes = _sizes_of(call, arch, device.multiprocessors_of(q, _INTERPRETED_MULTIPROCESSORS))
+    if sizes is None:
+        out.zero_()
+        lse.fill_(float("-inf"))
+        return
+    config, splits, counters = sizes
+    scratch = None
+    if splits.most > 1:
+        shape = (splits.most, *lse.shape)
+        partial = lse.new_empty(*shape, q.shape[3]), lse.new_empty(shape)
+        scratch = *partial, counters_for(q, counters)
+    run(kernels.plan, call, out, lse, scratch, arch, splits, config)
 
 
 @by_kind
 def _sizes_of(
     call: DecodeCall, arch: int, multiprocessors: int
-) -> tuple[kernels.Config, Splits, int]:
-    """Tiles, splits, and how many counters they need."""
+) -> tuple[kernels.Config, Splits, int] | None:
+    """Tiles, splits, and how many counters they need; None where there is no query or no key."""
+    if call.q.numel() == 0 or call.keys.empty:
+        return None
     config = kernels.config_of(call, arch)
     splits = kernels.splits_of(call, arch, multiprocessors, config)
     return config, splits, kernels.counters_of(call, config)

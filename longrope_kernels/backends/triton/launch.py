@@ -14,6 +14,7 @@ from torch import Tensor
 from ...calls.kinds import Form, filled, form_of, kind_of
 from ...kernels.launch import Launch
 from . import private
+from .device import on_device
 
 # What Triton chose, by all that its choice may depend on.
 _CHOSEN: dict[tuple[Any, ...], private.Chosen] = {}
@@ -27,42 +28,49 @@ class _Ready(NamedTuple):
     kernel: Any
     chosen: private.Chosen
     device: int
-    grid: tuple[int, ...]
+    grid: tuple[int, int, int]
     form: Form  # of the kernel's arguments
 
 
 def run(plan: Callable[..., Launch | None], *arguments: Any) -> None:
-    """Launch on the current device what ``plan`` says of a call; None is nothing.
+    """Launch what ``plan`` says of a call, on the device of its first tensor; None is nothing.
 
-    It must follow from the kind of the arguments. Where the kernel takes another tensor than these,
-    such as a view of one, a plan is made for each call.
+    It must follow from the kind of the arguments, of which the call is the first. Where the kernel
+    takes another tensor than these, such as a view of one, a plan is made for each call.
     """
     kind = kind_of(*arguments) if private.USED else None
-    if kind is None:
-        run_launch(plan(*arguments))
-        return
     key = plan, kind
     ready = _READY.get(key, True)
-    if isinstance(ready, _Ready) and _as_before(ready):
-        device, stream = private.place()
-        if device == ready.device:
-            private.start(ready.chosen, ready.grid, stream, filled(ready.form, arguments))
-            return
-    launch = plan(*arguments)
-    chosen = run_launch(launch)
-    if launch is None or chosen is None:
+    if _started(ready, arguments):
         return
-    if ready is True:  # the first of its kind
-        _keep(_READY, key, None)
-    elif ready is None:
-        form = form_of((*launch.args, *launch.constants.values()), arguments)
-        device, _ = private.place()
-        made = _Ready(launch.kernel, chosen, device, launch.grid, form) if form else False
-        _keep(_READY, key, made)
+    with on_device(arguments[0][0]):
+        if _started(ready, arguments):  # which was not the current one
+            return
+        launch = plan(*arguments)
+        chosen = run_launch(launch)
+        if launch is None or chosen is None or kind is None:
+            return
+        if ready is True:  # the first of its kind
+            _keep(_READY, key, None)
+        elif ready is None:
+            form = form_of((*launch.args, *launch.constants.values()), arguments)
+            device, _ = private.place()
+            grid = private.grid_of(launch.grid)
+            made = _Ready(launch.kernel, chosen, device, grid, form) if form else False
+            _keep(_READY, key, made)
 
 
-def _as_before(ready: _Ready) -> bool:
-    return private.plain(ready.kernel) and private.unchanged(ready.chosen)
+def _started(ready: _Ready | bool | None, arguments: tuple[Any, ...]) -> bool:
+    """Whether what is ready may be started as it is, on the current device, and was."""
+    if type(ready) is not _Ready:
+        return False
+    if not (private.plain(ready.kernel) and private.unchanged(ready.chosen)):
+        return False
+    device, stream = private.place()
+    if device != ready.device:
+        return False
+    private.start(ready.chosen, ready.grid, stream, filled(ready.form, arguments))
+    return True
 
 
 def run_launch(plan: Launch | None) -> private.Chosen | None:
@@ -77,7 +85,7 @@ def run_launch(plan: Launch | None) -> private.Chosen | None:
     key = key_of(plan, device)
     chosen = _CHOSEN.get(key)
     if chosen is not None and private.unchanged(chosen):
-        private.start(chosen, grid, stream, (*args, *constants.values()))
+        private.start(chosen, private.grid_of(grid), stream, (*args, *constants.values()))
         return chosen
     compiled = kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)
     chosen = private.chosen(kernel, compiled)

@@ -35,20 +35,17 @@ class Chosen(NamedTuple):
 def plain(kernel: Any) -> bool:
     """Whether arguments alone decide what is launched, and nobody listens to it."""
     runtime = knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return False
     return (
         type(kernel) is JITFunction
         and not kernel.debug
         and not kernel.pre_run_hooks
         and not runtime.debug
-        and not _calls(runtime.launch_enter_hook)
-        and not _calls(runtime.launch_exit_hook)
         and runtime.add_stages_inspection_hook is None
         and not knobs.compilation.instrumentation_mode
     )
-
-
-def _calls(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def place() -> tuple[int, int]:
@@ -77,7 +74,12 @@ def unchanged(what: Chosen) -> bool:
     return True
 
 
-def start(what: Chosen, grid: tuple[int, ...], stream: int, args: tuple[Any, ...]) -> None:
-    """Start a kernel on the current device; args: all of them, constants included."""
+def grid_of(grid: tuple[int, ...]) -> tuple[int, int, int]:
+    """A grid with all of its dimensions."""
     x, y, z = (*grid, 1, 1)[:3]
-    what.run(x, y, z, stream, what.function, what.metadata, None, None, None, *args)
+    return x, y, z
+
+
+def start(what: Chosen, grid: tuple[int, int, int], stream: int, args: tuple[Any, ...]) -> None:
+    """Start a kernel on the current device; args: all of them, constants included."""
+    what.run(*grid, stream, what.function, what.metadata, None, None, None, *args)

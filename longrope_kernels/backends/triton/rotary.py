@@ -6,11 +6,9 @@ import torch
 
 from ...calls.records import RotaryCall
 from ...kernels import rotary as kernels
-from . import device
 from .launch import run
 
 
 def rotary(call: RotaryCall, q_out: torch.Tensor, k_out: torch.Tensor) -> None:
     """Rotate q and k into q_out and k_out, which may be they."""
-    with device.on_device(call.q):
-        run(kernels.plan, call, q_out, k_out)
+    run(kernels.plan, call, q_out, k_out)
