@@ -108,14 +108,19 @@ class LongRopeBuilder(AttentionMetadataBuilder[list[Piece]]):
         ]
 
     def _piece(self, step: Any, queries: int, rows: list[int], begins: list[int]) -> Piece:
-        row, begin = (
-            torch.tensor(x, dtype=torch.int32, device="cpu").to(self.device, non_blocking=True)
-            for x in (rows, begins)
-        )
-        tokens = begin[:, None] + torch.arange(queries, device=self.device)
+        row = self._on_device(rows)
         lens = step.seq_lens[row]
         lengths = self._lengths(lens, queries, row)
-        return Piece(tokens.flatten(), queries, lens, step.block_table_tensor[row], lengths)
+        end = begins[0] + queries * len(begins)
+        tokens: slice | torch.Tensor = slice(begins[0], end)
+        if begins != list(range(begins[0], end, queries)):  # others lie between: a copy
+            of_each = torch.arange(queries, device=self.device)
+            tokens = (self._on_device(begins)[:, None] + of_each).flatten()
+        return Piece(tokens, queries, lens, step.block_table_tensor[row], lengths)
+
+    def _on_device(self, numbers: list[int]) -> torch.Tensor:
+        on_host = torch.tensor(numbers, dtype=torch.int32, device="cpu")
+        return on_host.to(self.device, non_blocking=True)
 
     def _lengths(
         self, cache_lens: torch.Tensor, queries: int, rows: slice | torch.Tensor
