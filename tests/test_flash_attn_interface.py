@@ -1,15 +1,16 @@
-"""flash-attn's functions with a `Rope`: places, lengths and windows as flash-attn counts them."""
+"""flash-attn's functions with a `Rope`: each beside the call of ours it stands for, written out.
+
+Tensors are held to what `apply_rotary`, `attention` and `decode` return, whose truth others test.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import truth
-from attention_truth import Call, assert_lse_close, bf16, fp32, fp64
+from attention_truth import bf16, fp32
 from cases import Shape, factors
-from tolerance import assert_close
 
-from longrope_kernels import FactorSet, Rope, apply_rotary, decode
+from longrope_kernels import FactorSet, Rope, apply_rotary, attention, decode
 from longrope_kernels.integrations.flash_attn import (
     apply_rotary_emb,
     flash_attn_func,
@@ -34,6 +35,11 @@ def borders(*counts: int) -> torch.Tensor:
     return torch.tensor([0, *counts]).cumsum(0).int()
 
 
+def assert_same(outs, expected) -> None:
+    """To the bit, but for the order of sums where q and k are rotated together."""
+    torch.testing.assert_close(outs, expected, rtol=1e-5, atol=1e-6)
+
+
 # --------------------------------------------------------------------------------------- rotation
 
 
@@ -42,14 +48,13 @@ def borders(*counts: int) -> torch.Tensor:
 @pytest.mark.parametrize("offsets", [0, 9, [4, 0, 2**20]], ids=str)
 def test_rotation_of_a_batch(rope, inplace, offsets):
     (x,) = tensors((3, 6, 2))
-    offset = torch.tensor(offsets)
-    positions = offset.expand(3)[:, None] + torch.arange(6)
-    lengths = offset.expand(3) + 6
-    expected = truth.rotary(x, positions, rope, lengths=lengths)
-    given = offset.int() if offset.dim() else offsets
+    offset = torch.tensor(offsets).expand(3)
+    positions = offset[:, None] + torch.arange(6)
+    expected = apply_rotary(x, None, positions, rope, lengths=offset + 6)[0]
+    given = offsets if isinstance(offsets, int) else offset.int()
     out = apply_rotary_emb(x, rope, inplace=inplace, seqlen_offsets=given)
     assert (out is x) == inplace
-    assert_close(out, expected)
+    assert torch.equal(out, expected)
 
 
 @every_rope
@@ -57,16 +62,14 @@ def test_rotation_of_a_batch(rope, inplace, offsets):
 def test_rotation_of_packed_sequences(rope, offsets):
     counts = (1, 13, 4)
     (x,) = tensors((sum(counts), 2), dtype=bf16)
-    before = torch.tensor(offsets).expand(3).tolist()
-    positions = torch.cat([torch.arange(n) + b for n, b in zip(counts, before, strict=True)])
-    lengths = torch.tensor(counts) + torch.tensor(before)
-    rest = {"lengths": lengths, "cu_seqlens": borders(*counts)}
-    expected = truth.rotary(x, positions, rope, layout="thd", **rest)
-    given = offsets if isinstance(offsets, int) else torch.tensor(offsets)
-    out = apply_rotary_emb(
-        x, rope, seqlen_offsets=given, cu_seqlens=borders(*counts), max_seqlen=max(counts)
-    )
-    assert_close(out, expected)
+    before = torch.tensor(offsets).expand(3)
+    positions = torch.cat([b + torch.arange(n) for n, b in zip(counts, before, strict=True)])
+    lengths = torch.tensor(counts) + before
+    packed = {"cu_seqlens": borders(*counts)}
+    expected = apply_rotary(x, None, positions, rope, layout="thd", lengths=lengths, **packed)[0]
+    given = offsets if isinstance(offsets, int) else before
+    out = apply_rotary_emb(x, rope, seqlen_offsets=given, max_seqlen=max(counts), **packed)
+    assert torch.equal(out, expected)
 
 
 def test_rotation_under_named_sets():
@@ -74,8 +77,7 @@ def test_rotation_under_named_sets():
     sets = torch.tensor([1, 0], dtype=torch.int32)
     expected = apply_rotary(x, None, torch.arange(6), TWO, sets=sets)[0]
     assert torch.equal(apply_rotary_emb(x, TWO, sets=sets), expected)
-    lengths = torch.tensor([13, 12])
-    assert torch.equal(apply_rotary_emb(x, TWO, lengths=lengths), expected)
+    assert torch.equal(apply_rotary_emb(x, TWO, lengths=torch.tensor([13, 12])), expected)
 
 
 # -------------------------------------------------------------------------------------- attention
@@ -93,16 +95,21 @@ WINDOWS = [
 
 
 @pytest.mark.parametrize(("theirs", "ours"), WINDOWS, ids=str)
-@pytest.mark.parametrize(("queries", "keys"), [(9, 9), (5, 14)])
-def test_windows(theirs, ours, queries, keys):
+@pytest.mark.parametrize(("queries", "keys"), [(9, 9), (5, 14), (9, 4)])
+def test_windows_and_scores(theirs, ours, queries, keys):
+    """The last query stands at the last key, the first key at 0, and keys make the length."""
     q, k, v = tensors((2, queries, 4), (2, keys, 2), (2, keys, 2))
-    at = torch.arange(keys)
-    call = Call(
-        q, k, v, at[-queries:], TWO, key_positions=at, lengths=torch.full((2,), keys),
-        causal=ours[0], window=ours[1],
-    )  # fmt: skip
-    out = flash_attn_func(q, k, v, TWO, causal=theirs[0], window_size=theirs[1])
-    assert_close(out, call.expected().out)
+    rest = {"softmax_scale": 0.3, "softcap": 2.0}
+    expected = attention(
+        *(q, k, v, torch.arange(keys - queries, keys), TWO),
+        **{"key_positions": torch.arange(keys), "lengths": torch.full((2,), keys)},
+        **rest,
+        causal=ours[0],
+        window=ours[1],
+        return_lse=True,
+    )
+    of_theirs = {"causal": theirs[0], "window_size": theirs[1], "return_softmax_lse": True}
+    assert_same(flash_attn_func(q, k, v, TWO, **rest, **of_theirs), expected)
 
 
 def test_a_window_counts_keys_beside_the_querys_own():
@@ -116,40 +123,20 @@ def test_a_window_counts_keys_beside_the_querys_own():
     torch.testing.assert_close(both[0, 1, 0, 0], torch.tensor(1.5))
 
 
-@every_rope
-def test_scale_softcap_and_log_sum_exp(rope):
-    q, k, v = tensors((2, 13, 4), (2, 13, 2), (2, 13, 2), dtype=fp64)
-    call = Call(
-        q, k, v, torch.arange(13), rope, lengths=torch.full((2,), 13),
-        softmax_scale=0.3, softcap=2.0, causal=True,
-    )  # fmt: skip
-    out, lse = flash_attn_func(
-        q, k, v, rope, softmax_scale=0.3, softcap=2.0, causal=True, return_softmax_lse=True
-    )
-    assert_close(out, call.expected().out)
-    assert_lse_close(lse, call.expected().lse)
-
-
-def test_more_queries_than_keys():
-    q, k, v = tensors((1, 9, 2), (1, 4, 2), (1, 4, 2))
-    at = torch.arange(-5, 4)
-    call = Call(q, k, v, at, ONE, key_positions=at[-4:])
-    assert_close(flash_attn_func(q, k, v, ONE, causal=True), call.expected().out)
-
-
 def test_named_positions():
     q, k, v = tensors((2, 6, 2), (2, 8, 2), (2, 8, 2))
-    positions = torch.randint(0, 9000, (2, 6))
-    of_keys = torch.randint(0, 9000, (2, 8))
+    rest = {name: torch.randint(0, 9000, (2, n)) for name, n in PLACES}
     lengths = torch.tensor([12, 13])
-    call = Call(q, k, v, positions, TWO, key_positions=of_keys, lengths=lengths, causal=False)
-    rest = {"positions": positions, "key_positions": of_keys}
-    assert_close(flash_attn_func(q, k, v, TWO, lengths=lengths, **rest), call.expected().out)
+    expected = attention(
+        q, k, v, rest["positions"], TWO, lengths=lengths, causal=False,
+        key_positions=rest["key_positions"],
+    )  # fmt: skip
+    assert torch.equal(flash_attn_func(q, k, v, TWO, lengths=lengths, **rest), expected)
     with pytest.raises(ValueError, match="lengths: expected lengths= or sets="):
         flash_attn_func(q, k, v, TWO, **rest)
 
 
-# ----------------------------------------------------------------------------------------- packed
+PLACES = (("positions", 6), ("key_positions", 8))
 
 
 @every_rope
@@ -158,197 +145,130 @@ def test_named_positions():
 def test_packed_sequences(rope, causal, counts_k):
     counts = (3, 15, 0, 7)
     q, k, v = tensors((sum(counts), 4), (sum(counts_k), 2), (sum(counts_k), 2))
-    at = torch.cat([torch.arange(b - a, b) for a, b in zip(counts, counts_k, strict=True)])
-    of_keys = torch.cat([torch.arange(n) for n in counts_k])
     cu, cu_k = borders(*counts), borders(*counts_k)
-    call = Call(
-        q, k, v, at, rope, key_positions=of_keys, cu_seqlens=cu, cu_seqlens_k=cu_k,
-        lengths=torch.tensor(counts_k), layout="thd", causal=causal,
-    )  # fmt: skip
-    longest = max(counts), max(counts_k)
-    out, lse = flash_attn_varlen_func(
-        q, k, v, rope, cu, cu_k, *longest, causal=causal, return_softmax_lse=True
+    expected = attention(
+        *(q, k, v),
+        torch.cat([torch.arange(b - a, b) for a, b in zip(counts, counts_k, strict=True)]),
+        rope,
+        key_positions=torch.cat([torch.arange(n) for n in counts_k]),
+        lengths=torch.tensor(counts_k),
+        **{"cu_seqlens": cu, "cu_seqlens_k": cu_k, "layout": "thd"},
+        causal=causal,
+        return_lse=True,
     )
-    assert_close(out, call.expected().out)
-    assert_lse_close(lse, call.expected().lse)
+    longest = max(counts), max(counts_k)
+    rest = {"causal": causal, "return_softmax_lse": True}
+    assert_same(flash_attn_varlen_func(q, k, v, rope, cu, cu_k, *longest, **rest), expected)
+    if counts_k == counts:  # the very same borders: rotated together
+        assert_same(flash_attn_varlen_func(q, k, v, rope, cu, cu, *longest, **rest), expected)
 
 
 # ------------------------------------------------------------------------------------------ cache
 
 
-def paged(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The blocks of a dense cache in another order, and the table to it."""
-    batch, capacity = x.shape[:2]
-    blocks = x.unflatten(1, (-1, block_size)).flatten(0, 1)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(1))
-    shuffled = torch.empty_like(blocks)
-    shuffled[order] = blocks
-    return shuffled, order.view(batch, capacity // block_size).int()
-
-
 @every_rope
-@pytest.mark.parametrize("is_paged", [False, True], ids=["dense", "paged"])
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("block", [0, 16], ids=["dense", "paged"])
 @pytest.mark.parametrize("new", [0, 1, 3])
-def test_a_cache(rope, is_paged, backend, new):
-    """Query by query the attention to the keys up to it, under the set of the length there."""
-    before, pads = (11, 12, 30), (0, 4, 2)
-    dense = tensors((3, 48, 2), (3, 48, 2))
+def test_a_cache(rope, block, new):
+    """`cache_seqlens` are those before the call, `cache_lens` those after it."""
+    before = torch.tensor([11, 12, 30])
     q, k, v = tensors((3, max(new, 1), 4), (3, new, 2), (3, new, 2))
-    full = [x.clone() for x in dense]
-    for row, length in enumerate(before):
-        for x, added in zip(full, (k, v), strict=True):
-            x[row, length : length + new] = added[row]
-    caches, table = list(dense), None
-    if is_paged:
-        (k_blocks, table), (v_blocks, _) = (paged(x, 16) for x in dense)
-        caches = [k_blocks, v_blocks]
-    out, lse = flash_attn_with_kvcache(
-        q,
-        *caches,
-        rope,
-        k if new else None,
-        v if new else None,
-        cache_seqlens=torch.tensor(before, dtype=torch.int32),
-        cache_leftpad=torch.tensor(pads),
-        block_table=table,
-        window_size=(20, 0),
-        return_softmax_lse=True,
-        backend=backend,
+    caches, table = tensors((3, 48, 2), (3, 48, 2)), None
+    if block:
+        caches = tensors((9, block, 2), (9, block, 2))
+        table = torch.randperm(9, dtype=torch.int32).view(3, 3)
+    ours = [x.clone() for x in caches]
+    pads = torch.tensor([0, 4, 2])
+    expected = decode(
+        *(q, *ours, before + new, rope),
+        **({"k_new": k, "v_new": v} if new else {}),
+        **{"block_table": table, "kv_start": pads, "window": 21, "return_lse": True},
     )
-    # Only the slots of the new keys have changed.
-    for x, cache in zip(full, caches, strict=True):
-        assert torch.equal(paged(x, 16)[0] if is_paged else x, cache)
-    for row, (length, pad) in enumerate(zip(before, pads, strict=True)):
-        for t in range(q.shape[1]):
-            one, total = slice(t, t + 1), length + new - q.shape[1] + t + 1
-            at = torch.arange(total)[None] - pad
-            call = Call(
-                q[row : row + 1, one], full[0][row : row + 1, :total],
-                full[1][row : row + 1, :total], at[:, -1:], rope, key_positions=at, window=21,
-                kv_start=torch.tensor([pad]), lengths=torch.tensor([total - pad]),
-            )  # fmt: skip
-            assert_close(out[row : row + 1, one], call.expected().out)
-            assert_lse_close(lse[row : row + 1, :, one], call.expected().lse)
+    given = {"cache_seqlens": before.int(), "cache_leftpad": pads, "block_table": table}
+    rest = {"window_size": (20, 0), "return_softmax_lse": True}
+    added = (k, v) if new else ()
+    outs = flash_attn_with_kvcache(q, *caches, rope, *added, **given, **rest)
+    for out, wanted in zip((*outs, *caches), (*expected, *ours), strict=True):
+        assert torch.equal(out, wanted)
 
 
 def test_a_number_of_tokens_for_all_rows_and_pinned_sets():
     k_cache, v_cache = tensors((2, 20, 2), (2, 20, 2))
     q, k, v = tensors((2, 2, 4), (2, 2, 2), (2, 2, 2))
-    sets = torch.tensor([0, 1], dtype=torch.int32)
-    out = flash_attn_with_kvcache(
-        q, k_cache, v_cache, TWO, k, v, cache_seqlens=15, sets=sets, softmax_scale=0.2, softcap=3.0
-    )
+    rest = {"sets": torch.tensor([0, 1]).int(), "softmax_scale": 0.2, "softcap": 3.0}
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, TWO, k, v, cache_seqlens=15, **rest)
     lens = torch.tensor([17, 17])
-    rest = {"sets": sets, "softmax_scale": 0.2, "softcap": 3.0}
     assert torch.equal(out, decode(q, k_cache, v_cache, lens, TWO, **rest))
     assert torch.equal(k_cache[:, 15:17], k)
     assert torch.equal(v_cache[:, 15:17], v)
 
 
 # ----------------------------------------------------------------------------------------- errors
+# Of what is checked here, and one of each name that a callee has otherwise.
 
 
 def refused(match: str, function, *args, kind=ValueError, **kwargs) -> None:
-    with pytest.raises(kind, match=match):
+    with pytest.raises(kind, match=f"^{match}"):
         function(*args, **kwargs)
 
 
 def test_rotation_says_what_is_wrong():
     (x,) = tensors((2, 6, 2))
-    refused("rope: expected a Rope, got float", apply_rotary_emb, x, 1.0, kind=TypeError)
-    refused("x: expected a tensor", apply_rotary_emb, [1.0], ONE, kind=TypeError)
-    refused(r"x: expected shape \(tokens", apply_rotary_emb, x, ONE, cu_seqlens=borders(6, 6))
+    call = apply_rotary_emb
+    refused("rope: expected a Rope, got float", call, x, 1.0, kind=TypeError)
+    refused("x: expected a tensor", call, [1.0], ONE, kind=TypeError)
+    refused(r"x: expected shape \(tokens", call, x, ONE, cu_seqlens=borders(6, 6))
     for offsets, kind in ((-1, ValueError), (1.5, TypeError), (True, TypeError)):
-        refused("seqlen_offsets: ", apply_rotary_emb, x, ONE, seqlen_offsets=offsets, kind=kind)
-    refused(
-        r"seqlen_offsets: expected shape \(2,\)",
-        apply_rotary_emb, x, ONE, seqlen_offsets=torch.zeros(3, dtype=torch.int32),
-    )  # fmt: skip
-    refused(
-        "seqlen_offsets: expected values from -2", apply_rotary_emb, x, ONE, seqlen_offsets=2**31
-    )
-    leaf = x.clone().requires_grad_()
-    refused("inplace: x is a leaf", apply_rotary_emb, leaf, ONE, inplace=True)
-    refused(
-        "cu_seqlens: expected ascending values from 0 to 12",
-        apply_rotary_emb, x.flatten(0, 1), ONE, cu_seqlens=borders(6, 5),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("window_size", [(3, -1), (-1, 3), (2, 4)])
-def test_windows_of_two_sizes_are_refused(window_size):
-    q, k, v = tensors((1, 6, 2), (1, 6, 2), (1, 6, 2))
-    refused("window_size: expected", flash_attn_func, q, k, v, ONE, window_size=window_size)
+        refused("seqlen_offsets: ", call, x, ONE, seqlen_offsets=offsets, kind=kind)
+    three = torch.arange(3)
+    refused(r"seqlen_offsets: expected shape \(2,\)", call, x, ONE, seqlen_offsets=three)
+    refused("seqlen_offsets: expected values from -2", call, x, ONE, seqlen_offsets=2**31)
+    refused("inplace: x is a leaf", call, x.requires_grad_(), ONE, inplace=True)
+    packed, cu = x.detach().flatten(0, 1), borders(6, 5)
+    refused("cu_seqlens: expected ascending values from 0 to 12", call, packed, ONE, cu_seqlens=cu)
 
 
 def test_attention_says_what_is_wrong():
     q, k, v = tensors((1, 6, 2), (1, 6, 2), (1, 6, 2))
-    refused("rope: expected a Rope", flash_attn_func, q, k, v, [1.0], kind=TypeError)
-    refused("window_size: ", flash_attn_func, q, k, v, ONE, window_size=3, kind=TypeError)
-    refused("causal: expected a bool", flash_attn_func, q, k, v, ONE, causal=1, kind=TypeError)
-    refused("k: expected shape", flash_attn_func, q, k[0], v, ONE)
-    refused(
-        "positions: expected them beside key_positions",
-        flash_attn_func, q, k, v, ONE, key_positions=torch.arange(6),
-    )  # fmt: skip
-    packed = [x[0] for x in (q, k, v)]
-    cu = borders(6)
-    refused(
-        "cu_seqlens_k: expected 1 sequences",
-        flash_attn_varlen_func, *packed, ONE, cu, borders(2, 4), 6, 4,
-    )  # fmt: skip
-    refused(
-        "cu_seqlens_q: expected ascending", flash_attn_varlen_func, *packed, ONE, borders(5), cu
-    )
-    for x in (packed, (q, k, v)):
-        refused(
-            "cu_seqlens_q: expected a tensor|q: expected shape",
-            flash_attn_varlen_func, *x, ONE, None, None, kind=(TypeError, ValueError),
-        )  # fmt: skip
-    refused(
-        "positions: expected them beside key_positions",
-        flash_attn_varlen_func, *packed, ONE, cu, cu, key_positions=torch.arange(6),
-    )  # fmt: skip
+    given, call = (q, k, v, ONE), flash_attn_func
+    refused("rope: expected a Rope", call, q, k, v, [1.0], kind=TypeError)
+    for sides in ((3, -1), (-1, 3), (2, 4)):
+        refused(r"window_size: expected \(-1, -1\)", call, *given, window_size=sides)
+    refused("window_size: expected", call, *given, window_size=3, kind=TypeError)
+    refused("causal: expected a bool", call, *given, causal=1, kind=TypeError)
+    refused("return_softmax_lse: ", call, *given, return_softmax_lse=1, kind=TypeError)
+    refused("positions: expected them", call, *given, key_positions=torch.arange(6))
+    packed, cu, call = [x[0] for x in (q, k, v)], borders(6), flash_attn_varlen_func
+    refused("cu_seqlens_k: expected 1 sequences", call, *packed, ONE, cu, borders(2, 4))
+    refused("cu_seqlens_q: expected ascending", call, *packed, ONE, borders(5), cu)
+    refused("cu_seqlens_q: expected a tensor", call, *packed, ONE, None, cu, kind=TypeError)
+    refused(r"q: expected shape \(tokens", call, q, k, v, ONE, cu, cu)
 
 
 def test_a_cache_says_what_is_wrong_and_stays_as_it_was():
-    k_cache, v_cache = tensors((2, 8, 2), (2, 8, 2))
+    caches = tensors((2, 8, 2), (2, 8, 2))
     q, k, v = tensors((2, 2, 4), (2, 2, 2), (2, 2, 2))
-    before = k_cache.clone(), v_cache.clone()
-    given = {"cache_seqlens": torch.tensor([1, 6])}
-    caches = (q, k_cache, v_cache, ONE)
-    call = flash_attn_with_kvcache
-    refused("causal: expected True for more than one query", call, *caches, causal=False, **given)
-    refused("k, v: expected both or neither", call, *caches, k, **given)
-    refused("v: expected shape", call, *caches, k, v[:, :1], **given)
-    refused(
-        "k: expected the dtype of k_cache", call, *caches, k.bfloat16(), v, kind=TypeError, **given
-    )
-    refused(
-        "cache_seqlens: expected from 0 to 6 .*got 7 for sequence 1",
-        call, *caches, k, v, cache_seqlens=torch.tensor([1, 7]),
-    )  # fmt: skip
-    refused("cache_seqlens: expected at least 0", call, *caches, k, v, cache_seqlens=-1)
-    refused(
-        r"cache_seqlens: expected shape \(2,\)", call, *caches, cache_seqlens=torch.ones(1).int()
-    )
-    refused(
-        r"block_table: expected shape \(2, max_blocks\)",
-        call, *caches, k, v, block_table=torch.zeros(1, 1).int(), **given,
-    )  # fmt: skip
-    refused("window_size: expected", call, *caches, k, v, window_size=None, kind=TypeError, **given)
-    pads = torch.zeros(3, dtype=torch.int32)
-    refused(r"cache_leftpad: expected shape \(2,\)", call, *caches, cache_leftpad=pads, **given)
-    refused("return_softmax_lse: ", call, *caches, return_softmax_lse=1, kind=TypeError, **given)
+    before = [x.clone() for x in caches]
+    lens = {"cache_seqlens": torch.tensor([1, 6])}
+    given, call = (q, *caches, ONE), flash_attn_with_kvcache
+    refused("causal: expected True for more than one query", call, *given, causal=False, **lens)
+    refused("k, v: expected both or neither", call, *given, k, **lens)
+    refused("v: expected shape", call, *given, k, v[:, :1], **lens)
+    other = k.bfloat16()
+    refused("k: expected the dtype of k_cache", call, *given, other, v, kind=TypeError, **lens)
+    for held, wrong in (([1, 7], "7 for sequence 1"), ([-1, 6], "-1 for sequence 0")):
+        match = f"cache_seqlens: expected from 0 to 6 .*got {wrong}"
+        refused(match, call, *given, k, v, cache_seqlens=torch.tensor(held))
+    refused("cache_seqlens: expected at least 0", call, *given, k, v, cache_seqlens=-1)
+    one = torch.ones(1).int()
+    refused(r"cache_seqlens: expected shape \(2,\)", call, *given, cache_seqlens=one)
+    table = torch.zeros(1, 1).int()
+    refused("block_table: expected shape", call, *given, k, v, block_table=table, **lens)
     pads = torch.tensor([0, -1])
-    refused(
-        "cache_leftpad: expected slots from 0", call, *caches, k, v, cache_leftpad=pads, **given
-    )
-    flat = (q, k_cache.flatten(), v_cache.flatten(), ONE, k, v)
+    refused("cache_leftpad: expected slots", call, *given, k, v, cache_leftpad=pads, **lens)
+    flat = (q, *(x.flatten() for x in caches), ONE, k, v)
     refused("k_cache: expected shape", call, *flat, cache_seqlens=9)
-    assert torch.equal(k_cache, before[0])
-    assert torch.equal(v_cache, before[1])
+    assert all(map(torch.equal, caches, before))
 
 
 def test_compile_fullgraph():
