@@ -1,11 +1,11 @@
-"""The modules of benchmarks/, which import one another by their names."""
+"""The modules of benchmarks/, which import one another by their names, or are run as a package."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path += [str(Path(__file__).parents[1] / "benchmarks"), str(Path(__file__).parents[1])]
 
 import attention_peers
 import attentions

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-import benchmark_modules  # noqa: F401  whose folder has the script
+import benchmark_modules  # noqa: F401  which finds them
 import pytest
 import torch
-import tune
 
+from benchmarks import tune
 from longrope_kernels.kernels import attention
 from longrope_kernels.kernels.attention_backward import Configs
 from longrope_kernels.kernels.attention_tiles import Config
@@ -104,7 +104,7 @@ def test_what_does_not_compile_is_left_out(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tune.attention, "CANDIDATES", (Config(24, 16, 4, 1),))
+    monkeypatch.setattr(attention, "CANDIDATES", (Config(24, 16, 4, 1),))
     (forward,) = printed(capsys, "--kernel", "forward")
     assert forward[16] == attention.CONFIGS[0][256]  # as it stood
 
