@@ -233,6 +233,32 @@ def test_generates_for_padded_rows_and_beams(family: str, four: Ranks) -> None:
         assert torch.equal(out, expected)
 
 
+def chunks(group_size: int | None) -> Any:
+    """Logits of the last token of a prompt, of a chunk, of a step, and of others in their place."""
+    model = enable(family_model(PHI3))
+    if group_size is not None:
+        model = spread_model(PHI3, group_size)
+    if model is None:
+        return None
+    ids, found = tokens(2, 60), []
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for start, stop, dropped in ((0, 20, 0), (20, 43, 0), (43, 46, 0), (36, 60, 10)):
+            if dropped:
+                cache.crop(-dropped)
+            out = model(input_ids=ids[:, start:stop], past_key_values=cache)
+            found.append(out.logits[:, -1:])
+    assert cache.get_seq_length() == 60
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("size", [2, 0])
+def test_chunks_and_dropped_tokens(size: int, four: Ranks) -> None:
+    expected = chunks(None)
+    for found in results(four, size, chunks, size):
+        assert max_diff(found, expected) < CLOSE
+
+
 # ------------------------------------------------------------------------------------------- errors
 
 
@@ -260,14 +286,6 @@ def refuse(case: str) -> Any:
                 cache = DynamicCache(config=model.config)
                 enable(family_model(PHI3))(input_ids=ids, past_key_values=cache)
                 model(**inputs, past_key_values=cache)
-            elif case == "chunk":
-                cache = DynamicCache(config=model.config)
-                model(**inputs, past_key_values=cache)
-                model(**inputs, past_key_values=cache)
-            elif case == "crop":
-                cache = DynamicCache(config=model.config)
-                model(**inputs, past_key_values=cache)
-                cache.crop(-2)
             elif case == "recorded":
                 with torch.enable_grad():
                     model(**inputs, past_key_values=DynamicCache(config=model.config))
@@ -290,8 +308,6 @@ REFUSED = {
     "packed rows": r"position_ids: expected packed sequences in one row with group=, got 2 rows",
     "static": r"past_key_values: expected a DynamicCache that offloads nothing, got StaticCache",
     "filled": r"past_key_values: expected an empty DynamicCache, or one that this model has filled",
-    "chunk": r"input_ids: expected at most 16 tokens behind a spread cache, got 24",
-    "crop": r"past_key_values: a spread cache drops no tokens, got crop\(-2\)",
     "recorded": r"past_key_values: expected None where gradients are recorded",
     "rotated": r"cache: expected 'unrotated' with group=, got 'rotated'",
     "backend": r"backend: expected one of reference, composed, triton, native or None with group=",

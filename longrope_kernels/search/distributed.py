@@ -1,4 +1,5 @@
-"""A search on several processes (torchrun): candidates are split over the ranks.
+"""A search on several processes (torchrun): candidates are split over the ranks, or over groups
+of ranks that share each sequence.
 
 Rank 0 owns the search and its journal; the others only evaluate. What is exchanged are Python
 objects, over gloo, also where a model runs on GPUs: a process group made by `start_ranks` has
@@ -52,10 +53,11 @@ def run_distributed(
     coarse: Evaluate | None = None,
     batch: int = 1,
     racing: bool = False,
+    sharing: int = 1,
 ) -> Evaluation | None:
     """`run_search` over all ranks of the process group; every one of them calls it.
 
-    In each round every rank evaluates up to ``batch`` candidates, and rank 0 tells the search.
+    In each round every rank (with ``sharing`` every group of so many) evaluates up to ``batch`` candidates, and rank 0 tells the search.
     The result is that of `run_search` where the evaluator does not depend on the rank.
 
     Args:
@@ -65,6 +67,7 @@ def run_distributed(
         coarse: as in `run_search`; on every rank.
         batch: candidates per rank and round.
         racing: as in `run_search`.
+        sharing: how many ranks, one after another, evaluate the same candidates, together.
 
     Returns:
         `Search.best`, on every rank.
@@ -77,8 +80,8 @@ def run_distributed(
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     if dist.get_rank() == 0:
-        return _lead(make_search, evaluate, coarse, progress, batch, racing)
-    return _follow(evaluate, coarse)
+        return _lead(make_search, evaluate, coarse, progress, batch, racing, sharing)
+    return _follow(evaluate, coarse, sharing)
 
 
 def _lead(
@@ -88,16 +91,17 @@ def _lead(
     progress: Progress | None,
     batch: int,
     racing: bool,
+    sharing: int,
 ) -> Evaluation | None:
     try:
         search = make_search()
         if progress is not None:
             progress(search)
         while candidates := search.ask():
-            width = batch * dist.get_world_size()
+            width = batch * (dist.get_world_size() // sharing)
             for start in range(0, len(candidates), width):
                 judge, threshold = judge_of(search, evaluate, coarse, racing)
-                _round(search, judge, candidates[start : start + width], threshold)
+                _round(search, judge, candidates[start : start + width], threshold, sharing)
                 if progress is not None:
                     progress(search)
     except _RankError:
@@ -122,11 +126,15 @@ def _tell_end(text: str) -> None:
 
 
 def _round(
-    search: Search, judge: Evaluate, candidates: list[Candidate], threshold: float | None
+    search: Search,
+    judge: Evaluate,
+    candidates: list[Candidate],
+    threshold: float | None,
+    sharing: int,
 ) -> None:
     """Rank 0's part: split, evaluate its own, gather, tell."""
-    size = dist.get_world_size()
-    shares = [candidates[rank::size] for rank in range(size)]
+    groups = dist.get_world_size() // sharing
+    shares = [candidates[group::groups] for group in range(groups)]
     _broadcast(("evaluate", search.stage, shares, threshold))
     own = _attempt(judge, shares[0], threshold)
     try:
@@ -134,7 +142,7 @@ def _round(
     except _RankError:
         search.tell(own[0])
         raise
-    search.tell([one for found, _ in answers for one in found])
+    search.tell([one for found, _ in answers[::sharing] for one in found])
     failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text]
     if failures:
         text = "; ".join(failures)
@@ -142,7 +150,7 @@ def _round(
         raise _RankError(f"{text}; {_RESUME}")
 
 
-def _follow(evaluate: Evaluate, coarse: Evaluate | None) -> Evaluation | None:
+def _follow(evaluate: Evaluate, coarse: Evaluate | None, sharing: int) -> Evaluation | None:
     while True:
         message = _broadcast(None)
         if message[0] == "done":
@@ -152,7 +160,7 @@ def _follow(evaluate: Evaluate, coarse: Evaluate | None) -> Evaluation | None:
             raise _RankError(f"{message[1]}; {_RESUME}")
         _, stage, shares, threshold = message
         judge = coarse if stage == "coarse" and coarse is not None else evaluate
-        _gather(_attempt(judge, shares[dist.get_rank()], threshold))
+        _gather(_attempt(judge, shares[dist.get_rank() // sharing], threshold))
 
 
 def _attempt(

@@ -12,7 +12,7 @@ import typer
 
 from ..rope.value import Rope
 from .base import Search
-from .budget import Costs, planned, seconds_of
+from .budget import BUDGET, Costs, planned, seconds_of
 from .candidate import Evaluation
 from .coarse import Coarse, Sieve
 from .descent import YARN, best_attention, descent
@@ -208,6 +208,7 @@ def find(
     context: dict[str, Any] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    sharing: int = 1,
 ) -> Found:
     """Search, in a folder where the same call goes on if it is stopped.
 
@@ -223,6 +224,7 @@ def find(
         context: what else decides the fitness, as JSON values: the model.
         progress: as in `run_search`.
         say: told on rank 0 what was chosen for ``options.hours``.
+        sharing: as in `run_distributed`.
 
     Raises:
         ValueError: an argument is out of range, the folder is another run's, or no candidate has a
@@ -232,7 +234,8 @@ def find(
     fitness = options.measure(losses, documents, length, encode)
     skipped = options.skipped(losses, documents, length, encode)
     if options.hours is not None:
-        options, text = _within(options, options.hours, folder, space, fitness, skipped, len(ropes))
+        wanted = options.hours, folder, space, fitness, skipped, len(ropes), sharing
+        options, text = _within(options, *wanted)
         if say is not None and is_main():
             say(text)
     sieve = None if skipped is None else options.coarse.sieve
@@ -264,7 +267,7 @@ def find(
         arguments["coarse"] = Evaluator(space, skipped)
     try:
         if is_shared():
-            best = run_distributed(make, evaluate, note, **arguments)
+            best = run_distributed(make, evaluate, note, sharing=sharing, **arguments)
         else:
             best = run_search(make(), evaluate, note, **arguments)
     finally:
@@ -284,17 +287,21 @@ def _within(
     fitness: Documents,
     skipped: Documents | None,
     formulas: int,
+    sharing: int,
 ) -> tuple[Options, str]:
     """Options that fit into some hours, the same on all ranks, and a line on them."""
     ropes = [space.rope(space.starts()[0])] * options.batch
 
     def measure() -> Costs:
-        each = options.batch * rank_count()
+        each = options.batch * (rank_count() // sharing)
         coarse = None
         if skipped is not None:
             coarse = seconds_of(lambda: skipped.measure(ropes)) / each
         return Costs(seconds_of(lambda: fitness.measure(ropes)) / each, coarse, formulas)
 
+    if sharing > 1 and not from_main((folder / BUDGET).exists):  # all of them are needed for it
+        costs = measure()
+        measure = lambda: costs  # noqa: E731
     settings, share, text = from_main(
         lambda: planned(folder, asdict(options), options.evolution, hours, measure)
     )

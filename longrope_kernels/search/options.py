@@ -81,6 +81,13 @@ class Machine:
 
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    context_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes of torchrun that share each sequence, in the order of their ranks.",
+        ),
+    ] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,17 @@
-"""What the processes of torchrun agree on, beside the candidates that `distributed` shares out."""
+"""What the processes of torchrun agree on, beside the candidates that `distributed` shares out.
+
+``sharing`` of them, in the order of their ranks, share each sequence: they measure it together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 _Value = TypeVar("_Value")
+_Item = TypeVar("_Item")
 
 
 def is_main() -> bool:
@@ -23,6 +27,33 @@ def is_shared() -> bool:
 def rank_count() -> int:
     """How many processes there are."""
     return dist.get_world_size() if is_shared() else 1
+
+
+def sequence_group(sharing: int) -> dist.ProcessGroup | None:
+    """The processes that share sequences with this one; None where it has its own."""
+    if sharing == 1:
+        return None
+    count = rank_count()
+    if count % sharing:
+        raise ValueError(
+            f"--context-parallel: expected a number that divides the {count} processes of torchrun "
+            f"(torchrun --nproc-per-node N --no-python longrope ...), got {sharing}"
+        )
+    own: dist.ProcessGroup
+    own, _ = dist.new_subgroups(sharing)
+    return own
+
+
+def shared_out(items: Sequence[_Item], do: Callable[[_Item], _Value], sharing: int) -> list[_Value]:
+    """``do`` of each item, on every rank: each ``sharing`` processes do some of them."""
+    groups = rank_count() // sharing
+    if groups == 1:
+        return [do(item) for item in items]
+    own = [do(item) for item in items[dist.get_rank() // sharing :: groups]]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    of_groups = everyone[::sharing]
+    return [of_groups[i % groups][i // groups] for i in range(len(items))]
 
 
 def from_main(make: Callable[[], _Value]) -> _Value:

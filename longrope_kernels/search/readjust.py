@@ -84,6 +84,7 @@ def readjust(
     context: dict[str, Any] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    sharing: int = 1,
 ) -> Readjusted:
     """Search a set for each short length, and put those that are better before the long ones.
 
@@ -101,6 +102,7 @@ def readjust(
         context: as in `find`.
         progress: as in `find`.
         say: as in `find`.
+        sharing: as in `find`.
 
     Raises:
         ValueError: the lengths do not ascend, or reach beyond the bound of the last set; as `find`.
@@ -134,6 +136,7 @@ def readjust(
             context={**(context or {}), "before": as_json(rope)},
             progress=progress,
             say=say,
+            sharing=sharing,
         )
     before = {length: one.others[BEFORE] for length, one in found.items()}
     result = Readjusted(rope, found, before)

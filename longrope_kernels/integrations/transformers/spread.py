@@ -28,7 +28,7 @@ STEP = "longrope_step"  # the argument that layers pass on to the attention func
 
 
 class Step(NamedTuple):
-    """Of a few tokens behind a spread cache, which every rank computes whole."""
+    """Of a few tokens, or of some behind a spread cache, which every rank computes whole."""
 
     key_slots: torch.Tensor  # (keys,) int64, the slots of the keys here, the new ones included
     total: int  # how many keys all ranks have
@@ -80,11 +80,7 @@ def _before(
     )
     given["position_ids"] = positions
     held = held_in(caches[0], base, ranks, device, past) if caches else None
-    step = held is not None and tokens <= FEW_QUERIES
-    if past and not step:
-        raise ValueError(
-            f"{name}: expected at most {FEW_QUERIES} tokens behind a spread cache, got {tokens}"
-        )
+    step = held is not None and (past > 0 or tokens <= FEW_QUERIES)
     if not step and tokens < 2 * ranks.size:  # layers of transformers take no fewer than one token
         raise ValueError(f"{name}: expected at least two tokens a rank, got {tokens}")
     if held is not None:
@@ -138,19 +134,10 @@ def attend(
                 "position_ids: expected those of the tokens in their order, from 0, behind a "
                 "spread cache, got others"
             )
-        held, total = (q.new_full((batch,), n, dtype=torch.int64) for n in (k.shape[1], step.total))
-        out = decode(
-            *(q, k, v, held, rope),
-            key_slots=step.key_slots.expand(batch, -1),
-            total_lens=total,
-            lengths=call.lengths if call.query_lengths is None else call.query_lengths,
-            kv_start=call.kv_start,
-            group=group,
-            backend=settings.decode_backend,
-            **rest,
-        )
-        assert isinstance(out, torch.Tensor)
-        return out
+        lengths = call.lengths
+        if tokens <= FEW_QUERIES and call.query_lengths is not None:
+            lengths = call.query_lengths
+        return _attend_step(q, k, v, call.kv_start, lengths, settings, step, rest)
     if call.cu_seqlens is not None:
         if batch > 1:
             raise ValueError(
@@ -170,3 +157,36 @@ def attend(
     )
     assert isinstance(out, torch.Tensor)
     return out[None] if call.cu_seqlens is not None else out
+
+
+def _attend_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_start: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    settings: Settings,
+    step: Step,
+    rest: dict[str, Any],
+) -> torch.Tensor:
+    """All queries on each rank, as many at a time as `decode` takes."""
+    batch, queries = q.shape[:2]
+    parts = []
+    for at in range(0, queries, FEW_QUERIES):
+        some = slice(at, min(at + FEW_QUERIES, queries))
+        total = step.total - (queries - some.stop)
+        whole = q.new_full((batch,), total, dtype=torch.int64)
+        of_some = lengths[:, some] if lengths is not None and lengths.dim() == 2 else lengths
+        out = decode(
+            *(q[:, some], k, v, (step.key_slots < total).sum().expand(batch), settings.rope),
+            key_slots=step.key_slots.expand(batch, -1),
+            total_lens=whole,
+            lengths=of_some,
+            kv_start=kv_start,
+            group=settings.group,
+            backend=settings.decode_backend,
+            **rest,
+        )
+        assert isinstance(out, torch.Tensor)
+        parts.append(out)
+    return torch.cat(parts, 1)

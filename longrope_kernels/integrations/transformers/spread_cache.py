@@ -14,34 +14,42 @@ ORDER: Order = "balanced"  # in which a model's tokens are cut
 
 
 class Held:
-    """Which slots of a cache are on this rank, and how many on each."""
+    """Which slots of a cache each rank has, and those of this one on the device, ascending."""
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.ranks = ranks
-        self.counts = [0] * ranks.size
+        self.spans: list[Spans] = [()] * ranks.size
         self.slots = torch.empty(0, dtype=torch.int64, device=device)
         self.new = 0  # tokens of this forward, on all ranks
         self.keeps = True  # whether this rank keeps what its layers make in this forward
 
     def begin(self, tokens: int, *, whole: bool) -> None:
         """New tokens: a prompt as `shard` cuts it, or ``whole`` where the fewest are."""
-        size, rank, total = self.ranks.size, self.ranks.rank, sum(self.counts)
-        parts: list[Spans]
+        size, rank = self.ranks.size, self.ranks.rank
+        counts = [count(spans) for spans in self.spans]
+        total = sum(counts)
+        new: list[Spans]
         if whole:
-            owner = self.counts.index(min(self.counts))
-            parts = [((total, total + tokens),) if i == owner else () for i in range(size)]
+            owner = counts.index(min(counts))
+            new = [((total, total + tokens),) if i == owner else () for i in range(size)]
         else:
-            parts = [spans_of(tokens, i, size, ORDER) for i in range(size)]
-        self.new, self.keeps = tokens, bool(parts[rank])
-        new = [torch.arange(*span, device=self.slots.device) for span in parts[rank]]
-        self.slots = torch.cat([self.slots, *new])
-        self.counts = [old + count(part) for old, part in zip(self.counts, parts, strict=True)]
+            new = [spans_of(tokens, i, size, ORDER) for i in range(size)]
+        self.new, self.keeps = tokens, bool(new[rank])
+        own = [torch.arange(*span, device=self.slots.device) for span in new[rank]]
+        self.slots = torch.cat([self.slots, *own])
+        self.spans = [old + more for old, more in zip(self.spans, new, strict=True)]
+
+    def crop(self, total: int) -> None:
+        """Keep the first so many tokens of all ranks."""
+        self.spans = [
+            tuple((start, min(stop, total)) for start, stop in spans if start < total)
+            for spans in self.spans
+        ]
+        self.slots = self.slots[: count(self.spans[self.ranks.rank])]
 
 
 class SpreadLayer(DynamicLayer):  # type: ignore[misc]
     """The keys and values of a layer that this rank holds; its length is that of all ranks."""
-
-    is_croppable = False
 
     def __init__(self, held: Held) -> None:
         super().__init__()
@@ -68,11 +76,15 @@ class SpreadLayer(DynamicLayer):  # type: ignore[misc]
         self.total = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not served."""
-        raise ValueError(
-            f"past_key_values: a spread cache drops no tokens, got crop({tokens_to_remove}); "
-            "assisted generation is not served with group="
-        )
+        """Drop the last tokens of all ranks, given as a negative number."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "tokens_to_remove: expected how many tokens to drop, negative, got "
+                f"{tokens_to_remove}"
+            )
+        self.total += tokens_to_remove
+        self.held.crop(self.total)
+        self.keys, self.values = (x[:, :, : len(self.held.slots)] for x in (self.keys, self.values))
 
 
 def held_in(cache: Any, base: Any, ranks: Ranks, device: torch.device, past: int) -> Held:
