@@ -24,7 +24,7 @@ from .find import NEEDLES, Options, find
 from .fitness import Perplexity, pass_key, passkey_accuracy
 from .model import TransformersLosses
 from .options import Given, Last, Machine, Out, Read, Stride, Upper, ascending, paths
-from .ranks import is_main
+from .ranks import is_main, sequence_group, shared_out
 from .readjust import readjust
 from .source import (
     EVALUATION,
@@ -53,6 +53,7 @@ class Search:
     in the folder: longrope.json (Rope.load), the model's config.json with the new factors,
     result.json, factors.png and history.png. evaluations.jsonl has every candidate. Several
     processes share the candidates: torchrun --nproc-per-node 8 --no-python longrope search ...
+    With --context-parallel N, N of them share each sequence.
     """
 
     length: Annotated[int, typer.Option(min=2, help="Tokens to extend the model to.")]
@@ -87,6 +88,7 @@ class Search:
                 context={"weights": fingerprint(losses.model)},
                 progress=watch("search", "search", 0),
                 say=_say,
+                sharing=self.given.context_parallel,
             )
         if is_main():
             best, one = found.best.candidate, found.rope.sets[0]
@@ -164,6 +166,7 @@ class Readjust:
                 context={"weights": fingerprint(losses.model)},
                 progress=watch("search", "readjust", 0),
                 say=_say,
+                sharing=self.given.context_parallel,
             )
         if is_main():
             rows = []
@@ -195,7 +198,12 @@ class Extend:
     def run(self) -> None:
         start_ranks()
         out, machine = self.out, self.machine
-        extension = Extension(self.plan, out, device=machine.device, dtype=machine.dtype)
+        extension = Extension(
+            *(self.plan, out),
+            device=machine.device,
+            dtype=machine.dtype,
+            sharing=machine.context_parallel,
+        )
         with _bars() as watch:
             rope = extension.run(watch, _say)
         if not is_main():
@@ -224,7 +232,8 @@ class Evaluate:
       --length 4096 --length 8192 --length 16384 --length 32768
 
     Every method sees the same documents at every length; the formulas extend to the longest.
-    Prints a table; the folder gets evaluation.json and perplexity.png.
+    Prints a table; the folder gets evaluation.json and perplexity.png. Processes of torchrun share
+    the measurements, with --context-parallel N each sequence among N of them.
     """
 
     lengths: Annotated[
@@ -251,6 +260,7 @@ class Evaluate:
     def run(self) -> None:
         from tqdm import tqdm
 
+        start_ranks()
         source, encode = _opened(self.given)
         lengths, longest = self.lengths, self.lengths[-1]
         compare = self.baselines and longest > source.original
@@ -260,19 +270,32 @@ class Evaluate:
         if self.passkey and room > longest:
             raise ValueError(f"--passkey: expected a length of {room} tokens, got {longest}")
         documents, losses = _measured(self.given, encode, longest)
+        wanted: list[tuple[int, str, Rope]] = []
+        for length in lengths:
+            dynamic = {"dynamic NTK": _dynamic(source, length)} if compare else {}
+            wanted += [(length, name, rope) for name, rope in (methods | dynamic).items()]
+
+        def measure(one: tuple[int, str, Rope]) -> tuple[float, float | None]:
+            length, _, rope = one
+            fitness = Perplexity(losses, documents, length, last=self.last, stride=self.stride)
+            share = None
+            value = fitness(rope)
+            if length >= room:
+                share = passkey_accuracy(losses, rope, documents, needles, length)
+            bar.update()
+            return value, share
+
+        told: Any = {"desc": "evaluate", "unit": " measured", "disable": not is_main()}
+        with tqdm(total=len(wanted), **told) as bar:
+            measured = shared_out(wanted, measure, self.given.context_parallel)
+        if not is_main():
+            return
         values: dict[str, dict[int, float]] = {}
         found: dict[str, dict[int, float]] = {}
-        total = (len(methods) + compare) * len(lengths)
-        with tqdm(total=total, desc="evaluate", unit=" measured") as bar:
-            for length in lengths:
-                fitness = Perplexity(losses, documents, length, last=self.last, stride=self.stride)
-                dynamic = {"dynamic NTK": _dynamic(source, length)} if compare else {}
-                for name, rope in (methods | dynamic).items():
-                    values.setdefault(name, {})[length] = fitness(rope)
-                    if length >= room:
-                        share = passkey_accuracy(losses, rope, documents, needles, length)
-                        found.setdefault(name, {})[length] = share
-                    bar.update()
+        for (length, name, _), (value, share) in zip(wanted, measured, strict=True):
+            values.setdefault(name, {})[length] = value
+            if share is not None:
+                found.setdefault(name, {})[length] = share
         self.out.mkdir(parents=True, exist_ok=True)
         content = {
             "model": self.given.model,
@@ -336,7 +359,8 @@ def _measured(
     documents = read_documents(
         paths, encode, length, most=given.samples, short="skip" if short else "error"
     )
-    return documents, TransformersLosses(load_model(Path(given.model), given.device, given.dtype))
+    model = load_model(Path(given.model), given.device, given.dtype)
+    return documents, TransformersLosses(model, group=sequence_group(given.context_parallel))
 
 
 def _dynamic(source: Source, length: int) -> Rope:

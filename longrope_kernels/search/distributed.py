@@ -57,8 +57,9 @@ def run_distributed(
 ) -> Evaluation | None:
     """`run_search` over all ranks of the process group; every one of them calls it.
 
-    In each round every rank (with ``sharing`` every group of so many) evaluates up to ``batch`` candidates, and rank 0 tells the search.
-    The result is that of `run_search` where the evaluator does not depend on the rank.
+    In each round every rank, with ``sharing`` every group of so many, evaluates up to ``batch``
+    candidates, and rank 0 tells the search. The result is that of `run_search` where the evaluator
+    does not depend on the rank.
 
     Args:
         make_search: called on rank 0 alone.

@@ -23,7 +23,7 @@ from .documents import Document, Encode, encoder, read_documents
 from .find import Options, find
 from .model import TransformersLosses
 from .options import Read, Texts, Upper, ascending, paths
-from .ranks import from_main, is_main
+from .ranks import from_main, is_main, sequence_group
 from .readjust import readjust
 from .source import (
     baselines,
@@ -138,7 +138,13 @@ class Extension:
     """
 
     def __init__(
-        self, plan: ExtendPlan, folder: Path, *, device: str = "auto", dtype: str = "auto"
+        self,
+        plan: ExtendPlan,
+        folder: Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        sharing: int = 1,
     ) -> None:
         """Write the plan, or find it there.
 
@@ -147,12 +153,14 @@ class Extension:
             folder: made where it is missing.
             device: as in `load_model`.
             dtype: as in `load_model`; fine-tuning always has float32 weights.
+            sharing: how many processes share each sequence, one rank after another.
 
         Raises:
             ValueError: the folder has another plan, named by what differs; the plan does not go
                 with the model.
         """
         self.plan, self.folder, self._device, self._dtype = plan, folder, device, dtype
+        self._sharing, self._group = sharing, sequence_group(sharing)
         self.source = open_source(Path(plan.model), plan.original)
         if plan.stages[0].length <= self.source.trained:
             raise ValueError(
@@ -229,6 +237,7 @@ class Extension:
             context={"weights": fingerprint(losses.model)},
             progress=self._progress("search", step),
             say=self._say,
+            sharing=self._sharing,
         )
         step.finish({"perplexity": found.best.fitness, "others": found.others})
         return found.rope
@@ -255,6 +264,7 @@ class Extension:
             step.folder,
             short_length=original,
             progress=self._progress("tune", step, stage.steps),
+            group=self._group,
         )
         from ..integrations.transformers import disable
 
@@ -286,6 +296,7 @@ class Extension:
             context={"weights": fingerprint(losses.model)},
             progress=self._progress("search", step),
             say=self._say,
+            sharing=self._sharing,
         )
         from_main(lambda: save_rope(result.rope, step.folder))
         after = {str(n): found.best.fitness for n, found in result.found.items()}
@@ -318,7 +329,8 @@ class Extension:
         return note
 
     def _losses(self, weights: Path) -> TransformersLosses:
-        return TransformersLosses(load_model(weights, self._device, self._dtype))
+        model = load_model(weights, self._device, self._dtype)
+        return TransformersLosses(model, group=self._group)
 
     def _documents(self, length: int) -> list[Document]:
         return read_documents(

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..distributed.ranks import Group
 from ..rope.value import Rope
+from .own_tokens import OwnTokens
 
 Ropes = Rope | Sequence[Rope]
 _Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -59,7 +61,12 @@ class TransformersLosses:
     """
 
     def __init__(
-        self, model: Any, *, backend: str | None = None, batch_tokens: int | None = None
+        self,
+        model: Any,
+        *,
+        backend: str | None = None,
+        batch_tokens: int | None = None,
+        group: Group = None,
     ) -> None:
         """Enable ``model`` and put it into eval mode.
 
@@ -69,6 +76,8 @@ class TransformersLosses:
             batch_tokens: how many tokens a forward has at most, where it has more than one row;
                 by default 32768 on a GPU, and one row at a time on a CPU. A forward that does not
                 fit into the memory of a device is tried again in halves.
+            group: as in `enable`: its ranks measure each row together, all call alike, and each
+                gets all losses. What does not fit into memory is not tried again then.
 
         Raises:
             ValueError: the model has no head, no rotary embedding that this package knows, or
@@ -85,7 +94,8 @@ class TransformersLosses:
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
         self.rope = Rope.from_config(model.config)
-        self.model = enable(model, rope=self.rope, backend=backend).eval()
+        self.model = enable(model, rope=self.rope, backend=backend, group=group).eval()
+        self._group = group
         self._head: nn.Module = head
         weight = next(model.parameters())
         if batch_tokens is None:
@@ -147,7 +157,7 @@ class TransformersLosses:
         try:
             return self._forward(ropes, tokens, last, of_logits, positions)
         except torch.OutOfMemoryError:
-            if len(ropes) == 1:
+            if len(ropes) == 1 or self._group is not None:  # the other ranks may have had room
                 raise
         # Outside of the handler, whose traceback holds the tensors that were too many.
         half = len(ropes) // 2
@@ -182,14 +192,19 @@ class TransformersLosses:
             chosen |= {"position_ids": positions.to(tokens.device), "attention_mask": mask}
         base = self.model.base_model
         hidden = base(input_ids=tokens, use_cache=False, **chosen).last_hidden_state
-        hidden, targets = hidden[:, -last - 1 : -1], tokens[:, -last:]
+        own = None if self._group is None else OwnTokens(self._group, tokens.shape[1], last)
+        if own is None:
+            hidden, targets = hidden[:, -last - 1 : -1], tokens[:, -last:]
+        else:
+            hidden, targets = own.of(hidden, tokens)
         vocabulary = self.model.config.get_text_config().vocab_size
         step = max(CHUNK_NUMBERS // (vocabulary * len(tokens)), 1)
         parts = []
-        for at in range(0, last, step):
+        for at in range(0, max(hidden.shape[1], 1), step):
             logits = self._head(hidden[:, at : at + step])
             parts.append(of_logits(logits, targets[:, at : at + step].to(logits.device)))
-        return torch.cat(parts, 1).cpu()
+        found = torch.cat(parts, 1)
+        return (found if own is None else own.of_all(found)).cpu()
 
     def _check_tokens(self, tokens: torch.Tensor, last: int) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64:

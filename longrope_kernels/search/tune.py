@@ -16,9 +16,12 @@ import typer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..distributed.ranks import Group, ranks_of
+from ..distributed.sums import whole_sum
 from ..rope.value import Rope
 from .documents import Document
 from .model import CHUNK_NUMBERS
+from .own_tokens import OwnTokens
 
 LOG = "tuning.jsonl"
 Progress = Callable[[int, float], None]
@@ -81,6 +84,7 @@ def tune(
     *,
     short_length: int | None = None,
     progress: Progress | None = None,
+    group: Group = None,
 ) -> Any:
     """Fine-tune a model; in a folder with checkpoints the same call goes on from the last.
 
@@ -97,6 +101,7 @@ def tune(
         folder: of ``tuning.jsonl`` (loss and seconds of every step) and checkpoints.
         short_length: of the windows that ``settings.short_share`` asks for.
         progress: called with the number of steps done and the loss of the last.
+        group: as in `enable`: its processes share the windows of each.
 
     Returns:
         The model, enabled under ``rope``, in eval mode.
@@ -119,21 +124,22 @@ def tune(
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="no" if device.type == "cpu" else "bf16"
     )
-    enable(model, rope=rope)
+    enable(model, rope=rope, group=group)
     if settings.recompute:
         _checkpointing(model, "enable")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.0
     )
-    module, optimizer = accelerator.prepare(_Loss(model), optimizer)
+    module, optimizer = accelerator.prepare(_Loss(model, group), optimizer)
     folder.mkdir(parents=True, exist_ok=True)
     start = _restore(accelerator, folder)
-    windows = _Windows(documents, settings, length, short_length, accelerator.process_index)
+    share = accelerator.process_index // (1 if group is None else ranks_of(group).size)
+    windows = _Windows(documents, settings, length, short_length, share)
     module.train()
     for step in range(start, steps):
         begin = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate * _schedule(step, steps, settings.warmup)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = settings.rate * _schedule(step, steps, settings.warmup)
         total = 0.0
         for part in range(settings.accumulate):
             loss = module(windows.part(step, part).to(accelerator.device)) / settings.accumulate
@@ -171,19 +177,27 @@ class _Loss(nn.Module):
     The logits of a long window are made, and made again in the backward pass, in pieces.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, group: Group) -> None:
         super().__init__()
         self.model = model
+        self._group = group
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (rows, length) int64. Gives ()."""
         hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        hidden, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        if self._group is None:
+            hidden, targets = hidden[:, :-1], tokens[:, 1:]
+        else:
+            own = OwnTokens(self._group, tokens.shape[1], tokens.shape[1] - 1)
+            hidden, targets = own.of(hidden, tokens)
+        count = tokens[:, 1:].numel()
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
         size = max(CHUNK_NUMBERS // self.model.config.get_text_config().vocab_size, 1)
         total: torch.Tensor = hidden.new_zeros((), dtype=torch.float32)
         for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
             total = total + checkpoint(self._sum, part, wanted, use_reentrant=False)
-        return total / len(targets)
+        total = total / count
+        return total if self._group is None else whole_sum(total, ranks_of(self._group))
 
     def _sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self.model.get_output_embeddings()(hidden).float()

@@ -84,7 +84,9 @@ class SpreadLayer(DynamicLayer):  # type: ignore[misc]
             )
         self.total += tokens_to_remove
         self.held.crop(self.total)
-        self.keys, self.values = (x[:, :, : len(self.held.slots)] for x in (self.keys, self.values))
+        kept = len(self.held.slots)
+        self.keys: torch.Tensor = self.keys[:, :, :kept]
+        self.values: torch.Tensor = self.values[:, :, :kept]
 
 
 def held_in(cache: Any, base: Any, ranks: Ranks, device: torch.device, past: int) -> Held:

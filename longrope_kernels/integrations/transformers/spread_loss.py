@@ -24,7 +24,8 @@ def heads_of(model: nn.Module, bases: list[Any]) -> list[Any]:
     heads = []
     for module in model.modules():
         parts = list(module.modules())[1:]
-        if not hasattr(module, "loss_function") or not any(x is y for x in parts for y in bases):
+        around = any(part is base for part in parts for base in bases)
+        if not around or not hasattr(module, "loss_function"):
             continue
         if getattr(module, "loss_type", None) != "ForCausalLM":
             raise ValueError(

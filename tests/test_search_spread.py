@@ -1,0 +1,225 @@
+"""Searches over sequences that ranks share, on gloo: what one process finds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from cases import factors
+from model_cases import family_model, tokens
+from ranks import Ranks
+from search_cases import SMALL, flags, make_model, make_texts, one_thread
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from longrope_kernels import FactorSet, Rope, cli
+from longrope_kernels.search import own_tokens as own_tokens_module
+from longrope_kernels.search.documents import Document
+from longrope_kernels.search.model import TransformersLosses
+from longrope_kernels.search.tune import TuneSettings, tune
+
+LENGTH = 96
+__all__ = ["one_thread"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    pool = Ranks(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    make_model(folder / "model")
+    make_texts(folder / "texts")
+    return folder
+
+
+def all_of(pool: Ranks, function: Any, *args: Any) -> list[Any]:
+    found = pool("spread", function, *args)
+    for rank, answer in enumerate(found):
+        if isinstance(answer, Exception):
+            raise AssertionError(f"rank {rank}: {answer}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def ropes() -> list[Rope]:
+    return [Rope((FactorSet(factors(16, 2.0), n, 1.1),)) for n in (0, 9)]
+
+
+def losses_of(size: int) -> Any:
+    """Of all tokens, of the last ones, at positions that jump, and the likeliest tokens."""
+    if size and dist.get_rank() >= size:
+        return None
+    group = ranks.GROUPS[size] if size else None
+    losses = TransformersLosses(family_model("llama"), batch_tokens=64, group=group)
+    ids = tokens(2, 25)
+    jumps = torch.arange(25).expand(2, -1) * 3
+    found = [losses(ropes(), ids), losses(ropes()[0], ids, last=1)]
+    found.append(losses(ropes(), ids, last=7, positions=jumps))
+    return found, losses.likeliest(ropes(), ids, last=9)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_losses_are_those_of_one_process(size: int, four: Ranks, monkeypatch: Any) -> None:
+    expected, likeliest = losses_of(0)
+    found = all_of(four, losses_of, size)[:size]
+    for values, told in found:
+        assert torch.equal(told, likeliest)
+        for value, one, first in zip(values, expected, found[0][0], strict=True):
+            torch.testing.assert_close(value, one, rtol=1e-5, atol=1e-5)
+            assert torch.equal(value, first)  # the ranks of a race agree
+
+
+# ----------------------------------------------------------------------------------------- commands
+
+
+def run(arguments: list[str]) -> Any:
+    result = CliRunner().invoke(cli.app, arguments)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def command(work: Path, name: str, out: Path, *more: str, **settings: Any) -> list[str]:
+    given = flags(documents=work / "texts", tokenizer="bytes", samples=2, out=out, **settings)
+    return [name, str(work / "model"), *given, *more]
+
+
+def journal(folder: Path) -> list[dict[str, Any]]:
+    rows = map(json.loads, (folder / "evaluations.jsonl").read_text().splitlines())
+    return sorted(rows, key=lambda row: (row["iteration"], row["stage"], row["place"]))
+
+
+@pytest.mark.parametrize("more", [{}, {"hours": 0.5}], ids=["plain", "hours"])
+def test_two_times_two_ranks_decide_as_one_process(
+    more: dict[str, Any], work: Path, four: Ranks, tmp_path: Path
+) -> None:
+    """Candidates and sequences are shared out; the same candidates come, in the same order."""
+    settings = {"length": LENGTH, **SMALL, **more}
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    # As many at a time: a race sees the same best ones.
+    assert run(command(work, "search", alone, **settings, batch=2))[0] == 0
+    found = all_of(
+        four, run, command(work, "search", shared, **{"context-parallel": 2}, **settings)
+    )
+    for status, _, errors in found:
+        assert status == 0, errors
+    assert [output.count("LongRoPE") for _, output, _ in found] == [1, 0, 0, 0]
+    assert Rope.load(shared) == Rope.load(alone)
+    rows, expected = journal(shared), journal(alone)
+    assert len(rows) == len(expected)
+    for row, one in zip(rows, expected, strict=True):
+        assert row.pop("fitness") == pytest.approx(one.pop("fitness"), rel=1e-5)
+        for measured in ("seconds", "details"):
+            del row[measured], one[measured]
+        assert row == one
+
+
+def test_evaluate_shares_out_what_it_measures(work: Path, four: Ranks, tmp_path: Path) -> None:
+    arguments = ["--length", "192", "--passkey"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert run(command(work, "evaluate", alone, *arguments, length=48))[0] == 0
+    arguments += ["--context-parallel", "2"]
+    found = all_of(four, run, command(work, "evaluate", shared, *arguments, length=48))
+    for status, _, errors in found:
+        assert status == 0, errors
+    assert [output.count("the model's own") for _, output, _ in found] == [2, 0, 0, 0]
+    one, same = (json.loads((x / "evaluation.json").read_text()) for x in (alone, shared))
+    assert same["passkey"] == one["passkey"]
+    assert list(same["perplexity"]) == list(one["perplexity"])
+    for name, values in one["perplexity"].items():
+        assert same["perplexity"][name] == pytest.approx(values, rel=1e-5)
+
+
+def test_ranks_that_are_not_divided_are_named(work: Path, four: Ranks, tmp_path: Path) -> None:
+    for name in ("search", "evaluate"):
+        arguments = command(work, name, tmp_path / name, length=LENGTH)
+        for status, _, errors in all_of(four, run, [*arguments, "--context-parallel", "3"]):
+            assert status == 1
+            assert "--context-parallel: expected a number that divides the 4 processes" in errors
+
+
+# -------------------------------------------------------------------------------------- fine-tuning
+
+TUNING = TuneSettings(rate=0.01, warmup=0, rows=2)
+
+
+def as_torchrun() -> None:
+    """What accelerate reads; a group is there already."""
+    rank = str(dist.get_rank())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="4")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+
+
+def tuned(work: Path, folder: Path, size: int, settings: TuneSettings) -> Any:
+    """Weights after two steps on a single window, and what was logged."""
+    group = None
+    if size:
+        as_torchrun()
+        group, _ = dist.new_subgroups(size)
+    model = AutoModelForCausalLM.from_pretrained(work / "model")
+    generator = torch.Generator().manual_seed(2)
+    text = Document("text", torch.randint(0, 256, (48,), generator=generator))
+    rope = Rope((FactorSet(factors(8, 2.0)),))
+    model = tune(model, rope, [text], 48, 2, settings, folder, group=group)
+    rows = (folder / "tuning.jsonl").read_text().splitlines()
+    return list(model.state_dict().values()), [json.loads(row)["loss"] for row in rows]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_window_is_shared_as_if_it_were_whole(
+    recompute: bool, work: Path, four: Ranks, tmp_path: Path
+) -> None:
+    settings = replace(TUNING, recompute=recompute)
+    weights, losses = tuned(work, tmp_path / "alone", 0, settings)
+    found = all_of(four, tuned, work, tmp_path / "shared", 2, settings)
+    for own, logged in found:
+        assert logged == pytest.approx(losses, rel=1e-5)
+        for a, b in zip(own, weights, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def run_as_torchrun(arguments: list[str]) -> Any:
+    as_torchrun()
+    return run(arguments)
+
+
+@pytest.mark.full
+def test_an_extension_over_four_ranks(work: Path, four: Ranks, tmp_path: Path) -> None:
+    """Four share each sequence, so that they search and train on what one process does."""
+    settings = {"train": work / "texts", "stage": "64:2", "short": 48, **SMALL}
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    status, _, errors = run(command(work, "extend", alone, **settings))
+    assert status == 0, errors
+    arguments = command(work, "extend", shared, "--context-parallel", "4", **settings)
+    for status, _, errors in all_of(four, run_as_torchrun, arguments):
+        assert status == 0, errors
+    assert Rope.load(shared / "model") == Rope.load(alone / "model")
+    models = [AutoModelForCausalLM.from_pretrained(x / "model") for x in (alone, shared)]
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_every_scored_token_has_one_rank(four: Ranks) -> None:
+    for length, last in ((9, 8), (9, 1), (30, 4)):
+        found = all_of(four, scored, length, last)
+        assert sorted(slot for own in found for slot in own) == list(range(last))
+
+
+def scored(length: int, last: int) -> list[int]:
+    own = own_tokens_module.OwnTokens(ranks.GROUPS[4], length, last)
+    return own._place.tolist()
