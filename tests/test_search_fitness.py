@@ -17,15 +17,14 @@ from longrope_kernels.search import model as search_model
 from longrope_kernels.search.documents import Document
 from longrope_kernels.search.evaluator import Evaluator
 from longrope_kernels.search.fitness import (
-    Needle,
+    Measured,
     NeedlePerplexity,
     Perplexity,
     Race,
     hide,
-    pass_key,
-    passkey_accuracy,
 )
 from longrope_kernels.search.model import TransformersLosses
+from longrope_kernels.search.needles import Needle, pass_key
 
 CLOSE = 2e-5
 PAIRS = 16  # of the small models
@@ -148,15 +147,6 @@ def test_the_last_position_chooses_the_set(losses):
     for wrong in (places[0], places.int(), places.flip(1), places - 1):
         with pytest.raises(ValueError, match="positions: expected"):
             losses(both, ids, positions=wrong)
-
-
-def test_the_likeliest_tokens(losses):
-    ids = tokens(2)
-    told = losses.likeliest(rope(2.0), ids, last=5)
-    with torch.no_grad():
-        enable(losses.model, rope=rope(2.0))
-        logits = losses.model(ids, use_cache=False).logits
-    assert torch.equal(told, logits[:, -6:-1].argmax(-1))
 
 
 def test_a_rope_is_put_in_without_making_anything_anew(losses):
@@ -284,6 +274,21 @@ def test_a_sliding_window_counts_each_token_once(losses):
             window = ids[:, within - length : within]
             parts.append(transformers_losses(rope(4.0), window)[:, end - within - 1, None])
     assert fitness(rope(4.0)) == pytest.approx(perplexity(parts), rel=CLOSE)
+
+
+def test_errors_are_those_over_documents():
+    # Means of documents of equal size, so that textbook formulas hold.
+    one, other = Measured((3.0, 6.0, 12.0), (3, 3, 3)), Measured((4.5, 6.0, 15.0), (3, 3, 3))
+    assert one.loss == pytest.approx(7 / 3)
+    assert one.error == pytest.approx(torch.tensor([1.0, 2.0, 4.0]).std() / 3**0.5)
+    assert other.distance_error(one) == pytest.approx(torch.tensor([0.5, 0, 1]).std() / 3**0.5)
+    assert math.isnan(Measured((3.0,), (3,)).error)
+    # Where documents differ in size: by leaving out none, and drawing them many times.
+    drawn = torch.randint(0, 3, (200_000, 3), generator=torch.Generator().manual_seed(0))
+    sums, counts = torch.tensor([30.0, 42.0, 31.0]), torch.tensor([20, 22, 18])
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    got = Measured(tuple(sums.tolist()), tuple(counts.tolist())).error
+    assert got == pytest.approx((means.std() * (3 / 2) ** 0.5).item(), rel=0.1)
 
 
 def test_several_ropes_share_batches_and_keep_their_own_results(losses, monkeypatch):
@@ -427,21 +432,6 @@ def test_needle_perplexity_counts_the_answers_alone(losses):
     assert fitness(rope(4.0)) == pytest.approx(perplexity(parts), rel=CLOSE)
     with pytest.raises(ValueError, match="needles: expected at least one"):
         NeedlePerplexity(losses, texts, [], 30)
-
-
-def test_accuracy_is_the_share_of_answers_told_in_full():
-    class Knows:
-        """Knows the answers in even documents; of the others all but the last token."""
-
-        def likeliest(self, _: Rope, ids: torch.Tensor, *, last: int) -> torch.Tensor:
-            told = ids[:, -last:].clone()
-            told[:, -1] += int(ids[0, 0]) % 2
-            return told
-
-    texts = flat_documents(())
-    texts += [Document(f"{x}", torch.full((40,), x)) for x in (20, 21, 22, 23)]
-    got = passkey_accuracy(Knows(), rope(1.0), texts, [NEEDLE], 30, depths=(0.5, 1.0))
-    assert got == 0.5
 
 
 def test_a_pass_key_in_bytes():

@@ -24,6 +24,7 @@ from longrope_kernels import FactorSet, Rope, cli
 from longrope_kernels.search import own_tokens as own_tokens_module
 from longrope_kernels.search.documents import Document
 from longrope_kernels.search.model import TransformersLosses
+from longrope_kernels.search.needles import Needle
 from longrope_kernels.search.tune import TuneSettings, tune
 
 LENGTH = 96
@@ -43,7 +44,7 @@ def four() -> Iterator[Ranks]:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     make_model(folder / "model")
-    make_texts(folder / "texts")
+    make_texts(folder / "texts", length=400)
     return folder
 
 
@@ -63,7 +64,7 @@ def ropes() -> list[Rope]:
 
 
 def losses_of(size: int) -> Any:
-    """Of all tokens, of the last ones, at positions that jump, and the likeliest tokens."""
+    """Of all tokens, of the last ones, at positions that jump, and answers about a text."""
     if size and dist.get_rank() >= size:
         return None
     group = ranks.GROUPS[size] if size else None
@@ -72,7 +73,9 @@ def losses_of(size: int) -> Any:
     jumps = torch.arange(25).expand(2, -1) * 3
     found = [losses(ropes(), ids), losses(ropes()[0], ids, last=1)]
     found.append(losses(ropes(), ids, last=7, positions=jumps))
-    return found, losses.likeliest(ropes(), ids, last=9)
+    needles = [Needle((), (1, 2, 3), (4, 5)), Needle((), tuple(range(20)), (6,))]
+    answers = losses.answers(ropes()[1], ids[0], needles, length=50)
+    return found + [one.losses for one in answers], [one.likeliest.tolist() for one in answers]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -80,7 +83,7 @@ def test_losses_are_those_of_one_process(size: int, four: Ranks, monkeypatch: An
     expected, likeliest = losses_of(0)
     found = all_of(four, losses_of, size)[:size]
     for values, told in found:
-        assert torch.equal(told, likeliest)
+        assert told == likeliest
         for value, one, first in zip(values, expected, found[0][0], strict=True):
             torch.testing.assert_close(value, one, rtol=1e-5, atol=1e-5)
             assert torch.equal(value, first)  # the ranks of a race agree
@@ -130,16 +133,21 @@ def test_two_times_two_ranks_decide_as_one_process(
 
 
 def test_evaluate_shares_out_what_it_measures(work: Path, four: Ranks, tmp_path: Path) -> None:
-    arguments = ["--length", "192", "--passkey"]
+    arguments = ["--length", "320", "--retrieval"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert run(command(work, "evaluate", alone, *arguments, length=48))[0] == 0
     arguments += ["--context-parallel", "2"]
     found = all_of(four, run, command(work, "evaluate", shared, *arguments, length=48))
     for status, _, errors in found:
         assert status == 0, errors
-    assert [output.count("the model's own") for _, output, _ in found] == [2, 0, 0, 0]
+    assert [output.count("the model's own") for _, output, _ in found] == [3, 0, 0, 0]
     one, same = (json.loads((x / "evaluation.json").read_text()) for x in (alone, shared))
-    assert same["passkey"] == one["passkey"]
+    for kind, rows in one["retrieval"].items():
+        for name, by_length in rows.items():
+            for length, values in by_length.items():
+                of_shared = same["retrieval"][kind][name][length]
+                assert of_shared.pop("by_depth") == values.pop("by_depth")
+                assert of_shared == pytest.approx(values, rel=1e-5)
     assert list(same["perplexity"]) == list(one["perplexity"])
     for name, values in one["perplexity"].items():
         assert same["perplexity"][name] == pytest.approx(values, rel=1e-5)

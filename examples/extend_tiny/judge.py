@@ -16,8 +16,10 @@ from transformers import DynamicCache
 from longrope_kernels import Rope
 from longrope_kernels.integrations.transformers import enable
 from longrope_kernels.search.documents import Document
-from longrope_kernels.search.fitness import Needle, NeedlePerplexity, Perplexity, passkey_accuracy
+from longrope_kernels.search.fitness import Perplexity
 from longrope_kernels.search.model import TransformersLosses
+from longrope_kernels.search.needles import Needle
+from longrope_kernels.search.retrieval import retrieval, single_key
 
 SEARCH_FILES = 4  # of the held-out ones; the others are for the tables
 
@@ -73,11 +75,9 @@ class Judge:
     def memory(self, rope: Rope, length: int) -> dict[str, float]:
         """Of keys hidden at five depths: the share that is told right, and the perplexity."""
         documents = self._ends(length)
-        hidden = needles(len(documents))
-        return {
-            "accuracy": passkey_accuracy(self.losses, rope, documents, hidden, length),
-            "perplexity": NeedlePerplexity(self.losses, documents, hidden, length)(rope),
-        }
+        texts = single_key(documents, needles(len(documents)), length)
+        told = retrieval(self.losses, rope, texts, length)
+        return {"accuracy": told.share, "perplexity": told.measured.perplexity}
 
     def _ends(self, length: int) -> list[Document]:
         return [Document(d.name, d.tokens[-length:]) for d in self.documents]

@@ -16,16 +16,25 @@ from typing import Annotated, Any
 import typer
 
 from ..rope import FactorSet, Rope, scaling
+from .compare import (
+    legend,
+    of_perplexity,
+    of_retrieval,
+    perplexity_cells,
+    retrieval_cells,
+)
 from .descent import in_words
 from .distributed import start_ranks
-from .documents import Document, Encode, encoder, read_documents
+from .documents import Document, Encode, Encoder, encoder, read_documents, tails
 from .extend import DONE, ExtendPlan, Extension, Watch
-from .find import NEEDLES, Options, find
-from .fitness import Perplexity, pass_key, passkey_accuracy
+from .find import Options, find
+from .fitness import Measured, Perplexity
 from .model import TransformersLosses
+from .needles import key_values
 from .options import Given, Last, Machine, Out, Read, Stride, Upper, ascending, paths
 from .ranks import is_main, sequence_group, shared_out
 from .readjust import readjust
+from .retrieval import KINDS, Retrieved, retrieval, room_for
 from .source import (
     EVALUATION,
     Source,
@@ -231,9 +240,11 @@ class Evaluate:
     longrope evaluate ~/models/llama --documents held-out.jsonl --rope search-32k \\
       --length 4096 --length 8192 --length 16384 --length 32768
 
-    Every method sees the same documents at every length; the formulas extend to the longest.
-    Prints a table; the folder gets evaluation.json and perplexity.png. Processes of torchrun share
-    the measurements, with --context-parallel N each sequence among N of them.
+    The same tokens are scored at every length, after more or less of the text that stands before
+    them: the last ones of the documents' first --length, by default half of the shortest. The
+    formulas extend to the longest. Prints tables; the folder gets evaluation.json and
+    perplexity.png. Processes of torchrun share the measurements, with --context-parallel N each
+    sequence among N of them.
     """
 
     lengths: Annotated[
@@ -249,8 +260,21 @@ class Evaluate:
     baselines: Annotated[
         bool, typer.Option(help="Compare with no scaling, PI, NTK, dynamic NTK and YaRN.")
     ] = True
-    passkey: Annotated[
-        bool, typer.Option("--passkey", help="Also the share of hidden numbers it finds.")
+    same_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--same-tokens/--same-start",
+            help="Where documents are cut to each length: from their end, so that the same tokens "
+            "are scored, or from their beginning, so that other tokens are.",
+        ),
+    ] = True
+    retrieval: Annotated[
+        bool,
+        typer.Option(
+            "--retrieval",
+            help="Also the numbers it finds that are hidden at five depths, with one key in a "
+            "text and with five: the share, and the loss of the answers.",
+        ),
     ] = False
     out: Out = Path("longrope-evaluate")
     last: Last = None
@@ -265,55 +289,64 @@ class Evaluate:
         lengths, longest = self.lengths, self.lengths[-1]
         compare = self.baselines and longest > source.original
         methods = self._methods(source, baselines(source, longest) if compare else {})
-        needles = [pass_key(encode, number) for number in NEEDLES] if self.passkey else []
-        room = max((sum(map(len, needle)) for needle in needles), default=longest + 1)
-        if self.passkey and room > longest:
-            raise ValueError(f"--passkey: expected a length of {room} tokens, got {longest}")
+        needles = key_values(encode) if self.retrieval else []
+        room = room_for(needles) if self.retrieval else longest + 1
+        if self.retrieval and room > longest:
+            raise ValueError(f"--retrieval: expected a length of {room} tokens, got {longest}")
         documents, losses = _measured(self.given, encode, longest)
+        last = self.last
+        if self.same_tokens and last is None and self.stride is None and len(lengths) > 1:
+            last = lengths[0] // 2
         wanted: list[tuple[int, str, Rope]] = []
         for length in lengths:
             dynamic = {"dynamic NTK": _dynamic(source, length)} if compare else {}
             wanted += [(length, name, rope) for name, rope in (methods | dynamic).items()]
 
-        def measure(one: tuple[int, str, Rope]) -> tuple[float, float | None]:
+        def measure(one: tuple[int, str, Rope]) -> tuple[Measured, dict[str, Retrieved]]:
             length, _, rope = one
-            fitness = Perplexity(losses, documents, length, last=self.last, stride=self.stride)
-            share = None
-            value = fitness(rope)
-            if length >= room:
-                share = passkey_accuracy(losses, rope, documents, needles, length)
+            texts = documents
+            if self.same_tokens and self.stride is None:
+                texts = tails(documents, longest, length, len(encode.start))
+            fitness = Perplexity(losses, texts, length, last=last, stride=self.stride)
+            value = fitness.measure([rope])[0]
+            found = {
+                kind: retrieval(losses, rope, hidden(documents, needles, length), length)
+                for kind, hidden in (KINDS.items() if length >= room else ())
+            }
             bar.update()
-            return value, share
+            return value, found
 
-        told: Any = {"desc": "evaluate", "unit": " measured", "disable": not is_main()}
-        with tqdm(total=len(wanted), **told) as bar:
+        shown: Any = {"desc": "evaluate", "unit": " measured", "disable": not is_main()}
+        with tqdm(total=len(wanted), **shown) as bar:
             measured = shared_out(wanted, measure, self.given.context_parallel)
         if not is_main():
             return
-        values: dict[str, dict[int, float]] = {}
-        found: dict[str, dict[int, float]] = {}
-        for (length, name, _), (value, share) in zip(wanted, measured, strict=True):
+        values: dict[str, dict[int, Measured]] = {}
+        told: dict[str, dict[str, dict[int, Retrieved]]] = {kind: {} for kind in KINDS}
+        for (length, name, _), (value, found) in zip(wanted, measured, strict=True):
             values.setdefault(name, {})[length] = value
-            if share is not None:
-                found.setdefault(name, {})[length] = share
+            for kind, retrieved in found.items():
+                told[kind].setdefault(name, {})[length] = retrieved
         self.out.mkdir(parents=True, exist_ok=True)
         content = {
             "model": self.given.model,
             "documents": [document.name for document in documents],
-            "last": self.last,
+            "last": last,
             "stride": self.stride,
+            "same_tokens": self.same_tokens,
             "original": source.original,
-            "perplexity": values,
-            "passkey": found if self.passkey else None,
+            **of_perplexity(values),
+            "retrieval": {kind: of_retrieval(rows) for kind, rows in told.items()}
+            if self.retrieval
+            else None,
         }
         write_json(self.out / EVALUATION, content)
         _draw(self.out)
-        header = ["perplexity", *map(str, lengths)]
-        _table(header, [[name, *map(_number, row.values())] for name, row in values.items()])
-        if self.passkey:
-            asked = [str(length) for length in lengths if length >= room]
-            rows = [[name, *(f"{x:.0%}" for x in row.values())] for name, row in found.items()]
-            _table(["pass keys found", *asked], rows)
+        _table(["perplexity", *map(str, lengths)], perplexity_cells(values))
+        asked = [str(length) for length in lengths if length >= room]
+        for kind, rows in told.items() if self.retrieval else ():
+            _table([f"found, {kind}; loss", *asked], retrieval_cells(rows))
+        typer.echo(legend(len(documents)))
         typer.echo(f"written: {self.out}/{EVALUATION}, perplexity.png")
 
     def _methods(self, source: Source, formulas: dict[str, Rope]) -> dict[str, Rope]:
@@ -347,7 +380,7 @@ class Plot:
 # ------------------------------------------------------------------------------- a model, and texts
 
 
-def _opened(given: Given) -> tuple[Source, Encode]:
+def _opened(given: Given) -> tuple[Source, Encoder]:
     source = open_source(Path(given.model), given.original)
     return source, encoder(given.tokenizer or given.model)
 

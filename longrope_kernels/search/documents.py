@@ -153,3 +153,27 @@ def read_documents(
             f"{shown}: expected a document of {length} tokens or more, the longest has {longest}"
         )
     return documents
+
+
+def tails(
+    documents: Sequence[Document], longest: int, length: int, start: int = 0
+) -> list[Document]:
+    """The same ends of documents, after more or less of what stands before them.
+
+    Args:
+        documents: each of at least ``longest`` tokens.
+        longest: where all end, in tokens of the documents.
+        length: of the results, in tokens, up to ``longest``.
+        start: how many tokens each document begins with that are no text (`Encoder.start`); they
+            stay in front, since models are trained with them there.
+
+    Returns:
+        Documents of ``length`` tokens.
+    """
+    return [
+        Document(
+            one.name,
+            torch.cat([one.tokens[:start], one.tokens[longest - length + start : longest]]),
+        )
+        for one in documents
+    ]

@@ -20,8 +20,9 @@ from .distributed import run_distributed
 from .documents import Document, Encode
 from .evaluator import Evaluator
 from .evolution import EvolutionarySearch, EvolutionSettings
-from .fitness import Documents, Needle, NeedlePerplexity, Perplexity, pass_key
+from .fitness import Documents, NeedlePerplexity, Perplexity
 from .model import Losses
+from .needles import Needle, pass_key
 from .options import Last, Read, Stride, ascending
 from .ranks import from_main, is_main, is_shared, rank_count
 from .run import run_search

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from ..rope.value import Rope
-from .documents import Document, Encode
+from .documents import Document
 from .model import Losses
+from .needles import DEPTHS, Needle, haystack
 
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # where needles are hidden, as shares of a document
+Made = TypeVar("Made")
 
 
 class Measured(NamedTuple):
@@ -44,6 +45,36 @@ class Measured(NamedTuple):
     def perplexity(self) -> float:
         """``exp(loss)``; infinite where float64 has no such number."""
         return float(torch.tensor(self.loss, dtype=torch.float64).exp())
+
+    @property
+    def error(self) -> float:
+        """The standard error of the loss over documents; NaN where there is one alone."""
+        return standard_error(self.sums, self.counts)
+
+    def distance_error(self, other: Measured) -> float:
+        """The standard error of the difference of two losses, over the documents of both.
+
+        Documents differ by far more than ropes do, and by the same under each, so it is smaller
+        than the errors of the two.
+        """
+        return standard_error(
+            [a - b for a, b in zip(self.sums, other.sums, strict=True)], self.counts
+        )
+
+
+def standard_error(sums: Sequence[float], counts: Sequence[int]) -> float:
+    """Of a mean over all tokens, where documents are drawn and not tokens; NaN of one document.
+
+    Args:
+        sums: by document.
+        counts: of what was summed.
+    """
+    documents, tokens = len(counts), sum(counts)
+    if documents < 2:
+        return math.nan
+    mean = math.fsum(sums) / tokens
+    squares = ((one - mean * count) ** 2 for one, count in zip(sums, counts, strict=True))
+    return math.sqrt(documents / (documents - 1) * math.fsum(squares)) / tokens
 
 
 @dataclass(frozen=True)
@@ -197,32 +228,6 @@ class Perplexity(Documents):
         return windows
 
 
-class Needle(NamedTuple):
-    """A statement to hide in a document, the question that ends it, and the answer, as ids."""
-
-    statement: tuple[int, ...]
-    question: tuple[int, ...]
-    answer: tuple[int, ...]
-
-
-def pass_key(encode: Encode, number: int) -> Needle:
-    """A number of five digits to remember.
-
-    Args:
-        encode: of `documents.encoder`.
-        number: 10000 to 99999.
-    """
-    # The answer is what is left of the whole: some tokenizers split a number by what is before it.
-    question = "\nWhat is the pass key? The pass key is"
-    ids, whole = encode(question), encode(f"{question} {number}")
-    if whole[: len(ids)] != ids:
-        raise ValueError(
-            "tokenizer: a number after the question changes the tokens of the question"
-        )
-    statement = f"\nThe pass key is {number}. Remember it. {number} is the pass key.\n"
-    return Needle(tuple(encode(statement)), tuple(ids), tuple(whole[len(ids) :]))
-
-
 def hide(needle: Needle, document: Document, length: int, depth: float) -> Window:
     """The first tokens of a document with a needle in them and its question at the end.
 
@@ -235,19 +240,8 @@ def hide(needle: Needle, document: Document, length: int, depth: float) -> Windo
     Raises:
         ValueError: the depth is no share, or the needle is longer than ``length``.
     """
-    if not 0 <= depth <= 1:
-        raise ValueError(f"depth: expected a share from 0 to 1, got {depth}")
-    room = length - sum(map(len, needle))
-    if room < 0:
-        raise ValueError(
-            f"length: expected at least the {length - room} tokens of a needle with its question "
-            f"and answer, got {length}"
-        )
-    at = round(depth * room)
-    statement, question, answer = (torch.tensor(ids, dtype=torch.int64) for ids in needle)
-    text = document.tokens
-    pieces = [text[:at], statement, text[at:room], question, answer]
-    return Window(torch.cat(pieces), len(needle.answer))
+    text, question, answer = haystack([needle], document, length, [depth]), *needle[1:]
+    return Window(torch.cat([text, torch.tensor([*question, *answer])]), len(answer))
 
 
 class NeedlePerplexity(Documents):
@@ -278,60 +272,28 @@ class NeedlePerplexity(Documents):
         Raises:
             ValueError: an argument is out of range, or a document is too short, by name.
         """
-        super().__init__(losses, _hidden(documents, needles, length, depths))
+        check_documents(documents, length)
 
+        def window(needle: Needle, document: Document, depth: float) -> Window:
+            return hide(needle, document, length, depth)
 
-def passkey_accuracy(
-    losses: Losses,
-    rope: Rope,
-    documents: Sequence[Document],
-    needles: Sequence[Needle],
-    length: int,
-    *,
-    depths: Sequence[float] = DEPTHS,
-) -> float:
-    """The share of needles whose answer greedy decoding would give in full.
-
-    Decoding gives the answer where each of its tokens is the likeliest after those before it, so
-    one forward for each needle tells it.
-
-    Args:
-        losses: the model.
-        rope: under which to ask it.
-        documents: as in `NeedlePerplexity`; so are ``needles``, ``length`` and ``depths``.
-    """
-    right: list[bool] = []
-    for windows in _hidden(documents, needles, length, depths):
-        for window in windows:
-            told = losses.likeliest(rope, window.tokens[None], last=window.last)
-            right.append(torch.equal(told[0], window.tokens[-window.last :]))
-    return sum(right) / len(right)
-
-
-def _hidden(
-    documents: Sequence[Document],
-    needles: Sequence[Needle],
-    length: int,
-    depths: Sequence[float],
-) -> list[list[Window]]:
-    check_documents(documents, length)
-    return in_turn(documents, needles, depths, lambda n, d, depth: hide(n, d, length, depth))
+        super().__init__(losses, in_turn(documents, needles, depths, window))
 
 
 def in_turn(
     documents: Sequence[Document],
     needles: Sequence[Needle],
     depths: Sequence[float],
-    window: Callable[[Needle, Document, float], Window],
-) -> list[list[Window]]:
-    """A window for each depth of each document, the needles in turn."""
+    made: Callable[[Needle, Document, float], Made],
+) -> list[list[Made]]:
+    """What is made for each depth of each document, the needles in turn."""
     for name, values in (("needles", needles), ("depths", depths)):
         if not values:
             raise ValueError(f"{name}: expected at least one, got none")
     count = len(depths)
     return [
         [
-            window(needles[(index * count + at) % len(needles)], document, depth)
+            made(needles[(index * count + at) % len(needles)], document, depth)
             for at, depth in enumerate(depths)
         ]
         for index, document in enumerate(documents)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from ..distributed.ranks import Group
 from ..rope.value import Rope
+from .needles import Needle
 from .own_tokens import OwnTokens
 
 Ropes = Rope | Sequence[Rope]
-_Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 CHUNK_NUMBERS = 2**24  # of logits in memory at a time: 64 MB in float32
+
+
+class Answer(NamedTuple):
+    """Of the tokens of an answer, each after the true ones before it."""
+
+    losses: torch.Tensor  # (tokens,) float32 on the host, in nats
+    likeliest: torch.Tensor  # (tokens,) bool on the host: no other token has a higher logit
+
+    @property
+    def found(self) -> bool:
+        """Whether greedy decoding would give the answer in full."""
+        return bool(self.likeliest.all())
 
 
 class Losses(Protocol):
@@ -43,8 +55,20 @@ class Losses(Protocol):
         """
         ...
 
-    def likeliest(self, ropes: Ropes, tokens: torch.Tensor, *, last: int) -> torch.Tensor:
-        """The token with the highest logit at each of those places: (rows, last) int64."""
+    def answers(
+        self, rope: Rope, text: torch.Tensor, needles: Sequence[Needle], *, length: int
+    ) -> list[Answer]:
+        """What it answers about a text, which it reads once for all questions.
+
+        Args:
+            rope: of several sets, that of ``length``.
+            text: (tokens,) int64.
+            needles: each question follows the text alone, and its answer the question.
+            length: in tokens, for which the factor set is chosen.
+
+        Returns:
+            An `Answer` for each needle.
+        """
         ...
 
 
@@ -116,18 +140,49 @@ class TransformersLosses:
             ValueError, TypeError: naming the argument that does not fit the model.
         """
         count = tokens.shape[-1] - 1 if last is None else last
-        return self._rows(ropes, tokens, count, _cross_entropy, positions)
+        return self._rows(ropes, tokens, count, positions)
 
-    def likeliest(self, ropes: Ropes, tokens: torch.Tensor, *, last: int) -> torch.Tensor:
-        """As `Losses`."""
-        return self._rows(ropes, tokens, last, lambda logits, _: logits.argmax(-1))
+    @torch.no_grad()
+    def answers(
+        self, rope: Rope, text: torch.Tensor, needles: Sequence[Needle], *, length: int
+    ) -> list[Answer]:
+        """As `Losses`; a cache keeps the keys and values of the text, and drops a question's.
+
+        Raises:
+            ValueError, TypeError: naming the argument that does not fit the model.
+        """
+        from transformers import DynamicCache
+
+        from ..integrations.transformers import set_rope
+
+        self._check_rope(rope)
+        _check_answers(text, needles, length)
+        set_rope(self.model, merged([rope], [length])[0])
+        cache = DynamicCache()
+
+        def read(ids: torch.Tensor) -> torch.Tensor:
+            # The cache by its place, behind mask and positions: its name has changed.
+            out: Any = self.model.base_model(ids.to(self.model.device), None, None, cache)
+            hidden: torch.Tensor = out.last_hidden_state
+            return hidden
+
+        read(text[None])
+        found = []
+        for _, question, answer in needles:
+            # Nothing is asked after the last token.
+            asked = torch.tensor([[*question, *answer[:-1]]])
+            logits = self._head(read(asked)[:, -len(answer) :])
+            cache.crop(-asked.shape[1])
+            right = torch.tensor([answer], device=logits.device)
+            losses, likeliest = _cross_entropy(logits, right), logits.argmax(-1) == right
+            found.append(Answer(losses[0].cpu(), likeliest[0].cpu()))
+        return found
 
     def _rows(
         self,
         ropes: Ropes,
         tokens: torch.Tensor,
         last: int,
-        of_logits: _Head,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self._check_tokens(tokens, last)
@@ -141,7 +196,7 @@ class TransformersLosses:
             self._check_rope(rope)
         step = max(self._batch_tokens // length, 1)
         parts = [
-            self._in_halves(ropes[part], tokens[part], last, of_logits, _of(positions, part))
+            self._in_halves(ropes[part], tokens[part], last, _of(positions, part))
             for part in (slice(at, at + step) for at in range(0, rows, step))
         ]
         return torch.cat(parts)
@@ -151,11 +206,10 @@ class TransformersLosses:
         ropes: list[Rope],
         tokens: torch.Tensor,
         last: int,
-        of_logits: _Head,
         positions: torch.Tensor | None,
     ) -> torch.Tensor:
         try:
-            return self._forward(ropes, tokens, last, of_logits, positions)
+            return self._forward(ropes, tokens, last, positions)
         except torch.OutOfMemoryError:
             if len(ropes) == 1 or self._group is not None:  # the other ranks may have had room
                 raise
@@ -163,7 +217,7 @@ class TransformersLosses:
         half = len(ropes) // 2
         self._batch_tokens = max(half * tokens.shape[1], 1)
         parts = [
-            self._in_halves(ropes[part], tokens[part], last, of_logits, _of(positions, part))
+            self._in_halves(ropes[part], tokens[part], last, _of(positions, part))
             for part in (slice(half), slice(half, None))
         ]
         return torch.cat(parts)
@@ -174,7 +228,6 @@ class TransformersLosses:
         ropes: list[Rope],
         tokens: torch.Tensor,
         last: int,
-        of_logits: _Head,
         positions: torch.Tensor | None,
     ) -> torch.Tensor:
         from ..integrations.transformers import set_rope
@@ -202,7 +255,7 @@ class TransformersLosses:
         parts = []
         for at in range(0, max(hidden.shape[1], 1), step):
             logits = self._head(hidden[:, at : at + step])
-            parts.append(of_logits(logits, targets[:, at : at + step].to(logits.device)))
+            parts.append(_cross_entropy(logits, targets[:, at : at + step].to(logits.device)))
         found = torch.cat(parts, 1)
         return (found if own is None else own.of_all(found)).cpu()
 
@@ -261,6 +314,17 @@ def _check_positions(positions: torch.Tensor, tokens: torch.Tensor) -> None:
         )
     if bool((positions.diff() < 1).any()) or bool((positions < 0).any()):
         raise ValueError("positions: expected 0 or more, ascending in each row, got others")
+
+
+def _check_answers(text: torch.Tensor, needles: Sequence[Needle], length: int) -> None:
+    if text.dim() != 1 or text.dtype != torch.int64 or not len(text):
+        raise ValueError(f"text: expected (tokens,) int64, got {tuple(text.shape)}, {text.dtype}")
+    for needle in needles:
+        if not needle.question or not needle.answer:
+            raise ValueError(f"needles: expected a question and an answer, got {needle}")
+        whole = len(text) + len(needle.question) + len(needle.answer)
+        if whole > length:
+            raise ValueError(f"length: expected at least {whole} tokens, got {length}")
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

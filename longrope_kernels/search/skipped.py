@@ -15,8 +15,9 @@ import torch
 
 from .coarse import Coarse
 from .documents import Document
-from .fitness import DEPTHS, Documents, Needle, Window, check_documents, hide, in_turn
+from .fitness import Documents, Window, check_documents, hide, in_turn
 from .model import Losses
+from .needles import DEPTHS, Needle
 
 _SEED = 0  # of where windows lie: all searches of the same documents have the same
 
