@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 from longrope_kernels import Rope, cli
 from longrope_kernels.search import find as find_module
 from longrope_kernels.search.documents import Document, encoder, read_documents, tails
-from longrope_kernels.search.fitness import Documents, Perplexity
+from longrope_kernels.search.fitness import Documents, NeedlePerplexity, Perplexity
 from longrope_kernels.search.model import TransformersLosses
-from longrope_kernels.search.needles import key_values
+from longrope_kernels.search.needles import key_values, pass_key
 from longrope_kernels.search.retrieval import KINDS
 
 LENGTH = 96
@@ -484,6 +484,47 @@ def test_a_search_that_judges_by_windows_first(work, searched, tmp_path):
     batches = search(work, tmp_path / "batches", *COARSE, "--batch", 3, attention="searched")
     assert batches.exit_code == 0, batches.stderr
     assert Rope.load(tmp_path / "batches") == Rope.load(tmp_path)
+
+
+def test_needles_in_windows_first(work, tmp_path):
+    """The statement in one chunk, the question in the last; with batches as without."""
+    windows = {"coarse": "on", "coarse-tokens": 130, "coarse-share": 0.4, "fitness": "needle"}
+    for out, more in ((tmp_path / "one", []), (tmp_path / "three", ["--batch", 3])):
+        result = search(work, out, *more, length=280, **windows)
+        assert result.exit_code == 0, result.stderr
+    content = json.loads((tmp_path / "one" / "result.json").read_text())
+    assert content["windows"]["tokens"] == 130
+    assert content["coarse"] is True
+    assert content["judged"] == 4 + 16
+    assert content["evaluations"] < 16
+    losses = TransformersLosses(AutoModelForCausalLM.from_pretrained(work / "model"))
+    texts = read_documents([work / "texts"], encoder("bytes"), 280)
+    needles = [pass_key(encoder("bytes"), number) for number in find_module.NEEDLES]
+    best = NeedlePerplexity(losses, texts, needles, 280)(Rope.load(tmp_path / "one"))
+    assert content["best"]["fitness"] == pytest.approx(best, rel=1e-5)
+    assert Rope.load(tmp_path / "one") == Rope.load(tmp_path / "three")
+
+
+@pytest.mark.parametrize(
+    ("coarse", "tokens"), [("auto", None), ("off", None), ("on", 8)], ids=["auto", "off", "on"]
+)
+def test_short_lengths_have_windows_only_where_told(work, tmp_path, coarse, tokens):
+    extended = tmp_path / "extended"
+    make_model(extended, max_position_embeddings=LENGTH)
+    Rope.longrope((2.0,) * 8, (2.0,) * 8, ORIGINAL, LENGTH).save(extended)
+    given = flags(documents=work / "texts", tokenizer="bytes", samples=2, coarse=coarse, **SMALL)
+    more = [] if tokens is None else ["--coarse-tokens", tokens]
+    out = tmp_path / "out"
+    result = run("readjust", extended, *given, *more, "--length", ORIGINAL, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    content = json.loads((out / "32" / "result.json").read_text())
+    judged = [json.loads(s) for s in (out / "32" / "evaluations.jsonl").read_text().splitlines()]
+    stages = {row["stage"] for row in judged}
+    assert stages == {"formulas", "full"} | ({"coarse"} if tokens else set())
+    windows = {"tokens": tokens, "chunks": 2, "windows": 1} if tokens else None
+    assert content["windows"] == windows
+    rope, before = Rope.load(out), Rope.load(extended)
+    assert measured(work, rope, ORIGINAL) <= measured(work, before, ORIGINAL)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from longrope_kernels import FactorSet, Rope, cli
 from longrope_kernels.integrations.transformers import enable
 from longrope_kernels.search import extend as extend_module
 from longrope_kernels.search import tune as tune_module
+from longrope_kernels.search.coarse import Coarse
 from longrope_kernels.search.documents import Document
 from longrope_kernels.search.extend import ExtendPlan, Extension, Stage
 from longrope_kernels.search.find import Options
@@ -152,6 +153,33 @@ def test_a_step_that_is_stopped_goes_on_to_the_same_result(work, extended, tmp_p
         [json.loads(row)[k] for row in part for k in ("step", "loss")] for part in (rows, whole)
     ]
     assert losses[0] == losses[1]
+
+
+def test_searches_with_windows_where_there_is_room(work, tmp_path):
+    """Stopped within the windows, it goes on; a length of 16 has no room for two of them."""
+    made = plan(
+        work,
+        stages=(Stage(64),),
+        training=(),
+        options=replace(OPTIONS, coarse=Coarse(tokens=16, share=0.5)),
+    )
+    whole = Extension(made, tmp_path / "whole").run(say=say_nothing)
+
+    def watch(*_: Any) -> Any:
+        def progress(search: Any) -> None:
+            if search.stage == "coarse" and search.judged > 6:
+                raise StoppedError
+
+        return progress
+
+    with pytest.raises(StoppedError):
+        Extension(made, tmp_path / "stopped").run(watch, say_nothing)
+    assert Extension(made, tmp_path / "stopped").run(say=say_nothing) == whole
+    for folder, tokens in (("1-search-64", 16), ("2-readjust/16", None), ("2-readjust/32", 16)):
+        content = json.loads((tmp_path / "whole" / folder / "result.json").read_text())
+        assert (content["windows"] or {"tokens": None})["tokens"] == tokens
+        lines = (tmp_path / "whole" / folder / "evaluations.jsonl").read_text().splitlines()
+        assert any(json.loads(line)["stage"] == "coarse" for line in lines) == (tokens is not None)
 
 
 def test_another_plan_in_the_folder_is_refused(work, extended):
