@@ -8,13 +8,13 @@ gradients of scores and the output rounded to the input's dtype; sums in float32
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import truth
-from cases import CUDA, DTYPE_NAMES, Shape, Target, positions_for, two_sets
+from cases import CUDA, DTYPE_NAMES, Attending, Shape, positions_for, two_sets
 from orders import errors_of_slopes, errors_of_sums, product, worst
 from tolerance import assert_close
 
@@ -27,37 +27,17 @@ ORDERS = range(4)
 
 
 @dataclass(frozen=True)
-class Backend(Target):
-    """A backend, the dtypes it takes (its usual one first), whether it has softcap and lse.
+class Backend(Attending):
+    """A backend, and whether it has softcap and lse."""
 
-    ``slow`` is the interpreter, a tenth of a second a tile: large cases get one KV head there.
-    """
-
-    dtypes: tuple[torch.dtype, ...] = (fp32,)
     of_scores: bool = True
     k_rotation: str | None = None
-    smallest_dim: int = 1
-    slow: bool = False
 
     def __str__(self) -> str:
         return super().__str__() + (f"-{self.k_rotation}" if self.k_rotation else "")
 
     def attend(self, *args: Any, **kwargs: Any) -> Any:
-        """`attention` on this backend, every tensor moved to the device first."""
-        return attention(
-            *(self.move(a) for a in args),
-            **{name: self.move(a) for name, a in kwargs.items()},
-            backend=self.backend,
-            k_rotation=self.k_rotation,
-        )
-
-    def nearest(self, case: Case) -> Case:
-        """The case in a dtype, with a head_dim and of a size that the backend serves."""
-        dtype = case.dtype if case.dtype in self.dtypes else self.dtypes[0]
-        case = replace(case, dtype=dtype, dim=max(case.dim, self.smallest_dim))
-        if self.slow and case.tiles > 4 and case.kv_heads > 1:
-            return replace(case, heads=case.heads // case.kv_heads, kv_heads=1)
-        return case
+        return self.call(attention, *args, **kwargs, k_rotation=self.k_rotation)
 
 
 REFERENCE = Backend("reference", "cpu", (fp32, bf16, fp16, fp64))

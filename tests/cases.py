@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from longrope_kernels import FactorSet, Rope, apply_rotary
 
 CUDA = torch.cuda.is_available()
+_Case = TypeVar("_Case")
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,11 @@ class Target:
         return self.backend if self.device == "cpu" else f"{self.backend}-{self.device}"
 
     def rotary(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`apply_rotary` on this backend, every tensor moved to the device first."""
-        return apply_rotary(
+        return self.call(apply_rotary, *args, **kwargs)
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the function returns on this backend, every tensor moved to the device first."""
+        return function(
             *(self.move(a) for a in args),
             **{name: self.move(a) for name, a in kwargs.items()},
             backend=self.backend,
@@ -37,6 +42,28 @@ class Target:
             return x
         storage = torch.empty(0, dtype=x.dtype).set_(x.detach().untyped_storage())
         return storage.to(self.device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+@dataclass(frozen=True)
+class Attending(Target):
+    """A target of attention or decoding, the dtypes of q it takes (its usual one first).
+
+    ``slow`` are the interpreter and the emulator, a tenth of a second a tile: large cases get one
+    KV head there.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    smallest_dim: int = 1
+    slow: bool = False
+
+    def nearest(self, case: _Case) -> _Case:
+        """The case in a dtype, with a head_dim and of a size that the backend serves."""
+        of: Any = case
+        dtype = of.dtype if of.dtype in self.dtypes else self.dtypes[0]
+        of = replace(of, dtype=dtype, dim=max(of.dim, self.smallest_dim))
+        if self.slow and of.tiles > 4 and of.kv_heads > 1:
+            of = replace(of, heads=of.heads // of.kv_heads, kv_heads=1)
+        return of
 
 
 REFERENCE = Target("reference", "cpu")

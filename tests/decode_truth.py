@@ -19,7 +19,7 @@ import pytest
 import torch
 import truth
 from attention_truth import Attended, assert_lse_close
-from cases import CUDA, DTYPE_NAMES, Target, factors, positions_for
+from cases import CUDA, DTYPE_NAMES, Attending, factors, positions_for
 from orders import errors_of_sums, product, worst
 from tolerance import assert_close
 
@@ -37,37 +37,17 @@ _LOG2_E = 1 / math.log(2)
 
 
 @dataclass(frozen=True)
-class Backend(Target):
-    """A backend, the dtypes of q it takes (its usual one first), whether it takes float8 caches.
+class Backend(Attending):
+    """A backend, and whether it takes float8 caches. What is slow gets the small cases."""
 
-    ``slow`` are the interpreter and the emulator, a tenth of a second a tile: they get the small
-    cases, with one KV head where several make them large.
-    """
-
-    dtypes: tuple[torch.dtype, ...] = (fp32,)
     float8: bool = True
-    smallest_dim: int = 1
-    slow: bool = False
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
-        """`decode` on this backend, every tensor moved to the device first."""
-        return decode(
-            *(self.move(a) for a in args),
-            **{name: self.move(a) for name, a in kwargs.items()},
-            backend=self.backend,
-        )
+        return self.call(decode, *args, **kwargs)
 
     def serves(self, case: Case) -> bool:
         small = not self.slow or self.nearest(case).tiles <= 5
         return small and (self.float8 or not case.float8)
-
-    def nearest(self, case: Case) -> Case:
-        """The case in a dtype, with a head_dim and of a size that the backend serves."""
-        dtype = case.dtype if case.dtype in self.dtypes else self.dtypes[0]
-        case = replace(case, dtype=dtype, dim=max(case.dim, self.smallest_dim))
-        if self.slow and case.tiles > 4 and case.kv_heads > 1:
-            return replace(case, heads=case.heads // case.kv_heads, kv_heads=1)
-        return case
 
 
 REFERENCE = Backend("reference", "cpu", (fp32, bf16, fp16, fp64))
