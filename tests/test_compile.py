@@ -7,10 +7,30 @@ from typing import Any
 
 import pytest
 import torch
-from cases import NATIVE, Shape, Target, every_target, factors, positions_for, two_sets
+from cases import (
+    CUDA,
+    NATIVE,
+    REFERENCE,
+    TARGETS,
+    Shape,
+    Target,
+    every_target,
+    factors,
+    positions_for,
+    two_sets,
+)
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from longrope_kernels import Rope, apply_rotary
+
+# A graph of the reference is torch's own; that of a kernel is one op, whichever kernel it starts.
+GRAPHS = [
+    param
+    if CUDA or param.values[0] in (REFERENCE, NATIVE)
+    else pytest.param(*param.values, id=param.id, marks=(*param.marks, pytest.mark.full))
+    for param in TARGETS
+]
+every_graph = pytest.mark.parametrize("target", GRAPHS)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +64,7 @@ def test_one_set(target: Target, layout: str) -> None:
     assert [x.stride() for x in got] == [x.stride() for x in wanted]
 
 
-@every_target
+@every_graph
 def test_several_sets_by_lengths(target: Target) -> None:
     """The lengths are data: another mixture of sets runs the same graph."""
     shape = Shape(2, 5, 2, 1, 32)
@@ -62,7 +82,7 @@ def test_several_sets_by_lengths(target: Target) -> None:
     assert counter.frame_count == 1
 
 
-@every_target
+@every_graph
 def test_packed_sequences(target: Target) -> None:
     shape = Shape(1, 9, 2, 1, 32, layout="thd")
     rope = two_sets(16).to(target.device)
@@ -77,7 +97,7 @@ def test_packed_sequences(target: Target) -> None:
 
 
 @pytest.mark.parametrize("kind", ["list", "tensor"])
-@every_target
+@every_graph
 def test_raw_factors(target: Target, kind: str) -> None:
     shape = Shape(1, 18, 2, 1, 32)
     q, k, positions = (target.move(x) for x in (*shape.qk(), positions_for(18, 128)))
@@ -93,7 +113,7 @@ def test_raw_factors(target: Target, kind: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-@every_target
+@every_graph
 def test_in_place(target: Target, layout: str) -> None:
     shape = Shape(1, 18, 2, 1, 32, layout=layout)
     rope = shape.rope().to(target.device)
@@ -108,7 +128,7 @@ def test_in_place(target: Target, layout: str) -> None:
     assert equal(outs, wanted)
 
 
-@every_target
+@every_graph
 def test_in_place_on_views_of_packed_qkv(target: Target) -> None:
     rope = Rope.plain(16).to(target.device)
     qkv = target.move(torch.randn(2, 5, 8, 16))
@@ -126,7 +146,7 @@ def test_in_place_on_views_of_packed_qkv(target: Target) -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["out", "inplace"])
-@every_target
+@every_graph
 def test_gradients(target: Target, inplace: bool) -> None:
     shape = Shape(2, 9, 2, 1, 32, 12)
     rope = two_sets(12).to(target.device)
@@ -146,7 +166,7 @@ def test_gradients(target: Target, inplace: bool) -> None:
     assert results[0][0].any()
 
 
-@every_target
+@every_graph
 def test_sequence_lengths_do_not_recompile_each_time(target: Target) -> None:
     """One static graph, one dynamic: what torch does for any change of a size."""
     rope = two_sets(8).to(target.device)
@@ -163,7 +183,7 @@ def test_sequence_lengths_do_not_recompile_each_time(target: Target) -> None:
 
 
 @pytest.mark.parametrize("batches", [(5, 3, 4), (2, 3, 4)], ids=["any", "as-many-as-sets"])
-@every_target
+@every_graph
 def test_dynamic_shapes_equal_eager(target: Target, batches: tuple[int, int, int]) -> None:
     """One graph for all; a batch of two and a Rope of two sets are no reason for another."""
     # No two sizes of a call are equal: torch would take equal ones for one symbol.
@@ -186,7 +206,7 @@ def test_dynamic_shapes_equal_eager(target: Target, batches: tuple[int, int, int
     assert graphs == graphs[:1] * len(graphs), "a later shape made another graph"
 
 
-@every_target
+@every_graph
 def test_decode_steps_do_not_recompile(target: Target) -> None:
     """One token a step at the next position, the length a tensor: one graph for all steps."""
     rope = two_sets(8).to(target.device)
@@ -203,7 +223,7 @@ def test_decode_steps_do_not_recompile(target: Target) -> None:
     assert counter.frame_count == 1
 
 
-@every_target
+@every_graph
 def test_equal_ropes_share_a_graph_and_others_do_not(target: Target) -> None:
     """A Rope is a constant of the graph; another value must never run the old constants."""
     shape = Shape(1, 5, 2, 1, 16)
