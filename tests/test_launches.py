@@ -12,7 +12,7 @@ TESTS = Path(__file__).parent
 
 def test_launches() -> None:
     """In a process without the interpreter, in which Triton would compile."""
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-qx", "--noconftest", "-p", "no:cacheprovider"]
     left_out = ("TRITON_INTERPRET", "LONGROPE_PTX")
     env = {name: value for name, value in os.environ.items() if name not in left_out}
     run = subprocess.run(
