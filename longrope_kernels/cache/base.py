@@ -72,9 +72,10 @@ class Cache(ABC):
         self._addresses_of_step: dict[bool, torch.Tensor] = {}
         # What is made in inference mode can be written in no other.
         with torch.inference_mode(False):
-            shape = (slots, kv_heads, head_dim)
+            sizes = (slots, kv_heads, head_dim)
             self._k, self._v = (
-                [_pool(shape, dtype, self.device) for _ in range(layers)] for _ in range(2)
+                [torch.empty(sizes, dtype=dtype, device=self.device) for _ in range(layers)]
+                for _ in range(2)
             )
             self._counters = torch.zeros((2, batch), dtype=torch.int32, device=self.device)
             self.lens = self._counters[0]
@@ -416,8 +417,3 @@ class Cache(ABC):
                 f"{name}: expected outside of the CUDA graph, between its replays, got a call "
                 "while it is being captured"
             )
-
-
-def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory of one layer's keys or values, not initialised."""
-    return torch.empty(shape, dtype=dtype, device=device)
