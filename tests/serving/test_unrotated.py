@@ -9,7 +9,7 @@ import pytest
 from engines import ORIGINAL, engine, of_prompt, prompt, reference, run, save_model, scores
 from test_lengths import CLOSE, far
 
-from longrope_kernels.integrations.vllm.backend import LongRopeImpl, _by_queries
+from longrope_kernels.integrations.vllm.backend import LongRopeImpl, _by_queries, _places
 
 
 def test_blocks_of_16(tmp_path: Path) -> None:
@@ -41,3 +41,8 @@ def test_refused_by_name(name: str) -> None:
 def test_a_step_is_cut_into_calls() -> None:
     """Two decodes, a chunk of 35 queries, one without any, two drafts."""
     assert _by_queries([0, 1, 36, 36, 39, 40]) == {1: [(0, 0), (4, 39)], 35: [(1, 1)], 3: [(3, 36)]}
+
+
+def test_tokens_that_lie_together_are_no_copy() -> None:
+    assert _places([3, 5, 7], 2) == slice(3, 9)
+    assert _places([3, 7], 2) == [3, 4, 7, 8]

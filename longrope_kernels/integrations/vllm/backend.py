@@ -111,11 +111,8 @@ class LongRopeBuilder(AttentionMetadataBuilder[list[Piece]]):
         row = self._on_device(rows)
         lens = step.seq_lens[row]
         lengths = self._lengths(lens, queries, row)
-        end = begins[0] + queries * len(begins)
-        tokens: slice | torch.Tensor = slice(begins[0], end)
-        if begins != list(range(begins[0], end, queries)):  # others lie between: a copy
-            of_each = torch.arange(queries, device=self.device)
-            tokens = (self._on_device(begins)[:, None] + of_each).flatten()
+        places = _places(begins, queries)
+        tokens = places if isinstance(places, slice) else self._on_device(places)
         return Piece(tokens, queries, lens, step.block_table_tensor[row], lengths)
 
     def _on_device(self, numbers: list[int]) -> torch.Tensor:
@@ -141,6 +138,14 @@ def _by_queries(begins: list[int]) -> dict[int, list[tuple[int, int]]]:
         if begin < end:
             requests.setdefault(end - begin, []).append((row, begin))
     return requests
+
+
+def _places(begins: list[int], queries: int) -> slice | list[int]:
+    """The tokens of requests with as many queries each: a slice, where no others lie between."""
+    end = begins[0] + queries * len(begins)
+    if begins == list(range(begins[0], end, queries)):
+        return slice(begins[0], end)
+    return [begin + query for begin in begins for query in range(queries)]
 
 
 class _Cache(NamedTuple):
