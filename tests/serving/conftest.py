@@ -6,7 +6,11 @@ The engine runs in the process of the tests, on one thread, with models of two l
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +34,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         long = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture(scope="session")
+def measured() -> Iterator[dict[str, Any]]:
+    """What tests measured, which goes to the file that LONGROPE_MEASURED names."""
+    found: dict[str, Any] = {}
+    yield found
+    if path := os.environ.get("LONGROPE_MEASURED"):
+        Path(path).write_text(json.dumps(found, indent=2) + "\n")

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +10,12 @@ import openai
 import pytest
 import torch
 from engines import ORIGINAL, VOCABULARY, fresh, prompt, reference, save_model, stepped
+from servers import server
 from test_lengths import CLOSE, far
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from longrope_kernels.integrations.transformers import enable
-from longrope_kernels.integrations.vllm.settings import SCHEDULER
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -40,44 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def client(folder: str) -> Iterator[openai.OpenAI]:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    arguments = {
-        "--model": folder,
-        "--port": str(port),
-        "--host": "127.0.0.1",
-        "--dtype": "float32",
-        "--max-model-len": str(4 * ORIGINAL),
-        "--max-num-batched-tokens": "128",
-        "--scheduler-cls": SCHEDULER,
-        "--additional-config": '{"longrope": {"mode": "unrotated", "policy": "prompt"}}',
-    }
-    flat = [part for pair in arguments.items() for part in pair]
-    log = Path(folder) / "server.log"
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flat, "--enforce-eager"],
-            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    asked = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    try:
-        for _ in range(240):
-            assert server.poll() is None, log.read_text()
-            try:
-                asked.models.list()
-                break
-            except openai.APIConnectionError:
-                time.sleep(1)
-        else:
-            pytest.fail(log.read_text())
+    lengths = {"max-model-len": str(4 * ORIGINAL), "max-num-batched-tokens": "128"}
+    with server(folder, "unrotated", "prompt", **lengths) as asked:
         yield asked
-        assert "LongRoPE, mode 'unrotated', policy 'prompt'" in log.read_text()
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 def complete(client: openai.OpenAI, folder: str, tokens: list[int], policy: Any = None) -> Any:
