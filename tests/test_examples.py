@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,11 +15,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.slow
 
 
-def printed(name: str) -> str:
-    """What the example prints."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=300
-    )
+def printed(name: str, *arguments: str, processes: int = 0) -> str:
+    """What the example prints; with a number of processes, under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes else []), str(EXAMPLES / name), *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"} if processes else None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -53,3 +55,14 @@ def test_fine_tuning() -> None:
     assert enabled[0] == trained[0]  # short texts keep their factors
     assert tuned[1] < min(trained[1], enabled[1])
     assert loaded == tuned
+
+
+@pytest.mark.full
+def test_context_parallel() -> None:
+    """Weights over four processes, sequences over pairs: three steps of one process."""
+    name = "context_parallel/train.py"
+    alone = printed(name, processes=1)
+    assert len(re.findall(r"^loss \d\.\d{4}, gradient norm \d\.\d{4}$", alone, re.MULTILINE)) == 3
+    shared = printed(name, "--context", "2", processes=4)
+    one, other = (list(map(float, re.findall(r"\d\.\d+", text))) for text in (alone, shared))
+    assert other == pytest.approx(one, abs=2e-4)
