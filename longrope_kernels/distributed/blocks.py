@@ -6,7 +6,7 @@ takes the log-sum-exp over all keys, not that of the block: each block then give
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ class Pair(NamedTuple):
 
     queries: slice  # among those of this rank
     keys: slice  # among those of the block
-    first_query: int  # the slot of the first one
+    first_query: int  # the slot of the first one; where all is seen, stretches may be joined
     first_key: int
     sees: str  # "all", "causal" (the stretches are one), or "some"
 
@@ -68,6 +68,30 @@ def pairs_of(queries: Spans, keys: Spans, scores: Scores) -> Iterator[Pair]:
                 )
             at_key += d - c
         at_query += b - a
+
+
+def joined(pairs: Iterable[Pair]) -> list[Pair]:
+    """As few pairs: those that see all and lie side by side are one, whatever their slots."""
+    found: list[Pair] = []
+    for pair in pairs:
+        if found and found[-1].sees == pair.sees == "all":
+            last = found[-1]
+            if last.queries == pair.queries and last.keys.stop == pair.keys.start:
+                found[-1] = last._replace(keys=slice(last.keys.start, pair.keys.stop))
+                continue
+        found.append(pair)
+    merged: list[Pair] = []
+    for pair in found:
+        last = next(
+            (x for x in merged if x.keys == pair.keys and x.queries.stop == pair.queries.start),
+            pair,
+        )
+        if last is not pair and last.sees == pair.sees == "all":
+            whole = last._replace(queries=slice(last.queries.start, pair.queries.stop))
+            merged[merged.index(last)] = whole
+        else:
+            merged.append(pair)
+    return merged
 
 
 def _sees(queries: tuple[int, int], keys: tuple[int, int], scores: Scores) -> str | None:

@@ -7,14 +7,16 @@ and from the last rank that adds to them home.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ..backends.reference import dtype_of_sums
+from ..calls.records import Scores
 from . import blocks
-from .blocks import Gradients, Hidden, Parts, finite
+from .blocks import Gradients, Hidden, Parts
 from .ranks import Line, Work, finish, start
 from .shards import Spans, count
 
@@ -35,7 +37,8 @@ class Plan(NamedTuple):
         """What a rank computes in a step."""
         own = self.spans[self.line.rank if rank is None else rank]
         keys = self.spans[self.owner(step, rank)]
-        return list(blocks.pairs_of(own, keys, self.hidden.scores))
+        by_slots = self.hidden.start is not None or self.hidden.borders is not None
+        return _pairs(own, keys, self.hidden.scores, by_slots)
 
     @property
     def steps(self) -> int:
@@ -54,6 +57,12 @@ class Plan(NamedTuple):
         """Begin to send to the rank that stands ``by`` further, and to receive from behind."""
         to, source = self.owner(-by), self.owner(by)
         return start(self.line, [(to, x) for x in sent], [(source, x) for x in received])
+
+
+@lru_cache(maxsize=1024)
+def _pairs(queries: Spans, keys: Spans, scores: Scores, by_slots: bool) -> list[blocks.Pair]:
+    pairs = blocks.pairs_of(queries, keys, scores)
+    return list(pairs) if by_slots else blocks.joined(pairs)
 
 
 def attend(
@@ -89,8 +98,9 @@ def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     compute = dtype_of_sums(q)
-    out = torch.zeros_like(q, dtype=compute, memory_format=torch.contiguous_format)
-    lse = out.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
+    out = torch.empty_like(q, dtype=compute, memory_format=torch.contiguous_format)
+    lse = out.new_empty((q.shape[0], q.shape[2], q.shape[1]))
+    begun = 0  # how many queries have seen their first keys; all have after step 0
     steps = plan.steps
     block = [k, v]
     for step in range(steps):
@@ -101,7 +111,13 @@ def _forward(
         for pair in plan.pairs(step):
             parts = _parts(q, block, pair)
             found = blocks.attend(plan.backend, parts, pair, plan.hidden)
-            _merge(out[:, pair.queries], lse[..., pair.queries], *found)
+            own = out[:, pair.queries], lse[..., pair.queries]
+            if pair.queries.start >= begun:
+                begun = pair.queries.stop
+                for x, new in zip(own, found, strict=True):
+                    x.copy_(new)
+            else:
+                _merge(*own, *found)
         finish(plan.line, works)
         block = coming
     return out.to(q.dtype), lse
@@ -115,11 +131,9 @@ def _merge(
     out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor
 ) -> None:
     """Add the attention to more keys, in place: softmax over both."""
-    total = torch.logaddexp(lse, new_lse)
-    some = finite(total)
-    old, new = (torch.exp(x - some).transpose(1, 2)[..., None] for x in (lse, new_lse))
-    out.mul_(old).add_(new_out * new)
-    lse.copy_(total)
+    share = torch.sigmoid(torch.nan_to_num(new_lse - lse))  # NaN where neither sees a key
+    out.lerp_(new_out.to(out.dtype), share.transpose(1, 2)[..., None])
+    torch.logaddexp(lse, new_lse, out=lse)
 
 
 def _backward(
