@@ -125,7 +125,7 @@ docs: $(VENV)/development.stamp
 # requirements/*.txt again, from pyproject.toml: `make lock UPGRADE=--upgrade` for newer versions.
 # uv reads metadata alone. All but the oldest and vLLM's agree with development.txt.
 UPGRADE ?=
-EXTRAS := $(foreach name,demo triton search,--extra $(name))
+EXTRAS := $(foreach name,demo triton search gguf lm-eval,--extra $(name))
 UV = .venv-lock/bin/uv pip compile pyproject.toml --quiet --universal $(UPGRADE) \
 	--python-version $(or $(1),3.10) \
 	--excludes requirements/excludes.txt --annotation-style line --custom-compile-command 'make lock'

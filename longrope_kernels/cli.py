@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -128,6 +128,73 @@ def serve_check(
     for row in rows:
         typer.echo(f"  {row.tokens:>7} tokens  {row.server:<15}  {row.most:8.1e}  {row.mean:8.1e}")
     typer.echo(f"\nserve it by\n  {command_line(model)}")
+
+
+@app.command()
+def export(
+    folder: Annotated[
+        Path, typer.Argument(help="Of a search, or of a model: longrope.json, config.json.")
+    ],
+    gguf: Annotated[Path, typer.Option(help="The model for llama.cpp, of any quantisation.")],
+    out: Annotated[Path, typer.Option(help="The file to write, whole or not at all.")],
+    length: Annotated[
+        int | None, typer.Option(help="Tokens it is for then. [default: the folder's config]")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Write over factors, and over a file, that are there.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Ask llama.cpp whether it takes them (xllamacpp).")
+    ] = False,
+) -> None:
+    """Put the factors of a folder into a GGUF file for llama.cpp.
+
+    \b
+    longrope export search-32k --gguf model-Q4_K_M.gguf --out extended.gguf
+
+    Weights are copied as they are. What GGUF can't say is refused by name: a threshold, more than
+    two sets, attention factors that differ. Prints the command lines of the two servers: llama.cpp
+    chooses the set by the context it was started with, not by the length of a sequence.
+    """
+    _require("gguf", "gguf", command="export")
+    if check:
+        _require("gguf", "xllamacpp", "transformers", "accelerate", command="export --check")
+    from .integrations.llamacpp import export as write
+    from .rope import Rope
+    from .search.source import CONFIG, open_source
+
+    try:
+        source = open_source(folder) if (folder / CONFIG).is_file() else None
+        done = write(
+            Rope.load(folder) if source is None else source.rope,
+            gguf,
+            out,
+            length=length or (None if source is None else source.trained),
+            original=None if source is None else source.original,
+            replace_factors=replace,
+        )
+    except (ValueError, OSError) as error:
+        typer.echo(f"longrope export: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"written: {out}, for {done.length} tokens")
+    typer.echo("llama.cpp takes one set for all sequences, by the context it was started with:")
+    for set_of, context in (("short", done.original), ("long", done.length)):
+        typer.echo(f"  {set_of:<5} llama-server -m {out} -c {context} -np 1")
+    if check:
+        _check_export(done)
+
+
+def _check_export(done: Any) -> None:
+    """Print what the engine says; fails where it takes another set."""
+    from .integrations.llamacpp import check
+
+    typer.echo("mean difference of log-probabilities to transformers, under this set and another")
+    answers = check(done)
+    for one in answers:
+        typer.echo(f"  -c {one.context:<7} {one.set:<5} {one.own:8.1e} {one.other:8.1e}")
+    if not all(one.agrees for one in answers):
+        typer.echo("longrope export --check: llama.cpp takes another set than it should", err=True)
+        raise typer.Exit(1)
 
 
 search_commands.register(app)
