@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from fetch import JUDGED, SEARCHED, documents, model_folder
-from table import write_page
+from table import BEST_YARN, FORMULAS, READJUSTED, SEARCH, write_page
 
 from longrope_kernels import FactorSet, Rope
 from longrope_kernels.rope import scaling
@@ -45,9 +45,6 @@ ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "examples/extend_tiny")]
 from book import Book  # noqa: E402
 from report import facts  # noqa: E402
-
-FORMULAS = ("no scaling", "PI", "NTK", "dynamic NTK", "YaRN")
-BEST_YARN, SEARCH, READJUSTED = "YaRN, best attention factor", "LongRoPE", "LongRoPE, readjusted"
 
 
 @dataclass(frozen=True)
@@ -143,15 +140,19 @@ class Experiment:
 
     def _seconds(self) -> Callable[[int], float]:
         """Of a forward by its tokens: a share that grows with them, and one with their square."""
-        short = self.sizes.lengths[0]
-        taken = []
-        for length in (short // 4, short // 4, short // 2):  # the first one loads and compiles
-            begin = time.perf_counter()
-            self._loss(self.source.rope, length, self.judged[0])
-            taken.append(time.perf_counter() - begin)
-        _, one, two = taken
-        square = max(two - 2 * one, 0.0) / (short // 4) ** 2 / 2
-        line = one / (short // 4) - square * (short // 4)
+        short = self.sizes.lengths[0] // 8
+
+        def make() -> list[float]:
+            taken = []
+            for length in (short, short, 2 * short):  # the first one loads and compiles
+                begin = time.perf_counter()
+                self._loss(self.source.rope, length, self.judged[0])
+                taken.append(time.perf_counter() - begin)
+            return taken[1:]
+
+        one, two = self.book.get("plan", make)
+        square = max(two - 2 * one, 0.0) / short**2 / 2
+        line = one / short - square * short
         return lambda tokens: line * tokens + square * tokens**2
 
     # ---------------------------------------------------------------------------------------- rows
@@ -161,6 +162,7 @@ class Experiment:
         lengths = sorted(self.sizes.lengths, key=lambda n: n != self.sizes.target)
         formulas = dict(self.formulas())
         first, *others = self.judged
+        self.look(formulas, first)
         for length in lengths:
             for name in FORMULAS:
                 self.measure(name, formulas.get(name), length, first)
@@ -177,6 +179,18 @@ class Experiment:
         """By name, each for the target; None for dynamic NTK, another at each length."""
         found = baselines(self.source, self.sizes.target)
         yield from ((name, found.get(name)) for name in FORMULAS)
+
+    def look(self, formulas: dict[str, Rope | None], document: Document) -> None:
+        """Each formula by a short window at the positions of the target, which takes a minute."""
+        options, target = self._options(self.sizes.hours, 0), self.sizes.target
+        end = [Document(document.name, document.tokens[-target:])]
+        fitness = options.skipped(self.losses, end, target, None)
+        assert fitness is not None
+        for name, rope in formulas.items():
+            one = rope or self._dynamic(target)
+            key = f"{name}, a window, {document.name}"
+            self.book.get(key, lambda one=one: math.log(fitness(one)))
+            write_page(self.book.content, self.out)
 
     def measure(self, name: str, rope: Rope | None, length: int, document: Document) -> None:
         """The loss of the last tokens of a text, after as much of it as makes the length."""

@@ -13,6 +13,9 @@ from typing import Any
 
 from longrope_kernels.search.plots import draw_perplexity
 
+FORMULAS = ("no scaling", "PI", "NTK", "dynamic NTK", "YaRN")
+BEST_YARN, SEARCH, READJUSTED = "YaRN, best attention factor", "LongRoPE", "LongRoPE, readjusted"
+ROWS = (*FORMULAS, BEST_YARN, SEARCH, READJUSTED)
 _ROW = re.compile(r"(?P<name>.+), (?P<length>\d+) tokens, (?P<text>.+)")
 Losses = dict[str, dict[int, dict[str, float]]]  # by row, length and text
 
@@ -33,7 +36,8 @@ def write_page(content: dict[str, Any], folder: Path) -> None:
 
 def page(content: dict[str, Any]) -> str:
     """The page, as Markdown."""
-    parts = [_head(content), _table(content), _searches(content), _seconds(content)]
+    parts = [_head(content), _missing(content), _table(content), _windows(content)]
+    parts += [_searches(content), _seconds(content)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -68,6 +72,38 @@ def _table(content: Mapping[str, Any]) -> str:
         "stands the factor by which it is known, from the standard error over the texts; in "
         f"brackets, of how many of the {len(kinds)} texts it is. A cell without a number has not "
         "been run."
+    )
+
+
+def _windows(content: Mapping[str, Any]) -> str:
+    middle = ", a window, "
+    found = {key: value for key, value in content["results"].items() if middle in key}
+    if not found:
+        return ""
+    (text,) = {key.split(middle)[1] for key in found}
+    lines = [[key.split(middle)[0], f"{math.exp(value):.2f}"] for key, value in found.items()]
+    target = content["sizes"]["target"]
+    return (
+        f"## By a short window at the positions of {target} tokens\n\n"
+        "What a search judges most of its candidates by (`longrope search --coarse`): a piece of "
+        f"{text}, a quarter as long, in two chunks whose positions lie at both ends.\n\n"
+        + _markdown(["", "perplexity"], lines)
+    )
+
+
+def _missing(content: Mapping[str, Any]) -> str:
+    """What of the table was not run, in a sentence."""
+    sizes, rows = content["sizes"], _losses(content)
+    cells = len(sizes["lengths"]) * len(sizes["judged"])
+    done = sum(len(texts) for row in rows.values() for texts in row.values())
+    searched = sum(key.startswith("search, ") for key in content["results"])
+    if searched == len(sizes["seeds"]) and done == cells * (len(ROWS) - 1 + searched):
+        return ""
+    total = cells * (len(ROWS) - 1 + len(sizes["seeds"]))
+    readjusted = "a" if "readjust" in content["results"] else "no"
+    return (
+        f"**Not all of it was run**: {done} of {total} cells of the table, {searched} of "
+        f"{len(sizes['seeds'])} searches, {readjusted} readjustment. The same command goes on."
     )
 
 
