@@ -16,7 +16,7 @@ from ..backends import choose, reference
 from ..calls import arguments, autocast, schema, values
 from ..calls.kinds import by_kind
 from ..calls.memory import device_type, overlap, overlaps_itself
-from ..calls.records import RotaryCall, Selection
+from ..calls.records import RotaryCall
 from ..rope.value import Rope
 from ..torch_private import below_autograd, unwatched
 from . import library
@@ -93,16 +93,20 @@ def apply_rotary(
     else:
         arguments.check_tensor("k", k)
         differ = q.dtype != k.dtype and None not in (autocast.dtype_of(q), autocast.dtype_of(k))
-    _check_kind(q, k, positions, lengths, sets, cu_seqlens, tables.steps, layout, differ)
-    q4 = arguments.as_bshd(q, layout)
-    k4 = no_heads(q4) if k is None else arguments.as_bshd(k, layout)
+    of_tensors = q, k, positions, lengths, sets, cu_seqlens, tables.steps
+    count, name = _check_kind(*of_tensors, layout, differ, backend)
+    q4, k4 = q, k
+    if layout != "bshd":
+        q4 = arguments.as_bshd(q, layout)
+        k4 = None if k is None else arguments.as_bshd(k, layout)
+    if k4 is None:
+        k4 = no_heads(q4)
     batch, seq, _, _ = q4.shape
     positions = arguments.as_rows(positions, batch, seq)
-    # Borders make no difference where all sequences take one set.
-    count = tables.sets
-    selection = arguments.select(count, lengths, sets, cu_seqlens) if count > 1 else Selection()
+    if count == 1:
+        cu_seqlens = None  # borders make no difference where all sequences take one set
+    selection = arguments.select(count, lengths, sets, cu_seqlens)
     call = RotaryCall(q4, k4, positions, tables, selection)
-    name = choose.choose_rotary(backend, device_type(q), q.dtype == torch.float64)
     if inplace:
         check_writable("q", q)
         if k is not None:
@@ -112,6 +116,8 @@ def apply_rotary(
         rotate_(call, name)
         return q, k
     q_out, k_out = rotate(call, name)
+    if layout == "bshd" and k is not None:
+        return q_out, k_out
     return (
         arguments.from_bshd(q_out, layout),
         None if k is None else arguments.from_bshd(k_out, layout),
@@ -129,8 +135,12 @@ def _check_kind(
     steps: torch.Tensor,
     layout: str,
     differ: bool,
-) -> None:
-    """All of a call but values; steps: of the tables. differ: whether q and k may in dtype."""
+    backend: str | None,
+) -> tuple[int, str]:
+    """All of a call but values; steps: of the tables. differ: whether q and k may in dtype.
+
+    Returns how many factor sets there are, and the backend.
+    """
     count, _, pairs = steps.shape
     arguments.check_heads("q", q, layout, 2 * pairs)
     if k is not None:
@@ -139,6 +149,7 @@ def _check_kind(
     batch, seq = arguments.as_bshd(q, layout).shape[:2]
     arguments.check_positions("positions", positions, batch, seq, q)
     arguments.check_selection(count, q, batch, layout, lengths, sets, cu_seqlens)
+    return count, choose.choose_rotary(backend, device_type(q), q.dtype == torch.float64)
 
 
 def rotate(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
