@@ -118,28 +118,35 @@ class Worker {
     for (int64_t i = 0; i < s.items; ++i) top = std::max(top, states[i * rows + row].top);
     const float shift = finite(top) * scale_;
     const int64_t width = layout_.values;
-    float* const sum = sum_.at(0);
-    std::fill(sum, sum + width, 0.0f);
     float total = 0.0f;
     for (int64_t i = 0; i < s.items; ++i) {
       const Softmax& state = states[i * rows + row];
-      const float weight = exp2_of(state.top * scale_ - shift);
-      const float* const part = sums + (i * rows + row) * width;
-      total += weight * state.total;
-      for (int64_t c = 0; c < width; ++c) sum[c] += weight * part[c];
+      total += exp2_of(state.top * scale_ - shift) * state.total;
     }
     const bool none = total == 0.0f;
-    for (int64_t c = 0; c < width; ++c) sum[c] = none ? 0.0f : sum[c] / total;
+    const float* sum = sums + row * width;  // of one split, whose weight is 1
+    if (none || s.items > 1) {
+      float* const of_all = sum_.at(0);
+      std::fill(of_all, of_all + width, 0.0f);
+      for (int64_t i = 0; i < (none ? 0 : s.items); ++i) {
+        const float weight = exp2_of(states[i * rows + row].top * scale_ - shift);
+        const float* const part = sums + (i * rows + row) * width;
+        for (int64_t c = 0; c < width; ++c) of_all[c] += weight * part[c];
+      }
+      sum = of_all;
+    }
+    const Vec of_total = splat(none ? 0.0f : 1.0f / total);
     const int64_t h = row / s.queries, t = s.first_query + row % s.queries;
     T* const out = static_cast<T*>(a_.out.data) + s.sequence * a_.out.strides[0] +
                    t * a_.out.strides[1] + h * a_.out.strides[2];
     int64_t c = 0;
     for (; c + 2 * kWidth <= a_.dim; c += 2 * kWidth) {
-      store_two(out + c, load(sum + c), load(sum + c + kWidth));
+      store_two(out + c, multiply(load(sum + c), of_total),
+                multiply(load(sum + c + kWidth), of_total));
     }
     for (; c < a_.dim; c += kWidth) {
       T vector[kWidth];
-      store(vector, load(sum + c));
+      store(vector, multiply(load(sum + c), of_total));
       std::memcpy(out + c, vector, std::min<size_t>(kWidth, a_.dim - c) * sizeof(T));
     }
     a_.lse[(s.sequence * a_.heads + h) * a_.queries + t] =
@@ -289,15 +296,26 @@ class Worker {
   // Hides what a row does not see, and turns its scores into weights.
   void weigh_row(const Part& s, int64_t begin, int64_t keys, int64_t row, float* scores,
                  float* sums, Softmax& state) {
+    if (keys <= kShortTile) {
+      weigh_row<kShortTile>(s, begin, keys, row, scores, sums, state);
+    } else {
+      weigh_row<kTile>(s, begin, keys, row, scores, sums, state);
+    }
+  }
+
+  // kCount: keys of the tile, or more.
+  template <int64_t kCount>
+  void weigh_row(const Part& s, int64_t begin, int64_t keys, int64_t row, float* scores,
+                 float* sums, Softmax& state) {
     if (a_.scores.cap > 0.0) {
-      cap_scores(scores, static_cast<float>(a_.scores.scale / a_.scores.cap));
+      cap_scores<kCount>(scores, static_cast<float>(a_.scores.scale / a_.scores.cap));
     }
     const int64_t slot = s.first_slot + row % s.queries;
     const int64_t last = std::min(keys, slot + 1 - begin);
     const int64_t first = a_.scores.window > 0 ? slot - a_.scores.window + 1 - begin : 0;
-    for (int64_t j = 0; j < std::min(first, kTile); ++j) scores[j] = -kInfinity;
-    for (int64_t j = std::max<int64_t>(last, 0); j < kTile; ++j) scores[j] = -kInfinity;
-    const float rescale = update_softmax(scores, scale_, state);
+    for (int64_t j = 0; j < std::min(first, kCount); ++j) scores[j] = -kInfinity;
+    for (int64_t j = std::max<int64_t>(last, 0); j < kCount; ++j) scores[j] = -kInfinity;
+    const float rescale = update_softmax<kCount>(scores, scale_, state);
     if (rescale != 1.0f) {
       for (int64_t c = 0; c < layout_.values; ++c) sums[c] *= rescale;
     }

@@ -13,6 +13,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLog2E = 1.4426950408889634;
 
 constexpr int64_t kTile = 64;  // keys between two updates of a row's maximum
+constexpr int64_t kShortTile = 16;  // of which no more need be looked at where there are so few
 
 // 2^x within 1e-7 of itself for x <= 0 (Cephes' coefficients); 0 below 2^-126. NaN stays NaN.
 inline float exp2_of(float x) {
@@ -45,10 +46,11 @@ inline float tanh_of(float x) {
   return magnitude < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 
-// scores = tanh(scale * scores), for one row of a tile.
+// scores = tanh(scale * scores), for kCount keys of one row.
+template <int64_t kCount>
 inline void cap_scores(float* scores, float scale) {
 #pragma omp simd
-  for (int64_t j = 0; j < kTile; ++j) scores[j] = tanh_of(scale * scores[j]);
+  for (int64_t j = 0; j < kCount; ++j) scores[j] = tanh_of(scale * scores[j]);
 }
 
 // The running maximum and sum of a row of scores s: its weights are 2^(scale * s - scale * top).
@@ -59,15 +61,17 @@ struct Softmax {
 
 inline float finite(float top) { return top == -kInfinity ? 0.0f : top; }
 
-// Turns the scores of a tile into weights and returns what earlier weights must be multiplied by.
+// Turns the scores of kCount keys into weights and returns what earlier weights must be multiplied
+// by.
+template <int64_t kCount>
 inline float update_softmax(float* scores, float scale, Softmax& state) {
   float top = state.top;
 #pragma omp simd reduction(max : top)
-  for (int64_t j = 0; j < kTile; ++j) top = scores[j] > top ? scores[j] : top;
+  for (int64_t j = 0; j < kCount; ++j) top = scores[j] > top ? scores[j] : top;
   const float shift = finite(top) * scale;
   float total = 0.0f;
 #pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < kTile; ++j) {
+  for (int64_t j = 0; j < kCount; ++j) {
     const float weight = exp2_of(scores[j] * scale - shift);
     scores[j] = weight;
     total += weight;

@@ -5,12 +5,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <type_traits>
 
 #include "decode_softmax.h"
 #include "factor_set.h"
 #include "key_angles.h"
+#include "scratch.h"
 
 // GCC keeps arrays of vectors in memory unless the loops over them are unrolled early, and calls
 // the lambdas that get vectors one by one unless it is told not to.
@@ -67,26 +67,6 @@ inline bool with_fixed(const Layout& layout, const Function& function) {
          call(FixedLayout<48, 0>()) ||  // Phi-3-mini
          call(FixedLayout<48, 32>());   // Phi-4-mini
 }
-
-// Scratch memory whose rows of whole vectors never straddle two cache lines; not initialised.
-class Floats {
- public:
-  explicit Floats(int64_t count)
-      : data_(static_cast<float*>(
-            ::operator new(static_cast<size_t>(count) * sizeof(float), kAlignment))),
-        count_(count) {}
-  ~Floats() { ::operator delete(data_, kAlignment); }
-  Floats(const Floats&) = delete;
-  Floats& operator=(const Floats&) = delete;
-
-  float* at(int64_t i) { return data_ + i; }
-  void fill(float value) { std::fill(data_, data_ + count_, value); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  float* const data_;
-  const int64_t count_;
-};
 
 // The next 2 * kWidth elements in the order that costs least; store_two undoes it. bfloat16 comes
 // apart into even and odd elements by a shift and a mask, the others stay in order.

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
-#include <vector>
 
 #include "../selection.h"
+#include "scratch.h"
 
 namespace {
 namespace longrope {
@@ -58,20 +58,20 @@ class KeyAngles {
     if (steps != steps_) set_steps(steps);
     if (position != next_) {
       const double factor = original ? 1.0 : tables_.attention_factor[set];
-      cos_sin_row(position, factor, cos_.data(), sin_.data());
+      cos_sin_row(position, factor, cos_.at(0), sin_.at(0));
     }
-    for (int64_t i = 0; i < pairs_; ++i) cos[i] = static_cast<float>(cos_[i]);
-    for (int64_t i = 0; i < pairs_; ++i) sin[i] = static_cast<float>(sin_[i]);
+    for (int64_t i = 0; i < pairs_; ++i) cos[i] = static_cast<float>(*cos_.at(i));
+    for (int64_t i = 0; i < pairs_; ++i) sin[i] = static_cast<float>(*sin_.at(i));
     for (int64_t j = 1; j < count; ++j) {
-      const Offset* const c = offset_cos_.data() + j * pairs_;
-      const Offset* const s = offset_sin_.data() + j * pairs_;
+      const Offset* const c = offset_cos_.at(j * pairs_);
+      const Offset* const s = offset_sin_.at(j * pairs_);
       if constexpr (kExact) {
-        turn(cos_.data(), sin_.data(), c, s, cos + j * row, sin + j * row);
+        turn(cos_.at(0), sin_.at(0), c, s, cos + j * row, sin + j * row);
       } else {
         turn(cos, sin, c, s, cos + j * row, sin + j * row);
       }
     }
-    turn(cos_.data(), sin_.data(), group_cos_.data(), group_sin_.data(), cos_.data(), sin_.data());
+    turn(cos_.at(0), sin_.at(0), group_cos_.at(0), group_sin_.at(0), cos_.at(0), sin_.at(0));
     next_ = position + kGroup;
   }
 
@@ -91,9 +91,9 @@ class KeyAngles {
   void set_steps(const uint64_t* steps) {
     steps_ = steps;
     next_ = kNowhere;
-    cos_sin_row(kGroup, 1.0, group_cos_.data(), group_sin_.data());
+    cos_sin_row(kGroup, 1.0, group_cos_.at(0), group_sin_.at(0));
     for (int64_t j = 1; j < kGroup; ++j) {
-      cos_sin_row(j, 1.0, offset_cos_.data() + j * pairs_, offset_sin_.data() + j * pairs_);
+      cos_sin_row(j, 1.0, offset_cos_.at(j * pairs_), offset_sin_.at(j * pairs_));
     }
   }
 
@@ -110,13 +110,13 @@ class KeyAngles {
   const Tables& tables_;
   const int64_t pairs_;
   const uint64_t* steps_ = nullptr;
-  int64_t next_ = kNowhere;         // the position that the next two are for
-  std::vector<double> cos_;         // (pairs,), times a
-  std::vector<double> sin_;         // (pairs,), times a
-  std::vector<double> group_cos_;   // (pairs,), of kGroup positions
-  std::vector<double> group_sin_;   // (pairs,)
-  std::vector<Offset> offset_cos_;  // (kGroup, pairs), of j positions
-  std::vector<Offset> offset_sin_;  // (kGroup, pairs)
+  int64_t next_ = kNowhere;     // the position that the next two are for
+  Scratch<double> cos_;         // (pairs,), times a
+  Scratch<double> sin_;         // (pairs,), times a
+  Scratch<double> group_cos_;   // (pairs,), of kGroup positions
+  Scratch<double> group_sin_;   // (pairs,)
+  Scratch<Offset> offset_cos_;  // (kGroup, pairs), of j positions
+  Scratch<Offset> offset_sin_;  // (kGroup, pairs)
 };
 
 }  // namespace longrope
