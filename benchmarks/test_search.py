@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from clock import HOST
+from forward import plain_losses
 from measure import Timed, measure
 from ropes import DEVICE, WrongResultError, assert_right, not_importable
 from table import Row, Table, median_of
@@ -190,15 +191,8 @@ def _forward(name: str, full_size: bool) -> Timed:
     length = 2048 if full_size else 64
     ids, last = torch.arange(length)[None] % 64, length // 2
 
-    @torch.no_grad()
     def plain(ids: torch.Tensor) -> torch.Tensor:
-        ids = ids.to(DEVICE)
-        hidden = of.model(input_ids=ids, use_cache=False).last_hidden_state[:, -last - 1 : -1]
-        logits = of.lm_head(hidden).float()
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, -last:].flatten(), reduction="none"
-        )
-        return losses[None].cpu()
+        return plain_losses(of, ids, last)
 
     if name == PLAIN:
         return Timed(plain, lambda: (ids,), None, 1)

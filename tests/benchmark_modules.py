@@ -12,6 +12,7 @@ import attentions
 import clock
 import copies
 import decodes
+import forward
 import measure
 import memory
 import model_truth
@@ -41,6 +42,7 @@ __all__ = [
     "copies",
     "decode_rows",
     "decodes",
+    "forward",
     "host_rows",
     "measure",
     "memory",
