@@ -52,6 +52,11 @@ def fake_mode_of(x: torch.Tensor) -> Any:
     return getattr(x, "fake_mode", None)
 
 
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether x is torch's own class, which has data, and no stand-in such as a fake tensor."""
+    return type(x) in _PLAIN
+
+
 def runs_now(*tensors: torch.Tensor) -> bool:
     """Whether a library that knows of no more than torch's own autograd can be called with these.
 

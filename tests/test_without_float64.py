@@ -22,8 +22,7 @@ from truth import Expected
 from longrope_kernels import Rope, apply_rotary, attention, decode
 from longrope_kernels.backends import reference
 from longrope_kernels.calls.records import Selection
-from longrope_kernels.ops import factors as from_factors
-from longrope_kernels.rope import tables
+from longrope_kernels.rope import raw, tables
 
 CPU = torch.device("cpu")
 
@@ -137,7 +136,7 @@ def test_factors_on_the_device_go_through_the_host(monkeypatch: pytest.MonkeyPat
     x, factors = torch.randn(1, 5, 1, 8), torch.tensor([1.0, 1.5, 2.0, 8.0])
     exact, _ = apply_rotary(x, x, torch.arange(70000, 70005), factors, 3)
     copied = []
-    monkeypatch.setattr(from_factors, "has_float64", lambda device: False)
+    monkeypatch.setattr(raw, "has_float64", lambda device: False)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: copied.append(x) or x.clone())
     out, _ = apply_rotary(x, x, torch.arange(70000, 70005), factors, 3)
     assert copied[0] is factors

@@ -8,11 +8,11 @@ import torch
 
 from ..rope.factor_set import as_factors
 from ..rope.tables import Tables
+from ..torch_private import is_plain
 from .records import AppendCall, AttentionCall, DecodeCall, Keys, RotaryCall, Selection
 
 # So many numbers are read faster one by one than reduced by torch.
 _FEW = 64
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def check_rotary(call: RotaryCall) -> None:
@@ -186,8 +186,3 @@ def readable(x: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or not is_plain(x):
         return False
     return x.is_cpu or os.environ.get("LONGROPE_CHECK") == "1"
-
-
-def is_plain(x: torch.Tensor) -> bool:
-    """Whether x is torch's own class, which has data, and no stand-in such as a fake tensor."""
-    return type(x) in _PLAIN

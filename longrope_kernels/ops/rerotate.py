@@ -11,6 +11,7 @@ from ..calls import arguments, values
 from ..calls.records import RotaryCall, Selection
 from ..rope.tables import UNBOUNDED, Tables
 from ..rope.value import Rope
+from ..torch_private import is_plain
 from .factors import like
 from .rotary import check_writable, no_heads, rotate_
 
@@ -99,7 +100,7 @@ def _check_sets(
 
 
 def _turns(old: Rope, new: Rope, k: torch.Tensor) -> tuple[Tables, ...]:
-    if torch.compiler.is_compiling() or not values.is_plain(k):
+    if torch.compiler.is_compiling() or not is_plain(k):
         return _make_turns(old, new, k)
     return _kept_turns(old, new, k.device)
 
