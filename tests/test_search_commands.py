@@ -261,8 +261,9 @@ PI_TO_280 = {"rope_type": "linear", "factor": 280 / ORIGINAL}
 
 
 def test_evaluate_scores_the_same_tokens_at_each_length(work, tmp_path):
-    content, _ = evaluated(work, tmp_path)
+    content, shown = evaluated(work, tmp_path)
     assert content["last"] == ORIGINAL // 2  # half of the shortest length
+    assert shown.splitlines()[0].split() == ["perplexity,", "last", "16", "32", "40", "280"]
     assert content["same_tokens"] is True
     for name, scaling in (("no scaling", {}), ("PI", PI_TO_280)):
         for length in (ORIGINAL, 40, 280):

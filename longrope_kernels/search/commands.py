@@ -342,7 +342,8 @@ class Evaluate:
         }
         write_json(self.out / EVALUATION, content)
         _draw(self.out)
-        _table(["perplexity", *map(str, lengths)], perplexity_cells(values))
+        scored = "perplexity" if last is None else f"perplexity, last {last}"
+        _table([scored, *map(str, lengths)], perplexity_cells(values))
         asked = [str(length) for length in lengths if length >= room]
         for kind, rows in told.items() if self.retrieval else ():
             _table([f"found, {kind}; loss", *asked], retrieval_cells(rows))
