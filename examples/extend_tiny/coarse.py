@@ -22,11 +22,21 @@ from longrope_kernels.search.coarse import Coarse
 
 # Three layers, trained in half of the steps: there are six searches to do.
 RECIPE = Recipe(hidden=192, layers=3, heads=3, rows=16, steps=1000)
-WAYS = {"full length": Coarse("off"), "coarse first": Coarse()}
+WAYS = ("full length", "coarse first", "coarse first, an eighth")
+
+
+def windows(way: str, length: int) -> Coarse:
+    """The last way has an eighth in full where the default has a quarter, and shorter windows."""
+    made = (Coarse("off"), Coarse(), Coarse(share=0.125, tokens=length // 8))
+    return made[WAYS.index(way)]
 
 
 def compare(
-    out: Path, ratio: int, seeds: Sequence[int], until: int = RECIPE.steps
+    out: Path,
+    ratio: int,
+    seeds: Sequence[int],
+    until: int = RECIPE.steps,
+    ways: Sequence[str] = WAYS[:2],
 ) -> dict[str, Any]:
     """Each search and what it took, in coarse.json as soon as it is done."""
     experiment = Experiment(Sizes(recipe=RECIPE), out, until)
@@ -45,12 +55,12 @@ def compare(
             experiment.formulas(length)["YaRN"], length
         )}  # fmt: skip
     for seed in seeds:
-        for way, coarse in WAYS.items():
+        for way in ways:
             name = f"{way} at {length}, seed {seed}"
             if name in known["searches"]:
                 continue
             begin = time.process_time()
-            rope = experiment.search(name, length, seed=seed, coarse=coarse)
+            rope = experiment.search(name, length, seed=seed, coarse=windows(way, length))
             seconds = time.process_time() - begin
             folder = out / name.replace(" ", "-")
             known["searches"][name] = {
@@ -134,9 +144,10 @@ def main() -> None:
     parser.add_argument("--ratio", type=int, default=8, help="target length over 256 bytes")
     parser.add_argument("--until", type=int, default=RECIPE.steps, help="step to end training at")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS[:2])
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    known = compare(chosen.out, chosen.ratio, chosen.seeds, chosen.until)
+    known = compare(chosen.out, chosen.ratio, chosen.seeds, chosen.until, chosen.ways)
     (chosen.out / "coarse.md").write_text(page(known), "utf-8")
     print(chosen.out / "coarse.md")
 
