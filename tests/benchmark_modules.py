@@ -24,6 +24,7 @@ import ring
 import ropes
 import rotations
 import speeds
+import spread
 import test_append as append_rows
 import test_attention as attention_rows
 import test_decode as decode_rows
@@ -57,6 +58,7 @@ __all__ = [
     "rotary_rows",
     "rotations",
     "speeds",
+    "spread",
 ]
 
 
