@@ -173,28 +173,32 @@ def as_torchrun() -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
 
 
-def tuned(work: Path, folder: Path, size: int, settings: TuneSettings) -> Any:
-    """Weights after two steps on a single window, and what was logged."""
+def tuned(work: Path, folder: Path, size: int, length: int, settings: TuneSettings) -> Any:
+    """Weights after two steps on a text of so many tokens, and what was logged."""
     group = None
     if size:
         as_torchrun()
         group, _ = dist.new_subgroups(size)
     model = AutoModelForCausalLM.from_pretrained(work / "model")
     generator = torch.Generator().manual_seed(2)
-    text = Document("text", torch.randint(0, 256, (48,), generator=generator))
+    text = Document("text", torch.randint(0, 256, (length,), generator=generator))
     rope = Rope((FactorSet(factors(8, 2.0)),))
     model = tune(model, rope, [text], 48, 2, settings, folder, group=group)
     rows = (folder / "tuning.jsonl").read_text().splitlines()
     return list(model.state_dict().values()), [json.loads(row)["loss"] for row in rows]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+# Groups of two have windows of their own, which in a text of one window are the same; one of four
+# has those of one process.
+@pytest.mark.parametrize(
+    ("size", "length", "recompute"), [(2, 48, True), (4, 200, False)], ids=["two", "four"]
+)
 def test_a_window_is_shared_as_if_it_were_whole(
-    recompute: bool, work: Path, four: Ranks, tmp_path: Path
+    size: int, length: int, recompute: bool, work: Path, four: Ranks, tmp_path: Path
 ) -> None:
     settings = replace(TUNING, recompute=recompute)
-    weights, losses = tuned(work, tmp_path / "alone", 0, settings)
-    found = all_of(four, tuned, work, tmp_path / "shared", 2, settings)
+    weights, losses = tuned(work, tmp_path / "alone", 0, length, settings)
+    found = all_of(four, tuned, work, tmp_path / "shared", size, length, settings)
     for own, logged in found:
         assert logged == pytest.approx(losses, rel=1e-5)
         for a, b in zip(own, weights, strict=True):
