@@ -109,7 +109,7 @@ SPREAD = [
     Mutation("spread: gradients of a sum, not of a mean", "distributed/sums.py", "grad * ctx.size, None", "grad, None", "test_models_spread.py -k training"),
     Mutation("spread: stretches joined that see a part", "distributed/blocks.py", "found[-1].sees == pair.sees ==", "pair.sees in", "test_distributed.py -k 'equals or nobody'"),
     Mutation("spread: the other keys' weight", "distributed/ring.py", "torch.nan_to_num(new_lse - lse)", "torch.nan_to_num(lse - new_lse)", "test_distributed.py -k equals"),
-    Mutation("spread: a chunk sees what comes behind it", "integrations/transformers/spread.py", "total = step.total - (queries - some.stop)", "total = step.total", "test_models_spread.py -k chunks"),
+    Mutation("spread: a chunk sees what comes behind it", "integrations/transformers/spread.py", "total = spread.total - (queries - some.stop)", "total = spread.total", "test_models_spread.py -k chunks"),
     Mutation("spread: the last token of another rank", "integrations/transformers/spread.py", "gathered(ranks.heads, last))[0]", "gathered(ranks.heads, last))[-1]", "test_models_spread.py -k generates"),
     Mutation("spread: a token scored by its own hidden state", "search/own_tokens.py", "tokens[:, self._before.to(tokens.device) + 1]", "tokens[:, self._before.to(tokens.device)]", "test_search_spread.py -k losses"),
     Mutation("spread: every rank tells its candidates", "search/distributed.py", "for found, _ in answers[::sharing]", "for found, _ in answers", "test_search_spread.py -k plain"),

@@ -107,6 +107,20 @@ def test_any_length_and_the_switch(length: int, four: Ranks) -> None:
     check(four, 4, PHI3, {"input_ids": tokens(1, length)})
 
 
+def plain() -> Any:
+    """Full masks ask for nothing that torch's own attention has not: logits here."""
+    model = enable(family_model(PHI3), backend="composed", group=group_of(4))
+    ids = tokens(2, SWITCH)
+    with torch.no_grad():
+        return [model(input_ids=ids, attention_mask=mask).logits for mask in (None, ids > 0)]
+
+
+def test_the_fast_attention_serves_what_is_not_padded(four: Ranks) -> None:
+    expected, _, _ = alone(PHI3, {"input_ids": tokens(2, SWITCH)}, {})
+    for parts in zip(*results(four, 4, plain), strict=True):
+        assert max_diff(whole(list(parts), SWITCH, "balanced", 1), expected) < CLOSE
+
+
 @pytest.mark.parametrize("family", ["phi3 sliding", "qwen2 sliding", "qwen3", "phimoe"])
 def test_other_families(family: str, four: Ranks) -> None:
     check(four, 2, family, {"input_ids": tokens(1, 21)})

@@ -15,7 +15,7 @@ from ...rope.value import Rope
 from .masks import ANY_MASK, is_slots
 from .sequences import Call, Memory
 from .settings import Settings
-from .spread import Step
+from .spread import Spread
 from .spread import attend as attend_spread
 
 NAME = "longrope"  # among transformers' attention implementations
@@ -43,7 +43,7 @@ def longrope_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     longrope_sets: torch.Tensor | None = None,
-    longrope_step: Step | None = None,
+    longrope_spread: Spread | None = None,
     output_attentions: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -65,8 +65,8 @@ def longrope_attention(
         cu_seq_lens_k: the same.
         longrope_sets: (batch,) int32, the factor set of each sequence whatever its length, as a
             search tries several ropes in one batch.
-        longrope_step: of a step behind a spread cache, where a group of ranks shares a sequence:
-            position_ids and attention_mask are then of the whole.
+        longrope_spread: where a group of ranks shares a sequence; position_ids, attention_mask and
+            the borders are of the whole then.
         output_attentions: must be False: the weights are never in memory.
 
     Returns:
@@ -93,6 +93,8 @@ def longrope_attention(
             f"attention_dropout: expected 0 in training, got {dropout}; set config."
             "attention_dropout = 0, or enable(model, cache='rotated')"
         )
+    if longrope_spread is not None and not longrope_spread.masked:
+        attention_mask = None
     if attention_mask is not None and not is_slots(attention_mask):
         raise ValueError(
             "attention_mask: expected the padding mask (batch, tokens), got an attention bias of "
@@ -102,9 +104,8 @@ def longrope_attention(
         raise ValueError("position_ids: expected them from the decoder layer, got None")
     settings: Settings = enabled.settings
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-    if settings.group is not None:  # what the call is derived from is of the whole
-        queries = position_ids.shape[-1]
-        keys = queries if longrope_step is None else longrope_step.total
+    if longrope_spread is not None:
+        queries, keys = position_ids.shape[-1], longrope_spread.total
     if cu_seq_lens_q is not None:
         _check_borders(cu_seq_lens_q, cu_seq_lens_k, batch * queries)
     call = enabled.memory.call(
@@ -117,8 +118,8 @@ def longrope_attention(
         "sets": longrope_sets,
     }
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if settings.group is not None:
-        return attend_spread(q, k, v, call, settings, longrope_step, rest), None
+    if longrope_spread is not None:
+        return attend_spread(q, k, v, call, settings, longrope_spread, rest), None
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if call.cache_lens is not None and queries <= FEW_QUERIES and not recorded:
         out: Any = decode(

@@ -36,7 +36,6 @@ def slots_of_mask(
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
     device: torch.device | None = None,
-    always: bool = False,
     **_: Any,
 ) -> torch.Tensor | None:
     """The `Slots` of a forward, as one tensor.
@@ -50,7 +49,6 @@ def slots_of_mask(
         attention_mask: (batch, tokens) bool, False for padding, on the left or on the right.
         allow_is_causal_skip: False where transformers made a mask of its own (packed sequences).
         device: of the model.
-        always: give them also where all slots are filled by real tokens.
 
     Returns:
         (batch, 1, 1, 5) int64, or None where all slots are filled by real tokens.
@@ -74,7 +72,7 @@ def slots_of_mask(
             attention_mask = None
     filled = q_offset + q_length
     is_full = not isinstance(filled, torch.Tensor) and filled == kv_offset + kv_length
-    if attention_mask is None and is_full and not packed and not always:
+    if attention_mask is None and is_full and not packed:
         return None
 
     result = torch.zeros((batch_size, len(Slots._fields)), dtype=torch.int64, device=device)

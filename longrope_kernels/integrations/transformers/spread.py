@@ -24,14 +24,18 @@ from .sequences import Call
 from .settings import Settings
 from .spread_cache import ORDER, held_in
 
-STEP = "longrope_step"  # the argument that layers pass on to the attention function
+ARGUMENT = "longrope_spread"  # which layers pass on to the attention function
 
 
-class Step(NamedTuple):
-    """Of a few tokens, or of some behind a spread cache, which every rank computes whole."""
+class Spread(NamedTuple):
+    """What the attention function of a layer is told of a forward.
 
-    key_slots: torch.Tensor  # (keys,) int64, the slots of the keys here, the new ones included
-    total: int  # how many keys all ranks have
+    A step is of a few tokens, or of some behind a spread cache: every rank computes all of them.
+    """
+
+    masked: bool  # whether there is more to the mask than its dimensions
+    total: int  # keys on all ranks
+    key_slots: torch.Tensor | None = None  # in a step, (keys here,) int64, the new ones included
 
 
 def put_hooks(base: Any) -> list[Any]:
@@ -74,10 +78,11 @@ def _before(
         packed = bool((positions.diff() != 1).any())
     if padding is not None:
         padding = padding.to(device, torch.bool)
+    total = past + tokens
+    mask = slots_of_mask(batch, tokens, total, past, 0, padding, not packed, device)
+    spread = Spread(mask is not None, total)
     # transformers hands a mask of four dimensions on as it is, and looks for nothing of its own.
-    given["attention_mask"] = slots_of_mask(
-        *(batch, tokens, past + tokens, past, 0, padding, not packed, device), always=True
-    )
+    given["attention_mask"] = torch.zeros((1, 1, 1, 1), device=device) if mask is None else mask
     given["position_ids"] = positions
     held = held_in(caches[0], base, ranks, device, past) if caches else None
     step = held is not None and (past > 0 or tokens <= FEW_QUERIES)
@@ -86,10 +91,11 @@ def _before(
     if held is not None:
         held.begin(tokens, whole=step)
         if step:
-            given[STEP] = Step(held.slots, past + tokens)
+            given[ARGUMENT] = spread._replace(key_slots=held.slots)
             return (), given
     else:
         given["use_cache"] = False
+    given[ARGUMENT] = spread
     given[name] = shard(whole, settings.group, order=ORDER)
     return (), given
 
@@ -97,7 +103,7 @@ def _before(
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Of a prompt in a cache all ranks get the last token, from which the next one is chosen."""
     cached = any(isinstance(x, Cache) for x in kwargs.values())
-    if not cached or STEP in kwargs:
+    if not cached or kwargs[ARGUMENT].key_slots is not None:
         return None
     ranks = ranks_of(base.longrope.settings.group)
     last = output.last_hidden_state[None, :, -1:]
@@ -119,7 +125,7 @@ def attend(
     v: torch.Tensor,
     call: Call,
     settings: Settings,
-    step: Step | None,
+    spread: Spread,
     rest: dict[str, Any],
 ) -> torch.Tensor:
     """Attention over the ranks: q, k and v (batch, tokens here, heads, dim), a `Call` of the whole.
@@ -128,7 +134,7 @@ def attend(
     """
     group, rope = settings.group, settings.rope
     batch, tokens = q.shape[0], call.positions.shape[-1]
-    if step is not None:
+    if spread.key_slots is not None:
         if call.key_positions is not None and readable(call.key_positions):
             raise ValueError(
                 "position_ids: expected those of the tokens in their order, from 0, behind a "
@@ -137,7 +143,7 @@ def attend(
         lengths = call.lengths
         if tokens <= FEW_QUERIES and call.query_lengths is not None:
             lengths = call.query_lengths
-        return _attend_step(q, k, v, call.kv_start, lengths, settings, step, rest)
+        return _attend_step(q, k, v, call.kv_start, lengths, settings, spread, rest)
     if call.cu_seqlens is not None:
         if batch > 1:
             raise ValueError(
@@ -166,20 +172,22 @@ def _attend_step(
     kv_start: torch.Tensor | None,
     lengths: torch.Tensor | None,
     settings: Settings,
-    step: Step,
+    spread: Spread,
     rest: dict[str, Any],
 ) -> torch.Tensor:
     """All queries on each rank, as many at a time as `decode` takes."""
     batch, queries = q.shape[:2]
+    slots = spread.key_slots
+    assert slots is not None
     parts = []
     for at in range(0, queries, FEW_QUERIES):
         some = slice(at, min(at + FEW_QUERIES, queries))
-        total = step.total - (queries - some.stop)
+        total = spread.total - (queries - some.stop)
         whole = q.new_full((batch,), total, dtype=torch.int64)
         of_some = lengths[:, some] if lengths is not None and lengths.dim() == 2 else lengths
         out = decode(
-            *(q[:, some], k, v, (step.key_slots < total).sum().expand(batch), settings.rope),
-            key_slots=step.key_slots.expand(batch, -1),
+            *(q[:, some], k, v, (slots < total).sum().expand(batch), settings.rope),
+            key_slots=slots.expand(batch, -1),
             total_lens=whole,
             lengths=of_some,
             kv_start=kv_start,
