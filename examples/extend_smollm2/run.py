@@ -101,7 +101,8 @@ class Experiment:
         self.source = open_source(folder, sizes.original)
         self.searched = self._texts(SEARCHED, sizes.searched)
         self.judged = self._texts(JUDGED, sizes.judged)
-        self.model = load_model(folder, dtype="bfloat16")
+        # The check compares with a loop of its own, which rounding to bfloat16 would blur.
+        self.model = load_model(folder, dtype="bfloat16" if sizes.layers is None else "float32")
         self.losses = TransformersLosses(self.model)
         texts = [*self.searched, *self.judged]
         head = {

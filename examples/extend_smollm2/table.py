@@ -145,7 +145,8 @@ def _seconds(content: Mapping[str, Any]) -> str:
         [key, f"{seconds:.0f}", str(content["commits"].get(key))]
         for key, seconds in content["seconds"].items()
     ]
-    return "## What was run\n\n" + _markdown(["", "seconds", "commit"], lines) if lines else ""
+    head = ["", "seconds, beside whatever else the machine did", "commit"]
+    return "## What was run\n\n" + _markdown(head, lines) if lines else ""
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -156,11 +157,13 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _head(content: Mapping[str, Any]) -> str:
     sizes, machine = content["sizes"], content["machine"]
     where = machine.get("gpu") or machine.get("cpu") or "a CPU"
-    layers = "" if sizes["layers"] is None else f", its first {sizes['layers']} layers alone"
+    layers = ", in bfloat16"
+    if sizes["layers"] is not None:
+        layers = f", its first {sizes['layers']} layers alone, in float32"
     texts = ", ".join(f"{name} ({text})" for name, text in content["texts"].items())
     return (
         "# A pretrained model, extended\n\n"
-        f"SmolLM2-135M-Instruct{layers}, in bfloat16, from {sizes['original']} tokens, without "
+        f"SmolLM2-135M-Instruct{layers}, from {sizes['original']} tokens, without "
         f"tuning. Perplexity of the last {sizes['last']} of {sizes['longest']} tokens of each "
         "text, the same in every column, after as much of the text before them as the column says. "
         "Searches see other texts than the table. Texts and their digests: "

