@@ -238,6 +238,33 @@ EXTEND_TINY = {
 }
 
 
+# ------------------------------------------------------------------------------ who understands what
+
+
+def understands() -> str:
+    """What tools/understands.py was told: a row for each kind of rope, and for each sequence."""
+    asked = read("reports/understands.json")
+    rows = {
+        "two sets: a sequence beyond the first": ("two sets", ("400",)),
+        "two sets: shorter ones beside it": ("two sets", ("60", "200")),
+        "an attention factor for each set": ("an attention factor for each set", None),
+        "a threshold `n_hat`": ("a threshold", None),
+        "three sets": ("three sets", None),
+    }
+
+    def cell(told: dict[str, Any], lengths: tuple[str, ...] | None) -> str:
+        if "refused" in told:
+            return "refused"
+        most = max(told[length] for length in lengths or told)
+        return "yes" if most < 1e-2 else f"no, off by {most:.1f}"
+
+    lines = [
+        [row, *(cell(column[what], lengths) for column in asked.values())]
+        for row, (what, lengths) in rows.items()
+    ]
+    return markdown(["", *(f"{name} ({c['version']})" for name, c in asked.items())], lines)
+
+
 # ---------------------------------------------------------------------------------------- codegen
 
 
@@ -325,6 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "switch-forward": switch_forward,
     "rotation-cost": rotation_cost,
     "cuda-attention": cuda_attention,
+    "understands": understands,
     **{name: partial(of_extend_tiny, title) for name, title in EXTEND_TINY.items()},
 }
 
