@@ -5,14 +5,18 @@ test_launches.py runs this, as launches.py.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 import triton
 from launching import LENGTHS, STARTED, decode_one, rotate
-from stand_in_driver import Driver
+from stand_in_driver import Driver, driver_of
 from triton import knobs
 
+from longrope_kernels.backends.triton import launch as launches
 from longrope_kernels.backends.triton import private
 from longrope_kernels.kernels import decode as decode_kernels
 from longrope_kernels.kernels import rotary as rotary_kernels
@@ -100,6 +104,30 @@ def test_another_device_is_another_kernel(
     monkeypatch.setattr(Driver, "get_current_device", lambda self: -2)
     rotate(**LENGTHS)
     assert len(by_triton) == 2
+
+
+def test_what_is_ready_starts_on_its_own_device(
+    monkeypatch: pytest.MonkeyPatch, by_triton: list[str]
+) -> None:
+    for _ in range(3):
+        rotate(**LENGTHS)
+    assert len(by_triton) == 1
+    own, current = Driver.get_current_device(driver_of(90, 132)), [-2]
+    monkeypatch.setattr(Driver, "get_current_device", lambda self: current[0])
+    rotate(**LENGTHS)  # on tensors of that device, were they not those of the CPU
+    assert len(by_triton) == 2
+
+    @contextlib.contextmanager
+    def of_tensor(x: torch.Tensor) -> Iterator[None]:
+        before, current[0] = current[0], own
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(launches, "on_device", of_tensor)
+    rotate(**LENGTHS)
+    assert len(by_triton) == 2
+    assert current == [-2]
+    assert len(STARTED) == 5
 
 
 def test_a_stream_is_asked_for_at_each_launch(monkeypatch: pytest.MonkeyPatch) -> None:

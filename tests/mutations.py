@@ -41,7 +41,7 @@ NUMBERS = [
     Mutation("4096 tokens are long", "rope/tables.py", "lengths.long()[..., None] > max_length", "lengths.long()[..., None] >= max_length", "test_rotary_sets.py -k reference"),
     Mutation("4096 tokens are long, in a kernel", "kernels/rotation.py", "(length > tl.load(p_max_length + i))", "(length >= tl.load(p_max_length + i))", "test_rotary_sets.py -k triton"),
     Mutation("4096 tokens are long, on the host", "rope/value.py", "length <= factor_set.max_length", "length < factor_set.max_length", "test_rope.py"),
-    Mutation("lengths win over sets", "calls/arguments.py", "Selection(None if sets is not None else lengths, sets, cu_seqlens)", "Selection(lengths, None if lengths is not None else sets, cu_seqlens)", "test_rotary_sets.py -k reference"),
+    Mutation("lengths win over sets", "calls/arguments.py", "elif sets is not None:\n        lengths = None", "elif lengths is not None:\n        sets = None", "test_rotary_sets.py -k reference"),
     Mutation("a gradient that turns on", "ops/rotary.py", "conjugate=not call.conjugate", "conjugate=call.conjugate", "test_rotary_grad.py -k native"),
     Mutation("rounding down to bfloat16", "kernels/rotation.py", "bits += 0x7FFF + ((bits >> 16) & 1)", "bits += 0", "test_rotary_forward.py test_triton.py -k triton"),
     Mutation("tokens past a border", "kernels/rotation.py", "inside & (begin <= token)", "inside & (begin < token)", "test_triton.py test_rotary_sets.py -k 'triton or sequence'"),
@@ -57,12 +57,13 @@ ATTENTION = [
     Mutation("weights that are not rescaled", "kernels/attention.py", "alpha = tl.exp2(top - base)", "alpha = tl.exp2(top - top)", "test_attention_forward.py -k triton"),
     Mutation("the log-sum-exp to base 2", "kernels/decode.py", "tl.store(lse + offset, top * LN2, mask=in_q)", "tl.store(lse + offset, top, mask=in_q)", "test_decode_forward.py -k triton"),
     Mutation("a check for the kind of some arguments", "calls/kinds.py", "kind = kind_of(*arguments)", "kind = kind_of(*arguments[:4])", "test_kinds.py"),
+    Mutation("a launch on whatever device is the current one", "backends/triton/launch.py", "if device != ready.device:", "if False:", "test_launches.py"),
     Mutation("a launch for the kind of one argument", "backends/triton/launch.py", "kind = kind_of(*arguments)", "kind = kind_of(arguments[0])", "test_launches.py"),
     Mutation("a kernel for aligned pointers, for all", "backends/triton/launch.py", "add(x.data_ptr() % 16)", "add(0)", "test_launches.py"),
     Mutation("sets of a cache that are aligned", "cache/warmup.py", "sets = caches[0].sets if caches else torch.zeros", "sets = torch.zeros", "test_launches.py"),
     Mutation("softcap without its factor", "backends/reference.py", "scores = how.cap * torch.tanh(scores / how.cap)", "scores = torch.tanh(scores / how.cap)", "test_attention_forward.py -k reference"),
     Mutation("dropped autocast", "calls/autocast.py", "return x if dtype is None else x.to(dtype)", "return x", "test_attention_compile.py -k autocast"),
-    Mutation("an op that nobody sees", "torch_private.py", "or torch._C._len_torch_dispatch_stack()", "", "test_torch_private.py"),
+    Mutation("an op that nobody sees", "torch_private.py", "or _count_modes()", "", "test_torch_private.py"),
     Mutation("a change in place unseen", "ops/rotary.py", "        torch.autograd.graph.increment_version((q, k))\n        return", "        return", "test_torch_private.py test_rotary_inplace.py -k 'native or place'"),
     Mutation("fields of an op in another order", "calls/schema.py", "return tuple(found)", "return tuple(reversed(found))", "test_schema.py"),
 ]  # fmt: skip
@@ -76,7 +77,7 @@ DECODING = [
     Mutation("tokens that are not dropped", "kernels/append.py", "written = address >= 0", "written = exists", "test_append_forward.py -k triton"),
     Mutation("float8 rounded down", "kernels/append.py", "+ 0x7FFFF + ((rest >> 20) & 1)", "+ 0", "test_append_forward.py -k 'triton and float8'"),
     Mutation("values over the scale of keys", "backends/reference.py", "(v, cache.v, cache.v_scale)", "(v, cache.v, cache.k_scale)", "test_append_forward.py -k reference"),
-    Mutation("written before all is checked", "ops/decode.py", "    values.check_decode(call)\n    if new", "    if new", "test_append_errors.py -k decode"),
+    Mutation("written before all is checked", "ops/decode.py", "    values.check_decode(call)\n    if writer", "    if writer", "test_append_errors.py -k decode"),
     Mutation("a count that is not set back", "kernels/decode_splits.py", "tl.store(p_count, 0)", "pass", "test_triton_decode.py -k last_program"),
     Mutation("two streams that count together", "kernels/splits.py", "(q.device, threading.get_ident())", "(q.device, 0)", "test_triton_decode.py -k apart"),
     Mutation("blocks by the first row of the table", "kernels/decode_cache.py", "p_ids = table[0] + i_b * table[1]", "p_ids = table[0]", "test_decode_forward.py -k 'triton and block'"),
@@ -132,7 +133,7 @@ def survives(mutation: Mutation, tree: Path) -> bool:
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     path.write_text(text, "utf-8")
-    if done.returncode not in (0, 1):  # nothing selected, or not collected
+    if done.returncode > 1:  # nothing selected, or not collected; below 0 it crashed, which is seen
         raise RuntimeError(f"{mutation.name}: {done.stdout[-2000:]}")
     return done.returncode == 0
 

@@ -206,13 +206,15 @@ GOOD: list[tuple[Callable[..., Any], dict[str, Any]]] = [
         attention,
         {"q": heads(2, 3, 4, 8), "k": heads(2, 3, 2, 8), "v": heads(2, 3, 2, 8)}
         | {"positions": indices(0, 1, 2), "factors": TWO, "lengths": indices(3, 8)}
-        | {"key_positions": None, "kv_start": indices(0, 1), "layout": "bshd", "backend": None},
+        | {"key_positions": None, "kv_start": indices(0, 1), "layout": "bshd", "backend": None}
+        | {"causal": True, "window": 2, "softcap": 5.0, "return_lse": False, "k_rotation": None},
     ),
     (
         decode,
         {"q": heads(2, 1, 4, 8), **CACHES, "cache_lens": indices(1, 4), "factors": TWO}
         | {"k_new": heads(2, 1, 2, 8), "v_new": heads(2, 1, 2, 8), "slot_mapping": None}
-        | {"block_table": None, "lengths": None, "sets": None, "kv_start": indices(0, 1)},
+        | {"block_table": None, "lengths": None, "sets": None, "kv_start": indices(0, 1)}
+        | {"window": 2, "softcap": 5.0, "softmax_scale": 0.5, "backend": None},
     ),
     (
         append,
@@ -279,6 +281,18 @@ def test_calls_do_as_if_nothing_were_kept(given: list[Any], order: Any) -> None:
         forget()
         alone.append(outcome(*call))
     assert repr(kept) == repr(alone)
+
+
+def test_a_kept_choice_of_attention_makes_gradients_where_they_are_wanted() -> None:
+    q, k, v = heads(1, 3, 4, 8), heads(1, 3, 2, 8), heads(1, 3, 2, 8)
+    given = {"positions": indices(0, 1, 2), "factors": ONE}
+    assert not attention(q, k, v, **given).requires_grad
+    attention(q, k, v.clone().requires_grad_(), **given).sum().backward()
+    x = v.clone().requires_grad_()
+    for _ in range(2):
+        attention(q, k, x, **given).sum().backward()
+    assert x.grad is not None
+    assert x.grad.count_nonzero() == x.numel()
 
 
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
