@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from codegen_cuda import ARCHITECTURES, count, rows_of
+from codegen_cuda import ARCHITECTURES, compile_source, count, rows_of
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.slow, pytest.mark.full]
 
@@ -81,3 +82,8 @@ def test_so_many_blocks_of_decode_fit_a_multiprocessor(decode: list[Row]) -> Non
 def allocated(row: Row) -> int:
     """Registers of a thread, which come in eights."""
     return -(-int(row["registers"]) // 8) * 8
+
+
+def test_older_devices_are_refused_by_the_compiler(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"expected compute capability 8\.0 or newer"):
+        compile_source("append.cu", "75", tmp_path)

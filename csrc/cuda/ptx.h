@@ -10,6 +10,8 @@
 
 #if defined(LONGROPE_EMULATE)
 #include "emulator/tensor_cores.h"
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "expected compute capability 8.0 or newer: cp.async, and bfloat16 in mma and cvt"
 #endif
 
 namespace {
