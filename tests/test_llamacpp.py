@@ -280,7 +280,7 @@ def expected(family: str, rope: Rope, prompt: list[int]) -> torch.Tensor:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_llama_cpp_takes_each_set_by_its_context(tmp_path: Path, family: str) -> None:
-    from longrope_kernels.integrations.llamacpp.check import log_probabilities
+    from longrope_kernels.integrations.llamacpp.engine import log_probabilities
 
     source = write_gguf(make_model(family), tmp_path / "model.gguf")
     out = export(ROPE, source, tmp_path / "out.gguf", length=LENGTH).path

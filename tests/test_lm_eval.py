@@ -18,7 +18,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TokenizersBackend
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from longrope_kernels import Rope
 from longrope_kernels.integrations.lm_eval import LongRopeLM
@@ -57,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    wrapped = TokenizersBackend(
+    wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>", pad_token="<end>"
     )
     wrapped.save_pretrained(path)

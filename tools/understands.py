@@ -1,7 +1,7 @@
 """Who understands what of a rope, each asked: the table of docs/llamacpp.md.
 
     python tools/understands.py "this package" transformers llama.cpp
-    python tools/understands.py "vLLM" "vLLM, our plugin"              in an environment that has it
+    VLLM_CPU_KVCACHE_SPACE=1 python tools/understands.py "vLLM" "vLLM, our plugin"   where it is
 
 Each is given a tiny Llama with a rope, and prompts in one batch or server. What it says of the last
 token is compared with transformers' model whose cosines and sines are put in from the formula in
@@ -126,7 +126,7 @@ def by_llama_cpp(rope: Rope, folder: Path) -> Answers:
     from gguf_cases import write_gguf
 
     from longrope_kernels.integrations.llamacpp import export
-    from longrope_kernels.integrations.llamacpp.check import log_probabilities
+    from longrope_kernels.integrations.llamacpp.engine import log_probabilities
 
     source = write_gguf(model_of(folder, None), folder / "model.gguf")
     out = export(rope, source, folder / "out.gguf", length=LENGTH).path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .check import Answer, check
-from .export import Exported, export
+from .engine import Answer, check
+from .exporting import Exported, export
 
 __all__ = ["Answer", "Exported", "check", "export"]

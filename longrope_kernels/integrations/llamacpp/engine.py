@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...rope.value import Rope
-from .export import Exported
+from .exporting import Exported
 
 STEP = 256  # llama.cpp rounds contexts up to multiples of it
 _TOKENS, _LIKELIEST = 384, 20
