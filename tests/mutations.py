@@ -55,7 +55,7 @@ ATTENTION = [
     Mutation("queries at the first keys", "calls/masks.py", "slot = slot + keys - queries", "slot = slot + 0", "test_attention_forward.py -k 'reference and x'"),
     Mutation("keys of another sequence's border", "ops/attention.py", "of_q._replace(borders=keys.borders)", "of_q", "test_attention_sets.py -k composed"),
     Mutation("weights that are not rescaled", "kernels/attention.py", "alpha = tl.exp2(top - base)", "alpha = tl.exp2(top - top)", "test_attention_forward.py -k triton"),
-    Mutation("the log-sum-exp to base 2", "kernels/decode.py", "tl.store(lse + offset, top * LN2, mask=in_q)", "tl.store(lse + offset, top, mask=in_q)", "test_decode_forward.py -k triton"),
+    Mutation("the log-sum-exp to base 2", "kernels/decode_kernel.py", "tl.store(lse + offset, top * LN2, mask=in_q)", "tl.store(lse + offset, top, mask=in_q)", "test_decode_forward.py -k triton"),
     Mutation("a check for the kind of some arguments", "calls/kinds.py", "kind = kind_of(*arguments)", "kind = kind_of(*arguments[:4])", "test_kinds.py"),
     Mutation("a launch on whatever device is the current one", "backends/triton/launch.py", "if device != ready.device:", "if False:", "test_launches.py"),
     Mutation("a launch for the kind of one argument", "backends/triton/launch.py", "kind = kind_of(*arguments)", "kind = kind_of(arguments[0])", "test_launches.py"),
@@ -70,7 +70,7 @@ ATTENTION = [
 DECODING = [
     Mutation("drafts under the last one's set", "backends/reference.py", "lengths = tokens if selection.lengths is None", "lengths = tokens[:, -1:] if selection.lengths is None", "test_decode_drafts.py -k reference"),
     Mutation("drafts under the last one's set, in a kernel", "kernels/decode_sets.py", "takes = set_of_query(i_b, i_t, tokens + i_t,", "takes = set_of_query(i_b, i_t, tokens + t1,", "test_decode_drafts.py -k triton"),
-    Mutation("a key too few", "kernels/decode.py", "part_keys = tl.maximum(part_high - part_low, 0)", "part_keys = tl.maximum(part_high - part_low - 1, 0)", "test_decode_forward.py -k triton"),
+    Mutation("a key too few", "kernels/decode_kernel.py", "part_keys = tl.maximum(part_high - part_low, 0)", "part_keys = tl.maximum(part_high - part_low - 1, 0)", "test_decode_forward.py -k triton"),
     Mutation("a split that is left out", "kernels/decode_splits.py", "live = s0 + o_s < splits", "live = s0 + o_s < splits - 1", "test_triton_decode.py"),
     Mutation("the scale of keys for values", "kernels/decode.py", "vector_args(cache.v_scale),", "vector_args(cache.k_scale),", "test_decode_forward.py -k 'triton and float8'"),
     Mutation("new keys one slot too far", "kernels/append.py", "slot = length - tokens + t\n", "slot = length - tokens + t + 1\n", "test_append_forward.py -k triton"),
