@@ -206,6 +206,7 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
         "touched_too_early": touched_too_early(compiled.sass),
         "tile_waits": tile.count("WARPGROUP.DEPBAR.LE"),
         "tile_instructions": len(tile),
+        "tile_local": sum(name.split(".")[0] in ("LDL", "STL") for name in tile),
         "tile_matrix": sum("MMA" in name for name in tile),
         "tile_mufu": sum(name.startswith("MUFU") for name in tile),
     }
