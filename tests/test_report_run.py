@@ -102,8 +102,13 @@ def test_a_benchmark_that_failed_is_told(checkout: Path) -> None:
     ("name", "reason"),
     [
         ("crash", "it ended with -9 while this ran"),
-        ("access", "an illegal memory access was encountered"),
-        pytest.param("hang", "nothing was heard for 30 s while this ran", marks=pytest.mark.full),
+        *(
+            pytest.param(name, reason, marks=pytest.mark.full)
+            for name, reason in (
+                ("access", "an illegal memory access was encountered"),
+                ("hang", "nothing was heard for 30 s while this ran"),
+            )
+        ),
     ],
 )
 def test_a_row_that_ends_its_process_leaves_all_others(
@@ -121,6 +126,7 @@ def test_a_row_that_ends_its_process_leaves_all_others(
     assert content["failed"] == {f"group of 2, {name}": reason}
 
 
+@pytest.mark.full
 def test_where_none_of_a_group_can_be_told_from_the_others_all_have_failed(checkout: Path) -> None:
     rows_of = [("1", "right"), ("2", "amid"), ("2", "right"), ("3", "right")]
     content, rows = results.load(report(checkout, 100, write(checkout, *rows_of)).folder)
