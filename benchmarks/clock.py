@@ -40,6 +40,13 @@ class HostClock(Clock):
         return time.perf_counter()
 
 
+class ThreadClock(Clock):
+    """The processor's time for this thread alone: what others take of the cores does not count."""
+
+    def _read(self) -> float:
+        return time.thread_time()
+
+
 class DeviceClock(Clock):
     """Time on the device between two events.
 
@@ -74,6 +81,7 @@ class DeviceClock(Clock):
 
 
 HOST = HostClock()
+THREAD = ThreadClock()
 CLOCK = DeviceClock() if torch.cuda.is_available() else HOST
 
 
