@@ -265,6 +265,39 @@ def understands() -> str:
     return markdown(["", *(f"{name} ({c['version']})" for name, c in asked.items())], lines)
 
 
+# ----------------------------------------------------------------------------------------- serving
+
+SERVING = "reports/cpu-2-cores/2026-11-29"
+MODES = ("rotated", "unrotated")
+
+
+def serving_long() -> str:
+    """What `make test-vllm-long` measures, by mode."""
+    found = read(f"{SERVING}/serving_checks.json")
+    errors = found["a text of 12000 tokens"]["mean_error"]
+    of_text = [*(f"{errors[mode]:.1e}" for mode in MODES), f"{errors['vLLM']:.1e}, vLLM alone"]
+    lines = [["mean error in a text of 12,000 tokens", *of_text]]
+    load = {mode: found[f"200 requests of 20 to 3000 tokens, {mode}"] for mode in MODES}
+    for name, key in (
+        ("200 requests: finished", "finished"),
+        ("taken back", "cancelled"),
+        ("prefilled again", "prefilled_again"),
+    ):
+        lines.append([name, *(str(load[mode][key]) for mode in MODES), ""])
+    far = "largest_difference_to_the_run_alone"
+    lines.append(["largest difference to a run alone", *(f"{load[m][far]:.1e}" for m in MODES), ""])
+    for name in ("this.py", "abc.py", "argparse.py"):
+        of_mode = [found[f"SmolLM2-135M, {name}, {mode}"] for mode in MODES]
+        lines.append(
+            [
+                f"SmolLM2-135M, perplexity of `{name}`, {of_mode[0]['tokens']} tokens",
+                *(f"{each['perplexity']:.5g}" for each in of_mode),
+                f"{of_mode[0]['transformers']:.5g}, transformers",
+            ]
+        )
+    return markdown(["", *MODES, "beside"], lines)
+
+
 # ---------------------------------------------------------------------------------------- codegen
 
 
@@ -350,6 +383,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "switch-crossing": switch_crossing,
     "switch-batch": switch_batch,
     "switch-forward": switch_forward,
+    "serving-long": serving_long,
     "rotation-cost": rotation_cost,
     "cuda-attention": cuda_attention,
     "understands": understands,

@@ -32,9 +32,8 @@ class OwnTokens:
             hidden: (rows, tokens of this rank, dim).
             tokens: (rows, length), all of them.
         """
-        return hidden[:, self._here.to(hidden.device)], tokens[
-            :, self._before.to(tokens.device) + 1
-        ]
+        after = self._before.to(tokens.device) + 1
+        return hidden[:, self._here.to(hidden.device)], tokens[:, after]
 
     def of_all(self, found: torch.Tensor) -> torch.Tensor:
         """What each rank found, (rows, own), as (rows, last) on every rank, to the last bit."""
