@@ -418,7 +418,7 @@ def huge_pages() -> Iterator[tuple[str, str]]:
 
 def host_time() -> str:
     """Medians of a hundred calls, as microseconds of one."""
-    rows = read("reports/cpu-2-cores/2026-11-28/host.json")["benchmarks"]
+    rows = read("reports/cpu-2-cores/2026-11-29/host.json")["benchmarks"]
     took = {row["name"].split("-")[-1][:-1]: row["stats"]["median"] * 1e4 for row in rows}
     return (
         f"one call of `apply_rotary` took {took['apply_rotary']:.1f} us, in place "
