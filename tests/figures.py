@@ -271,6 +271,22 @@ SERVING = "reports/cpu-2-cores/2026-11-29"
 MODES = ("rotated", "unrotated")
 
 
+def serving() -> str:
+    lines = [
+        [
+            row["dtype"],
+            row["way"],
+            f"{row['load_cpu_s']:.1f}",
+            f"{row['share_by_cpu_time']:.2f}",
+            f"{row['start_up_cpu_s']:.1f}",
+            f"{row['peak_bytes'] / 2**30:.2f}",
+        ]
+        for row in read(f"{SERVING}/serving.json")
+    ]
+    head = ["", "", "the load, s", "throughput, of vLLM's", "start-up, s", "peak memory, GiB"]
+    return markdown(head, lines)
+
+
 def serving_long() -> str:
     """What `make test-vllm-long` measures, by mode."""
     found = read(f"{SERVING}/serving_checks.json")
@@ -383,6 +399,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "switch-crossing": switch_crossing,
     "switch-batch": switch_batch,
     "switch-forward": switch_forward,
+    "serving": serving,
     "serving-long": serving_long,
     "rotation-cost": rotation_cost,
     "cuda-attention": cuda_attention,

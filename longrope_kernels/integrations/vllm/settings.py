@@ -28,6 +28,7 @@ FAMILIES = {
 SCHEDULER = "longrope_kernels.integrations.vllm.scheduler.LongRopeScheduler"
 DRAFTS = ("ngram", "draft_model", "eagle")  # speculative_config's methods that are served
 _SETTINGS = ("mode", "policy")
+_WITHOUT = ". VLLM_PLUGINS='' starts vLLM without this plugin"  # ends a refusal
 
 
 def policies_of(vllm_config: Any) -> Policies | None:
@@ -43,11 +44,22 @@ def policies_of(vllm_config: Any) -> Policies | None:
     rope = rope_of(vllm_config.model_config)
     if rope is None:
         return None
-    name, mode = _given(vllm_config, "mode", "rotated")
+    name, mode = _given(vllm_config, "mode", default_mode(vllm_config))
     if mode not in POLICIES:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, POLICIES))}, got {mode!r}")
     policy = _given(vllm_config, "policy", POLICIES[mode][0])
     return Policies(rope, check_policy(*policy, mode), mode)
+
+
+def default_mode(vllm_config: Any) -> str:
+    """The mode of a server that names none.
+
+    vLLM's own attention on GPUs, where ours has not been timed, and for float8 caches, which ours
+    reads slowly on a CPU.
+    """
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    float8 = vllm_config.cache_config.cache_dtype.startswith("fp8")
+    return "unrotated" if on_cpu and not float8 else "rotated"
 
 
 def rope_of(model_config: Any) -> Rope | None:
@@ -117,7 +129,7 @@ def refuse(vllm_config: Any, policies: Policies) -> None:
         methods = ", ".join(map(repr, DRAFTS))
         raise ValueError(
             f"speculative_config: expected method {methods}, got {drafts.method!r}; LongRoPE in "
-            "vLLM does not serve it. VLLM_PLUGINS='' starts vLLM without this plugin"
+            f"vLLM does not serve it{_WITHOUT}"
         )
     refused = {
         "runner_type": (model.runner_type, "generate"),
@@ -135,6 +147,7 @@ def refuse(vllm_config: Any, policies: Policies) -> None:
         "enable_dbo": (parallel.enable_dbo, False),
         "ubatch_size": (parallel.ubatch_size > 1, False),
     }
+    of_both = set(refused)
     if policies.mode == "unrotated":  # which is an attention backend of its own
         backend = vllm_config.attention_config.backend
         refused["attention_backend"] = (backend and backend.name, None)
@@ -144,6 +157,6 @@ def refuse(vllm_config: Any, policies: Policies) -> None:
         if found != served:
             shown = found if isinstance(found, str | int) else type(found).__name__
             raise ValueError(
-                f"{name}: expected {served!r}, got {shown}; LongRoPE in vLLM does not serve it. "
-                "VLLM_PLUGINS='' starts vLLM without this plugin"
+                f"{name}: expected {served!r}, got {shown}; LongRoPE in vLLM does not serve it"
+                + (_WITHOUT if name in of_both else " in mode 'unrotated'; mode 'rotated' does")
             )
