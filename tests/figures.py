@@ -245,8 +245,8 @@ def understands() -> str:
     """What tools/understands.py was told: a row for each kind of rope, and for each sequence."""
     asked = read("reports/understands.json")
     rows = {
-        "two sets: a sequence beyond the first": ("two sets", ("400",)),
-        "two sets: shorter ones beside it": ("two sets", ("60", "200")),
+        "two sets and an attention factor: a sequence beyond the first": ("two sets", ("400",)),
+        "the same: shorter ones beside it": ("two sets", ("60", "200")),
         "an attention factor for each set": ("an attention factor for each set", None),
         "a threshold `n_hat`": ("a threshold", None),
         "three sets": ("three sets", None),
