@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -389,6 +390,24 @@ def compatibility() -> str:
     return markdown([*columns, "passed", "failed"], rows)
 
 
+SPREAD = "reports/cpu-2-cores/2026-11-29/spread.json"
+
+
+def spread_memory() -> str:
+    """What a forward takes at its peak in each process, beyond what was there before."""
+    rows = read(SPREAD)["memory"]
+    one = max(rows[0]["bytes"])
+    table = [
+        [
+            str(row["processes"]),
+            ", ".join(f"{x / 1e6:.0f}" for x in row["bytes"]),
+            f"{max(row['bytes']) / one:.2f}",
+        ]
+        for row in rows
+    ]
+    return markdown(["processes", "MB in each", "the most, of one process's"], table)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "compatibility": compatibility,
     "angle-errors": angle_errors,
@@ -404,6 +423,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rotation-cost": rotation_cost,
     "cuda-attention": cuda_attention,
     "understands": understands,
+    "spread-memory": spread_memory,
     **{name: partial(of_extend_tiny, title) for name, title in EXTEND_TINY.items()},
 }
 
@@ -446,9 +466,29 @@ def host_time() -> str:
     )
 
 
+def spread_times() -> Iterator[tuple[str, str]]:
+    found = read(SPREAD)
+    two, one = (
+        statistics.mean(row["processors"] for row in found["ring"] if row["processes"] == size)
+        for size in (2, 1)
+    )
+    yield (
+        "docs/distributed.md",
+        f"{two:.2f} seconds of processor time on two processes, {one:.2f} seconds on one with two "
+        "threads",
+    )
+    everything, own = (row["microseconds"] for row in found["host"])
+    yield (
+        "docs/distributed.md",
+        f"{own:.0f} us of processor time, and {everything:.0f} us with torch's attention of its "
+        "block",
+    )
+
+
 def sentences() -> Iterator[tuple[str, str]]:
     """(page, text) of every sentence with measured numbers outside the tables."""
     yield from huge_pages()
+    yield from spread_times()
     yield "docs/performance.md", host_time()
     yield "docs/performance.md", decode_goals()
     times = {
