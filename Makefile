@@ -88,6 +88,8 @@ test-newest: $(VENV)/development.stamp
 	.venv-newest/bin/$(PIP) --upgrade --no-deps triton  # newer than torch asks for
 	$(call install,.venv-newest)
 	-$(call pytest,.venv-newest) --dist worksteal $(LEANING)
+	-LONGROPE_FULL=1 OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q --numprocesses auto \
+		--dist worksteal tests/test_architectures.py
 	.venv-newest/bin/python tools/compatibility.py compare \
 		requirements/development.txt .venv-newest/tests.xml
 

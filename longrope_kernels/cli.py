@@ -27,7 +27,11 @@ def main() -> None:
 
 
 @app.command()
-def info() -> None:
+def info(
+    models: Annotated[
+        bool, typer.Option("--models", help="The decoders of transformers that enable serves.")
+    ] = False,
+) -> None:
     """Show versions, devices and backends, and which serves a call.
 
     A backend that is missing says why and how to get it. Of attention, "plain" calls are causal or
@@ -35,6 +39,9 @@ def info() -> None:
     "masked" ones also have a window or packed sequences, "padded" ones left padding, and "scored"
     ones softcap or the log-sum-exp. "cuda 9" is compute capability 9.
     """
+    if models:
+        _show_models()
+        return
     import torch
 
     from . import __version__
@@ -76,6 +83,26 @@ def info() -> None:
     for device, needs in backends.ATTENTION_CHOICE.items():
         for kind, names in needs.items():
             typer.echo(f"  attention     {device:<6} {kind:<7} {' > '.join(names)}")
+
+
+def _show_models() -> None:
+    from .integrations import families
+
+    rotated, unrotated = families.counts()
+    typer.echo(
+        f"Tried with transformers {families.proven()['transformers']}: {rotated} families with "
+        f"cache='rotated', {unrotated} of them with cache='unrotated'\n"
+    )
+    typer.echo(f"  {'family':<24} {'pairs':<12} {'unrotated':<24} rotated")
+    for name, pairs, *passed in families.rows():
+        typer.echo(f"  {name:<24} {pairs:<12} {passed[0]:<24} {passed[1]}")
+    typer.echo("\nwith cache='rotated' alone, and why")
+    for name, entry in families.proven()["families"].items():
+        if entry["unrotated"]:
+            typer.echo(f"  {name:<24} {entry['unrotated']}")
+    typer.echo("\nnot served, and why")
+    for name, reason in families.proven()["others"].items():
+        typer.echo(f"  {name:<24} {reason}")
 
 
 @app.command()

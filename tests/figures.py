@@ -17,6 +17,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from longrope_kernels.integrations import families
+
 ROOT = Path(__file__).parents[1]
 CPU = "reports/cpu-2-cores/2026-11-22"
 
@@ -408,7 +410,20 @@ def spread_memory() -> str:
     return markdown(["processes", "MB in each", "the most, of one process's"], table)
 
 
+def models() -> str:
+    """Of longrope_kernels/data/architectures.json, which tools/architectures.py writes."""
+    return markdown(["family", "pairs", "unrotated cache", "rotated cache"], families.rows())
+
+
+def rotated_alone() -> str:
+    found = families.proven()["families"]
+    rows = [[name, e["unrotated"]] for name, e in found.items() if e["unrotated"]]
+    return markdown(["family", "why not unrotated"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "models": models,
+    "models-rotated-alone": rotated_alone,
     "compatibility": compatibility,
     "angle-errors": angle_errors,
     "rotary-short": rotary_short,

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.models.phi3 import modeling_phi3
 
 from longrope_kernels.integrations.transformers import contacts, disable, enable, trial
-from longrope_kernels.integrations.transformers.architectures import ARCHITECTURES
+from longrope_kernels.integrations.transformers.parts import slots_of
 
 CLOSE = 2e-5
 every_family = pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -30,9 +30,9 @@ VERSION = rf"transformers {transformers.__version__}: .*tested with transformers
 @pytest.fixture(autouse=True)
 def anew():
     """No result of a trial goes from test to test."""
-    trial.check_contacts.cache_clear()
+    trial.passed.clear()
     yield
-    trial.check_contacts.cache_clear()
+    trial.passed.clear()
 
 
 def refused(model: Any, what: str) -> None:
@@ -46,11 +46,13 @@ def refused(model: Any, what: str) -> None:
     assert not hasattr(model.model, "longrope")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.package)
-def test_trial(architecture):
-    """All of them at once, as each `enable` tries them; the caller's random numbers stay."""
+@pytest.mark.parametrize("cache", ["rotated", "unrotated"])
+@every_family
+def test_trial(name, cache):
+    """As each `enable` tries it; the caller's random numbers stay."""
+    (slot,) = slots_of(family_model(name), probing=True)
     before = torch.random.get_rng_state()
-    trial.check_contacts(architecture)
+    trial.check_contacts(slot.architecture, type(slot.base), slot.base.config, cache)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -58,7 +60,7 @@ def test_trial_finds_other_results(monkeypatch):
     from longrope_kernels.integrations.transformers.rotary import ExactRotaryEmbedding
 
     def shifted(self: Any, x: Any, position_ids: Any) -> Any:
-        return position_ids, contacts.Unrotated(position_ids), None
+        return position_ids, contacts.Unrotated(position_ids, lambda _: None), None
 
     monkeypatch.setattr(
         "longrope_kernels.integrations.transformers.sequences.last_positions",
@@ -133,8 +135,11 @@ def test_position_ids_in_the_attention_function(monkeypatch):
         kwargs.pop("position_ids")
         return forward(self, *args, **kwargs)
 
+    without.__module__ = forward.__module__
+
     monkeypatch.setattr(modeling_phi3.Phi3Attention, "forward", without)
-    refused(family_model("phi3"), "position_ids: expected them from the decoder layer")
+    expected = logits(family_model("phi3"))
+    assert max_diff(logits(enable(family_model("phi3"))), expected) < CLOSE  # from its rotation
 
 
 def test_a_cache_in_the_attention_module(monkeypatch):

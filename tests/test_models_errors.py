@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
     PreTrainedTokenizerFast,
     StaticCache,
     pipeline,
@@ -71,18 +71,17 @@ def test_a_wrong_argument_changes_nothing(arguments, message):
 
 
 def test_other_architectures_are_named():
-    config = GPTNeoXConfig(
-        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=8,
-        intermediate_size=32,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"model: expected .*llama.*, got GPTNeoXForCausalLM"):
-        enable(GPTNeoXForCausalLM(config))
+    config = GPTJConfig(n_embd=32, n_head=2, n_layer=1, vocab_size=8, rotary_dim=8)
+    with pytest.raises(
+        ValueError, match=r"model: expected a model .*rotary.*, got GPTJForCausalLM"
+    ):
+        enable(GPTJForCausalLM(config))
 
 
 def test_a_subclass_with_its_own_rotation_is_not_taken_for_its_base():
     model = family_model("llama")
     model.model.rotary_emb.__class__ = type("OwnRotary", (type(model.model.rotary_emb),), {})
-    with pytest.raises(ValueError, match="model: expected"):
+    with pytest.raises(ValueError, match=r"model: expected.*rotary module is a OwnRotary"):
         enable(model)
 
 

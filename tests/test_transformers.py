@@ -9,8 +9,8 @@ from model_cases import generated, gradients, logits, max_diff, tokens
 from model_cases import published_config as small_config
 from model_cases import published_model as small_model
 from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
     Phi3ForCausalLM,
     Phi3ForSequenceClassification,
     Phi3ForTokenClassification,
@@ -279,13 +279,10 @@ def test_compile_fullgraph(mode):
 
 
 def test_unsupported_models_are_named():
-    config = GPTNeoXConfig(
-        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=8,
-        intermediate_size=32,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"family phi3, .*qwen3, got GPTNeoXForCausalLM"):
-        enable(GPTNeoXForCausalLM(config))
-    with pytest.raises(ValueError, match=r"family phi3, .*qwen3, got SimpleNamespace"):
+    config = GPTJConfig(n_embd=32, n_head=2, n_layer=1, vocab_size=8, rotary_dim=8)
+    with pytest.raises(ValueError, match=r"decoder of transformers .*, got GPTJForCausalLM"):
+        enable(GPTJForCausalLM(config))
+    with pytest.raises(ValueError, match=r"decoder of transformers .*, got SimpleNamespace"):
         enable(SimpleNamespace())
 
 

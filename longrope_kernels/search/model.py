@@ -95,7 +95,7 @@ class TransformersLosses:
         """Enable ``model`` and put it into eval mode.
 
         Args:
-            model: with a language-model head, of a family that `enable` knows.
+            model: with a language-model head, of those that `enable` serves with unrotated keys.
             backend: as in `enable`.
             batch_tokens: how many tokens a forward has at most, where it has more than one row;
                 by default 32768 on a GPU, and one row at a time on a CPU. A forward that does not
@@ -105,7 +105,7 @@ class TransformersLosses:
 
         Raises:
             ValueError: the model has no head, no rotary embedding that this package knows, or
-                ``batch_tokens`` is not positive.
+                several for layers of several kinds; ``batch_tokens`` is not positive.
         """
         from ..integrations.transformers import enable
 
@@ -117,9 +117,9 @@ class TransformersLosses:
             )
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
-        self.rope = Rope.from_config(model.config)
-        self.model = enable(model, rope=self.rope, backend=backend, group=group).eval()
+        self.model = enable(model, backend=backend, group=group).eval()
         self._group = group
+        self.rope = _only_rope(self.model)
         self._head: nn.Module = head
         weight = next(model.parameters())
         if batch_tokens is None:
@@ -277,6 +277,19 @@ class TransformersLosses:
             wanted, got = getattr(self.rope, name), getattr(rope, name)
             if wanted != got:
                 raise ValueError(f"rope: expected {name} = {wanted} as in the model, got {got}")
+
+
+def _only_rope(model: nn.Module) -> Rope:
+    """Of an enabled model."""
+    from ..integrations.transformers import ExactRotaryEmbedding
+
+    found = next(one for one in model.modules() if isinstance(one, ExactRotaryEmbedding))
+    if len(found.settings.ropes) > 1:
+        raise ValueError(
+            "model: expected one rope for all layers, which a search extends, got one for each of "
+            f"{', '.join(found.settings.ropes)}"
+        )
+    return found.rope
 
 
 def merged(ropes: Sequence[Rope], lengths: Sequence[int]) -> tuple[Rope, torch.Tensor]:

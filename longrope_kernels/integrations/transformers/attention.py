@@ -13,12 +13,15 @@ from ...ops.decode import decode
 from ...ops.rotary import apply_rotary
 from ...rope.value import Rope
 from .masks import ANY_MASK, is_slots
-from .sequences import Call, Memory
+from .ropes import still
+from .sequences import Call, Memory, in_a_row
 from .settings import Settings
 from .spread import Spread
 from .spread import attend as attend_spread
 
 NAME = "longrope"  # among transformers' attention implementations
+# What some layers hand over that changes their scores, by name.
+_MORE_SCORES = ("s_aux", "sinks", "position_bias", "attention_bias", "indices")
 
 
 class Enabled(NamedTuple):
@@ -45,7 +48,7 @@ def longrope_attention(
     longrope_sets: torch.Tensor | None = None,
     longrope_spread: Spread | None = None,
     output_attentions: bool = False,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in every layer.
 
@@ -68,6 +71,7 @@ def longrope_attention(
         longrope_spread: where a group of ranks shares a sequence; position_ids, attention_mask and
             the borders are of the whole then.
         output_attentions: must be False: the weights are never in memory.
+        others: what attention functions of transformers read; sinks and biases are refused.
 
     Returns:
         (batch, queries, heads, dim), and None for the weights.
@@ -88,6 +92,11 @@ def longrope_attention(
             "output_attentions: expected False, since fused attention has no weights to show; "
             "disable(model), and choose attn_implementation 'eager'"
         )
+    for name in _MORE_SCORES:
+        if others.get(name) is not None:
+            raise ValueError(
+                f"{name}: not served beside keys that lie unrotated; enable(model, cache='rotated')"
+            )
     if dropout:
         raise ValueError(
             f"attention_dropout: expected 0 in training, got {dropout}; set config."
@@ -100,9 +109,13 @@ def longrope_attention(
             "attention_mask: expected the padding mask (batch, tokens), got an attention bias of "
             f"shape {tuple(attention_mask.shape)}, {attention_mask.dtype}; {ANY_MASK}"
         )
+    rope, positions = enabled.memory.take()
+    if position_ids is None:  # some layers keep them from their attention
+        position_ids = positions
     if position_ids is None:
         raise ValueError("position_ids: expected them from the decoder layer, got None")
     settings: Settings = enabled.settings
+    rope = still(query.shape[-1]) if rope is None else rope
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if longrope_spread is not None:
         queries, keys = position_ids.shape[-1], longrope_spread.total
@@ -117,22 +130,22 @@ def longrope_attention(
         "softcap": softcap,
         "sets": longrope_sets,
     }
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = (in_a_row(x).transpose(1, 2) for x in (query, key, value))
     if longrope_spread is not None:
-        return attend_spread(q, k, v, call, settings, longrope_spread, rest), None
+        return attend_spread(q, k, v, call, rope, settings, longrope_spread, rest), None
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if call.cache_lens is not None and queries <= FEW_QUERIES and not recorded:
         out: Any = decode(
-            *(q, k, v, call.cache_lens, settings.rope),
+            *(q, k, v, call.cache_lens, rope),
             lengths=call.query_lengths,
             kv_start=call.kv_start,
             key_positions=call.key_positions,
             backend=settings.decode_backend,
             **rest,
         )
-        return out, None
+        return out.contiguous(), None
     if call.cache_lens is not None and call.filled is None:
-        return _attend_to_mask(q, k, v, call, settings.rope, rest), None
+        return _attend_to_mask(q, k, v, call, rope, rest).contiguous(), None
     k, v = k[:, : call.filled], v[:, : call.filled]
     if call.cu_seqlens is not None:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -140,13 +153,15 @@ def longrope_attention(
     elif call.cache_lens is not None:
         rest["key_positions"] = _key_positions(call, k)
     out = attend(
-        *(q, k, v, call.positions, settings.rope),
+        *(q, k, v, call.positions, rope),
         lengths=call.lengths,
         kv_start=call.kv_start,
         backend=settings.attention_backend,
         **rest,
     )
-    return out.unflatten(0, (batch, queries)) if call.cu_seqlens is not None else out, None
+    if call.cu_seqlens is not None:
+        out = out.unflatten(0, (batch, queries))
+    return out.contiguous(), None  # as transformers' own do, which some layers take a view of
 
 
 def _check_borders(borders: torch.Tensor, of_keys: torch.Tensor | None, tokens: int) -> None:

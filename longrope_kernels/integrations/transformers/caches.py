@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -27,6 +28,14 @@ from .settings import Settings
 
 # Their slots lie in the order of tokens, and hold what was put into them.
 _IN_ORDER = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
+# Beside them those of hybrid models, with states and none or the same keys, where there are such.
+_OF_HYBRIDS = (
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "LinearAttentionAndStaticFullAttentionLayer",
+)
+_STATES = tuple(getattr(cache_utils, name, None) for name in _OF_HYBRIDS)
 _MARK = "longrope_keys"
 
 
@@ -76,7 +85,7 @@ def _check_layers(cache: Any, config: Any, queries: int) -> None:
             f"past_key_values: expected a DynamicCache or StaticCache, got {type(cache).__name__}"
         )
     for layer in layers:
-        if type(layer) in _IN_ORDER:
+        if type(layer) in _IN_ORDER or type(layer) in _STATES:
             continue
         if type(layer) is not StaticSlidingWindowLayer:
             raise ValueError(

@@ -21,6 +21,10 @@ class Rotated(NamedTuple):
 
 
 class Unrotated(NamedTuple):
-    """In place of sin: q and k stay as they are, the attention function rotates."""
+    """In place of sin: q and k stay as they are, the attention function rotates.
+
+    ``note`` tells it by which rope and where, when a layer rotates; one that never does, has none.
+    """
 
     positions: torch.Tensor
+    note: Callable[[torch.Tensor], None]

@@ -7,6 +7,7 @@ of it untouched, also where ``generate()`` prepares masks for a static cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ import torch
 from ...calls.records import FEW_QUERIES
 from ...calls.values import readable
 
+# Parts of a mask that show a query what causal attention hides, or hide in chunks.
+_MORE_THAN_CAUSAL = ("or_masks", "chunked", "bidirectional", "blockwise")
 ANY_MASK = "enable(model, cache='rotated') takes any mask"
 
 
@@ -36,6 +39,7 @@ def slots_of_mask(
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
     device: torch.device | None = None,
+    mask_function: Callable[..., Any] | None = None,
     **_: Any,
 ) -> torch.Tensor | None:
     """The `Slots` of a forward, as one tensor.
@@ -49,6 +53,7 @@ def slots_of_mask(
         attention_mask: (batch, tokens) bool, False for padding, on the left or on the right.
         allow_is_causal_skip: False where transformers made a mask of its own (packed sequences).
         device: of the model.
+        mask_function: of transformers, made of functions for each thing that hides a key.
 
     Returns:
         (batch, 1, 1, 5) int64, or None where all slots are filled by real tokens.
@@ -56,6 +61,13 @@ def slots_of_mask(
     Raises:
         ValueError: a mask that is more than padding.
     """
+    if mask_function is not None and not torch.compiler.is_compiling():
+        for name in _parts(mask_function):
+            if any(one in name for one in _MORE_THAN_CAUSAL):
+                raise ValueError(
+                    "attention_mask: expected causal attention with padding and windows, got "
+                    f"{name} of the model's own; {ANY_MASK}"
+                )
     # transformers looks for packed sequences where there is no cache: all keys are queries then.
     # It says False as well of a static cache's single token, and whatever it traces.
     packed = not allow_is_causal_skip and q_length == kv_length > 1
@@ -91,6 +103,17 @@ def slots_of_mask(
             )
         result[:, 0], result[:, 1] = start, end
     return result[:, None, None]
+
+
+def _parts(function: Callable[..., Any]) -> set[str]:
+    """The names of the functions that a mask function of transformers is made of."""
+    found = {function.__qualname__.partition(".")[0]} if hasattr(function, "__qualname__") else {""}
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        for one in held if isinstance(held, tuple) else (held,):
+            if callable(one):
+                found |= _parts(one)
+    return found
 
 
 def is_slots(mask: torch.Tensor) -> bool:

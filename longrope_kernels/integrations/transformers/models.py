@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,24 +12,25 @@ from torch import nn
 from ...backends import choose as backends
 from ...distributed.blocks import BACKENDS as SPREAD_BACKENDS
 from ...distributed.ranks import Group, ranks_of
-from ...rope.hf_config import rope_type
 from ...rope.value import Rope
-from .architectures import SUPPORTED, head_dim
+from .architectures import ROTATED_ALONE
 from .caches import fingerprint
-from .contacts import install
+from .contacts import check_own, install
 from .parts import Slot, slots_of
-from .rotary import ExactRotaryEmbedding
+from .probe import UnfitError
+from .ropes import given, head_dim
 from .settings import CACHES, Cache, Settings
 from .spread_loss import heads_of, put_loss, take_loss
 from .trial import check_contacts
 
 Model = TypeVar("Model", bound=nn.Module)
+SUPPORTED = "a model that contains a decoder of transformers with rotary embeddings"
 
 
 def enable(
     model: Model,
     *,
-    rope: Rope | None = None,
+    rope: Rope | Mapping[str, Rope] | None = None,
     cache: Cache = "unrotated",
     backend: str | None = None,
     group: Group = None,
@@ -67,12 +69,12 @@ def enable(
         RuntimeError: the named backend is not available; the installed transformers has not what
             this relies on.
     """
-    if rope is not None and not isinstance(rope, Rope):
+    if rope is not None and not isinstance(rope, Rope | Mapping):
         raise TypeError(f"rope: expected a Rope or None, got {type(rope).__name__}")
     if cache not in CACHES:
         shown = ", ".join(map(repr, CACHES))
         raise ValueError(f"cache: expected one of {shown}, got {cache!r}")
-    slots = _slots(model)
+    slots = _slots(model, probing=True)
     if not slots:
         raise ValueError(f"model: expected {SUPPORTED}, got {type(model).__name__}")
 
@@ -82,18 +84,29 @@ def enable(
         if cache != "unrotated":
             raise ValueError(f"cache: expected 'unrotated' with group=, got {cache!r}")
         heads = heads_of(model, [slot.base for slot in slots])
+    if any(getattr(part, "use_kernels", False) for part in (model, *(s.base for s in slots))):
+        raise ValueError(
+            "use_kernels: expected False, since kernels of the Hub stand in for a model's own "
+            "rotation; load it with use_kernels=False"
+        )
     chosen = []
     for slot in slots:
-        own = _rope_of(slot.original.config) if rope is None else rope
-        settings = Settings(own, cache, backend, fingerprint(slot.attentions[0]), group)
+        check_own(slot.architecture)
+        if cache == "unrotated" and slot.architecture.unrotated:
+            raise ValueError(
+                f"cache: {type(slot.base).__name__} {ROTATED_ALONE}: {slot.architecture.unrotated}"
+            )
+        ropes = _ropes(slot, rope)
+        settings = Settings(ropes, cache, backend, fingerprint(slot.attentions[0]), group)
         _check(settings, slot)
         chosen.append(settings)
-    for architecture in {slot.architecture for slot in slots}:
-        install(architecture)
-        check_contacts(architecture)
+    for slot in slots:
+        install(slot.architecture)
+        check_contacts(slot.architecture, type(slot.base), slot.base.config, cache)
     disable(model)
+    slots = _slots(model, probing=True)
     for slot, settings in zip(slots, chosen, strict=True):
-        slot.put(ExactRotaryEmbedding(slot.original, slot.architecture, settings))
+        slot.put(settings)
     for head in heads:
         put_loss(head, group)
     return model
@@ -115,7 +128,7 @@ def disable(model: Model) -> Model:
     return model
 
 
-def set_rope(model: Model, rope: Rope) -> Model:
+def set_rope(model: Model, rope: Rope | Mapping[str, Rope]) -> Model:
     """Exchange the rope of an enabled model; nothing else is made anew, so that it costs nothing.
 
     Cache and backend stay. An unrotated cache may go on: its keys take the new rope from the next
@@ -135,14 +148,18 @@ def set_rope(model: Model, rope: Rope) -> Model:
             Nothing is changed then.
         TypeError: ``rope`` is not a `Rope`.
     """
-    if not isinstance(rope, Rope):
+    if not isinstance(rope, Rope | Mapping):
         raise TypeError(f"rope: expected a Rope, got {type(rope).__name__}")
     slots = [slot for slot in _slots(model) if slot.is_replaced]
     if not slots:
         raise ValueError(
             f"model: expected one that enable(model) was called on, got {type(model).__name__}"
         )
-    chosen = [dataclasses.replace(slot.module.settings, rope=rope) for slot in slots]
+    chosen = []
+    for slot in slots:
+        settings: Settings = slot.module.settings
+        ropes = given(rope, settings.ropes, slot.architecture.interleaved)
+        chosen.append(dataclasses.replace(settings, ropes=ropes))
     for slot, settings in zip(slots, chosen, strict=True):
         _check(settings, slot)
     for slot, settings in zip(slots, chosen, strict=True):
@@ -150,29 +167,37 @@ def set_rope(model: Model, rope: Rope) -> Model:
     return model
 
 
-def _slots(model: nn.Module) -> list[Slot]:
+def _slots(model: nn.Module, *, probing: bool = False) -> list[Slot]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected {SUPPORTED}, got {type(model).__name__}")
-    return slots_of(model)
-
-
-def _rope_of(config: Any) -> Rope:
-    if rope_type(config) == "dynamic":
+    try:
+        return slots_of(model, probing=probing)
+    except UnfitError as unfit:
         raise ValueError(
-            "model: its rope type 'dynamic' has other factors at each length; give "
-            "rope=Rope.from_config(model.config, length=...) for the longest sequence to come"
-        )
-    return Rope.from_config(config)
+            f"model: expected {SUPPORTED}, got {type(model).__name__}: {unfit}"
+        ) from unfit
+
+
+def _ropes(slot: Slot, rope: Rope | Mapping[str, Rope] | None) -> dict[str, Rope]:
+    """Those asked for; the config's are not read where each kind of layers is given one."""
+    kinds = set(slot.kinds)
+    if isinstance(rope, Rope) and len(kinds) == 1:
+        own = dict.fromkeys(kinds, rope)
+    else:
+        own = slot.own_ropes()
+    return given(rope, own, slot.architecture.interleaved)
 
 
 def _check(settings: Settings, slot: Slot) -> None:
-    config, rope = slot.original.config, settings.rope
-    dim = head_dim(config)
-    if rope.rotary_dim > dim:
-        raise ValueError(
-            f"rope: expected at most {dim} rotary dimensions, the model's head_dim, "
-            f"got {rope.rotary_dim}"
-        )
+    config = slot.original.config
+    dim = head_dim(slot.attentions[0], config)
+    for rope in settings.ropes.values():
+        if dim is not None and rope.rotary_dim > dim:
+            raise ValueError(
+                f"rope: expected at most {dim} rotary dimensions, the model's head_dim, "
+                f"got {rope.rotary_dim}"
+            )
+    dim = settings.rope.rotary_dim if dim is None else dim
     weight = next(slot.base.parameters())
     device, dtype = weight.device.type, weight.dtype
     if settings.cache == "rotated":

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from .architectures import Architecture, by_rotary_class
+from .architectures import Architecture, known
 from .attention import NAME, Enabled
 from .caches import before_attention
-from .contacts import contact
+from .contacts import contact, install
+from .probe import UnfitError, has_frequencies, probed
+from .ropes import kinds, rope_of
 from .rotary import ExactRotaryEmbedding
 from .sequences import Memory
 from .settings import Settings
 from .spread import put_hooks
 
 
-class Slot(NamedTuple):
-    """Where a base model holds its rotary module, replaced or not."""
+class Place(NamedTuple):
+    """Where a rotary module hangs, replaced or not."""
 
-    base: Any
+    owner: Any
     name: str
     module: Any
-    architecture: Architecture
 
     @property
     def original(self) -> Any:
@@ -33,38 +36,99 @@ class Slot(NamedTuple):
     def is_replaced(self) -> bool:
         return isinstance(self.module, ExactRotaryEmbedding)
 
+
+class Slot(NamedTuple):
+    """A base model and its rotary modules."""
+
+    base: Any
+    places: tuple[Place, ...]
+    architecture: Architecture
+
+    @property
+    def module(self) -> Any:
+        """The first of the rotary modules."""
+        return self.places[0].module
+
+    @property
+    def original(self) -> Any:
+        """The first rotary module of transformers."""
+        return self.places[0].original
+
+    @property
+    def is_replaced(self) -> bool:
+        return self.places[0].is_replaced
+
     @property
     def attentions(self) -> list[Any]:
         return [m for m in self.base.modules() if isinstance(m, self.architecture.attention)]
 
-    def put(self, replacement: ExactRotaryEmbedding) -> None:
+    @property
+    def kinds(self) -> dict[str, tuple[Place, str | None]]:
+        """By the kind of layers: the rotary module, and the type of layers it is told."""
+        found: dict[str, tuple[Place, str | None]] = {}
+        configs: list[Any] = []
+        for place in self.places:
+            config = place.original.config
+            if any(config is one for one in configs):
+                continue
+            configs.append(config)
+            for kind in kinds(place.original):
+                found[kind or self._kind(place)] = place, kind
+        return found
+
+    def own_ropes(self, length: int | None = None) -> dict[str, Any]:
+        """What the config says, for each kind of layers; of type dynamic for a length."""
+        interleaved = self.architecture.interleaved
+        return {
+            kind: rope_of(place.original, layer_type, interleaved, length)
+            for kind, (place, layer_type) in self.kinds.items()
+        }
+
+    def _kind(self, place: Place) -> str:
+        """ "" for all layers, or the name of one of several rotary modules."""
+        first = next(p for p in self.places if p.original.config is place.original.config)
+        alone = all(p.original.config is first.original.config for p in self.places)
+        if alone:
+            return ""
+        return next(str(n) for n, m in self.base.named_modules() if m is first.module)
+
+    def put(self, settings: Settings) -> None:
         """Hand rotation, attention and caches over to this package."""
-        settings, base = replacement.settings, self.base
+        base, memory, former = self.base, Memory(), None
+        install(self.architecture)
         if settings.cache == "unrotated":
             former = base.config._attn_implementation
+            contact(base, "set_attn_implementation")(NAME)
+        replacements = []
+        for place in self.places:
+            replacement = ExactRotaryEmbedding(
+                place.module, self.architecture, settings, memory, self._kind(place)
+            )
+            replacements.append(replacement)
             # Who shares the config object may have been enabled before, and puts back what was.
             replacement.former_attention = None if former == NAME else former
-            contact(base, "set_attn_implementation")(NAME)
-        setattr(base, self.name, replacement)
-        enabled = Enabled(settings, Memory())
+            setattr(place.owner, place.name, replacement)
+        enabled = Enabled(settings, memory)
         base.longrope = enabled
         if not self.architecture.hands_on_window:
-            enabled = enabled._replace(window=base.config.sliding_window)
+            enabled = enabled._replace(window=getattr(base.config, "sliding_window", None))
         for module in self.attentions:
             module.longrope = enabled
         self.attentions[0].register_forward_pre_hook(before_attention, with_kwargs=True)
         if settings.group is not None:
-            replacement.hooks = put_hooks(base)
+            replacements[0].hooks = put_hooks(base)
 
     def use(self, settings: Settings) -> None:
         """Take other settings, in a slot that is replaced."""
-        self.module.use(settings)
+        for place in self.places:
+            place.module.use(settings)
         for part in (self.base, *self.attentions):
             part.longrope = part.longrope._replace(settings=settings)
 
     def take_back(self) -> None:
         """Undo `put`."""
-        setattr(self.base, self.name, self.module.original)
+        for place in self.places:
+            setattr(place.owner, place.name, place.module.original)
         for part in (self.base, *self.attentions):
             del part.longrope
         first = self.attentions[0]
@@ -78,15 +142,46 @@ class Slot(NamedTuple):
             self.base.set_attn_implementation(self.module.former_attention)
 
 
-def slots_of(model: nn.Module) -> list[Slot]:
-    """All of a model."""
+def slots_of(model: nn.Module, *, probing: bool = False) -> list[Slot]:
+    """All of a model: those that are enabled, or known by the list; with ``probing`` any.
+
+    Raises:
+        UnfitError: with ``probing``, where no base model can be enabled; the first reason.
+    """
     found: list[Slot] = []
+    reasons: list[UnfitError] = []
     for base in model.modules():
-        if isinstance(base, ExactRotaryEmbedding):
+        if not isinstance(base, PreTrainedModel):
             continue
-        for name, module in base.named_children():
-            if isinstance(module, ExactRotaryEmbedding):
-                found.append(Slot(base, name, module, module.architecture))
-            elif type(module) in by_rotary_class():
-                found.append(Slot(base, name, module, by_rotary_class()[type(module)]))
+        places: list[Place] = []
+        architecture: Architecture | None = None
+        for place in _places(base):
+            if place.is_replaced:
+                one: Architecture | None = place.module.architecture
+            else:
+                one = known(type(place.module))
+                if one is None and probing:
+                    try:
+                        one = probed(type(base), type(place.module), base.config)
+                    except UnfitError as unfit:
+                        reasons.append(unfit)
+            if one is not None:
+                places.append(place)
+                architecture = one
+        if architecture is not None:
+            found.append(Slot(base, tuple(places), architecture))
+    if not found and reasons:
+        raise reasons[0]
     return found
+
+
+def _places(base: nn.Module) -> Iterator[Place]:
+    """Of a base model itself, not of the base models in it."""
+    pending = [base]
+    while pending:
+        owner = pending.pop()
+        for name, module in owner.named_children():
+            if isinstance(module, ExactRotaryEmbedding) or has_frequencies(module):
+                yield Place(owner, name, module)
+            elif not isinstance(module, PreTrainedModel):
+                pending.append(module)

@@ -19,7 +19,41 @@ from ...torch_private import in_context_parallel
 from .architectures import Architecture
 from .contacts import install
 from .markers import Rotated, Unrotated
+from .sequences import Memory, in_a_row
 from .settings import Settings
+
+
+class Turn:
+    """What layers of one kind rotate by; bound methods of it travel in the markers."""
+
+    def __init__(self, rope: Rope, backend: str | None, memory: Memory) -> None:
+        self.rope = rope
+        self.backend = backend
+        self.memory = memory
+
+    def note(self, positions: torch.Tensor) -> None:
+        """Tell the attention function of the layer that asks."""
+        self.memory.rope, self.memory.positions = self.rope, positions
+
+    def rotate(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        positions: torch.Tensor,
+        length: torch.Tensor,
+        heads_axis: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """q and k: (batch, heads, tokens, dim); heads and tokens the other way for axis 2."""
+        q, k = in_a_row(q), in_a_row(k)
+        return apply_rotary(
+            q,
+            k,
+            positions.to(q.device),  # a layer may sit on another device than the embedding
+            self.rope,
+            layout="bshd" if heads_axis == 2 else "bhsd",
+            lengths=length.to(q.device).expand(q.shape[0]),
+            backend=self.backend,
+        )
 
 
 class ExactRotaryEmbedding(nn.Module):
@@ -34,41 +68,59 @@ class ExactRotaryEmbedding(nn.Module):
         original: nn.Module,
         architecture: Architecture,
         settings: Settings,
+        memory: Memory | None = None,
+        kind: str = "",
     ) -> None:
         super().__init__()
         self.original = original
         self.architecture = architecture
         self.settings = settings
+        self.memory = Memory() if memory is None else memory
+        self.kind = kind  # of the layers, where they do not say theirs
         # For `disable`: the attention implementation (None: left as is), and hooks of the base.
         self.former_attention: str | None = None
         self.hooks: Sequence[RemovableHandle] = ()
         self.train(original.training)
-        self._make_ready()
+        self.use(settings)
 
     @property
     def rope(self) -> Rope:
-        """What the model is rotated by."""
+        """What the model is rotated by; the first, where its layers are of several kinds."""
         return self.settings.rope
+
+    def __getattr__(self, name: str) -> Any:
+        """What some models read of the original: its config, its types of layers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original":
+                raise
+            return getattr(self.original, name)
 
     def use(self, settings: Settings) -> None:
         """Take other settings; on the devices where the old ones had their tables."""
         self.settings = settings
+        self.turns = {
+            kind: Turn(rope, settings.backend, self.memory) for kind, rope in settings.ropes.items()
+        }
         self._make_ready()
 
     def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
     ) -> tuple[torch.Tensor, Rotated | Unrotated]:
         """The pair for the layers.
 
         Args:
             x: not read; the hidden states, of which transformers' module takes device and dtype.
             position_ids: (batch, seq) or (1, seq), int32 or int64.
+            layer_type: the kind of the layers, where transformers' module is told it.
         """
         if in_context_parallel():
             self._check_shard()
+        turn = self.turns[self.kind if layer_type is None else layer_type]
         if self.settings.cache == "unrotated":
-            return position_ids, Unrotated(position_ids)
-        return position_ids, Rotated(position_ids.max() + 1, self._rotate)
+            return position_ids, Unrotated(position_ids, turn.note)
+        return position_ids, Rotated(position_ids.max() + 1, turn.rotate)
 
     def _check_shard(self) -> None:
         """A shard of tokens shows neither the keys of the others nor the length of the whole."""
@@ -80,34 +132,21 @@ class ExactRotaryEmbedding(nn.Module):
             "enable(..., cache='rotated') with a Rope of one set"
         )
 
-    def _rotate(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        positions: torch.Tensor,
-        length: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return apply_rotary(
-            q,
-            k,
-            positions.to(q.device),  # a layer may sit on another device than the embedding
-            self.rope,
-            layout="bhsd",
-            lengths=length.to(q.device).expand(q.shape[0]),
-            backend=self.settings.backend,
-        )
-
     def extra_repr(self) -> str:
-        sets = [(s.max_length, s.n_hat) for s in self.rope.sets]
-        shown = f"rotary_dim={self.rope.rotary_dim}, sets(max_length, n_hat)={sets}"
-        return f"{shown}, cache={self.settings.cache!r}"
+        shown = []
+        for kind, rope in self.settings.ropes.items():
+            sets = [(s.max_length, s.n_hat) for s in rope.sets]
+            of = f"{kind}: " if kind else ""
+            shown.append(f"{of}rotary_dim={rope.rotary_dim}, sets(max_length, n_hat)={sets}")
+        return f"{', '.join(shown)}, cache={self.settings.cache!r}"
 
     def _make_ready(self) -> None:
         """The tables of the model's device now, not during a traced or captured forward."""
         install(self.architecture)
         for buffer in self.original.buffers():
             if buffer.device.type != "meta":
-                self.rope.to(buffer.device)
+                for rope in self.settings.ropes.values():
+                    rope.to(buffer.device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

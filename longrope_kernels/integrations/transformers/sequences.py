@@ -12,6 +12,7 @@ import torch
 
 from ...calls.records import FEW_QUERIES
 from ...calls.values import readable
+from ...rope.value import Rope
 from ...torch_private import expect
 from .masks import can_wait, read_slots
 
@@ -202,11 +203,29 @@ def _packed(chooses: bool, positions: torch.Tensor, borders: torch.Tensor, batch
     return Call(of_tokens, lengths, cu_seqlens=borders, filled=queries)
 
 
+def in_a_row(x: torch.Tensor) -> torch.Tensor:
+    """With a unit last stride, which heads that come from a convolution do not have."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class Memory:
-    """The `Call` of the forward that is going on, derived once for all layers of a kind."""
+    """The `Call` of the forward that is going on, derived once for all layers of a kind.
+
+    Attributes:
+        rope: by which the layer that is running rotates, from its rotation to its attention.
+        positions: the same, (1 or batch, queries).
+    """
 
     def __init__(self) -> None:
+        self.rope: Rope | None = None
+        self.positions: torch.Tensor | None = None
         self.forget()
+
+    def take(self) -> tuple[Rope | None, torch.Tensor | None]:
+        """Rope and positions of the layer that attends now; None, None: it has not rotated."""
+        found = self.rope, self.positions
+        self.rope = self.positions = None
+        return found
 
     def forget(self) -> None:
         """Begin a new forward: its positions may lie in the tensor of the last one."""

@@ -16,21 +16,26 @@ CACHES = ("unrotated", "rotated")
 class Settings:
     """The arguments of `enable`, and what tells the model's unrotated keys from those of others."""
 
-    rope: Rope
+    ropes: dict[str, Rope]  # by the kind of layers, "" where all have one
     cache: Cache
     backend: str | None
     fingerprint: int
     group: Group = None  # of the ranks that share a sequence; None: each has its own
 
     @property
-    def chooses(self) -> bool:
-        """Whether sequences may differ in their factor set."""
-        return len(self.rope.sets) > 1
+    def rope(self) -> Rope:
+        """The first, which is all there is of most models."""
+        return next(iter(self.ropes.values()))
 
     @property
-    def keys(self) -> int | Rope:
+    def chooses(self) -> bool:
+        """Whether sequences may differ in their factor set."""
+        return any(len(rope.sets) > 1 for rope in self.ropes.values())
+
+    @property
+    def keys(self) -> int | dict[str, Rope]:
         """What a cache is marked by: who made its unrotated keys, or what rotated them."""
-        return self.fingerprint if self.cache == "unrotated" else self.rope
+        return self.fingerprint if self.cache == "unrotated" else self.ropes
 
     @property
     def attention_backend(self) -> str | None:

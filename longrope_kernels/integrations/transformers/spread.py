@@ -19,6 +19,7 @@ from ...calls.values import readable
 from ...distributed import attention, decode, shard
 from ...distributed.ranks import agree, ranks_of
 from ...distributed.shards import gathered
+from ...rope.value import Rope
 from .masks import slots_of_mask
 from .sequences import Call
 from .settings import Settings
@@ -124,6 +125,7 @@ def attend(
     k: torch.Tensor,
     v: torch.Tensor,
     call: Call,
+    rope: Rope,
     settings: Settings,
     spread: Spread,
     rest: dict[str, Any],
@@ -132,7 +134,7 @@ def attend(
 
     rest: softmax_scale, window, softcap and sets.
     """
-    group, rope = settings.group, settings.rope
+    group = settings.group
     batch, tokens = q.shape[0], call.positions.shape[-1]
     if spread.key_slots is not None:
         if call.key_positions is not None and readable(call.key_positions):
@@ -143,7 +145,7 @@ def attend(
         lengths = call.lengths
         if tokens <= FEW_QUERIES and call.query_lengths is not None:
             lengths = call.query_lengths
-        return _attend_step(q, k, v, call.kv_start, lengths, settings, spread, rest)
+        return _attend_step(q, k, v, call.kv_start, lengths, rope, settings, spread, rest)
     if call.cu_seqlens is not None:
         if batch > 1:
             raise ValueError(
@@ -171,6 +173,7 @@ def _attend_step(
     v: torch.Tensor,
     kv_start: torch.Tensor | None,
     lengths: torch.Tensor | None,
+    rope: Rope,
     settings: Settings,
     spread: Spread,
     rest: dict[str, Any],
@@ -186,7 +189,7 @@ def _attend_step(
         whole = q.new_full((batch,), total, dtype=torch.int64)
         of_some = lengths[:, some] if lengths is not None and lengths.dim() == 2 else lengths
         out = decode(
-            *(q[:, some], k, v, (slots < total).sum().expand(batch), settings.rope),
+            *(q[:, some], k, v, (slots < total).sum().expand(batch), rope),
             key_slots=slots.expand(batch, -1),
             total_lens=whole,
             lengths=of_some,
