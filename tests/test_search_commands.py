@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from search_cases import ORIGINAL, SMALL, flags, make_model, make_texts, one_thread
-from transformers import AutoConfig, AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 from longrope_kernels import Rope, cli
@@ -411,9 +411,12 @@ def test_what_a_user_can_mend_is_one_line(work, tmp_path, monkeypatch, files, se
 
 
 def test_models_that_cannot_be_searched_are_named(work, tmp_path):
-    folder = tmp_path / "gptj"
-    gptj = GPTJConfig(n_embd=32, n_head=2, n_layer=1, vocab_size=256, n_positions=32, rotary_dim=8)
-    GPTJForCausalLM(gptj).save_pretrained(folder)
+    folder = tmp_path / "opt"
+    opt = OPTConfig(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=256, ffn_dim=32,
+        word_embed_proj_dim=32, max_position_embeddings=32,
+    )  # fmt: skip
+    OPTForCausalLM(opt).save_pretrained(folder)
     texts = flags(documents=work / "texts", tokenizer="bytes", length=LENGTH, out=tmp_path / "out")
     result = run("search", folder, *texts)
     assert "model: expected a model that contains a decoder of transformers" in result.stderr

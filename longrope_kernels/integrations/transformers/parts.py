@@ -146,7 +146,7 @@ def slots_of(model: nn.Module, *, probing: bool = False) -> list[Slot]:
     """All of a model: those that are enabled, or known by the list; with ``probing`` any.
 
     Raises:
-        UnfitError: with ``probing``, where no base model can be enabled; the first reason.
+        UnfitError: with ``probing``, where no base model can be enabled, and why.
     """
     found: list[Slot] = []
     reasons: list[UnfitError] = []
@@ -171,7 +171,7 @@ def slots_of(model: nn.Module, *, probing: bool = False) -> list[Slot]:
         if architecture is not None:
             found.append(Slot(base, tuple(places), architecture))
     if not found and reasons:
-        raise reasons[0]
+        raise UnfitError("; ".join(dict.fromkeys(str(reason) for reason in reasons)))
     return found
 
 
