@@ -45,11 +45,13 @@ def enable(
     the config that ``save_pretrained`` writes and the names in ``state_dict()`` stay as they are.
 
     Args:
-        model: any module that contains models of the families phi3, phimoe, llama, mistral, qwen2
-            or qwen3 of transformers >= 5.6, with whatever head. Changed in place. On a model
-            enabled before, the arguments given now hold.
+        model: any module that contains a decoder of transformers >= 5.6 which rotates as most do,
+            with whatever head; ``longrope info --models`` lists those that were tried. Others are
+            tried now. Changed in place. On a model enabled before, the arguments given now hold.
         rope: the embedding; None reads it from the model's config. A threshold, which the
             published configs have no field for: ``Rope.from_config(model.config, n_hat=...)``.
+            Where layers of several types have each their own, a dict of those to be exchanged, by
+            the type. Pairs are those of the model's code.
         cache: "unrotated", or "rotated": only the rotation is replaced, transformers' own attention
             and cache stay, and one factor set serves the whole batch, that of its largest position
             plus one, as without `enable`.
@@ -60,9 +62,10 @@ def enable(
         The same model.
 
     Raises:
-        ValueError: naming the argument: no model that is supported; a config whose rotation this
-            package does not know, or that needs a length (dynamic NTK); a rope that rotates more
-            dimensions than a head has; an unknown cache or backend, or a backend that does not
+        ValueError: naming the argument: no model that is supported, or not with this cache, and
+            why; a rotation or layers that another package has replaced; a config whose rotation
+            this package does not know, or that needs a length (dynamic NTK); a rope that rotates
+            more dimensions than a head has; an unknown cache or backend, or a backend that does not
             serve the model's device or dtype; with ``group`` a cache "rotated", or a head that is
             not of a causal language model. Nothing is changed then.
         TypeError: ``rope`` is not a `Rope`, or ``group`` is no group.
@@ -138,7 +141,7 @@ def set_rope(model: Model, rope: Rope | Mapping[str, Rope]) -> Model:
 
     Args:
         model: one that was enabled, changed in place.
-        rope: of any number of sets.
+        rope: of any number of sets; or a dict of them, by the type of layers, as in `enable`.
 
     Returns:
         The same model.

@@ -302,7 +302,7 @@ def _judge(module: Any, seen: Seen, lacks: str) -> Architecture:
 
 
 def _is_of(one: nn.Module, module: Any) -> bool:
-    return str(type(one).__module__) == module.__name__
+    return bool(type(one).__module__ == module.__name__)
 
 
 def _positions(args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
