@@ -15,8 +15,10 @@ import triton.language as tl
 from cases import CUDA
 
 from longrope_kernels import FactorSet, Rope
+from longrope_kernels import attention as longrope_attention
 from longrope_kernels.backends import reference
-from longrope_kernels.backends.triton import device, rotary
+from longrope_kernels.backends.triton import attention, device, rotary
+from longrope_kernels.calls import kinds
 from longrope_kernels.calls.records import RotaryCall, Selection
 from longrope_kernels.kernels import rotary as kernels
 from longrope_kernels.kernels.rotation import cos_sin, phase, sequence_of_token, set_of_length
@@ -284,3 +286,28 @@ def test_zeros_stay_zeros(dtype: torch.dtype) -> None:
     rope = Rope((FactorSet((1.5,) * 8),))
     out, _ = rotate(x, x[:, :, :0], rope, torch.arange(3, device=DEVICE)[None])
     assert not out.any()
+
+
+# -------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_kv_heads_in_turns(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the scratch has room for, the last time what is left."""
+    q, k, v = (torch.randn(1, 20, n, 32, device=DEVICE).bfloat16() for n in (6, 3, 3))
+    given = (q, k, v, torch.arange(20, device=DEVICE), Rope.plain(32))
+    named: dict[str, Any] = {"k_rotation": "prepass", "backend": "triton", "return_lse": True}
+    together = longrope_attention(*given, **named)
+    kinds.forget()
+    monkeypatch.setattr(attention, "_SCRATCH_BYTES", at_once * 20 * 32 * 2)
+    launched: list[int] = []
+    run = attention.run
+
+    def watched(plan: Any, call: Any, *rest: Any) -> None:
+        launched.append(call.keys.heads)
+        run(plan, call, *rest)
+
+    monkeypatch.setattr(attention, "run", watched)
+    for one, other in zip(longrope_attention(*given, **named), together, strict=True):
+        assert torch.equal(one, other)
+    assert launched == {1: [1, 1, 1], 2: [2, 1]}[at_once]
