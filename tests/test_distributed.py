@@ -172,6 +172,7 @@ SPREAD = [
     *(Spread(case, ranks=3, order="contiguous") for case in CASES[4:9]),
     *(Spread(case, ranks=4) for case in CASES[::3]),
     *(Spread(case, ranks=2, schedule="ulysses") for case in CASES if case.kv_heads == 2),
+    Spread(Case(queries=32, window=18), ranks=4),  # keys that a window cuts beside some it does not
     *(Spread(case, ranks=0) for case in CASES if case.kv_heads == 2),
     *(Spread(Case(queries=n), ranks=4) for n in (1, 2, 3, 7)),
     *(Spread(Case(queries=n), ranks=3, order="contiguous") for n in (1, 2, 4)),
