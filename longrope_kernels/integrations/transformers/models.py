@@ -57,6 +57,8 @@ def enable(
             plus one, as without `enable`.
         backend: as in `attention` and `decode`, None for the fastest; "native" is "composed" where
             it is about `attention`. A named one must serve the device the model is on now.
+        group: the ranks that share each sequence (docs/distributed.md): a process group, or a mesh
+            of one or two dimensions. They call the model alike, with whole inputs.
 
     Returns:
         The same model.
