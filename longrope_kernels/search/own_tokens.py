@@ -32,8 +32,8 @@ class OwnTokens:
             hidden: (rows, tokens of this rank, dim).
             tokens: (rows, length), all of them.
         """
-        after = self._before.to(tokens.device) + 1
-        return hidden[:, self._here.to(hidden.device)], tokens[:, after]
+        here, before = self._here.to(hidden.device), self._before.to(tokens.device)
+        return hidden[:, here], tokens[:, before + 1]
 
     def of_all(self, found: torch.Tensor) -> torch.Tensor:
         """What each rank found, (rows, own), as (rows, last) on every rank, to the last bit."""
