@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,19 +114,28 @@ def main() -> None:
     parser.add_argument("--last", type=int, default=None, help="scored tokens; half by default")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="JSON that gets this as one more row")
     given = parser.parse_args()
     last = given.length // 2 if given.last is None else given.last
     forwards = both(given.layers, given.length, last)
     seconds, of_plain = ratios(*forwards, given.rounds)
-    print(
-        f"{given.layers} layers, {given.length} tokens, {last} scored, {DEVICE.type}: transformers "
-        f"{statistics.median(seconds):.3f} s, ours {statistics.median(of_plain):.3f} of it "
-        f"(lowest {min(of_plain):.3f}, highest {max(of_plain):.3f}, {given.rounds} rounds)"
-    )
-    for name, forward in zip(("transformers", "ours"), forwards, strict=True):
-        print(f"\n{name}, share of its time by operation")
-        for key, share in shares(forward):
-            print(f"  {share:6.1%}  {key}")
+    row = {
+        "device": DEVICE.type,
+        "threads": torch.get_num_threads(),
+        "layers": given.layers,
+        "tokens": given.length,
+        "scored": last,
+        "transformers_s": statistics.median(seconds),
+        "ratios": of_plain,
+        "shares": {
+            name: dict(shares(forward))
+            for name, forward in zip(("transformers", "ours"), forwards, strict=True)
+        },
+    }
+    print(json.dumps(row, indent=2))
+    if given.out is not None:
+        rows = json.loads(given.out.read_text()) if given.out.exists() else []
+        given.out.write_text(json.dumps([*rows, row], indent=2) + "\n")
 
 
 if __name__ == "__main__":

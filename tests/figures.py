@@ -392,6 +392,23 @@ def compatibility() -> str:
     return markdown([*columns, "passed", "failed"], rows)
 
 
+def search_forward() -> str:
+    """A candidate's forward beside transformers' own: the median, and how far rounds are apart."""
+    table = [
+        [
+            f"{row['tokens']:,}",
+            f"{row['scored']:,}",
+            f"{row['transformers_s']:.2f}",
+            f"{statistics.median(row['ratios']):.3f}",
+            f"{min(row['ratios']):.3f} to {max(row['ratios']):.3f}",
+            str(len(row["ratios"])),
+        ]
+        for row in read("reports/cpu-2-cores/2026-11-29/forward.json")
+    ]
+    head = ["tokens", "scored", "transformers, s", "ours, of that", "lowest to highest", "rounds"]
+    return markdown(head, table)
+
+
 SPREAD = "reports/cpu-2-cores/2026-11-29/spread.json"
 
 
@@ -439,6 +456,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuda-attention": cuda_attention,
     "understands": understands,
     "spread-memory": spread_memory,
+    "search-forward": search_forward,
     **{name: partial(of_extend_tiny, title) for name, title in EXTEND_TINY.items()},
 }
 

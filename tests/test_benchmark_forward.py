@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 from benchmark_modules import forward
 
 
-def test_a_small_one_prints_a_ratio_and_two_profiles(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_small_one_tells_ratios_and_shares_as_one_more_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    given = ["--length", "48", "--layers", "1", "--rounds", "2", "--last", "8"]
+    out = tmp_path / "forward.json"
+    given = ["--length", "48", "--layers", "1", "--rounds", "2", "--last", "8", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["forward", *given])
     forward.main()
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"1 layers, 48 tokens, 8 scored, {forward.DEVICE.type}: transformers ")
-    assert shown.count("share of its time by operation") == 2
-    for part in shown.split("\n\n")[1:]:
-        shares = [float(line.split("%")[0]) for line in part.splitlines()[1:]]
-        assert shares == sorted(shares, reverse=True)
-        assert 50 < sum(shares) < 100.1
+    forward.main()
+    rows = json.loads(out.read_text())
+    assert len(rows) == 2
+    for row in rows:
+        assert (row["layers"], row["tokens"], row["scored"]) == (1, 48, 8)
+        assert len(row["ratios"]) == 2
+        for shares in row["shares"].values():
+            assert 0.5 < sum(shares.values()) < 1.001
 
 
 def test_losses_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,10 +112,15 @@ def given(
 
     Raises:
         ValueError: one rope for layers of several kinds, a kind that the model has not.
-        TypeError: not a rope.
+        TypeError: not a rope, or several where all layers have one.
     """
     if rope is None:
         return dict(own)
+    if isinstance(rope, Mapping) and list(own) == [""]:
+        raise TypeError(
+            f"rope: expected a Rope or None, got {type(rope).__name__}; all layers of this model "
+            "have one"
+        )
     wanted = rope if isinstance(rope, Mapping) else dict.fromkeys(own, rope)
     if not isinstance(rope, Mapping) and len(own) > 1:
         raise ValueError(
@@ -124,7 +129,7 @@ def given(
         )
     for kind, one in wanted.items():
         if kind not in own:
-            raise ValueError(f"rope: expected kinds of {', '.join(own) or 'layers'}, got {kind!r}")
+            raise ValueError(f"rope: expected kinds of layers, {', '.join(own)}, got {kind!r}")
         if not isinstance(one, Rope):
             raise TypeError(f"rope: expected a Rope or None, got {type(one).__name__}")
     return {kind: with_pairing(wanted.get(kind, has), interleaved) for kind, has in own.items()}
