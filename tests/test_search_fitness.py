@@ -8,10 +8,21 @@ from typing import Any
 import pytest
 import torch
 from model_cases import VOCABULARY, family_config, family_model, tokens
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTJConfig,
+    GPTJForCausalLM,
+    HeliumConfig,
+    HeliumForCausalLM,
+)
 
 from longrope_kernels import FactorSet, Rope
 from longrope_kernels.integrations.transformers import disable, enable, set_rope
+from longrope_kernels.integrations.transformers.shrunk import shrunk
 from longrope_kernels.search import Candidate, SearchSpace
 from longrope_kernels.search import model as search_model
 from longrope_kernels.search.documents import Document
@@ -205,12 +216,13 @@ def test_wrong_arguments_are_named(losses, ropes, ids, last, message):
 
 
 def test_models_that_cannot_be_measured_are_refused():
-    neox = GPTNeoXConfig(
-        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=8,
-        intermediate_size=32,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"model: expected .*llama.*, got GPTNeoXForCausalLM"):
-        TransformersLosses(GPTNeoXForCausalLM(neox))
+    gptj = GPTJConfig(n_embd=32, n_head=2, n_layer=1, vocab_size=8, rotary_dim=8)
+    with pytest.raises(ValueError, match=r"model: expected .*decoder.*, got GPTJForCausalLM"):
+        TransformersLosses(GPTJForCausalLM(gptj))
+    with pytest.raises(ValueError, match=r"model: expected one rope for all layers.*sliding_att"):
+        TransformersLosses(Gemma3ForCausalLM(shrunk(Gemma3TextConfig())))
+    with pytest.raises(ValueError, match=r"model: expected logits .* CohereForCausalLM, which"):
+        TransformersLosses(CohereForCausalLM(shrunk(CohereConfig())))
     with pytest.raises(ValueError, match=r"model: expected one with a language-model head.*Llama"):
         TransformersLosses(family_model("llama").model)
     with pytest.raises(ValueError, match="batch_tokens: expected at least 1, got 0"):
@@ -218,6 +230,18 @@ def test_models_that_cannot_be_measured_are_refused():
 
 
 # ----------------------------------------------------------------------------------------- set_rope
+
+
+def test_models_of_interleaved_pairs_are_measured():
+    """A candidate is a rope with the pairs of the model's code."""
+    model = HeliumForCausalLM(shrunk(HeliumConfig())).eval()
+    ids = torch.arange(4, 44).reshape(1, 40)
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].log_softmax(-1)
+    expected = -logits.gather(-1, ids[:, 1:, None])[..., 0]
+    losses = TransformersLosses(model)
+    assert losses.rope.interleaved
+    assert torch.allclose(losses(losses.rope, ids), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("cache", ["unrotated", "rotated"])

@@ -117,6 +117,7 @@ class TransformersLosses:
             )
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
+        _check_head(model)
         self.model = enable(model, backend=backend, group=group).eval()
         self._group = group
         self.rope = _only_rope(self.model)
@@ -277,6 +278,30 @@ class TransformersLosses:
             wanted, got = getattr(self.rope, name), getattr(rope, name)
             if wanted != got:
                 raise ValueError(f"rope: expected {name} = {wanted} as in the model, got {got}")
+
+
+def _check_head(model: Any) -> None:
+    """Losses are of what the head gives; some models scale or cap it afterwards. On a tiny one."""
+    from transformers import PreTrainedModel
+
+    from ..integrations.transformers.probe import VOCABULARY, on_the_cpu, tiny
+
+    if not isinstance(model, PreTrainedModel) or model.config.get_text_config() is not model.config:
+        return
+    try:
+        small = tiny(type(model), model.config)
+    except Exception:
+        return  # `enable` says what is wrong
+    with on_the_cpu():
+        ids = torch.arange(4, 12)[None] % VOCABULARY
+        hidden = small.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        found = small(input_ids=ids, use_cache=False).logits
+        same = torch.allclose(small.get_output_embeddings()(hidden), found, rtol=1e-3, atol=1e-3)
+    if not same:
+        raise ValueError(
+            "model: expected logits that are what its head gives, got a "
+            f"{type(model).__name__}, which scales or caps them"
+        )
 
 
 def _only_rope(model: nn.Module) -> Rope:

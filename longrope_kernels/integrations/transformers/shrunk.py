@@ -63,6 +63,8 @@ def shrunk(config: Any, most_layers: int = 8) -> Any:
         for name, size in _SIZE_OF.items()
         if _is_size(fields.get(name)) or (name in _NEEDED and fields.get(name, 0) is None)
     }
+    if "vocab_size" in sizes:
+        sizes["vocab_size"] = VOCABULARY  # also where the model has fewer than what is tried
     heads = fields.get("num_attention_heads")
     if heads is not None and fields.get("num_key_value_heads") == heads:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
