@@ -279,9 +279,9 @@ def serving() -> str:
         [
             row["dtype"],
             row["way"],
-            f"{row['load_cpu_s']:.1f}",
-            f"{row['share_by_cpu_time']:.2f}",
-            f"{row['start_up_cpu_s']:.1f}",
+            f"{row['load_s']:.1f}",
+            f"{row['share']:.2f}",
+            f"{row['start_up_s']:.1f}",
             f"{row['peak_bytes'] / 2**30:.2f}",
         ]
         for row in read(f"{SERVING}/serving.json")
@@ -502,20 +502,19 @@ def host_time() -> str:
 def spread_times() -> Iterator[tuple[str, str]]:
     found = read(SPREAD)
     two, one = (
-        statistics.mean(row["processors"] for row in found["ring"] if row["processes"] == size)
+        statistics.mean(row["seconds"] for row in found["ring"] if row["processes"] == size)
         for size in (2, 1)
     )
     yield (
         "docs/distributed.md",
-        f"{two:.2f} seconds of processor time on two processes, {one:.2f} seconds on one with two "
-        "threads",
+        f"{two:.2f} seconds on two processes, {one:.2f} seconds on one with two threads",
     )
     alone, pair = found["decode"]
     yield (
         "docs/distributed.md",
-        f"A step by one process with two threads took {max(alone['seconds']):.1f} seconds beside "
-        f"{max(alone['reading']):.1f} seconds for reading the keys and values, by two processes "
-        f"{max(pair['seconds']):.1f} seconds beside {max(pair['reading']):.1f} seconds",
+        f"A step by one process with two threads took {max(alone['seconds']):.2f} seconds beside "
+        f"{max(alone['reading']):.2f} seconds for reading the keys and values, by two processes "
+        f"{max(pair['seconds']):.2f} seconds beside {max(pair['reading']):.2f} seconds",
     )
     everything, own = (row["microseconds"] for row in found["host"])
     yield (
