@@ -13,6 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from cases import factors
 from model_cases import family_model, tokens
 from ranks import Ranks
@@ -171,6 +172,7 @@ def as_torchrun() -> None:
     rank = str(dist.get_rank())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="4")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
 
 
 def tuned(work: Path, folder: Path, size: int, length: int, settings: TuneSettings) -> Any:

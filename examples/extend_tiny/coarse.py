@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from base import Recipe
-from run import Experiment, Sizes, read_json, rope_of, write_json
+from run import Experiment, Sizes, rope_of
 
 from longrope_kernels.search.coarse import Coarse
+from longrope_kernels.search.source import read_json, write_json
 
 # Three layers, trained in half of the steps: there are six searches to do.
 RECIPE = Recipe(hidden=192, layers=3, heads=3, rows=16, steps=1000)

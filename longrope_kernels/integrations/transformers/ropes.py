@@ -116,7 +116,7 @@ def given(
     """
     if rope is None:
         return dict(own)
-    if isinstance(rope, Mapping) and list(own) == [""]:
+    if isinstance(rope, Mapping) and list(own) == [""] != list(rope):
         raise TypeError(
             f"rope: expected a Rope or None, got {type(rope).__name__}; all layers of this model "
             "have one"
