@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from ..torch_private import constant_in_graphs
 from .memory import device_type
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -14,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def dtype_of(x: torch.Tensor) -> torch.dtype | None:
     """What autocast makes of x: None outside of it, and for what it leaves alone, as float64."""
     kind = device_type(x)
-    if not (kind == "cpu" or torch.amp.is_autocast_available(kind)):
+    if not (kind == "cpu" or _exists(kind)):
         return None
     if not torch.is_autocast_enabled(kind):
         return None
@@ -50,6 +51,12 @@ def alike(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 def off(x: torch.Tensor) -> AbstractContextManager[object]:
     """Where torch's own operators keep the dtypes they are given, on the device of x."""
     kind = device_type(x)
-    if not torch.amp.is_autocast_available(kind):
+    if not _exists(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
+
+
+@constant_in_graphs
+def _exists(kind: str) -> bool:
+    """Whether a kind of device has autocast, which torch.compile of torch 2.10 can't look into."""
+    return torch.amp.is_autocast_available(kind)
