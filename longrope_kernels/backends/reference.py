@@ -30,7 +30,7 @@ def token_sets(tables: Tables, selection: Selection, positions: torch.Tensor) ->
     """
     batch, seq = positions.shape
     if selection.sets is not None:
-        of_sequence = selection.sets.long().clamp(0, tables.sets - 1)
+        of_sequence = selection.sets.long().clamp(0, tables.max_length.shape[0] - 1)
     elif selection.lengths is not None:
         of_sequence = sets_of_lengths(selection.lengths, tables.max_length)
     else:
@@ -47,10 +47,10 @@ def query_sets(tables: Tables, selection: Selection, tokens: torch.Tensor) -> to
     (B, q_len) one each. Without either, a query takes the set of ``tokens`` (B, q_len), those that
     the sequence had with this query and none after it.
     """
-    if tables.sets == 1:
+    if tables.max_length.shape[0] == 1:
         return torch.zeros_like(tokens[:, :1])
     if selection.sets is not None:
-        return selection.sets.long().clamp(0, tables.sets - 1)[:, None]
+        return selection.sets.long().clamp(0, tables.max_length.shape[0] - 1)[:, None]
     lengths = tokens if selection.lengths is None else selection.lengths
     return sets_of_lengths(lengths if lengths.dim() == 2 else lengths[:, None], tables.max_length)
 
@@ -219,7 +219,7 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     if chosen.shape[1] == 1:
         passes = [chosen[:, 0]]
     else:  # all queries under every set, of which each keeps its own
-        passes = [torch.full_like(chosen[:, 0], i) for i in range(tables.sets)]
+        passes = [torch.full_like(chosen[:, 0], i) for i in range(tables.max_length.shape[0])]
     out = torch.zeros_like(q, dtype=compute)
     lse = out.new_zeros(batch, q.shape[2], queries)
     for sets in passes:

@@ -29,11 +29,6 @@ class Selection(NamedTuple):
     sets: torch.Tensor | None = None  # (sequences,) int32, the sets themselves; they win
     borders: torch.Tensor | None = None  # (sequences + 1,), where packed sequences begin; B = 1
 
-    @property
-    def chooses(self) -> bool:
-        """Whether sequences may take different sets. If not, their borders make no difference."""
-        return self.lengths is not None or self.sets is not None
-
     def sequences(self, batch: int) -> int:
         """How many sequences there are in ``batch`` rows."""
         return batch if self.borders is None else self.borders.shape[0] - 1

@@ -267,8 +267,9 @@ def _rotated(call: AttentionCall) -> AttentionCall:
     q, positions, keys, tables, selection, _ = call
     assert keys.positions is not None
     name = choose.choose_rotary(None, q.device.type, q.dtype == torch.float64)
-    of_q = selection if selection.chooses else Selection()
-    of_k = of_q._replace(borders=keys.borders) if selection.chooses else of_q
+    of_q = of_k = Selection()
+    if selection.lengths is not None or selection.sets is not None:  # else borders say nothing
+        of_q, of_k = selection, selection._replace(borders=keys.borders)
     turn = rotate_read if values.readable(positions) else rotate  # in a graph the op reads them
     if keys.positions is positions:
         q, k = turn(RotaryCall(q, keys.k, positions, tables, of_q), name)
