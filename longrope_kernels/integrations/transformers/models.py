@@ -51,7 +51,7 @@ def enable(
         rope: the embedding; None reads it from the model's config. A threshold, which the
             published configs have no field for: ``Rope.from_config(model.config, n_hat=...)``.
             Where layers of several types have each their own, a dict of those to be exchanged, by
-            the type. Pairs are those of the model's code.
+            the type. Pairs are those of the model's code, or interleaved where a rope says so.
         cache: "unrotated", or "rotated": only the rotation is replaced, transformers' own attention
             and cache stay, and one factor set serves the whole batch, that of its largest position
             plus one, as without `enable`.

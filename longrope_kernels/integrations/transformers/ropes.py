@@ -77,16 +77,8 @@ def _fields(rotary: Any, kind: str | None) -> dict[str, Any]:
 
 
 def with_pairing(rope: Rope, interleaved: bool) -> Rope:
-    """A rope with the pairs of the model's code, which no config says.
-
-    Raises:
-        ValueError: the rope says it is interleaved, and the model's code is not.
-    """
-    if rope.interleaved and not interleaved:
-        raise ValueError(
-            "rope: expected pairs (i, i + P), which this model's code rotates, got interleaved=True"
-        )
-    return dataclasses.replace(rope, interleaved=interleaved) if interleaved else rope
+    """A rope with the pairs of the model's code, which no config says, or those it names itself."""
+    return dataclasses.replace(rope, interleaved=True) if interleaved else rope
 
 
 @cache
