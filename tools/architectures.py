@@ -36,7 +36,13 @@ from longrope_kernels.integrations.transformers import architectures, disable, e
 from longrope_kernels.integrations.transformers.architectures import minor, path_of
 from longrope_kernels.integrations.transformers.contacts import MissingError
 from longrope_kernels.integrations.transformers.parts import slots_of
-from longrope_kernels.integrations.transformers.probe import UnfitError, on_the_cpu, rotations, tiny
+from longrope_kernels.integrations.transformers.probe import (
+    UnfitError,
+    on_one_line,
+    on_the_cpu,
+    rotations,
+    tiny,
+)
 from longrope_kernels.integrations.transformers.ropes import kinds, still
 
 FILE = Path(__file__).parents[1] / "longrope_kernels" / "data" / "architectures.json"
@@ -101,7 +107,7 @@ def with_truth(model: Any, ropes: dict[str, Rope], alone: bool) -> Callable[[], 
     """Put true rotations into an untouched model. Returns what takes them out again."""
     (slot,) = slots_of(model, probing=True)
     for place in slot.places:
-        true = TrueRotary(place.module, ropes, slot._kind(place), alone)
+        true = TrueRotary(place.module, ropes, slot.kind_of(place), alone)
         setattr(place.owner, place.name, true)
 
     def undo() -> None:
@@ -212,7 +218,7 @@ def prove(model: Any, kind: str) -> list[str]:
                     single, finite64 = True, False
                     expected = check(model.float(), count)
             except Exception as error:  # what the untouched model can't do, nothing is held to
-                print(f"    untouched, {check.__name__}: {line(error)}", file=sys.stderr)
+                print(f"    untouched, {check.__name__}: {on_one_line(error)}", file=sys.stderr)
                 continue
             finally:
                 undo()
@@ -222,7 +228,7 @@ def prove(model: Any, kind: str) -> list[str]:
             try:
                 found = differs(check(model, count), expected)
             except Exception as error:
-                raise AssertionError(f"{check.__name__}, {name}: {line(error)}") from error
+                raise AssertionError(f"{check.__name__}, {name}: {on_one_line(error)}") from error
             finally:
                 disable(model).double()
             assert found <= (CLOSE_SINGLE if single else CLOSE), (
@@ -247,16 +253,11 @@ def check_tables(model: Any, own: dict[str, Rope]) -> None:
     assert differs(found[1], found[0]) > 1e-2, "its logits do not show the rotation"
 
 
-def line(error: Exception) -> str:
-    """An error on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
 def told(error: Exception) -> str:
     """What an entry says of an error."""
     if isinstance(error, MissingError):
         return error.what
-    return str(error) if isinstance(error, AssertionError) else line(error)
+    return str(error) if isinstance(error, AssertionError) else on_one_line(error)
 
 
 # ---------------------------------------------------------------------------------- all the models
@@ -292,7 +293,7 @@ def try_one(model_type: str) -> dict[str, Any]:
         config = with_attention(config)
         model = tiny(cls, config).double()
     except Exception as error:
-        return {"reason": f"can't be made tiny: {line(error)}"}
+        return {"reason": f"can't be made tiny: {on_one_line(error)}"}
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # torch's grouped product has no float64
     try:

@@ -73,7 +73,7 @@ class Slot(NamedTuple):
                 continue
             configs.append(config)
             for kind in kinds(place.original):
-                found[kind or self._kind(place)] = place, kind
+                found[kind or self.kind_of(place)] = place, kind
         return found
 
     def own_ropes(self, length: int | None = None) -> dict[str, Any]:
@@ -84,13 +84,13 @@ class Slot(NamedTuple):
             for kind, (place, layer_type) in self.kinds.items()
         }
 
-    def _kind(self, place: Place) -> str:
+    def kind_of(self, place: Place) -> str:
         """ "" for all layers, or the name of one of several rotary modules."""
-        first = next(p for p in self.places if p.original.config is place.original.config)
-        alone = all(p.original.config is first.original.config for p in self.places)
-        if alone:
+        config = place.original.config
+        alike = [p for p in self.places if p.original.config is config]
+        if len(alike) == len(self.places):
             return ""
-        return next(str(n) for n, m in self.base.named_modules() if m is first.module)
+        return next(str(n) for n, m in self.base.named_modules() if m is alike[0].module)
 
     def put(self, settings: Settings) -> None:
         """Hand rotation, attention and caches over to this package."""
@@ -102,7 +102,7 @@ class Slot(NamedTuple):
         replacements = []
         for place in self.places:
             replacement = ExactRotaryEmbedding(
-                place.module, self.architecture, settings, memory, self._kind(place)
+                place.module, self.architecture, settings, memory, self.kind_of(place)
             )
             replacements.append(replacement)
             # Who shares the config object may have been enabled before, and puts back what was.

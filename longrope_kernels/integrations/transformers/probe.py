@@ -118,7 +118,7 @@ def probe(base: type, config: Any) -> Architecture:
     try:
         model = tiny(base, config)
     except Exception as error:
-        raise UnfitError(f"a tiny {base.__name__} can't be made: {_line(error)}") from error
+        raise UnfitError(f"a tiny {base.__name__} can't be made: {on_one_line(error)}") from error
     with on_the_cpu():
         seen, lacks = _watch(model)
         found = _judge(module, seen, lacks)
@@ -176,21 +176,19 @@ def probed(base: type, rotary: type, config: Any) -> Architecture:
 def _watch(model: Any) -> tuple[Seen, str]:
     """One forward, with transformers' attention interface where it may be watched."""
     try:
-        model.set_attn_implementation(_NAME) if _registered() else None
+        transformers.AttentionInterface.register(_NAME, _attention)
+        transformers.AttentionMaskInterface.register(_NAME, _mask)
+        model.set_attn_implementation(_NAME)
         return _seen(model), ""
     except Exception as error:
-        lacks = f"its attention can't be watched: {_line(error)}"
+        lacks = f"its attention can't be watched: {on_one_line(error)}"
     model.set_attn_implementation("eager")
     try:
         return _seen(model), lacks
     except Exception as error:
-        raise UnfitError(f"a tiny {type(model).__name__} can't run: {_line(error)}") from error
-
-
-def _registered() -> bool:
-    transformers.AttentionInterface.register(_NAME, _attention)
-    transformers.AttentionMaskInterface.register(_NAME, _mask)
-    return True
+        raise UnfitError(
+            f"a tiny {type(model).__name__} can't run: {on_one_line(error)}"
+        ) from error
 
 
 _now: list[Seen] = []  # the forward that is watched
@@ -353,5 +351,6 @@ def frequencies(rotary: nn.Module, layer_type: str | None) -> torch.Tensor:
     return found
 
 
-def _line(error: Exception) -> str:
+def on_one_line(error: Exception) -> str:
+    """An error, for a reason that others read."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
