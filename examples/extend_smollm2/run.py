@@ -26,8 +26,7 @@ from fetch import JUDGED, SEARCHED, documents, model_folder
 from table import BEST_YARN, FORMULAS, READJUSTED, SEARCH, write_page
 
 from longrope_kernels import FactorSet, Rope
-from longrope_kernels.rope import scaling
-from longrope_kernels.search.documents import Document
+from longrope_kernels.search.documents import Document, tails
 from longrope_kernels.search.find import Options, find
 from longrope_kernels.search.fitness import Perplexity
 from longrope_kernels.search.model import TransformersLosses
@@ -35,6 +34,7 @@ from longrope_kernels.search.readjust import readjust
 from longrope_kernels.search.source import (
     baselines,
     digest,
+    dynamic_ntk,
     fingerprint,
     load_model,
     open_source,
@@ -184,11 +184,11 @@ class Experiment:
     def look(self, formulas: dict[str, Rope | None], document: Document) -> None:
         """Each formula by a short window at the positions of the target, which takes a minute."""
         options, target = self._options(self.sizes.hours, 0), self.sizes.target
-        end = [Document(document.name, document.tokens[-target:])]
+        end = tails([document], self.sizes.longest, target)
         fitness = options.skipped(self.losses, end, target, None)
         assert fitness is not None
         for name, rope in formulas.items():
-            one = rope or self._dynamic(target)
+            one = rope or dynamic_ntk(self.source, target)
             key = f"{name}, a window, {document.name}"
             self.book.get(key, lambda one=one: math.log(fitness(one)))
             write_page(self.book.content, self.out)
@@ -196,17 +196,15 @@ class Experiment:
     def measure(self, name: str, rope: Rope | None, length: int, document: Document) -> None:
         """The loss of the last tokens of a text, after as much of it as makes the length."""
         key = f"{name}, {length} tokens, {document.name}"
-        self.book.get(key, lambda: self._loss(rope or self._dynamic(length), length, document))
+        self.book.get(
+            key, lambda: self._loss(rope or dynamic_ntk(self.source, length), length, document)
+        )
         write_page(self.book.content, self.out)
 
     def _loss(self, rope: Rope, length: int, document: Document) -> float:
-        end = [Document(document.name, document.tokens[-length:])]
+        end = tails([document], self.sizes.longest, length)
         last = min(self.sizes.last, length // 2)
         return math.log(Perplexity(self.losses, end, length, last=last)(rope))
-
-    def _dynamic(self, length: int) -> Rope:
-        own = self.source.rope
-        return scaling.dynamic_ntk(own.rotary_dim, 1.0, self.sizes.original, length, base=own.base)
 
     # ------------------------------------------------------------------------------------ searches
 
@@ -290,7 +288,7 @@ class Experiment:
         )
 
     def _ends(self, length: int) -> list[Document]:
-        return [Document(d.name, d.tokens[-length:]) for d in self.searched]
+        return tails(self.searched, self.sizes.longest, length)
 
 
 def _progress(name: str) -> Callable[[Any], None]:

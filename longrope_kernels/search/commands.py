@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..rope import FactorSet, Rope, scaling
+from ..rope import FactorSet, Rope
 from .compare import (
     legend,
     of_perplexity,
@@ -39,6 +39,7 @@ from .source import (
     EVALUATION,
     Source,
     baselines,
+    dynamic_ntk,
     fingerprint,
     load_model,
     open_source,
@@ -299,7 +300,7 @@ class Evaluate:
             last = lengths[0] // 2
         wanted: list[tuple[int, str, Rope]] = []
         for length in lengths:
-            dynamic = {"dynamic NTK": _dynamic(source, length)} if compare else {}
+            dynamic = {"dynamic NTK": dynamic_ntk(source, length)} if compare else {}
             wanted += [(length, name, rope) for name, rope in (methods | dynamic).items()]
 
         def measure(one: tuple[int, str, Rope]) -> tuple[Measured, dict[str, Retrieved]]:
@@ -395,13 +396,6 @@ def _measured(
     )
     model = load_model(Path(given.model), given.device, given.dtype)
     return documents, TransformersLosses(model, group=sequence_group(given.context_parallel))
-
-
-def _dynamic(source: Source, length: int) -> Rope:
-    """The common use: no scaling up to the original length, then by the length alone."""
-    rope = source.rope
-    pairing: Any = {"base": rope.base, "interleaved": rope.interleaved}
-    return scaling.dynamic_ntk(rope.rotary_dim, 1.0, source.original, length, **pairing)
 
 
 # --------------------------------------------------------------------------------- on the terminal

@@ -133,13 +133,23 @@ def baselines(source: Source, length: int) -> dict[str, Rope]:
         length: in tokens, more than ``source.original``.
     """
     dim, factor = source.rope.rotary_dim, length / source.original
-    pairing: Any = {"base": source.rope.base, "interleaved": source.rope.interleaved}
+    pairing = _pairing(source)
     return {
         "no scaling": Rope.plain(dim, **pairing),
         "PI": scaling.linear(dim, factor, **pairing),
         "NTK": scaling.ntk_aware(dim, factor, **pairing),
         "YaRN": scaling.yarn(dim, factor, source.original, **pairing),
     }
+
+
+def dynamic_ntk(source: Source, length: int) -> Rope:
+    """Its common use: no scaling up to the original length, then by the length alone."""
+    dim = source.rope.rotary_dim
+    return scaling.dynamic_ntk(dim, 1.0, source.original, length, **_pairing(source))
+
+
+def _pairing(source: Source) -> dict[str, Any]:
+    return {"base": source.rope.base, "interleaved": source.rope.interleaved}
 
 
 def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str | None:
