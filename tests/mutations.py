@@ -53,7 +53,7 @@ ATTENTION = [
     Mutation("a window one too long, in a kernel", "kernels/attention_tiles.py", "seen = seen & (slot - j < window)", "seen = seen & (slot - j <= window)", "test_attention_forward.py -k 'triton and window'"),
     Mutation("padding that is seen", "kernels/attention_tiles.py", "(j >= first_key) & (j < keys)", "(j < keys)", "test_attention_forward.py -k 'triton and kv_start'"),
     Mutation("queries at the first keys", "calls/masks.py", "slot = slot + keys - queries", "slot = slot + 0", "test_attention_forward.py -k 'reference and x'"),
-    Mutation("keys of another sequence's border", "ops/attention.py", "of_q._replace(borders=keys.borders)", "of_q", "test_attention_sets.py -k composed"),
+    Mutation("keys of another sequence's border", "ops/attention.py", "selection._replace(borders=keys.borders)", "selection", "test_attention_sets.py -k composed"),
     Mutation("weights that are not rescaled", "kernels/attention.py", "alpha = tl.exp2(top - base)", "alpha = tl.exp2(top - top)", "test_attention_forward.py -k triton"),
     Mutation("the log-sum-exp to base 2", "kernels/decode_kernel.py", "tl.store(lse + offset, top * LN2, mask=in_q)", "tl.store(lse + offset, top, mask=in_q)", "test_decode_forward.py -k triton"),
     Mutation("a check for the kind of some arguments", "calls/kinds.py", "kind = kind_of(*arguments)", "kind = kind_of(*arguments[:4])", "test_kinds.py"),
