@@ -44,32 +44,24 @@ def assert_same(outs, expected) -> None:
 
 
 @every_rope
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("offsets", [0, 9, [4, 0, 2**20]], ids=str)
-def test_rotation_of_a_batch(rope, inplace, offsets):
-    (x,) = tensors((3, 6, 2))
-    offset = torch.tensor(offsets).expand(3)
-    positions = offset[:, None] + torch.arange(6)
-    expected = apply_rotary(x, None, positions, rope, lengths=offset + 6)[0]
-    given = offsets if isinstance(offsets, int) else offset.int()
-    out = apply_rotary_emb(x, rope, inplace=inplace, seqlen_offsets=given)
-    assert (out is x) == inplace
-    assert torch.equal(out, expected)
-
-
-@every_rope
-@pytest.mark.parametrize("offsets", [0, 3, [11, 0, 12]], ids=str)
-def test_rotation_of_packed_sequences(rope, offsets):
-    counts = (1, 13, 4)
-    (x,) = tensors((sum(counts), 2), dtype=bf16)
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("offsets", [0, 9, [11, 0, 2**20]], ids=str)
+def test_rotation(rope, packed, offsets):
+    counts = (1, 13, 4) if packed else (6, 6, 6)
+    (x,) = tensors((18, 2), dtype=bf16)
     before = torch.tensor(offsets).expand(3)
     positions = torch.cat([b + torch.arange(n) for n, b in zip(counts, before, strict=True)])
+    rest = {"cu_seqlens": borders(*counts), "layout": "thd"}
     lengths = torch.tensor(counts) + before
-    packed = {"cu_seqlens": borders(*counts)}
-    expected = apply_rotary(x, None, positions, rope, layout="thd", lengths=lengths, **packed)[0]
-    given = offsets if isinstance(offsets, int) else before
-    out = apply_rotary_emb(x, rope, seqlen_offsets=given, max_seqlen=max(counts), **packed)
-    assert torch.equal(out, expected)
+    expected = apply_rotary(x, None, positions, rope, lengths=lengths, **rest)[0]
+    given = {"seqlen_offsets": offsets if isinstance(offsets, int) else before.int()}
+    if packed:
+        given |= {"cu_seqlens": borders(*counts), "max_seqlen": max(counts)}
+    else:
+        x, expected = (y.view(3, 6, 2, DIM) for y in (x, expected))
+    assert torch.equal(apply_rotary_emb(x, rope, **given), expected)
+    assert apply_rotary_emb(x, rope, inplace=True, **given) is x
+    assert torch.equal(x, expected)
 
 
 def test_rotation_under_named_sets():
@@ -112,31 +104,14 @@ def test_windows_and_scores(theirs, ours, queries, keys):
     assert_same(flash_attn_func(q, k, v, TWO, **rest, **of_theirs), expected)
 
 
-def test_a_window_counts_keys_beside_the_querys_own():
-    """Values that say their slot: query 5 with two keys to the left sees slots 3, 4 and 5."""
-    q, k = torch.zeros(1, 8, 1, DIM), torch.zeros(1, 8, 1, DIM)
-    v = torch.arange(8.0)[None, :, None, None].expand(1, 8, 1, DIM).contiguous()
-    left = flash_attn_func(q, k, v, ONE, window_size=(2, 0))
-    both = flash_attn_func(q, k, v, ONE, window_size=(2, 2))
-    torch.testing.assert_close(left[0, 5, 0, 0], torch.tensor(4.0))
-    torch.testing.assert_close(both[0, 5, 0, 0], torch.tensor(5.0))
-    torch.testing.assert_close(both[0, 1, 0, 0], torch.tensor(1.5))
-
-
 def test_named_positions():
     q, k, v = tensors((2, 6, 2), (2, 8, 2), (2, 8, 2))
-    rest = {name: torch.randint(0, 9000, (2, n)) for name, n in PLACES}
-    lengths = torch.tensor([12, 13])
-    expected = attention(
-        q, k, v, rest["positions"], TWO, lengths=lengths, causal=False,
-        key_positions=rest["key_positions"],
-    )  # fmt: skip
-    assert torch.equal(flash_attn_func(q, k, v, TWO, lengths=lengths, **rest), expected)
-    with pytest.raises(ValueError, match="lengths: expected lengths= or sets="):
-        flash_attn_func(q, k, v, TWO, **rest)
-
-
-PLACES = (("positions", 6), ("key_positions", 8))
+    at, of_keys = torch.randint(0, 9000, (2, 6)), torch.randint(0, 9000, (2, 8))
+    rest = {"key_positions": of_keys, "lengths": torch.tensor([12, 13])}
+    expected = attention(q, k, v, at, TWO, causal=False, **rest)
+    assert torch.equal(flash_attn_func(q, k, v, TWO, positions=at, **rest), expected)
+    rest.pop("lengths")
+    refused("lengths: expected lengths= or", flash_attn_func, q, k, v, TWO, positions=at, **rest)
 
 
 @every_rope

@@ -6,8 +6,21 @@ of keys too. Tokens stand at their places in their sequences, from 0, as flash-a
 counts them, and a sequence takes the factor set of its length: its number of keys. Where
 ``positions`` say otherwise, a `Rope` of several sets needs ``lengths`` or ``sets``.
 
-No argument here means dropout, ALiBi, ``cache_batch_idx``, ``num_splits`` or ``deterministic``. The
-log-sum-exp of a query that sees no key is minus infinity.
+Alike in all of them:
+
+- ``rope`` is of q and the keys, and says the pairing too, flash-attn's ``interleaved``.
+- ``softmax_scale`` is dim**-0.5 by default, ``softcap`` 0 for none.
+- ``window_size`` is (left, right): how many keys beside its own place a query sees, -1 for all of
+  them. Served are (-1, -1), (left, 0), any left with ``causal``, and (both, both).
+- ``lengths``, (batch,), choose factor sets, ``sets``, (batch,) int32, name them.
+- ``return_softmax_lse`` also returns the log-sum-exp of the scores, float32, (batch, heads,
+  seqlen_q) or of packed sequences (heads, total_q); minus infinity where a query sees no key.
+- ``backend`` is one that the function of ours knows, or None for the fastest.
+- Integers in tensors are int32 or int64, but ``sets`` and ``block_table``. ``max_seqlen`` is not
+  needed, and not read.
+- Errors are ValueError and TypeError, name the argument, and leave nothing written.
+
+No argument here means dropout, ALiBi, ``cache_batch_idx``, ``num_splits`` or ``deterministic``.
 """
 
 from __future__ import annotations
@@ -67,25 +80,15 @@ def apply_rotary_emb(
     sets: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Rotate x. Its first token stands at ``seqlen_offsets``.
+    """Rotate x.
 
     Args:
         x: (batch, seqlen, heads, dim), or packed (tokens, heads, dim) with ``cu_seqlens``.
-        rope: says the pairing too, flash-attn's ``interleaved``.
         inplace: write into x and return it.
-        seqlen_offsets: tokens before x, the same for all sequences or (batch,) int32 or int64.
-        cu_seqlens: (batch + 1,) int32 or int64, where packed sequences begin.
-        max_seqlen: not needed, and not read.
-        lengths: (batch,), what chooses the factor set; ``seqlen_offsets`` plus the sequence's
-            tokens in x by default. A prompt in chunks needs one set for all of them.
-        sets: (batch,) int32, the factor sets themselves.
-        backend: one that `apply_rotary` knows, or None for the fastest.
-
-    Returns:
-        Like x.
-
-    Raises:
-        ValueError, TypeError: naming the argument.
+        seqlen_offsets: tokens before x, the same for all sequences or (batch,).
+        cu_seqlens: (batch + 1,), where packed sequences begin, with the token count last.
+        lengths: ``seqlen_offsets`` plus the sequence's tokens in x by default. A prompt in chunks
+            needs one set for all of them.
     """
     layout: arguments.Layout = "bshd" if cu_seqlens is None else "thd"
     _check(rope, layout, x=x)
@@ -128,35 +131,17 @@ def flash_attn_func(
 
     Args:
         q: (batch, seqlen_q, heads, dim).
-        k: (batch, seqlen_k, kv_heads, dim).
-        v: like k.
-        rope: of q and k.
-        softmax_scale: dim**-0.5 by default.
+        k: (batch, seqlen_k, kv_heads, dim), as v.
         causal: a query sees no key after its own place.
-        window_size: (left, right), how many keys beside its own place a query sees; -1 is all of
-            them. Served are (-1, -1), (left, 0), any left with ``causal``, and (both, both).
-        softcap: of the scores; 0 for none.
         positions: of the queries, (seqlen_q,) or (batch, seqlen_q); their places by default.
-        key_positions: of the keys, (seqlen_k,) or (batch, seqlen_k); their places by default.
-        lengths: (batch,), what chooses the factor set; seqlen_k by default.
-        sets: (batch,) int32, the factor sets themselves.
-        return_softmax_lse: also return the log-sum-exp of the scores.
-        backend: one that `attention` knows, or None for the fastest.
-
-    Returns:
-        Like q; with ``return_softmax_lse`` also (batch, heads, seqlen_q) float32.
-
-    Raises:
-        ValueError, TypeError: naming the argument.
+        key_positions: of the keys, (seqlen_k,) or (batch, seqlen_k); where ``positions`` are named,
+            the same by default.
+        lengths: seqlen_k by default.
     """
     return _attend(
         *(q, k, v, rope, "bshd", None, None),
         *(positions, key_positions, lengths, sets),
-        **_window(causal, window_size),
-        softmax_scale=softmax_scale,
-        softcap=softcap or None,
-        return_lse=return_softmax_lse,
-        backend=backend,
+        **_scores(causal, window_size, softmax_scale, softcap, return_softmax_lse, backend),
     )
 
 
@@ -186,39 +171,19 @@ def flash_attn_varlen_func(
 
     Args:
         q: (total_q, heads, dim), unrotated.
-        k: (total_k, kv_heads, dim), unrotated.
-        v: like k.
-        rope: of q and k.
-        cu_seqlens_q: (batch + 1,) int32 or int64, where sequences begin in q, total_q last.
+        k: (total_k, kv_heads, dim), unrotated, as v.
+        cu_seqlens_q: (batch + 1,), where sequences begin in q, with total_q last.
         cu_seqlens_k: the same for k and v. Pass the very same tensor where it is the same: q and k
             are then rotated together.
-        max_seqlen_q: not needed, and not read.
-        max_seqlen_k: not needed, and not read.
-        softmax_scale: dim**-0.5 by default.
         causal: a query sees no key after its own place.
-        window_size: the windows of `flash_attn_func`.
-        softcap: of the scores; 0 for none.
         positions: (total_q,); places in the sequences by default.
-        key_positions: (total_k,); places in the sequences by default.
-        lengths: (batch,), what chooses the factor set; the keys of each sequence by default.
-        sets: (batch,) int32, the factor sets themselves.
-        return_softmax_lse: also return the log-sum-exp of the scores.
-        backend: one that `attention` knows, or None for the fastest.
-
-    Returns:
-        Like q; with ``return_softmax_lse`` also (heads, total_q) float32.
-
-    Raises:
-        ValueError, TypeError: naming the argument.
+        key_positions: (total_k,); where ``positions`` are named, the same by default.
+        lengths: the keys of each sequence by default.
     """
     return _attend(
         *(q, k, v, rope, "thd", cu_seqlens_q, cu_seqlens_k),
         *(positions, key_positions, lengths, sets),
-        **_window(causal, window_size),
-        softmax_scale=softmax_scale,
-        softcap=softcap or None,
-        return_lse=return_softmax_lse,
-        backend=backend,
+        **_scores(causal, window_size, softmax_scale, softcap, return_softmax_lse, backend),
     )
 
 
@@ -251,47 +216,34 @@ def flash_attn_with_kvcache(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Append k and v to a cache of unrotated keys in place, and attend to it.
 
-    Each query takes the factor set of the length up to it, for all its keys, so crossing into the
-    next set needs no new prefill (policy "switch" of `KVCache`); ``sets`` holds it to one.
+    The last query stands at the last key, those of this call included. Each query takes the factor
+    set of the length up to it, for all its keys, so crossing into the next set needs no new prefill
+    (policy "switch" of `KVCache`); ``sets`` holds it to one.
 
     Args:
-        q: (batch, seqlen_q, heads, dim), unrotated; its last query stands
-            at the last key, those of this call included.
+        q: (batch, seqlen_q, heads, dim), unrotated.
         k_cache: (batch, capacity, kv_heads, dim); with ``block_table`` (blocks, block_size,
-            kv_heads, dim).
-        v_cache: like k_cache.
-        rope: of q and the keys.
-        k: (batch, seqlen_new, kv_heads, dim), unrotated; written behind the keys that are there.
-        v: like k.
+            kv_heads, dim). As v_cache.
+        k: (batch, seqlen_new, kv_heads, dim), unrotated, as v; written behind the keys that are
+            there. Whether they fit is checked on the host, and on a device under
+            ``LONGROPE_CHECK=1`` alone.
         cache_seqlens: keys in the cache **before** this call, the same for all sequences or
-            (batch,) int32 or int64. (`decode`'s ``cache_lens`` counts those of the call too.)
-        cache_leftpad: (batch,) int32 or int64, where the keys of a sequence begin in its slots.
-            The first of them stands at position 0.
-        block_table: (batch, max_blocks) int32, the blocks of each sequence in order. New keys are
-            written into them; sequences must not share one that is written.
-        softmax_scale: dim**-0.5 by default.
+            (batch,). (`decode`'s ``cache_lens`` counts those of the call too.)
+        cache_leftpad: (batch,), where the keys of a sequence begin in its slots. The first of them
+            stands at position 0.
+        block_table: (batch, max_blocks) int32, the blocks of each sequence in order. Sequences must
+            not share one that is written.
         causal: False only for one query, for which it says nothing.
         window_size: (left, any).
-        softcap: of the scores; 0 for none.
-        lengths: (batch,) or (batch, seqlen_q); by default the keys up to each query, without left
-            padding.
-        sets: (batch,) int32, the factor sets themselves.
-        return_softmax_lse: also return the log-sum-exp of the scores.
-        backend: one that `decode` knows, or None for the fastest.
-
-    Returns:
-        Like q; with ``return_softmax_lse`` also (batch, heads, seqlen_q) float32.
-
-    Raises:
-        ValueError, TypeError: naming the argument; nothing has been written. Whether new keys fit
-            is checked on the host, and on a device under ``LONGROPE_CHECK=1`` alone.
+        lengths: also (batch, seqlen_q); by default the keys up to each query, without left padding.
     """
     _check(rope, "bshd", q=q)
     if not causal and q.shape[1] > 1:
         raise ValueError(
             f"causal: expected True for more than one query, got {causal!r} for {q.shape[1]}"
         )
-    window = _window(True, window_size)["window"]
+    scores = _scores(True, window_size, softmax_scale, softcap, return_softmax_lse, backend)
+    del scores["causal"]  # `decode` is
     cache_lens = _per_sequence("cache_seqlens", cache_seqlens, q.shape[0], q)
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither, got one of them")
@@ -305,13 +257,9 @@ def flash_attn_with_kvcache(
         lengths=lengths,
         sets=sets,
         kv_start=cache_leftpad,
-        softmax_scale=softmax_scale,
-        window=window,
-        softcap=softcap or None,
-        return_lse=return_softmax_lse,
         k_new=k,
         v_new=v,
-        backend=backend,
+        **scores,
     )
 
 
@@ -359,9 +307,6 @@ def _attend(
     )
 
 
-# ----------------------------------------------------------------------------------------- places
-
-
 def _sequences(
     name: str, cu_seqlens: torch.Tensor | None, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -401,19 +346,24 @@ def _check_room(
     slots = k_cache.shape[1]
     if block_table is not None:
         slots *= arguments.check_tensor("block_table", block_table).shape[1:].numel()
+    most = slots - new
     for i, length in enumerate(cache_seqlens.tolist()):
-        if not 0 <= length <= slots - new:
+        if not 0 <= length <= most:
             raise ValueError(
-                f"cache_seqlens: expected from 0 to {slots - new} (the slots there are less {new} "
-                f"new keys), got {length} for sequence {i}"
+                f"cache_seqlens: expected from 0 to {most} (the slots there are less {new} new "
+                f"keys), got {length} for sequence {i}"
             )
 
 
-# -------------------------------------------------------------------------------------- arguments
-
-
-def _window(causal: bool, window_size: tuple[int, int]) -> dict[str, Any]:
-    """``causal`` and ``window`` of `attention`, which counts a query's own place."""
+def _scores(
+    causal: bool,
+    window_size: tuple[int, int],
+    softmax_scale: float | None,
+    softcap: float,
+    return_lse: bool,
+    backend: str | None,
+) -> dict[str, Any]:
+    """The same for `attention`, whose window counts a query's own place."""
     try:
         left, right = (int(side) for side in window_size)
     except (TypeError, ValueError):
@@ -423,8 +373,14 @@ def _window(causal: bool, window_size: tuple[int, int]) -> dict[str, Any]:
             "window_size: expected (-1, -1), (left, 0), (both, both), or causal=True; got "
             f"{tuple(window_size)}"
         )
-    causal = right == 0 if causal is False else causal
-    return {"causal": causal, "window": None if left < 0 else left + 1}
+    return {
+        "causal": right == 0 if causal is False else causal,
+        "window": None if left < 0 else left + 1,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap or None,
+        "return_lse": return_lse,
+        "backend": backend,
+    }
 
 
 def _check(rope: object, layout: arguments.Layout, **tensors: object) -> None:
