@@ -17,24 +17,135 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
+from longrope_kernels import Rope
 from longrope_kernels.backends.triton import device
 from longrope_kernels.backends.triton.launch import run_launch as run
+from longrope_kernels.calls import records
+from longrope_kernels.calls.records import Keys, Scores, Selection
+from longrope_kernels.kernels import attention, attention_backward, decode, rotary
 from longrope_kernels.kernels.attention_backward import Configs
 from longrope_kernels.kernels.attention_tiles import table_of
 from longrope_kernels.kernels.launch import Launch
 
-from .tunable import DEVICE, INTERPRETED, KERNELS, Job, Shape
-
+INTERPRETED = device.interpreting()
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+HEADS, KV_HEADS = (2, 1) if INTERPRETED else (32, 8)  # of q, and of k and v
 ROUNDS, WORTH = 3, 0.99
 # Units in the last place of its dtype that another order of sums may move a row.
 UNITS = {torch.bfloat16: 4, torch.float32: 16}
+
+
+class Job(NamedTuple):
+    """A place in a table: its present entry, the launch of any, and the tensors that this fills."""
+
+    name: str
+    present: Any
+    launch: Callable[[Any], Launch]
+    outputs: tuple[torch.Tensor, ...]
+
+
+# ------------------------------------------------------------------------------------- the kernels
+# One sequence of ``seq`` tokens, and what any entry of a kernel's table makes of it.
+
+
+def random(heads: int, seq: int, dim: int) -> torch.Tensor:
+    """(1, seq, heads, dim), the tokens of a head together, as the pre-pass lays them out."""
+    return torch.randn(1, heads, seq, dim, dtype=torch.bfloat16, device=DEVICE).transpose(1, 2)
+
+
+def tensors(queries: int, seq: int, dim: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v, and the output of the queries and their log-sum-exp, to be filled."""
+    q, k, v = random(HEADS, queries, dim), random(KV_HEADS, seq, dim), random(KV_HEADS, seq, dim)
+    return q, k, v, torch.empty_like(q), q.new_empty(1, HEADS, queries, dtype=torch.float32)
+
+
+def attending(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = 0
+) -> records.AttentionCall:
+    """The queries are the last tokens."""
+    (_, tokens, _, dim), at = k.shape, torch.arange(k.shape[1], device=DEVICE)[None]
+    of_all = Rope.plain(dim).tables(DEVICE), Selection(), Scores(True, dim**-0.5, window)
+    return records.AttentionCall(q, at[:, tokens - q.shape[1] :], Keys(k, v, at), *of_all)
+
+
+def forward(dim: int, seq: int, arch: int) -> Iterator[Job]:
+    """By pre-pass without and with a window, and in registers, which few queries take."""
+    few = min(seq, max(1, attention.PREPASS_QUERIES * KV_HEADS // HEADS))
+    for name, window, queries in (
+        ("prepass", 0, seq),
+        ("prepass, window", seq // 2, seq),
+        ("registers", 0, few),
+    ):
+        q, k, v, out, lse = tensors(queries, seq, dim)
+        rotated = name != "registers"
+        present = attention.choose_config(arch, dim, not rotated, window=window > 0)
+        launch = partial(attention.plan, attending(q, k, v, window), out, lse, rotated, arch)
+        yield Job(name, present, launch, (out, lse))
+
+
+def backward(dim: int, seq: int, arch: int) -> Iterator[Job]:
+    """dk and dv in one kernel, each by itself, and dq."""
+    q, k, v, out, lse = tensors(seq, seq, dim)
+    d_out, delta, call = random(HEADS, seq, dim), torch.empty_like(lse), attending(q, k, v)
+    run(attention.plan(call, out, lse, True, arch))
+    run(attention_backward.plan_delta(d_out, None, out, lse, delta))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    plan = partial(attention_backward.plan, call, d_out, lse, delta, dq, dk, dv, arch)
+    of_k, of_v, of_q = attention_backward.choose_configs(arch, dim)
+    yield Job("dk_dv", of_k, lambda config: plan(Configs(config, None, config))[0], (dk, dv))
+    for i, (name, present, filled) in enumerate(
+        (("dk", of_k, dk), ("dv", of_v or of_k, dv), ("dq", of_q, dq))
+    ):
+        yield Job(name, present, lambda config, i=i: plan(Configs(*(config,) * 3))[i], (filled,))
+
+
+def decoding(dim: int, seq: int, arch: int) -> Iterator[Job]:
+    """One query of each head, and as many as make more than 16 rows for a KV head."""
+    groups = HEADS // KV_HEADS
+    for name, queries in (("up to 16 rows", 1), ("more rows", 16 // groups + 1)):
+        q, k, v, out, lse = tensors(queries, seq, dim)
+        keys = Keys(k, v, lens=torch.full((1,), seq, device=DEVICE))
+        of_all = Rope.plain(dim).tables(DEVICE), Selection(), Scores(True, dim**-0.5)
+        call = records.DecodeCall(q, keys, *of_all)
+
+        def launch(config: Any, call: Any = call, out: Any = out, lse: Any = lse) -> Launch:
+            splits = decode.splits_of(call, arch, device.multiprocessors_of(out, 16), config)
+            shape = splits.most, *lse.shape
+            # Counters of its own: an entry that is wrong may leave other than zeros there.
+            counters = lse.new_zeros(decode.counters_of(call, config), dtype=torch.int32)
+            scratch = (lse.new_empty(*shape, dim), lse.new_empty(shape), counters)
+            rest = (scratch if splits.most > 1 else None, arch, splits, config)
+            return decode.plan(call, out, lse, *rest)
+
+        yield Job(name, decode.choose_config(arch, dim, queries * groups), launch, (out, lse))
+
+
+def rotating(dim: int, seq: int, arch: int) -> Iterator[Job]:
+    """q and k out of place."""
+    q, k = random(HEADS, seq, dim), random(KV_HEADS, seq, dim)
+    outputs = torch.empty_like(q), torch.empty_like(k)
+    of_all = torch.arange(seq, device=DEVICE)[None], Rope.plain(dim).tables(DEVICE), Selection()
+    present = rotary.choose_tile(seq, HEADS, dim // 2, 0, q.dtype.itemsize, False)
+    launch = partial(rotary.plan, records.RotaryCall(q, k, *of_all), *outputs)
+    yield Job("half pairing", present, launch, outputs)
+
+
+KERNELS = {
+    "forward": (attention, forward),
+    "backward": (attention_backward, backward),
+    "decode": (decode, decoding),
+    "rotary": (rotary, rotating),
+}
+
+# -------------------------------------------------------------------------------------- the search
 
 
 def search(job: Job, candidates: Sequence[Any], until: float) -> tuple[Any, float]:
@@ -45,34 +156,32 @@ def search(job: Job, candidates: Sequence[Any], until: float) -> tuple[Any, floa
     halfway = (time.monotonic() + until) / 2
     entries = dict.fromkeys((job.present, *candidates))
     if not INTERPRETED and time.monotonic() < halfway:
-        compile_all(job.launch(entry) for entry in entries)
-    right: dict[Any, Launch] = {}
+        compile_all(map(job.launch, entries))
+    times: dict[Any, list[float]] = {}
     expected: list[torch.Tensor] = []
     for entry in entries:
-        if right and time.monotonic() > halfway:
+        if times and time.monotonic() > halfway:
             break
         for output in job.outputs:
             output.fill_(torch.nan)
         try:
-            launch = job.launch(entry)
-            run(launch)
+            run(job.launch(entry))
         except Exception as error:  # whatever the compiler, ptxas and the driver raise
-            if not right:
+            if not times:
                 raise
             say(f"  {entry}: {type(error).__name__}")
             continue
         expected = expected or [x.clone() for x in job.outputs]
         off = max(map(difference, job.outputs, expected))
         if off <= 1:
-            right[entry] = launch
+            times[entry] = []
         else:
             say(f"  {entry}: wrong result, {off:.3g} times what rounding may change")
-    times: dict[Any, list[float]] = {entry: [] for entry in right}
     for i_round in range(ROUNDS):
         if i_round and time.monotonic() > until:
             break
-        for entry, launch in right.items():
-            times[entry].append(seconds(launch))
+        for entry, of_entry in times.items():
+            of_entry.append(seconds(job.launch(entry)))
     medians = {entry: statistics.median(of_entry) for entry, of_entry in times.items()}
     best, present = min(medians, key=medians.__getitem__), medians[job.present]
     if medians[best] > WORTH * present:
@@ -130,17 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 80, 96, 128, 256])
-    for name, default in (("seq", 8192), ("heads", 32), ("kv-heads", 8)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument(
-        "--budget", type=float, default=900.0, help="seconds after which no entry is tried"
-    )
+    parser.add_argument("--seq", type=int, default=8192, help="tokens")
+    parser.add_argument("--budget", type=float, default=900.0, help="seconds to try entries in")
     chosen = parser.parse_args(arguments)
     if not INTERPRETED and not torch.cuda.is_available():
         parser.error("needs a CUDA device, torch finds none")
-    if chosen.heads % chosen.kv_heads:
-        parser.error(f"--kv-heads: expected a divisor of {chosen.heads}, got {chosen.kv_heads}")
-    shape = Shape(chosen.seq, chosen.heads, chosen.kv_heads)
     arch, end = device.arch_of(torch.empty(0, device=DEVICE)), time.monotonic() + chosen.budget
     left = len(chosen.kernel) * len(chosen.head_dim)
     for kernel in chosen.kernel:
@@ -148,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table = {} if kernel == "rotary" else dict(table_of(module.CONFIGS, arch))
         for dim in chosen.head_dim:
             say(f"{kernel}, head_dim {dim}")
-            jobs, found = list(jobs_of(dim, shape, arch)), {}
+            jobs, found = list(jobs_of(dim, chosen.seq, arch)), {}
             share = (end - time.monotonic()) / left / len(jobs)
             for job in jobs:
                 found[job.name] = search(job, module.CANDIDATES, time.monotonic() + share)

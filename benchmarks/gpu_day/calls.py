@@ -84,7 +84,7 @@ def third(small: bool) -> list[Step]:
 def _tune(kernel: str, importance: int, small: bool) -> Step:
     sizes = ("--head-dim", "128", "64", "96")
     if small:
-        sizes = ("--head-dim", "16", "--seq", "32", "--heads", "2", "--kv-heads", "1")
+        sizes = ("--head-dim", "16", "--seq", "32")
     budget = "5" if small else "{seconds}"
     command = ("-m", "benchmarks.tune", "--kernel", kernel, *sizes, "--budget", budget)
     return Step(f"tune {kernel}", importance, 30 if small else 60, 90, command)
