@@ -1,16 +1,25 @@
-"""A tiny byte model and texts in a folder, for the commands of the search."""
+"""A tiny byte model and texts in a folder, and the commands of the search on them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from longrope_kernels import Rope, cli
+from longrope_kernels.search.documents import encoder, read_documents
+from longrope_kernels.search.fitness import Perplexity
+from longrope_kernels.search.model import TransformersLosses
 
 ORIGINAL = 32  # tokens the model is for
+LENGTH = 96  # that it is extended to
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # what makes the last bits the same
 SMALL = {"population": 6, "iterations": 3, "mutants": 3, "crossovers": 2, "parents": 4}
 
 
@@ -54,3 +63,45 @@ def one_thread() -> Iterator[None]:
 def flags(**values: Any) -> list[str]:
     """``--name value`` for each."""
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    make_model(folder / "model")
+    make_texts(folder / "texts")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def searched(work: Path) -> Path:
+    """The folder of a search that was not disturbed."""
+    result = search(work, work / "searched")
+    assert result.exit_code == 0, result.stderr
+    return work / "searched"
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def given(work: Path) -> list[Any]:
+    return [work / "model", *flags(documents=work / "texts", tokenizer="bytes", samples=2)]
+
+
+def search(work: Path, out: Path, *more: Any, **settings: Any) -> Any:
+    settings = {"length": LENGTH, "out": out, **SMALL, **settings}
+    return run("search", *given(work), *flags(**settings), *more)
+
+
+def measured(work: Path, rope: Rope, length: int = LENGTH, model: str = "model") -> float:
+    losses = TransformersLosses(AutoModelForCausalLM.from_pretrained(work / model))
+    texts = read_documents([work / "texts"], encoder("bytes"), length)
+    return Perplexity(losses, texts, length)(rope)
+
+
+def pictures(folder: Path) -> list[str]:
+    signature = b"\x89PNG"
+    found = sorted(folder.glob("*.png"))
+    assert all(path.read_bytes().startswith(signature) for path in found)
+    return [path.name for path in found]

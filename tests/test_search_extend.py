@@ -20,8 +20,8 @@ from longrope_kernels.search import tune as tune_module
 from longrope_kernels.search.coarse import Coarse
 from longrope_kernels.search.documents import Document
 from longrope_kernels.search.extend import ExtendPlan, Extension, Stage
-from longrope_kernels.search.find import Options
 from longrope_kernels.search.readjust import with_short_sets
+from longrope_kernels.search.settings import Options
 from longrope_kernels.search.tune import TuneSettings, tune
 
 __all__ = ["one_thread"]

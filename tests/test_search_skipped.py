@@ -11,8 +11,8 @@ from test_search_fitness import CLOSE, NEEDLE, documents, losses, rope, transfor
 
 from longrope_kernels.search.coarse import Coarse
 from longrope_kernels.search.documents import Document
-from longrope_kernels.search.find import Options
 from longrope_kernels.search.needles import Needle
+from longrope_kernels.search.settings import Options
 from longrope_kernels.search.skipped import SkippedNeedles, SkippedPerplexity, skipped_needle
 
 __all__ = ["losses"]

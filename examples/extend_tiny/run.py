@@ -29,8 +29,9 @@ from longrope_kernels import FactorSet, Rope
 from longrope_kernels.rope import scaling
 from longrope_kernels.search.coarse import Coarse
 from longrope_kernels.search.documents import Document
-from longrope_kernels.search.find import Options, find
+from longrope_kernels.search.find import find
 from longrope_kernels.search.readjust import readjust
+from longrope_kernels.search.settings import Options
 from longrope_kernels.search.source import fingerprint, read_json
 from longrope_kernels.search.space import SearchSpace
 from longrope_kernels.search.tune import TuneSettings, tune

@@ -11,7 +11,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from .commands import Evaluate, Extend, Plot, Readjust, Search
+from .commands import Extend, Plot, Readjust, Search
+from .evaluate import Evaluate
 
 
 def register(app: typer.Typer) -> None:

@@ -20,11 +20,12 @@ import typer
 from ..rope import FactorSet, Rope
 from ..rope.files import SIDECAR
 from .documents import Document, Encode, encoder, read_documents
-from .find import Options, find
+from .find import find
 from .model import TransformersLosses
 from .options import Read, Texts, Upper, ascending, paths
 from .ranks import from_main, is_main, sequence_group
 from .readjust import readjust
+from .settings import Options
 from .source import (
     baselines,
     fingerprint,

@@ -13,6 +13,11 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from .documents import Document, Encode, Encoder, encoder, read_documents
+from .model import TransformersLosses
+from .ranks import sequence_group
+from .source import Source, load_model, open_source
+
 
 class Read(NamedTuple):
     """Of an option whose text is another type than the field: that type, and how it is read."""
@@ -32,6 +37,7 @@ def paths(given: list[Path] | None) -> tuple[str, ...]:
     return tuple(map(str, given or ()))
 
 
+LENGTHS = Read(list[int], ascending)
 Upper = Annotated[
     float | None,
     typer.Option(help="The largest factor. [default: the root of the long set's, >= 1.25]"),
@@ -92,11 +98,25 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Given(Texts, Machine):
-    """What the commands that measure one model are told."""
+    """What the commands that measure one model are told, and what they read by it."""
 
     skip_short: Annotated[
         bool, typer.Option("--skip-short", help="Leave out documents that are too short.")
     ] = False
+
+    def open(self) -> tuple[Source, Encoder]:
+        """What is beside the weights, and the tokenizer."""
+        source = open_source(Path(self.model), self.original)
+        return source, encoder(self.tokenizer or self.model)
+
+    def measured(self, encode: Encode, length: int) -> tuple[list[Document], TransformersLosses]:
+        """Documents of so many tokens or more, and the model on its device."""
+        texts = [Path(path) for path in self.documents]
+        documents = read_documents(
+            texts, encode, length, most=self.samples, short="skip" if self.skip_short else "error"
+        )
+        model = load_model(Path(self.model), self.device, self.dtype)
+        return documents, TransformersLosses(model, group=sequence_group(self.context_parallel))
 
 
 Last = Annotated[

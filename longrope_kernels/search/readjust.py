@@ -15,8 +15,9 @@ from typing import Any
 from ..rope import FactorSet, Rope
 from .candidate import Candidate
 from .documents import Document, Encode
-from .find import Found, Options, Progress, find
+from .find import Found, Progress, find
 from .model import Losses
+from .settings import Options
 from .space import SearchSpace
 
 BEFORE = "before"
