@@ -54,7 +54,11 @@ def angle_errors() -> str:
 
 
 def run_in_huge_pages() -> str | None:
-    """The newest file of benchmarks that has `HUGE` and what is told beside it."""
+    """The newest file of benchmarks that has `HUGE` and what is told beside it, made by
+
+    pytest benchmarks/test_rotary.py --benchmark-only --benchmark-json=reports/.../clone.json \\
+      -k "forward-S4096 and (clone or native) and not Phi and not Qwen"
+    """
     runs = sorted(ROOT.glob("reports/cpu-2-cores/*/clone.json"))
     return runs[-1].relative_to(ROOT).as_posix() if runs else None
 
