@@ -232,10 +232,17 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """As Markdown; underscores of the head are spaces."""
+    head = [name.replace("_", " ") for name in head]
+    lines = (head, ["---"] * len(head), *rows)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     names = ("registers", "instructions", "loads", "narrow_loads", "stores", "mufu", "local")
     head = ("model", "heads q/k", "dim", "R", "dtype", "variant", "sm", "tile", *names)
-    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    lines = []
     for row in rows:
         variant = [
             "interleaved" if row["interleaved"] else "half",
@@ -257,8 +264,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"{row['tokens']} x {row['heads']}",
             *(row[name] for name in names),
         )
-        lines.append(" | ".join(map(str, cells)))
-    return "\n".join(f"| {line} |" for line in lines)
+        lines.append(cells)
+    return table(head, lines)
 
 
 def compile_all(

@@ -20,7 +20,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from codegen import compile_all, compile_launch, print_all
+from codegen import compile_all, compile_launch, print_all, table
 
 from longrope_kernels.calls.records import AppendCall, Keys
 from longrope_kernels.kernels import append
@@ -106,14 +106,14 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     names = ("registers", "shared", "instructions", "loads", "stores", "narrow_stores", "local")
     head = ("sm", "head_dim", "dtype", "variant", "rows", *names)
-    lines = [" | ".join(head).replace("_", " "), " | ".join("---" for _ in head)]
+    lines = []
     for row in rows:
         variant = [{"lens": "dense", "table": "by block table", "mapping": "by mapping"}[row["by"]]]
         variant += ["to float8"] if row["float8"] else []
         variant += [f"{row['tokens']} tokens"] if row["tokens"] > 1 else []
         cells = (row["arch"], row["dim"], row["dtype"], ", ".join(variant), row["rows"])
-        lines.append(" | ".join(map(str, (*cells, *(row[name] for name in names)))))
-    return "\n".join(f"| {line} |" for line in lines)
+        lines.append((*cells, *(row[name] for name in names)))
+    return table(head, lines)
 
 
 def main() -> None:

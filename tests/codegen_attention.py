@@ -21,7 +21,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from codegen import INSTRUCTION, compile_all, compile_launch, print_all
+from codegen import INSTRUCTION, compile_all, compile_launch, print_all, table
 from sass import touched_too_early
 
 from longrope_kernels.calls.records import AttentionCall, Keys, Scores, Selection
@@ -216,7 +216,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     names = ("registers", "shared", "instructions", "local")
     of_tile = ("tile_instructions", "tile_matrix", "tile_mufu")
     head = ("sm", "kernel", "head_dim", "variant", "tile", "warps", "stages", *names, *of_tile)
-    lines = [" | ".join(head).replace("_", " "), " | ".join("---" for _ in head)]
+    lines = []
     for row in rows:
         variant = [] if row["causal"] else ["not causal"]
         flags = ("interleaved", "window", "softcap", "packed", "padded")
@@ -229,8 +229,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             *(" x ".join(map(str, row["tile"])), row["warps"], row["stages"]),
             *(row[name] for name in (*names, *of_tile)),
         )
-        lines.append(" | ".join(map(str, cells)))
-    return "\n".join(f"| {line} |" for line in lines)
+        lines.append(cells)
+    return table(head, lines)
 
 
 def cost_of_rotation(rows: list[dict[str, Any]]) -> str:
@@ -240,7 +240,7 @@ def cost_of_rotation(rows: list[dict[str, Any]]) -> str:
     columns = [f"{name}{part}" for name in names[:2] for part in ("", ", without", ", more")]
     columns += [f"{name}{part}" for name in names[2:] for part in ("", ", without")]
     head = ("sm", "kernel", "head_dim", "tile", *columns)
-    lines = [" | ".join(head).replace("_", " "), " | ".join("---" for _ in head)]
+    lines = []
     for case, without in of_case.items():
         if case.pairs != 0:
             continue
@@ -249,8 +249,8 @@ def cost_of_rotation(rows: list[dict[str, Any]]) -> str:
         for name in names:
             cells += [row[name], without[name]]
             cells += [row[name] - without[name]] if name in names[:2] else []
-        lines.append(" | ".join(map(str, cells)))
-    return "\n".join(f"| {line} |" for line in lines)
+        lines.append(cells)
+    return table(head, lines)
 
 
 def main() -> None:

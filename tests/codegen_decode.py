@@ -20,7 +20,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from codegen import compile_all, compile_launch, print_all
+from codegen import compile_all, compile_launch, print_all, table
 from codegen_attention import short_products, tile_loop
 from sass import touched_too_early
 
@@ -168,7 +168,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     names = ("registers", "shared", "instructions", "local")
     of_tile = ("tile_instructions", "tile_matrix", "tile_mufu", "tile_copies", "tile_loads")
     head = ("sm", "head_dim", "variant", "tile", "warps", "stages", *names, *of_tile, "key_issue")
-    lines = [" | ".join(head).replace("_", " "), " | ".join("---" for _ in head)]
+    lines = []
     for row in rows:
         variant = [] if row["rotate"] else ["rotated keys"]
         variant += [f"blocks of {row['block_size']}"] if row["block_size"] else []
@@ -182,8 +182,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             *(" x ".join(map(str, row["tile"])), row["warps"], row["stages"]),
             *(row[name] for name in (*names, *of_tile, "key_issue")),
         )
-        lines.append(" | ".join(map(str, cells)))
-    return "\n".join(f"| {line} |" for line in lines)
+        lines.append(cells)
+    return table(head, lines)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codegen import compile_all, print_all
+from codegen import compile_all, print_all, table
 
 KEYS = 1024
 GROUPS = 4
@@ -95,15 +95,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         *("sm", "head_dim", "variant", "sectors read, of the cache", "sectors moved, of the cache"),
         *("turns of the banks a key", "without conflicts", "instructions a key and scheduler"),
     )
-    lines = [" | ".join(head).replace("_", " "), " | ".join("---" for _ in head)]
+    lines = []
     for row in rows:
         variant = ["interleaved"] if row["interleaved"] else []
         variant += [f"blocks of {row['block_size']}"] if row["block_size"] else []
         variant += ["float8"] if row["float8"] else []
         names = ("distinct", "moved", "turns", "least_turns", "instructions")
         cells = (row["arch"], row["dim"], ", ".join(variant), *(f"{row[n]:.2f}" for n in names))
-        lines.append(" | ".join(map(str, cells)))
-    return "\n".join(f"| {line} |" for line in lines)
+        lines.append(cells)
+    return table(head, lines)
 
 
 def main() -> None:
