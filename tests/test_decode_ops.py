@@ -133,9 +133,16 @@ def test_choice(
 def test_another_order_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of two that serve a call is the faster one, only a measurement says."""
     monkeypatch.setattr(backends, "missing", lambda _: None)
-    monkeypatch.setitem(backends.DECODE_CHOICE, "cuda", ("cuda", "triton", "reference"))
+    other = "cuda", "triton", "reference"
+    monkeypatch.setitem(backends.DECODE_CHOICE, "cuda", other)
     assert backends.choose_decode(None, "cuda", bf16, bf16, 128) == "cuda"
     assert backends.choose_rotary(None, "cuda", is_float64=False) == "triton"
+    monkeypatch.setitem(backends.ROTARY_CHOICE, "cuda", other)
+    assert backends.choose_rotary(None, "cuda", is_float64=False) == "cuda"
+    assert backends.choose_attention(None, "cuda", bf16, 128, "scored") == "triton"
+    monkeypatch.setitem(backends.ATTENTION_CHOICE["cuda"], "scored", other)
+    assert backends.choose_attention(None, "cuda", bf16, 128, "scored") == "cuda"
+    assert backends.choose_attention(None, "cuda", bf16, 128, "masked") == "triton"
 
 
 def tensors_of(call: Call, backend: Backend) -> tuple[list[str], list[torch.Tensor], Any]:

@@ -1,4 +1,4 @@
-"""GPUs that some kernels cannot serve: those before compute capability 8.0, and ROCm's."""
+"""What kernels cannot serve: GPUs before compute capability 8.0, ROCm's, Apple's and Intel's."""
 
 from __future__ import annotations
 
@@ -85,6 +85,21 @@ def test_rocm_has_the_rotation_alone() -> None:
         choose.choose_decode("triton", "cuda", BF16, BF16, 64)
     with pytest.raises(RuntimeError, match=r"ROCm .*rotation alone; expected 'composed' or"):
         choose.choose_attention("triton", "cuda", BF16, 64, "plain")
+
+
+@new
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_other_devices_have_the_reference(device: str) -> None:
+    assert choose.choose_rotary(None, device, False) == "reference"
+    assert choose.choose_decode(None, device, BF16, BF16, 64) == "reference"
+    assert choose.choose_attention(None, device, BF16, 64, "masked") == "composed"
+    for name in ("native", "triton", "cuda"):
+        with pytest.raises(ValueError, match=f"'{name}' serves tensors on c.*, got {device}"):
+            choose.choose_rotary(name, device, False)
+        with pytest.raises(ValueError, match=f"'{name}' serves tensors on c.*, got {device}"):
+            choose.choose_decode(name, device, BF16, BF16, 64)
+    with pytest.raises(ValueError, match=f"'triton' serves tensors on cuda, got {device}"):
+        choose.choose_attention("triton", device, BF16, 64, "plain")
 
 
 @new
