@@ -6,7 +6,7 @@ import pytest
 import torch
 from append_truth import every_backend, fp8
 from cases import KERNELS, REFERENCE, Target
-from test_attention_errors import bad
+from test_attention_errors import bad, bad_type
 from test_decode_errors import ints, meta
 from test_errors import Arguments, Bad, assert_says, by_id, checked, message
 
@@ -44,126 +44,85 @@ WHOLE = torch.zeros(2, 26, 2, 16)
 # A storage of its own over the same memory, from another address on.
 WITHIN = torch.from_numpy(WHOLE[0].numpy()[4:8]).view(2, 2, 2, 16)
 NEW = [
-    bad("list", "k", TypeError, "list|tensor", k=[1.0]),
-    bad("none", "v", TypeError, "NoneType|tensor", v=None),
-    bad("rank", "k", ValueError, "(2, 16)|batch, seq", k=torch.randn(2, 16)),
-    bad("packed", "k", ValueError, "(4, 2, 16)|batch", k=torch.randn(4, 2, 16)),
-    bad("int", "k", TypeError, "int32|float32", k=torch.ones(2, 2, 2, 16).int()),
-    bad("strided", "k", ValueError, "unit stride|contiguous", k=torch.randn(2, 2, 2, 32)[..., ::2]),
-    bad("heads", "k", ValueError, "(2, 2, 3, 16)|(2, 2, 2, 16)", k=torch.randn(2, 2, 3, 16)),
-    bad("shape", "v", ValueError, "(2, 3, 2, 16)|(2, 2, 2, 16)", v=torch.randn(2, 3, 2, 16)),
-    bad("dtype", "k_cache", TypeError, "float32|bfloat16", k=torch.randn(2, 2, 2, 16).bfloat16()),
-    bad("dtype", "v", TypeError, "float32|bfloat16", v=torch.randn(2, 2, 2, 16).bfloat16()),
-    bad("device", "v", ValueError, "meta|cpu", v=meta(2, 2, 2, 16)),
-    bad("grad", "k", ValueError, "append|grad", k=torch.randn(2, 2, 2, 16, requires_grad=True)),
+    bad_type("list", "k", "list|tensor", k=[1.0]),
+    bad_type("none", "v", "NoneType|tensor", v=None),
+    bad("rank", "k", "(2, 16)|batch, seq", k=torch.randn(2, 16)),
+    bad("packed", "k", "(4, 2, 16)|batch", k=torch.randn(4, 2, 16)),
+    bad_type("int", "k", "int32|float32", k=torch.ones(2, 2, 2, 16).int()),
+    bad("strided", "k", "unit stride|contiguous", k=torch.randn(2, 2, 2, 32)[..., ::2]),
+    bad("heads", "k", "(2, 2, 3, 16)|(2, 2, 2, 16)", k=torch.randn(2, 2, 3, 16)),
+    bad("shape", "v", "(2, 3, 2, 16)|(2, 2, 2, 16)", v=torch.randn(2, 3, 2, 16)),
+    bad_type("dtype", "k_cache", "float32|bfloat16", k=torch.randn(2, 2, 2, 16).bfloat16()),
+    bad_type("dtype", "v", "float32|bfloat16", v=torch.randn(2, 2, 2, 16).bfloat16()),
+    bad("device", "v", "meta|cpu", v=meta(2, 2, 2, 16)),
+    bad("grad", "k", "append|grad", k=torch.randn(2, 2, 2, 16, requires_grad=True)),
 ]
 CACHES = [
-    bad("list", "k_cache", TypeError, "list|tensor", k_cache=[1.0]),
-    bad("rank", "k_cache", ValueError, "capacity|(24, 2, 16)", k_cache=torch.randn(24, 2, 16)),
-    bad("dim", "v_cache", ValueError, "16|(2, 24, 2, 8)", v_cache=torch.randn(2, 24, 2, 8)),
+    bad_type("list", "k_cache", "list|tensor", k_cache=[1.0]),
+    bad("rank", "k_cache", "capacity|(24, 2, 16)", k_cache=torch.randn(24, 2, 16)),
+    bad("dim", "v_cache", "16|(2, 24, 2, 8)", v_cache=torch.randn(2, 24, 2, 8)),
     bad(
         "batch",
         "k_cache",
-        ValueError,
         "2|(3, 24, 2, 16)",
         **{name: torch.randn(3, 24, 2, 16) for name in ("k_cache", "v_cache")},
     ),
-    bad("shape", "v_cache", ValueError, "(2, 23, 2, 16)", v_cache=torch.randn(2, 23, 2, 16)),
-    bad(
-        "grad",
-        "v_cache",
-        ValueError,
-        "append|grad",
-        v_cache=torch.randn(2, 24, 2, 16, requires_grad=True),
-    ),
+    bad("shape", "v_cache", "(2, 23, 2, 16)", v_cache=torch.randn(2, 23, 2, 16)),
+    bad("grad", "v_cache", "append|grad", v_cache=torch.randn(2, 24, 2, 16, requires_grad=True)),
     bad(
         "expanded",
         "v_cache",
-        ValueError,
         "share memory",
         v_cache=torch.zeros(1, 24, 2, 16).expand(2, -1, -1, -1),
     ),
-    bad(
-        "same",
-        "k_cache",
-        ValueError,
-        "overlaps v_cache",
-        k_cache=WHOLE[:, :24],
-        v_cache=WHOLE[:, 1:25],
-    ),
-    bad("own", "k", ValueError, "overlaps k_cache", k=WHOLE[:, 4:6], k_cache=WHOLE[:, :24]),
-    bad("other", "v", ValueError, "overlaps k_cache", v=WHOLE[:, 4:6], k_cache=WHOLE[:, :24]),
-    bad("buffer", "k", ValueError, "overlaps k_cache", k=WITHIN, k_cache=WHOLE[:, :24]),
+    bad("same", "k_cache", "overlaps v_cache", k_cache=WHOLE[:, :24], v_cache=WHOLE[:, 1:25]),
+    bad("own", "k", "overlaps k_cache", k=WHOLE[:, 4:6], k_cache=WHOLE[:, :24]),
+    bad("other", "v", "overlaps k_cache", v=WHOLE[:, 4:6], k_cache=WHOLE[:, :24]),
+    bad("buffer", "k", "overlaps k_cache", k=WITHIN, k_cache=WHOLE[:, :24]),
 ]
 PLACES = [
-    bad("neither", "cache_lens", ValueError, "slot_mapping|neither", cache_lens=None),
-    bad("both", "cache_lens", ValueError, "both", slot_mapping=torch.zeros(2, 2).long()),
-    bad("shape", "cache_lens", ValueError, "(3,)|(2,)", cache_lens=ints(1, 2, 3)),
-    bad("float", "cache_lens", TypeError, "float32|int64", cache_lens=torch.ones(2)),
-    bad("negative", "cache_lens", ValueError, "-1|0 to 24|sequence 1", cache_lens=ints(5, -1)),
-    bad("beyond", "cache_lens", ValueError, "25|0 to 24|sequence 0", cache_lens=ints(25, 3)),
+    bad("neither", "cache_lens", "slot_mapping|neither", cache_lens=None),
+    bad("both", "cache_lens", "both", slot_mapping=torch.zeros(2, 2).long()),
+    bad("shape", "cache_lens", "(3,)|(2,)", cache_lens=ints(1, 2, 3)),
+    bad_type("float", "cache_lens", "float32|int64", cache_lens=torch.ones(2)),
+    bad("negative", "cache_lens", "-1|0 to 24|sequence 1", cache_lens=ints(5, -1)),
+    bad("beyond", "cache_lens", "25|0 to 24|sequence 0", cache_lens=ints(25, 3)),
     bad(
         "table",
         "block_table",
-        ValueError,
         "slot_mapping",
         block_table=torch.zeros(2, 3).int(),
         **mapped([0, 1], [2, 3]),
     ),
-    bad(
+    bad_type(
         "long",
         "block_table",
-        TypeError,
         "int64|int32",
         **paged([0, 1, 2], [3, 4, 5], block_table=torch.zeros(2, 3).long()),
     ),
-    bad("shape", "block_table", ValueError, "(2, max_blocks)|(1, 3)", **paged([0, 1, 2])),
+    bad("shape", "block_table", "(2, max_blocks)|(1, 3)", **paged([0, 1, 2])),
+    bad("id", "block_table", "0 to 5|6|block 2 of sequence 1", **paged([0, 1, 2], [3, 4, 6])),
     bad(
-        "id",
-        "block_table",
-        ValueError,
-        "0 to 5|6|block 2 of sequence 1",
-        **paged([0, 1, 2], [3, 4, 6]),
-    ),
-    bad(
-        "negative",
-        "block_table",
-        ValueError,
-        "0 to 5|-1|block 0 of sequence 0",
-        **paged([-1, 1, 2], [3, 4, 5]),
+        "negative", "block_table", "0 to 5|-1|block 0 of sequence 0", **paged([-1, 1, 2], [3, 4, 5])
     ),
     bad(
         "twice",
         "block_table",
-        ValueError,
         "two tokens|slot 3 of block 0",
         **paged([0, 1, 2], [3, 4, 0], cache_lens=ints(5, 21)),
     ),
-    bad("shape", "slot_mapping", ValueError, "(2, 2)|(1, 2)", **mapped([0, 1])),
-    bad(
-        "float",
-        "slot_mapping",
-        TypeError,
-        "float32",
-        cache_lens=None,
-        slot_mapping=torch.ones(2, 2),
-    ),
-    bad("beyond", "slot_mapping", ValueError, "48|negative", **mapped([0, 1], [2, 48])),
-    bad(
-        "twice",
-        "slot_mapping",
-        ValueError,
-        "two tokens|slot 1 of row 1",
-        **mapped([0, 25], [-1, 25]),
-    ),
+    bad("shape", "slot_mapping", "(2, 2)|(1, 2)", **mapped([0, 1])),
+    bad_type("float", "slot_mapping", "float32", cache_lens=None, slot_mapping=torch.ones(2, 2)),
+    bad("beyond", "slot_mapping", "48|negative", **mapped([0, 1], [2, 48])),
+    bad("twice", "slot_mapping", "two tokens|slot 1 of row 1", **mapped([0, 25], [-1, 25])),
 ]
 SCALES = [
-    bad("alone", "k_scale", ValueError, "float8", k_scale=torch.ones(2)),
-    bad("shape", "v_scale", ValueError, "(4,)|(2,)", **float8(v_scale=torch.ones(4))),
-    bad("dtype", "v_scale", TypeError, "float64|float32", **float8(v_scale=torch.ones(2).double())),
-    bad("device", "k_scale", ValueError, "meta|cpu", **float8(k_scale=meta(2))),
+    bad("alone", "k_scale", "float8", k_scale=torch.ones(2)),
+    bad("shape", "v_scale", "(4,)|(2,)", **float8(v_scale=torch.ones(4))),
+    bad_type("dtype", "v_scale", "float64|float32", **float8(v_scale=torch.ones(2).double())),
+    bad("device", "k_scale", "meta|cpu", **float8(k_scale=meta(2))),
 ]
-CHOICES = [bad("unknown", "backend", ValueError, "cudnn|reference", backend="cudnn")]
+CHOICES = [bad("unknown", "backend", "cudnn|reference", backend="cudnn")]
 CASES = [*NEW, *CACHES, *PLACES, *SCALES, *CHOICES]
 
 
@@ -225,34 +184,24 @@ def of_decode() -> Arguments:
 
 
 IN_DECODE = [
-    bad("alone", "v_new", TypeError, "NoneType|tensor", v_new=None),
-    bad("alone", "k_new", TypeError, "NoneType|tensor", k_new=None),
-    bad(
-        "mapping",
-        "k_new",
-        TypeError,
-        "NoneType|tensor",
-        k_new=None,
-        v_new=None,
-        slot_mapping=ints(1, 2),
+    bad_type("alone", "v_new", "NoneType|tensor", v_new=None),
+    bad_type("alone", "k_new", "NoneType|tensor", k_new=None),
+    bad_type(
+        "mapping", "k_new", "NoneType|tensor", k_new=None, v_new=None, slot_mapping=ints(1, 2)
     ),
-    bad("axes", "k_new", ValueError, "(batch, seq, heads, dim)|(3,)", k_new=torch.randn(3)),
-    bad(
-        "shape", "k_new", ValueError, "(2, 2, 1, 16)|(2, 2, 2, 16)", k_new=torch.randn(2, 2, 1, 16)
-    ),
-    bad("dtype", "v_new", TypeError, "float16|float32", v_new=torch.randn(2, 2, 2, 16).half()),
-    bad("grad", "v_new", ValueError, "grad", v_new=torch.randn(2, 2, 2, 16, requires_grad=True)),
-    bad("own", "k_new", ValueError, "overlaps k_cache", k_new=WHOLE[:, 4:6], k_cache=WHOLE[:, :24]),
-    bad("shape", "slot_mapping", ValueError, "(2, 2)|(2,)", slot_mapping=ints(1, 2)),
-    bad("beyond", "slot_mapping", ValueError, "48", slot_mapping=torch.tensor([[0, 1], [2, 48]])),
-    bad("beyond", "cache_lens", ValueError, "25|0 to 24", cache_lens=ints(3, 25)),
+    bad("axes", "k_new", "(batch, seq, heads, dim)|(3,)", k_new=torch.randn(3)),
+    bad("shape", "k_new", "(2, 2, 1, 16)|(2, 2, 2, 16)", k_new=torch.randn(2, 2, 1, 16)),
+    bad_type("dtype", "v_new", "float16|float32", v_new=torch.randn(2, 2, 2, 16).half()),
+    bad("grad", "v_new", "grad", v_new=torch.randn(2, 2, 2, 16, requires_grad=True)),
+    bad("own", "k_new", "overlaps k_cache", k_new=WHOLE[:, 4:6], k_cache=WHOLE[:, :24]),
+    bad("shape", "slot_mapping", "(2, 2)|(2,)", slot_mapping=ints(1, 2)),
+    bad("beyond", "slot_mapping", "48", slot_mapping=torch.tensor([[0, 1], [2, 48]])),
+    bad("beyond", "cache_lens", "25|0 to 24", cache_lens=ints(3, 25)),
     # What has nothing to do with new keys is known before they are written, too.
-    bad("window", "window", ValueError, "0", window=0),
-    bad("backend", "backend", ValueError, "cudnn", backend="cudnn"),
-    bad(
-        "positions", "key_positions", ValueError, "2**31", key_positions=torch.full((2, 24), 2**31)
-    ),
-    bad("start", "kv_start", ValueError, "-1", kv_start=ints(0, -1)),
+    bad("window", "window", "0", window=0),
+    bad("backend", "backend", "cudnn", backend="cudnn"),
+    bad("positions", "key_positions", "2**31", key_positions=torch.full((2, 24), 2**31)),
+    bad("start", "kv_start", "-1", kv_start=ints(0, -1)),
 ]
 
 

@@ -6,6 +6,7 @@ and selections are its own. Each message once, by the front end; then all cases 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -72,9 +73,14 @@ def packed(**values: object) -> Arguments:
     }
 
 
-def bad(id: str, names: str, error: type[Exception], says: str = "", **values: object) -> Bad:
-    """``says``: what the message must hold, split at "|"."""
-    return Bad(id, names, error, replace(**values), tuple(says.split("|")) if says else ())
+def bad(id: str, names: str, says: str = "", **values: object) -> Bad:
+    """A ValueError; ``says``: what its message must hold, split at "|"."""
+    return Bad(id, names, ValueError, replace(**values), tuple(says.split("|")) if says else ())
+
+
+def bad_type(id: str, names: str, says: str = "", **values: object) -> Bad:
+    """A TypeError."""
+    return dataclasses.replace(bad(id, names, says, **values), error=TypeError)
 
 
 def meta(*sizes: int) -> torch.Tensor:
@@ -82,32 +88,32 @@ def meta(*sizes: int) -> torch.Tensor:
 
 
 TENSORS = [
-    bad("list", "v", TypeError, "list|tensor", v=[1.0]),
-    bad("none", "v", TypeError, "NoneType|tensor", v=None),
-    bad("none", "k", TypeError, "NoneType|tensor", k=None),
-    bad("rank", "v", ValueError, "(2, 5, 32)|batch, seq, heads, dim", v=torch.randn(2, 5, 32)),
-    bad("dtype", "v", TypeError, "float16|float32", v=torch.randn(2, 5, 2, 16).half()),
-    bad("int", "v", TypeError, "int64|float32", v=torch.ones(2, 5, 2, 16).long()),
-    bad("device", "v", ValueError, "meta|device of", v=meta(2, 5, 2, 16)),
-    bad("batch", "v", ValueError, "(3, 5, 2, 16)|batch 2", v=torch.randn(3, 5, 2, 16)),
-    bad("seq", "v", ValueError, "(2, 6, 2, 16)|seq 5", v=torch.randn(2, 6, 2, 16)),
-    bad("heads", "v", ValueError, "(2, 5, 4, 16)|heads 2", v=torch.randn(2, 5, 4, 16)),
-    bad("dim", "v", ValueError, "(2, 5, 2, 32)|dim 16", v=torch.randn(2, 5, 2, 32)),
-    bad("stride", "v", ValueError, "unit stride|contiguous", v=torch.randn(2, 5, 2, 32)[..., ::2]),
-    bad("thd", "v", ValueError, "(6, 2, 16)|tokens 7", **packed(v=torch.randn(6, 2, 16))),
+    bad_type("list", "v", "list|tensor", v=[1.0]),
+    bad_type("none", "v", "NoneType|tensor", v=None),
+    bad_type("none", "k", "NoneType|tensor", k=None),
+    bad("rank", "v", "(2, 5, 32)|batch, seq, heads, dim", v=torch.randn(2, 5, 32)),
+    bad_type("dtype", "v", "float16|float32", v=torch.randn(2, 5, 2, 16).half()),
+    bad_type("int", "v", "int64|float32", v=torch.ones(2, 5, 2, 16).long()),
+    bad("device", "v", "meta|device of", v=meta(2, 5, 2, 16)),
+    bad("batch", "v", "(3, 5, 2, 16)|batch 2", v=torch.randn(3, 5, 2, 16)),
+    bad("seq", "v", "(2, 6, 2, 16)|seq 5", v=torch.randn(2, 6, 2, 16)),
+    bad("heads", "v", "(2, 5, 4, 16)|heads 2", v=torch.randn(2, 5, 4, 16)),
+    bad("dim", "v", "(2, 5, 2, 32)|dim 16", v=torch.randn(2, 5, 2, 32)),
+    bad("stride", "v", "unit stride|contiguous", v=torch.randn(2, 5, 2, 32)[..., ::2]),
+    bad("thd", "v", "(6, 2, 16)|tokens 7", **packed(v=torch.randn(6, 2, 16))),
     *(
-        bad(f"heads-{n}", "k", ValueError, f"4|{n}", k=x, v=x)
+        bad(f"heads-{n}", "k", f"4|{n}", k=x, v=x)
         for n, x in ((n, torch.randn(2, 5, n, 16)) for n in (3, 8, 0))
     ),
 ]
 SCORES = [
-    bad("zero", "window", ValueError, "0|at least 1", window=0),
-    bad("negative", "window", ValueError, "-3|at least 1", window=-3),
-    bad("float", "window", TypeError, "2.0", window=2.0),
-    bad("bool", "window", TypeError, "True", window=True),
-    bad("pair", "window", TypeError, "(3, 3)", window=(3, 3)),
+    bad("zero", "window", "0|at least 1", window=0),
+    bad("negative", "window", "-3|at least 1", window=-3),
+    bad_type("float", "window", "2.0", window=2.0),
+    bad_type("bool", "window", "True", window=True),
+    bad_type("pair", "window", "(3, 3)", window=(3, 3)),
     *(
-        bad(str(value), name, error, str(value), **{name: value})
+        Bad(str(value), name, error, replace(**{name: value}), (str(value),))
         for name in ("softcap", "softmax_scale")
         for value, error in (
             (0.0, ValueError),
@@ -118,39 +124,31 @@ SCORES = [
             (True, TypeError),
         )
     ),
-    bad("number", "causal", TypeError, "1|bool", causal=1),
-    bad("string", "causal", TypeError, "no|bool", causal="no"),
-    bad("string", "return_lse", TypeError, "no|bool", return_lse="no"),
-    bad("unknown", "k_rotation", ValueError, "loop|registers|prepass", k_rotation="loop"),
-    bad("number", "k_rotation", ValueError, "1|registers|prepass", k_rotation=1),
-    bad("unknown", "backend", ValueError, "cudnn|reference|composed", backend="cudnn"),
-    bad("number", "backend", ValueError, "3|reference", backend=3),
+    bad_type("number", "causal", "1|bool", causal=1),
+    bad_type("string", "causal", "no|bool", causal="no"),
+    bad_type("string", "return_lse", "no|bool", return_lse="no"),
+    bad("unknown", "k_rotation", "loop|registers|prepass", k_rotation="loop"),
+    bad("number", "k_rotation", "1|registers|prepass", k_rotation=1),
+    bad("unknown", "backend", "cudnn|reference|composed", backend="cudnn"),
+    bad("number", "backend", "3|reference", backend=3),
 ]
 KEYS = [
-    bad("none", "key_positions", ValueError, "7|5|None", **keys(key_positions=None)),
-    bad("list", "key_positions", TypeError, "list", **keys(key_positions=[0] * 7)),
-    bad("float", "key_positions", TypeError, "float32|int64", **keys(key_positions=torch.rand(7))),
-    bad("short", "key_positions", ValueError, "(5,)|(7,)", **keys(key_positions=torch.arange(5))),
-    bad(
-        "batch",
-        "key_positions",
-        ValueError,
-        "(3, 7)|(2, 7)",
-        **keys(key_positions=torch.zeros(3, 7).long()),
-    ),
-    bad("device", "key_positions", ValueError, "meta", **keys(key_positions=meta(7).long())),
+    bad("none", "key_positions", "7|5|None", **keys(key_positions=None)),
+    bad_type("list", "key_positions", "list", **keys(key_positions=[0] * 7)),
+    bad_type("float", "key_positions", "float32|int64", **keys(key_positions=torch.rand(7))),
+    bad("short", "key_positions", "(5,)|(7,)", **keys(key_positions=torch.arange(5))),
+    bad("batch", "key_positions", "(3, 7)|(2, 7)", **keys(key_positions=torch.zeros(3, 7).long())),
+    bad("device", "key_positions", "meta", **keys(key_positions=meta(7).long())),
     bad(
         "high",
         "key_positions",
-        ValueError,
         f"{2**31}|2**31 - 1",
         **keys(key_positions=torch.arange(2**31 - 6, 2**31 + 1)),
     ),
-    bad("queries", "positions", ValueError, "(7,)|(5,)", **keys(positions=torch.arange(7))),
+    bad("queries", "positions", "(7,)|(5,)", **keys(positions=torch.arange(7))),
     bad(
         "other-borders",
         "key_positions",
-        ValueError,
         "None",
         **packed(
             k=torch.randn(5, 2, 16),
@@ -161,13 +159,13 @@ KEYS = [
     ),
 ]
 PADDING = [
-    bad("list", "kv_start", TypeError, "list", kv_start=[0, 1]),
-    bad("float", "kv_start", TypeError, "float32|int64", kv_start=torch.rand(2)),
-    bad("shape", "kv_start", ValueError, "(3,)|(2,)", kv_start=torch.zeros(3).int()),
-    bad("2d", "kv_start", ValueError, "(1, 2)|(2,)", kv_start=torch.zeros(1, 2).int()),
-    bad("device", "kv_start", ValueError, "meta", kv_start=meta(2).int()),
-    bad("packed", "kv_start", ValueError, "(1,)|(2,)", **packed(kv_start=torch.zeros(1).int())),
-    bad("negative", "kv_start", ValueError, "-1", kv_start=torch.tensor([0, -1])),
+    bad_type("list", "kv_start", "list", kv_start=[0, 1]),
+    bad_type("float", "kv_start", "float32|int64", kv_start=torch.rand(2)),
+    bad("shape", "kv_start", "(3,)|(2,)", kv_start=torch.zeros(3).int()),
+    bad("2d", "kv_start", "(1, 2)|(2,)", kv_start=torch.zeros(1, 2).int()),
+    bad("device", "kv_start", "meta", kv_start=meta(2).int()),
+    bad("packed", "kv_start", "(1,)|(2,)", **packed(kv_start=torch.zeros(1).int())),
+    bad("negative", "kv_start", "-1", kv_start=torch.tensor([0, -1])),
 ]
 
 
@@ -180,35 +178,28 @@ def borders(name: str, tokens: int) -> list[Bad]:
         return packed(**{name: torch.tensor(values)})
 
     return [
-        bad("end", name, ValueError, f"{tokens}|{tokens - 1}", **given(0, 2, tokens - 1)),
-        bad("past", name, ValueError, f"{tokens}|{tokens + 1}", **given(0, 2, tokens + 1)),
-        bad("start", name, ValueError, "[1, 2", **given(1, 2, tokens)),
-        bad("negative", name, ValueError, "-2", **given(0, -2, tokens)),
-        bad("descending", name, ValueError, "ascending", **given(0, tokens + 2, tokens)),
-        bad("float", name, TypeError, "float32|int64", **packed(**{name: torch.rand(3)})),
-        bad("list", name, TypeError, "list", **packed(**{name: [0, *last]})),
-        bad("2d", name, ValueError, "(1, 3)|+ 1", **packed(**{name: torch.zeros(1, 3).int()})),
-        bad("none", name, ValueError, "(0,)|+ 1", **packed(**{name: torch.zeros(0).int()})),
-        bad("device", name, ValueError, "meta", **packed(**{name: meta(3).int()})),
+        bad("end", name, f"{tokens}|{tokens - 1}", **given(0, 2, tokens - 1)),
+        bad("past", name, f"{tokens}|{tokens + 1}", **given(0, 2, tokens + 1)),
+        bad("start", name, "[1, 2", **given(1, 2, tokens)),
+        bad("negative", name, "-2", **given(0, -2, tokens)),
+        bad("descending", name, "ascending", **given(0, tokens + 2, tokens)),
+        bad_type("float", name, "float32|int64", **packed(**{name: torch.rand(3)})),
+        bad_type("list", name, "list", **packed(**{name: [0, *last]})),
+        bad("2d", name, "(1, 3)|+ 1", **packed(**{name: torch.zeros(1, 3).int()})),
+        bad("none", name, "(0,)|+ 1", **packed(**{name: torch.zeros(0).int()})),
+        bad("device", name, "meta", **packed(**{name: meta(3).int()})),
     ]
 
 
 BORDERS = [
     *borders("cu_seqlens", 5),
     *borders("cu_seqlens_k", 7),
-    bad("layout", "cu_seqlens", ValueError, "thd", cu_seqlens=torch.tensor([0, 2, 5])),
-    bad("alone", "cu_seqlens", ValueError, "cu_seqlens_k|None", **packed(cu_seqlens=None)),
-    bad(
-        "count",
-        "cu_seqlens_k",
-        ValueError,
-        "2|(4,)",
-        **packed(cu_seqlens_k=torch.tensor([0, 1, 3, 7])),
-    ),
+    bad("layout", "cu_seqlens", "thd", cu_seqlens=torch.tensor([0, 2, 5])),
+    bad("alone", "cu_seqlens", "cu_seqlens_k|None", **packed(cu_seqlens=None)),
+    bad("count", "cu_seqlens_k", "2|(4,)", **packed(cu_seqlens_k=torch.tensor([0, 1, 3, 7]))),
     bad(
         "count-descending",
         "cu_seqlens",
-        ValueError,
         "ascending",
         **packed(cu_seqlens=torch.tensor([0, 4, 2, 5]), cu_seqlens_k=torch.tensor([0, 1, 3, 7])),
     ),
