@@ -94,6 +94,8 @@ MODELS = [
     Mutation("one set for a whole pack", "integrations/transformers/sequences.py", "lengths = (of_tokens[last] + 1).clamp(min=0)", "lengths = (of_tokens[last] + 1).clamp(min=0) * 0", "test_models_packed.py"),
     Mutation("keys of others", "integrations/transformers/caches.py", "if held is own or held == own:", "if True:", "test_models_caches.py"),
     Mutation("drafts of a model under one set", "integrations/transformers/sequences.py", "if lengths is not None and queries > 1:", "if False:", "test_models_generate.py -k 'assisted or draft or several'"),
+    Mutation("flash-attn's window without the query's own place", "integrations/flash_attn.py", "None if left < 0 else left + 1", "None if left < 0 else left", "test_flash_attn_interface.py"),
+    Mutation("flash-attn's cache written past its end", "integrations/flash_attn.py", "most = slots - new", "most = slots", "test_flash_attn_interface.py -k cache"),
     Mutation("sets that a search asks for", "integrations/transformers/attention.py", '"sets": longrope_sets,', '"sets": None,', "test_search_fitness.py"),
 ]  # fmt: skip
 SEARCH = [
@@ -104,6 +106,8 @@ SEARCH = [
     Mutation("skipped windows taken for packed sequences", "search/model.py", ', "attention_mask": mask}', "}", "test_search_fitness.py"),
     Mutation("windows that mislead and stay", "search/coarse.py", "not correlation >= LEAST", "correlation < -1", "test_search_coarse.py"),
     Mutation("a mutant of no formula", "search/space.py", "n_hat, attention, candidate.origin)", "n_hat, attention)", "test_search_space.py test_search_coarse.py"),
+    Mutation("evaluate: other tokens at each length", "search/evaluate.py", "tails(documents, self.lengths[-1], length, start)", "documents", "test_search_evaluate.py -k same"),
+    Mutation("evaluate: the formulas of the original length", "search/evaluate.py", "baselines(source, longest) if compare", "baselines(source, self.lengths[0]) if compare", "test_search_evaluate.py"),
     Mutation("randomness that begins anew", "search/evolution.py", "        self._rng.setstate((version, tuple(internal), gauss))", "        pass", "test_search_resume.py test_search_evolution.py"),
 ]  # fmt: skip
 SPREAD = [
