@@ -13,6 +13,7 @@ import transformers
 
 from .._version import __version__
 from ..rope import Rope
+from ..search.terminal import table
 from .figure import draw
 from .model import build_model, generate_agreement, logits_agreement
 from .peers import TransformersRotary
@@ -95,8 +96,5 @@ def time_cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _table(title: str, rows: list[dict[str, str]]) -> None:
-    print(f"\n{title}")
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *rest in lines:
-        print("  ".join((first.ljust(widths[0]), *map(str.rjust, rest, widths[1:]))), flush=True)
+    print(f"\n{title}", flush=True)
+    table(list(rows[0]), [list(row.values()) for row in rows])
