@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,13 @@ from cases import factors
 from model_cases import family_model, tokens
 from ranks import Ranks
 from search_cases import SMALL, flags, make_model, make_texts, one_thread
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from longrope_kernels import FactorSet, Rope, cli
 from longrope_kernels.search import own_tokens as own_tokens_module
+from longrope_kernels.search import sharding
 from longrope_kernels.search.documents import Document
 from longrope_kernels.search.model import TransformersLosses
 from longrope_kernels.search.needles import Needle
@@ -170,41 +173,194 @@ TUNING = TuneSettings(rate=0.01, warmup=0, rows=2)
 def as_torchrun() -> None:
     """What accelerate reads; a group is there already."""
     rank = str(dist.get_rank())
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="4")
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(dist.get_world_size()))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
 
 
-def tuned(work: Path, folder: Path, size: int, length: int, settings: TuneSettings) -> Any:
-    """Weights after two steps on a text of so many tokens, and what was logged."""
-    group = None
+class StoppedError(Exception):
+    pass
+
+
+def tuned(
+    work: Path,
+    folder: Path,
+    size: int,
+    length: int,
+    settings: TuneSettings,
+    shard: bool = True,
+    *,
+    steps: int = 2,
+    stop: int = -1,
+) -> Any:
+    """Weights after some steps on a text of so many tokens, what was logged, and numbers held.
+
+    size: how many processes share a window; 0: this one is alone.
+    """
     if size:
         as_torchrun()
-        group, _ = dist.new_subgroups(size)
+    group = dist.new_subgroups(size)[0] if size > 1 else None
     model = AutoModelForCausalLM.from_pretrained(work / "model")
     generator = torch.Generator().manual_seed(2)
     text = Document("text", torch.randint(0, 256, (length,), generator=generator))
     rope = Rope((FactorSet(factors(8, 2.0)),))
-    model = tune(model, rope, [text], 48, 2, settings, folder, group=group)
+    held = Held(model)
+
+    def progress(done: int, loss: float) -> None:
+        if done == stop:
+            raise StoppedError(f"{loss}")
+
+    with held:
+        model = tune(
+            *(model, rope, [text], 48, steps, settings, folder),
+            group=group,
+            shard=shard,
+            progress=progress,
+        )
     rows = (folder / "tuning.jsonl").read_text().splitlines()
-    return list(model.state_dict().values()), [json.loads(row)["loss"] for row in rows]
+    weights = {name: whole_of(x) for name, x in model.state_dict().items()}
+    return weights, [json.loads(row)["loss"] for row in rows], held.shares()
 
 
-# Groups of two have windows of their own, which in a text of one window are the same; one of four
-# has those of one process.
+def whole_of(x: Any) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+class Held:
+    """What a process holds of the numbers of a model, at most, while a layer runs; and of AdamW."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.most = model, 0
+        self.whole = sum(x.numel() for x in model.parameters())
+        self.optimizers: list[Any] = []
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(self.count)
+
+    def count(self, *_: Any) -> None:
+        self.most = max(self.most, sum(own_count(x) for x in self.model.parameters()))
+
+    def __enter__(self) -> None:
+        self.made = torch.optim.AdamW
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.optimizers.append(self.made(*args, **kwargs))
+            return self.optimizers[-1]
+
+        torch.optim.AdamW = noted  # type: ignore[assignment,misc]
+
+    def __exit__(self, *_: Any) -> None:
+        torch.optim.AdamW = self.made  # type: ignore[misc]
+
+    def shares(self) -> tuple[float, float, float]:
+        """Of the weights in a layer and between steps, and of what AdamW keeps of each."""
+        moments = [x for state in self.optimizers[0].state.values() for x in state.values()]
+        counts = self.most, sum(own_count(x) for x in self.model.parameters())
+        counts += (sum(own_count(x) for x in moments if x.dim()) // 2,)
+        return tuple(count / self.whole for count in counts)  # type: ignore[return-value]
+
+
+def own_count(x: torch.Tensor) -> int:
+    return (x.to_local() if isinstance(x, DTensor) else x).numel()
+
+
+def check_tuned(found: list[Any], expected: Any) -> None:
+    weights, losses, _ = expected
+    for own, logged, _ in found:
+        assert logged == pytest.approx(losses, rel=1e-5)
+        assert list(own) == list(weights)
+        for name, value in weights.items():
+            torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-4)
+
+
+# Groups of two, or processes that share nothing, have windows of their own, which in a text of one
+# window are the same; one group of four has those of one process.
 @pytest.mark.parametrize(
-    ("size", "length", "recompute"), [(2, 48, True), (4, 200, False)], ids=["two", "four"]
+    ("size", "length", "recompute", "shard"),
+    [(2, 48, True, True), (2, 48, False, False), (4, 200, False, True)],
+    ids=["two", "two-whole", "four"],
 )
 def test_a_window_is_shared_as_if_it_were_whole(
-    size: int, length: int, recompute: bool, work: Path, four: Ranks, tmp_path: Path
+    size: int, length: int, recompute: bool, shard: bool, work: Path, four: Ranks, tmp_path: Path
 ) -> None:
     settings = replace(TUNING, recompute=recompute)
-    weights, losses = tuned(work, tmp_path / "alone", 0, length, settings)
-    found = all_of(four, tuned, work, tmp_path / "shared", size, length, settings)
-    for own, logged in found:
-        assert logged == pytest.approx(losses, rel=1e-5)
-        for a, b in zip(own, weights, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    expected = tuned(work, tmp_path / "alone", 0, length, settings)
+    found = all_of(four, tuned, work, tmp_path / "shared", size, length, settings, shard)
+    check_tuned(found, expected)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_weights_and_what_the_optimiser_keeps_are_shared(
+    processes: int, four: Ranks, tmp_path: Path
+) -> None:
+    """Of eight layers with a tied head, one at a time is whole, and what is around them."""
+    make_model(tmp_path / "model", num_hidden_layers=8, vocab_size=300, tie_word_embeddings=True)
+    expected = tuned(tmp_path, tmp_path / "alone", 0, 48, TUNING)
+    assert expected[2] == (1, 1, 1)
+    pool = four if processes == 4 else Ranks(processes)
+    try:
+        found = all_of(pool, tuned, tmp_path, tmp_path / "shared", 1, 48, TUNING)
+    finally:
+        if pool is not four:
+            pool.close()
+    check_tuned(found, expected)
+    for _, _, (in_a_layer, between, moments) in found:
+        assert between == moments == pytest.approx(1 / processes, rel=0.02)
+        assert in_a_layer < 1 / processes + 0.3
+
+
+def tuned_further(work: Path, folder: Path, stop: int = -1, size: int = 4) -> Any:
+    return tuned(work, folder, size, 200, replace(TUNING, every=2), steps=4, stop=stop)
+
+
+def test_sharded_training_goes_on_to_the_same_result(
+    work: Path, four: Ranks, tmp_path: Path
+) -> None:
+    """Stopped in the third of four steps, after a checkpoint of the second."""
+    whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
+    expected = all_of(four, tuned_further, work, whole)
+    for answer in four("stop", tuned_further, work, stopped, 3):
+        assert str(answer).startswith("StoppedError")
+    (checkpoint,) = stopped.glob("checkpoint-*")
+    assert len(list(checkpoint.glob("*.distcp"))) == 4  # each process wrote its part
+    shutil.copytree(stopped, alone)
+    for (weights, losses, _), (own, logged, _) in zip(
+        expected, all_of(four, tuned_further, work, stopped), strict=True
+    ):
+        assert logged == losses
+        assert all(torch.equal(own[name], x) for name, x in weights.items())
+    check_tuned([tuned_further(work, alone, size=0)], expected[0])  # by one process
+
+
+def saved(folder: Path) -> None:
+    """A tied model of which each process has a part, as `extend` writes it."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    sharding.share_weights(model, "cpu")
+    model(tokens(1, 9), labels=tokens(1, 9)).loss.backward()
+    whole = sharding.whole_weights(model.to(torch.bfloat16))
+    assert bool(whole) == (dist.get_rank() == 0)
+    if whole:
+        model.save_pretrained(folder / "shared", state_dict=whole)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_whole_weights_are_saved_as_one_process_saves_them(
+    tied: bool, four: Ranks, tmp_path: Path
+) -> None:
+    make_model(tmp_path / "model", tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "alone")
+    all_of(four, saved, tmp_path)
+    for path in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "shared" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def no_layers() -> None:
+    sharding.share_weights(torch.nn.Linear(2, 2), "cpu")
+
+
+def test_a_model_without_layers_is_not_sharded(four: Ranks) -> None:
+    for answer in four("none", no_layers):
+        assert "model: expected decoder layers of transformers' GradientCheck" in str(answer)
 
 
 def run_as_torchrun(arguments: list[str]) -> Any:

@@ -175,6 +175,12 @@ class Extend:
     """
 
     out: Out = Path("longrope-extend")
+    shard: Annotated[
+        bool,
+        typer.Option(
+            help="Processes of torchrun share the weights in fine-tuning (FSDP2), or each has all."
+        ),
+    ] = True
     plan: ExtendPlan
     machine: Machine
 
@@ -186,6 +192,7 @@ class Extend:
             device=machine.device,
             dtype=machine.dtype,
             sharing=machine.context_parallel,
+            shard=self.shard,
         )
         with bars() as watch:
             rope = extension.run(watch, say)

@@ -28,6 +28,7 @@ from .readjust import readjust
 from .settings import Options
 from .source import (
     baselines,
+    device_of,
     fingerprint,
     load_model,
     open_source,
@@ -146,6 +147,7 @@ class Extension:
         device: str = "auto",
         dtype: str = "auto",
         sharing: int = 1,
+        shard: bool = True,
     ) -> None:
         """Write the plan, or find it there.
 
@@ -155,6 +157,7 @@ class Extension:
             device: as in `load_model`.
             dtype: as in `load_model`; fine-tuning always has float32 weights.
             sharing: how many processes share each sequence, one rank after another.
+            shard: as in `tune`.
 
         Raises:
             ValueError: the folder has another plan, named by what differs; the plan does not go
@@ -162,6 +165,7 @@ class Extension:
         """
         self.plan, self.folder, self._device, self._dtype = plan, folder, device, dtype
         self._sharing, self._group = sharing, sequence_group(sharing)
+        self._shard = shard
         self.source = open_source(Path(plan.model), plan.original)
         if plan.stages[0].length <= self.source.trained:
             raise ValueError(
@@ -251,7 +255,7 @@ class Extension:
         if settings.short_share:
             plain = FactorSet((1.0,) * rope.pairs, max_length=original)
             rope = Rope((plain, *rope.sets), rope.base, rope.interleaved)
-        model = load_model(weights, self._device, "float32")
+        model = load_model(weights, "cpu", "float32")
         training = read_documents(
             [Path(p) for p in self.plan.training], self.encode, stage.length, short="skip"
         )
@@ -266,15 +270,16 @@ class Extension:
             short_length=original,
             progress=self._progress("tune", step, stage.steps),
             group=self._group,
+            shard=self._shard,
+            device=device_of(self._device),
         )
         from ..integrations.transformers import disable
+        from .sharding import whole_weights
 
-        def save() -> None:
-            config = self.source.config
-            dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-            disable(model).to(getattr(torch, dtype)).save_pretrained(step.folder)
-
-        from_main(save)
+        config = self.source.config
+        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+        whole = whole_weights(disable(model).to(getattr(torch, dtype)))
+        from_main(lambda: model.save_pretrained(step.folder, state_dict=whole))
         step.finish({"steps": stage.steps, "documents": len(training)})
         from_main(partial(remove_checkpoints, step.folder))
         return step.folder

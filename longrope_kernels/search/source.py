@@ -105,8 +105,7 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
 
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
-    if device == "auto":
-        device = f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"
+    device = device_of(device)
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = "float32"
     shown = logging.is_progress_bar_enabled()
@@ -123,6 +122,13 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
         if shown:
             logging.enable_progress_bar()
     return model.to(device)
+
+
+def device_of(device: str) -> str:
+    """What "auto" of `load_model` is here."""
+    if device != "auto":
+        return device
+    return f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"
 
 
 def baselines(source: Source, length: int) -> dict[str, Rope]:

@@ -85,10 +85,12 @@ def tune(
     short_length: int | None = None,
     progress: Progress | None = None,
     group: Group = None,
+    shard: bool = True,
+    device: str | None = None,
 ) -> Any:
     """Fine-tune a model; in a folder with checkpoints the same call goes on from the last.
 
-    Under torchrun each process has windows of its own, and gradients are averaged.
+    Under torchrun each process, or each ``group``, has windows of its own; gradients are averaged.
 
     Args:
         model: of transformers, changed in place; float32 weights, which are what AdamW needs (on a
@@ -102,17 +104,22 @@ def tune(
         short_length: of the windows that ``settings.short_share`` asks for.
         progress: called with the number of steps done and the loss of the last.
         group: as in `enable`: its processes share the windows of each.
+        shard: whether processes share weights, gradients and the optimiser's state (FSDP2), or each
+            has all of them (DDP).
+        device: "cpu", or a GPU, of which each process takes its own; None for where the model is.
 
     Returns:
-        The model, enabled under ``rope``, in eval mode.
+        The model, enabled under ``rope``, in eval mode. Its weights stay sharded where they were:
+        `sharding.whole_weights` has them.
 
     Raises:
-        ValueError: a document is too short.
+        ValueError: a document is too short, or the model has no layers to be sharded.
         RuntimeError: the loss is not finite; the last checkpoint is from before it.
     """
     from accelerate import Accelerator
 
     from ..integrations.transformers import enable
+    from .sharding import share_weights
 
     for document in documents:
         if len(document.tokens) < length:
@@ -120,24 +127,29 @@ def tune(
                 f"{document.name}: expected at least {length} tokens to train on, got "
                 f"{len(document.tokens)}"
             )
-    device = next(model.parameters()).device
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no" if device.type == "cpu" else "bf16"
-    )
+    kind = torch.device(device or next(model.parameters()).device).type
+    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no" if kind == "cpu" else "bf16")
     enable(model, rope=rope, group=group)
     if settings.recompute:
         _checkpointing(model, "enable")
+    module: Any = _Loss(model, group)
+    shard = shard and accelerator.num_processes > 1
+    if shard:
+        share_weights(module, kind)
+    # accelerate then adds no more than the forward in bfloat16.
+    module = accelerator.prepare_model(module, device_placement=not shard, evaluation_mode=shard)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.0
     )
-    module, optimizer = accelerator.prepare(_Loss(model, group), optimizer)
     folder.mkdir(parents=True, exist_ok=True)
-    start = _restore(accelerator, folder)
+    start = _restore(accelerator, model, optimizer, folder)
     share = accelerator.process_index // (1 if group is None else ranks_of(group).size)
     windows = _Windows(documents, settings, length, short_length, share)
     module.train()
     for step in range(start, steps):
         begin = time.perf_counter()
+        # Dropout, too, depends on the step alone.
+        torch.manual_seed(hash((settings.seed, step, accelerator.process_index)))
         for parameters in optimizer.param_groups:
             parameters["lr"] = settings.rate * _schedule(step, steps, settings.warmup)
         total = 0.0
@@ -149,7 +161,7 @@ def tune(
             raise RuntimeError(
                 f"{folder}: the loss of step {step + 1} is {total}; a lower rate, or more warm-up"
             )
-        accelerator.clip_grad_norm_(module.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if accelerator.is_main_process:
@@ -159,7 +171,7 @@ def tune(
         if progress is not None:
             progress(step + 1, total)
         if (step + 1) % settings.every == 0 or step + 1 == steps:
-            _save(accelerator, folder, step + 1)
+            _save(accelerator, model, optimizer, folder, step + 1)
     if settings.recompute:
         _checkpointing(model, "disable")
     return model.eval()
@@ -258,11 +270,15 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def _restore(accelerator: Any, folder: Path) -> int:
+def _restore(
+    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
+) -> int:
     """Load the last checkpoint; returns the steps done."""
+    from .sharding import load
+
     found, step = _checkpoints(folder), 0
     if found:
-        accelerator.load_state(str(found[-1]))
+        load(model, optimizer, found[-1])
         step = int(found[-1].name.split("-")[1])
     log = folder / LOG
     if accelerator.is_main_process and log.exists():  # the steps after it come again
@@ -271,12 +287,16 @@ def _restore(accelerator: Any, folder: Path) -> int:
     return step
 
 
-def _save(accelerator: Any, folder: Path, step: int) -> None:
+def _save(
+    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int
+) -> None:
+    from .sharding import save
+
     draft = folder / f"checkpoint-{step}.new"
     if accelerator.is_main_process:
         shutil.rmtree(draft, ignore_errors=True)  # of a run that was stopped while it saved
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(draft), safe_serialization=False)
+    save(model, optimizer, draft)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         old = _checkpoints(folder)
