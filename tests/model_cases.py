@@ -14,7 +14,7 @@ from longrope_kernels.rope.published import published_configs
 VOCABULARY = 128
 SWITCH = 32  # where the short set of the small models ends, in tokens
 
-_SHARED = {
+SHARED = {
     "hidden_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -110,7 +110,7 @@ def _weights(name: str) -> dict[str, torch.Tensor]:
 def family_config(name: str, **overrides: Any) -> Any:
     """A config of `FAMILIES`, its fields replaced by ``overrides``."""
     model_type, fields = FAMILIES[name]
-    return AutoConfig.for_model(model_type, **copy.deepcopy({**_SHARED, **fields, **overrides}))
+    return AutoConfig.for_model(model_type, **copy.deepcopy({**SHARED, **fields, **overrides}))
 
 
 def family_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
@@ -130,7 +130,7 @@ def published_config(
     """Two layers of four heads (two of keys) of the published head geometry and factors."""
     published = published_configs()[name]
     fields = {
-        **_SHARED,
+        **SHARED,
         "hidden_size": 4 * published["head_dim"],
         "max_position_embeddings": 32 * original,
         "original_max_position_embeddings": original,

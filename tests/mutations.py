@@ -116,6 +116,7 @@ SPREAD = [
     Mutation("spread: the other keys' weight", "distributed/ring.py", "torch.nan_to_num(new_lse - lse)", "torch.nan_to_num(lse - new_lse)", "test_distributed.py -k equals"),
     Mutation("spread: a chunk sees what comes behind it", "integrations/transformers/spread.py", "total = spread.total - (queries - some.stop)", "total = spread.total", "test_models_spread.py -k chunks"),
     Mutation("spread: the last token of another rank", "integrations/transformers/spread.py", "gathered(ranks.heads, last))[0]", "gathered(ranks.heads, last))[-1]", "test_models_spread.py -k generates"),
+    Mutation("spread: the first rope for all layers", "integrations/transformers/attention.py", "attend_spread(q, k, v, call, rope,", "attend_spread(q, k, v, call, settings.rope,", "test_models_spread.py -k several"),
     Mutation("spread: a token scored by its own hidden state", "search/own_tokens.py", "tokens[:, before + 1]", "tokens[:, before]", "test_search_spread.py -k losses"),
     Mutation("spread: every rank tells its candidates", "search/distributed.py", "for found, _ in answers[::sharing]", "for found, _ in answers", "test_search_spread.py -k plain"),
     Mutation("spread: windows of each process", "search/tune.py", "1 if group is None else ranks_of(group).size", "1", "test_search_spread.py -k shared"),

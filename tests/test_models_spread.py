@@ -11,11 +11,13 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from model_cases import SWITCH, family_model, generated, max_diff, padded, tokens
+from cases import factors
+from model_cases import SHARED, SWITCH, family_model, generated, max_diff, padded, tokens
 from ranks import Ranks
 from test_distributed import whole
-from transformers import DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
+from longrope_kernels import FactorSet, Rope
 from longrope_kernels.integrations.transformers import disable, enable
 
 CLOSE = 2e-5
@@ -124,6 +126,37 @@ def test_the_fast_attention_serves_what_is_not_padded(four: Ranks) -> None:
 @pytest.mark.parametrize("family", ["phi3 sliding", "qwen2 sliding", "qwen3", "phimoe"])
 def test_other_families(family: str, four: Ranks) -> None:
     check(four, 2, family, {"input_ids": tokens(1, 21)})
+
+
+def several_ropes(size: int | None) -> Any:
+    """Logits, gradients and new tokens of a Gemma 3, whose sliding layers have their own rope."""
+    torch.manual_seed(3)
+    kinds = ["sliding_attention", "full_attention"]
+    fields = {**SHARED, "head_dim": 32, "sliding_window": 8, "layer_types": kinds}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **fields))
+    sets = (FactorSet(factors(16, 1.25), max_length=SWITCH), FactorSet(factors(16, 2.0), 7, 1.19))
+    group = None if size is None else group_of(size)
+    enable(model, rope={"full_attention": Rope(sets)}, group=group)
+    ids = tokens(2, SWITCH - 4)
+    found = generated(model.eval(), ids, max_new_tokens=12)
+    out = model.train()(input_ids=found, labels=found, use_cache=False)
+    out.loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    if size is not None:
+        for grad in grads:
+            dist.all_reduce(grad, group=ranks.GROUPS[size or 4])
+            grad /= size or 4
+    return found, out.logits.detach(), grads
+
+
+def test_layers_of_several_ropes(four: Ranks) -> None:
+    ids, logits, grads = several_ropes(None)
+    found = results(four, 4, several_ropes, 4)
+    parts = [part for _, part, _ in found]
+    assert max_diff(whole(parts, ids.shape[1], "balanced", 1), logits) < CLOSE
+    for out, _, gradients in found:
+        assert torch.equal(out, ids)
+        assert max(map(max_diff, gradients, grads)) < CLOSE
 
 
 def test_recomputed_layers(four: Ranks) -> None:

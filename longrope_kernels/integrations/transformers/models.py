@@ -102,10 +102,6 @@ def enable(
                 f"cache: {type(slot.base).__name__} {ROTATED_ALONE}: {slot.architecture.unrotated}"
             )
         ropes = _ropes(slot, rope)
-        if group is not None and len(ropes) > 1:
-            raise ValueError(
-                f"group: expected None where layers have several ropes ({', '.join(ropes)})"
-            )
         settings = Settings(ropes, cache, backend, fingerprint(slot.attentions[0]), group)
         _check(settings, slot)
         chosen.append(settings)
