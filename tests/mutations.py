@@ -115,7 +115,7 @@ SPREAD = [
     Mutation("spread: stretches joined that see a part", "distributed/blocks.py", "found[-1].sees == pair.sees ==", "pair.sees in", "test_distributed.py -k 'equals or nobody'"),
     Mutation("spread: the other keys' weight", "distributed/ring.py", "torch.nan_to_num(new_lse - lse)", "torch.nan_to_num(lse - new_lse)", "test_distributed.py -k equals"),
     Mutation("spread: a chunk sees what comes behind it", "integrations/transformers/spread.py", "total = spread.total - (queries - some.stop)", "total = spread.total", "test_models_spread.py -k chunks"),
-    Mutation("spread: the last token of another rank", "integrations/transformers/spread.py", "gathered(ranks.heads, last))[0]", "gathered(ranks.heads, last))[-1]", "test_models_spread.py -k generates"),
+    Mutation("spread: the last token of another rank", "integrations/transformers/spread.py", "owner = 0 if", "owner = -1 if", "test_models_spread.py -k generates"),
     Mutation("spread: the first rope for all layers", "integrations/transformers/attention.py", "attend_spread(q, k, v, call, rope,", "attend_spread(q, k, v, call, settings.rope,", "test_models_spread.py -k several"),
     Mutation("spread: a token scored by its own hidden state", "search/own_tokens.py", "tokens[:, before + 1]", "tokens[:, before]", "test_search_spread.py -k losses"),
     Mutation("spread: every rank tells its candidates", "search/distributed.py", "for found, _ in answers[::sharing]", "for found, _ in answers", "test_search_spread.py -k plain"),

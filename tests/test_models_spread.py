@@ -39,8 +39,10 @@ def group_of(size: int) -> Any:
 
 
 def spread_model(family: str, size: int, **config: Any) -> Any:
-    group = group_of(size)
-    return None if group is None else enable(family_model(family, **config), group=group)
+    group, order = group_of(size), config.pop("order", "balanced")
+    if group is None:
+        return None
+    return enable(family_model(family, **config), group=group, order=order)
 
 
 def results(pool: Ranks, size: int, function: Any, *args: Any) -> list[Any]:
@@ -86,9 +88,10 @@ def alone(family: str, inputs: dict[str, Any], config: dict[str, Any]) -> Any:
 
 def check(pool: Ranks, size: int, family: str, inputs: dict[str, Any], **config: Any) -> None:
     found = results(pool, size, forward, family, size, inputs, config)
+    order = config.pop("order", "balanced")
     logits, loss, grads = alone(family, inputs, config)
     count = logits.shape[1]
-    assert max_diff(whole([part for part, _, _ in found], count, "balanced", 1), logits) < CLOSE
+    assert max_diff(whole([part for part, _, _ in found], count, order, 1), logits) < CLOSE
     if loss is not None:
         for _, value, gradients in found:
             assert torch.equal(value, found[0][1])
@@ -102,6 +105,11 @@ def test_training_is_that_of_one_process(size: int, family: str, four: Ranks) ->
     ids = tokens(2, SWITCH + 9)
     labels = ids.masked_fill(ids < 20, -100)  # unevenly over the ranks
     check(four, size, family, {"input_ids": ids, "labels": labels})
+
+
+def test_contiguous_tokens(four: Ranks) -> None:
+    ids = tokens(2, SWITCH + 9)
+    check(four, 3, "phi3 sliding", {"input_ids": ids, "labels": ids}, order="contiguous")
 
 
 @pytest.mark.parametrize("length", [8, 11, SWITCH, SWITCH + 1])
@@ -194,19 +202,30 @@ def test_padding_and_sets_that_mix(side: str, four: Ranks) -> None:
         assert max_diff(own[real], expected[0]) < CLOSE
 
 
-@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens"])
-def test_packed_sequences(given: str, four: Ranks) -> None:
+@pytest.mark.parametrize(
+    ("given", "order"), [("position_ids", "balanced"), ("cu_seq_lens", "contiguous")]
+)
+def test_packed_sequences(given: str, order: str, four: Ranks) -> None:
+    """As if each came alone, in the forward and in training; the ranks do not divide the tokens."""
     rows = [tokens(1, n, seed=n) for n in (5, SWITCH + 3, 9)]
     ids = torch.cat(rows, 1)
     positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
-    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+    labels = ids.masked_fill(positions == 0, -100)
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "labels": labels}
     if given == "cu_seq_lens":
         borders = torch.tensor([0, 5, 5 + SWITCH + 3, ids.shape[1]])
         inputs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
-    found = results(four, 4, forward, PHI3, 4, inputs, {})
-    logits = whole([part for part, _, _ in found], ids.shape[1], "balanced", 1)
-    expected = torch.cat([alone(PHI3, {"input_ids": row}, {})[0] for row in rows], 1)
-    assert max_diff(logits, expected) < CLOSE
+    found = results(four, 4, forward, PHI3, 4, inputs, {"order": order})
+    logits = whole([part for part, _, _ in found], ids.shape[1], order, 1)
+    expected = [alone(PHI3, {"input_ids": row, "labels": row}, {}) for row in rows]
+    assert max_diff(logits, torch.cat([of_row for of_row, _, _ in expected], 1)) < CLOSE
+    shares = [(row.shape[1] - 1) / (ids.shape[1] - len(rows)) for row in rows]
+    losses = [share * loss for share, (_, loss, _) in zip(shares, expected, strict=True)]
+    for _, loss, grads in found:
+        assert max_diff(loss, sum(losses)) < CLOSE  # type: ignore[arg-type]
+        for i, grad in enumerate(grads):
+            of_rows = [share * of[i] for share, (_, _, of) in zip(shares, expected, strict=True)]
+            assert max_diff(grad, sum(of_rows)) < CLOSE  # type: ignore[arg-type]
 
 
 def page() -> Any:
@@ -227,8 +246,10 @@ def test_the_page_runs(four: Ranks) -> None:
 # ----------------------------------------------------------------------------------------- generate
 
 
-def generate(family: str, size: int, inputs: dict[str, Any], arguments: dict[str, Any]) -> Any:
-    model = spread_model(family, size)
+def generate(
+    family: str, size: int, inputs: dict[str, Any], arguments: dict[str, Any], order: str
+) -> Any:
+    model = spread_model(family, size, order=order)
     if model is None:
         return None
     cache = DynamicCache(config=model.config)
@@ -242,12 +263,21 @@ def inputs_beside(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in inputs.items() if name != "input_ids"}
 
 
-@pytest.mark.parametrize("family", [LLAMA, PHI3])
-@pytest.mark.parametrize("size", [2, 0])
-def test_generates_the_tokens_of_one_process(size: int, family: str, four: Ranks) -> None:
+@pytest.mark.parametrize(
+    ("size", "family", "order"),
+    [
+        (2, LLAMA, "balanced"),
+        (2, PHI3, "contiguous"),
+        (0, LLAMA, "contiguous"),
+        (0, PHI3, "balanced"),
+    ],
+)
+def test_generates_the_tokens_of_one_process(
+    size: int, family: str, order: str, four: Ranks
+) -> None:
     """64 tokens, the switch among them, from keys that each rank has some of."""
     inputs, more = {"input_ids": tokens(1, SWITCH - 9)}, {"max_new_tokens": 64}
-    found = results(four, size, generate, family, size, inputs, more)
+    found = results(four, size, generate, family, size, inputs, more, order)
     expected = generated(enable(family_model(family)), **inputs_of(inputs), **more)
     total = expected.shape[1] - 1  # the last one is not put in
     for out, _ in found:
@@ -265,7 +295,7 @@ def test_generates_from_a_short_prompt(four: Ranks) -> None:
     """One that is no more than a step: one rank holds it."""
     inputs = {"input_ids": tokens(1, 3)}
     expected = generated(enable(family_model(PHI3)), **inputs_of(inputs))
-    for out, _ in results(four, 4, generate, PHI3, 4, inputs, {}):
+    for out, _ in results(four, 4, generate, PHI3, 4, inputs, {}, "balanced"):
         assert torch.equal(out, expected)
 
 
@@ -274,7 +304,7 @@ def test_generates_for_padded_rows_and_beams(family: str, four: Ranks) -> None:
     rows = [tokens(1, n, seed=n)[0] for n in (3, SWITCH - 4)]
     ids, mask = padded(rows)
     inputs, more = {"input_ids": ids, "attention_mask": mask}, {"num_beams": 2}
-    found = results(four, 3, generate, family, 3, inputs, more)
+    found = results(four, 3, generate, family, 3, inputs, more, "balanced")
     expected = generated(enable(family_model(family)), **inputs_of(inputs), **more)
     for out, _ in found:
         assert torch.equal(out, expected)
@@ -340,6 +370,10 @@ def refuse(case: str) -> Any:
                 enable(model, group=group_of(4), cache="rotated")
             elif case == "backend":
                 enable(model, group=group_of(4), backend="cuda")
+            elif case == "order":
+                enable(model, group=group_of(4), order="mixed")
+            elif case == "own order":
+                enable(model, order="contiguous")
             elif case == "group":
                 enable(model, group=4)
         except (ValueError, TypeError) as error:
@@ -358,6 +392,8 @@ REFUSED = {
     "recorded": r"past_key_values: expected None where gradients are recorded",
     "rotated": r"cache: expected 'unrotated' with group=, got 'rotated'",
     "backend": r"backend: expected one of reference, composed, triton, native or None with group=",
+    "order": r"order: expected 'balanced' or 'contiguous', got 'mixed'",
+    "own order": r"order: expected 'balanced' without group=, got 'contiguous'",
     "group": r"group: expected a ProcessGroup, a DeviceMesh or None, got int",
 }
 

@@ -12,6 +12,7 @@ from torch import nn
 from ...backends import choose as backends
 from ...distributed.blocks import BACKENDS as SPREAD_BACKENDS
 from ...distributed.ranks import Group, ranks_of
+from ...distributed.shards import Order, check_order
 from ...rope.value import Rope
 from .architectures import ROTATED_ALONE
 from .caches import fingerprint
@@ -34,6 +35,7 @@ def enable(
     cache: Cache = "unrotated",
     backend: str | None = None,
     group: Group = None,
+    order: Order = "balanced",
 ) -> Model:
     """Give a model of transformers LongRoPE's rotation, attention and cache.
 
@@ -59,6 +61,7 @@ def enable(
             it is about `attention`. A named one must serve the device the model is on now.
         group: the ranks that share each sequence (docs/distributed.md): a process group, or a mesh
             of one or two dimensions. They call the model alike, with whole inputs.
+        order: of the tokens over these ranks, as in `shard`; "contiguous" where windows are short.
 
     Returns:
         The same model.
@@ -84,6 +87,9 @@ def enable(
         raise ValueError(f"model: expected {SUPPORTED}, got {type(model).__name__}")
 
     heads = []
+    check_order(order)
+    if group is None and order != "balanced":
+        raise ValueError(f"order: expected 'balanced' without group=, got {order!r}")
     if group is not None:
         ranks_of(group)
         if cache != "unrotated":
@@ -102,7 +108,7 @@ def enable(
                 f"cache: {type(slot.base).__name__} {ROTATED_ALONE}: {slot.architecture.unrotated}"
             )
         ropes = _ropes(slot, rope)
-        settings = Settings(ropes, cache, backend, fingerprint(slot.attentions[0]), group)
+        settings = Settings(ropes, cache, backend, fingerprint(slot.attentions[0]), group, order)
         _check(settings, slot)
         chosen.append(settings)
     for slot in slots:
@@ -113,7 +119,7 @@ def enable(
     for slot, settings in zip(slots, chosen, strict=True):
         slot.put(settings)
     for head in heads:
-        put_loss(head, group)
+        put_loss(head, group, order)
     return model
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...distributed.ranks import Group
+from ...distributed.shards import Order
 from ...rope.value import Rope
 
 Cache = Literal["unrotated", "rotated"]
@@ -21,6 +22,7 @@ class Settings:
     backend: str | None
     fingerprint: int
     group: Group = None  # of the ranks that share a sequence; None: each has its own
+    order: Order = "balanced"  # in which they share its tokens
 
     @property
     def rope(self) -> Rope:

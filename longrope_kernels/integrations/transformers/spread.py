@@ -23,7 +23,7 @@ from ...rope.value import Rope
 from .masks import slots_of_mask
 from .sequences import Call
 from .settings import Settings
-from .spread_cache import ORDER, held_in
+from .spread_cache import held_in
 
 ARGUMENT = "longrope_spread"  # which layers pass on to the attention function
 
@@ -65,7 +65,7 @@ def _before(
     past = caches[0].get_seq_length() if caches else 0
     positions, padding = given.get("position_ids"), given.get("attention_mask")
     fields = {name: _digest(whole), "past_key_values": past, "attention_mask": _digest(padding)}
-    agree(ranks, fields | {"position_ids": _digest(positions)}, device)
+    agree(ranks, fields | {"position_ids": _digest(positions), "order": settings.order}, device)
 
     packed = False
     if positions is None:
@@ -97,7 +97,7 @@ def _before(
     else:
         given["use_cache"] = False
     given[ARGUMENT] = spread
-    given[name] = shard(whole, settings.group, order=ORDER)
+    given[name] = shard(whole, settings.group, order=settings.order)
     return (), given
 
 
@@ -106,10 +106,11 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     cached = any(isinstance(x, Cache) for x in kwargs.values())
     if not cached or kwargs[ARGUMENT].key_slots is not None:
         return None
-    ranks = ranks_of(base.longrope.settings.group)
+    settings: Settings = base.longrope.settings
+    ranks = ranks_of(settings.group)
     last = output.last_hidden_state[None, :, -1:]
-    # Rank 0 has the last piece of a balanced sequence.
-    output.last_hidden_state = gathered(ranks.ring, gathered(ranks.heads, last))[0]
+    owner = 0 if settings.order == "balanced" else -1
+    output.last_hidden_state = gathered(ranks.ring, gathered(ranks.heads, last))[owner]
     return output
 
 
@@ -154,10 +155,10 @@ def attend(
         q, k, v = (x.squeeze(0) for x in (q, k, v))
         rest = rest | {"layout": "thd", "cu_seqlens": call.cu_seqlens}
     out = attention(
-        *(q, k, v, shard(call.positions, group, -1, order=ORDER), rope),
+        *(q, k, v, shard(call.positions, group, -1, order=settings.order), rope),
         group=group,
         tokens=tokens,
-        order=ORDER,
+        order=settings.order,
         lengths=call.lengths,
         kv_start=call.kv_start,
         backend=settings.attention_backend,

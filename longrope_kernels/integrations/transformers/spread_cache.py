@@ -10,14 +10,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ...distributed.ranks import Ranks
 from ...distributed.shards import Order, Spans, count, spans_of
 
-ORDER: Order = "balanced"  # in which a model's tokens are cut
-
 
 class Held:
     """Which slots of a cache each rank has, and those of this one on the device, ascending."""
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, order: Order, device: torch.device) -> None:
+        self.ranks, self.order = ranks, order
         self.spans: list[Spans] = [()] * ranks.size
         self.slots = torch.empty(0, dtype=torch.int64, device=device)
         self.new = 0  # tokens of this forward, on all ranks
@@ -33,7 +31,7 @@ class Held:
             owner = counts.index(min(counts))
             new = [((total, total + tokens),) if i == owner else () for i in range(size)]
         else:
-            new = [spans_of(tokens, i, size, ORDER) for i in range(size)]
+            new = [spans_of(tokens, i, size, self.order) for i in range(size)]
         self.new, self.keeps = tokens, bool(new[rank])
         own = [torch.arange(*span, device=self.slots.device) for span in new[rank]]
         self.slots = torch.cat([self.slots, *own])
@@ -90,7 +88,7 @@ class SpreadLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def held_in(cache: Any, base: Any, ranks: Ranks, device: torch.device, past: int) -> Held:
-    """What a cache holds here; an empty one becomes a spread one."""
+    """What a cache holds here; an empty one becomes a spread one, in the order of the model."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters()):
         raise ValueError(
             "past_key_values: expected None where gradients are recorded, since a spread cache has "
@@ -110,7 +108,7 @@ def held_in(cache: Any, base: Any, ranks: Ranks, device: torch.device, past: int
             "past_key_values: expected a DynamicCache that offloads nothing, got "
             f"{type(cache).__name__}"
         )
-    held = Held(ranks, device)
+    held = Held(ranks, base.longrope.settings.order, device)
     count_of_layers = base.config.get_text_config().num_hidden_layers
     cache.layers = [SpreadLayer(held) for _ in range(count_of_layers)]
     cache.layer_class_to_replicate = None

@@ -9,8 +9,8 @@ from torch import nn
 
 from ...distributed import shard
 from ...distributed.ranks import Group, ranks_of
+from ...distributed.shards import Order
 from ...distributed.sums import whole_sum
-from .spread_cache import ORDER
 
 _NAME = "_loss_function"  # where the setter of ``loss_function`` puts it
 
@@ -36,10 +36,10 @@ def heads_of(model: nn.Module, bases: list[Any]) -> list[Any]:
     return heads
 
 
-def put_loss(head: Any, group: Group) -> None:
+def put_loss(head: Any, group: Group, order: Order) -> None:
     """Give a model the `SpreadLoss`."""
     former = vars(head).get(_NAME)
-    head.loss_function = SpreadLoss(group, former)
+    head.loss_function = SpreadLoss(group, order, former)
 
 
 def take_loss(model: nn.Module) -> None:
@@ -60,8 +60,8 @@ class SpreadLoss:
     all ranks; the *mean* of the ranks' gradients, as DDP and FSDP make it, is that of one process.
     """
 
-    def __init__(self, group: Group, former: Any) -> None:
-        self.group, self.former = group, former
+    def __init__(self, group: Group, order: Order, former: Any) -> None:
+        self.group, self.order, self.former = group, order, former
 
     def __call__(
         self,
@@ -76,7 +76,7 @@ class SpreadLoss:
         """As transformers' own; ``shift_labels`` are whole as well."""
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        own = shard(shift_labels, self.group, -1, order=ORDER).to(logits.device)
+        own = shard(shift_labels, self.group, -1, order=self.order).to(logits.device)
         if own.shape != logits.shape[:-1]:
             raise ValueError(
                 f"labels: expected those of all tokens on each rank, got {tuple(labels.shape)} "
