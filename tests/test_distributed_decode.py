@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from attention_truth import assert_lse_close, bf16, fp32, fp64
 from cases import DTYPE_NAMES, factors
 from decode_truth import Call
-from ranks import Ranks
+from ranks import Ranks, check_survivors
 from tolerance import assert_close
 
 from longrope_kernels import CacheFullError, FactorSet, KVCache, PagedKVCache, Rope
@@ -194,6 +195,18 @@ def test_a_full_cache_says_so_on_all_ranks(four: Ranks) -> None:
         assert lengths == (7, 7)
 
 
+def uneven(counts: list[Any]) -> None:
+    SpreadCache(Case().local(8)).extend(counts[dist.get_rank()])
+
+
+def test_other_counts_end_all(four: Ranks) -> None:
+    for answer in four("uneven", uneven, [1, 1, 2, 1]):
+        assert "counts: expected the same on all ranks, got [1, 1] on rank 0" in str(answer)
+    for rank, answer in enumerate(four("uneven", uneven, [1, -1, 1, 1])):
+        own = "ValueError: counts: expected from 0 to 2147483647, got -1"
+        assert str(answer).endswith(own if rank == 1 else f"group: rank 1: {own}")
+
+
 def wrong(rank_has: dict[int, dict[str, Any]]) -> Any:
     case = Case(ranks=4)
     given: dict[str, Any] = {
@@ -209,6 +222,36 @@ def wrong(rank_has: dict[int, dict[str, Any]]) -> Any:
 def test_other_arguments_end_all(four: Ranks) -> None:
     for answer in four("wrong", wrong, {2: {"total_lens": torch.tensor([4, 5])}}):
         assert "total_lens: expected the same on all ranks, got [4, 4] on rank 0" in str(answer)
+
+
+def test_a_wrong_argument_of_one_rank_ends_all(four: Ranks) -> None:
+    own = "ValueError: window: expected at least 1 token, got 0"
+    others = f"ValueError: group: rank 2: {own}"
+    found = four("wrong", wrong, {2: {"window": 0}})
+    assert [str(answer) for answer in found] == [others, others, own, others]
+
+
+def dying(where: str) -> None:
+    """Rank 1 dies before a prompt is spread, or before a step attends."""
+    case = Case(ranks=3)
+    q, k, v = case.tensors()
+    cache = SpreadCache(case.local(16))
+    if where == "decode":
+        cache.extend(13, order="balanced")
+        cache.write(shard(k[:, :13]), shard(v[:, :13]))
+    if dist.get_rank() == 1:
+        os._exit(7)
+    if where == "extend":
+        cache.extend(13, order="balanced")
+    cache.decode(q)
+
+
+@pytest.mark.parametrize("where", ["extend", "decode"])
+def test_a_dead_rank_ends_the_others_by_name(where: str) -> None:
+    pool = Ranks(3, timeout=5)
+    found = pool("die", dying, where)
+    pool.close()
+    check_survivors(found)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

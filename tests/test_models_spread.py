@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from cases import factors
 from model_cases import SHARED, SWITCH, family_model, generated, max_diff, padded, tokens
-from ranks import Ranks
+from ranks import Ranks, check_survivors
 from test_distributed import whole
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -405,6 +406,51 @@ def test_what_is_not_served_is_refused(case: str, four: Ranks) -> None:
         with pytest.raises(ValueError, match=f"^{REFUSED[case]}"):
             raise ValueError(message)
         assert count == 6  # tokens of this rank: the next call is served
+
+
+def other_order() -> Any:
+    order = "contiguous" if dist.get_rank() == 2 else "balanced"
+    model = enable(family_model(PHI3), group=group_of(4), order=order)
+    with torch.no_grad():
+        model(input_ids=tokens(1, 24))
+
+
+def test_another_order_on_a_rank_ends_all(four: Ranks) -> None:
+    for answer in four("order", other_order):
+        assert str(answer) == (
+            "ValueError: order: expected the same on all ranks, got balanced on rank 0, "
+            "balanced on rank 1, contiguous on rank 2, balanced on rank 3"
+        )
+
+
+def dying(where: str) -> None:
+    """Rank 1 dies in a forward, after it, or in the fourth token of ``generate()``."""
+    model = spread_model(LLAMA, 3)
+    count = 0
+
+    def die(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if dist.get_rank() == 1 and count == {"forward": 1, "generate": 4}.get(where):
+            os._exit(7)
+
+    model.model.layers[1].register_forward_pre_hook(die)
+    ids = tokens(1, 24)
+    if where == "generate":
+        generated(model, ids)
+        return
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    if dist.get_rank() == 1:
+        os._exit(7)
+    loss.backward()
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "generate"])
+def test_a_dead_rank_ends_the_others_by_name(where: str) -> None:
+    pool = Ranks(3, timeout=5)
+    found = pool("die", dying, where)
+    pool.close()
+    check_survivors(found)
 
 
 def other_head() -> Any:

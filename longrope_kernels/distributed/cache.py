@@ -11,7 +11,7 @@ from ..cache.base import Cache
 from ..cache.paged import PagedKVCache
 from ..cache.rows import CacheFullError, check_count
 from .decode import decode
-from .ranks import Group, agree, ranks_of
+from .ranks import Group, agree, ranks_of, telling
 from .shards import Order, Spans, check_order, count, gathered, spans_of
 
 
@@ -74,17 +74,21 @@ class SpreadCache:
         Raises:
             CacheFullError: on all ranks; nothing has changed. Of a `PagedKVCache` each row counts
                 on an equal part of the free blocks.
-            ValueError, TypeError: naming the argument.
+            ValueError, TypeError: naming the argument, also where it is not the same on all ranks.
             RuntimeError: a rank did not answer.
         """
         cache, ranks = self.cache, self._ranks
-        if order is not None:
-            check_order(order)
-        if order is not None or isinstance(counts, int):
-            counts = [check_count("counts", counts, 0)] * cache.batch
-        wanted = [check_count("counts", number, 0) for number in counts]
-        if len(wanted) != cache.batch:
-            raise ValueError(f"counts: expected one for each of {cache.batch} rows, got {wanted}")
+        with telling(ranks, cache.device):
+            if order is not None:
+                check_order(order)
+            if order is not None or isinstance(counts, int):
+                counts = [check_count("counts", counts, 0)] * cache.batch
+            wanted = [check_count("counts", number, 0) for number in counts]
+            if len(wanted) != cache.batch:
+                raise ValueError(
+                    f"counts: expected one for each of {cache.batch} rows, got {wanted}"
+                )
+        agree(ranks, {"counts": wanted, "order": order}, cache.device)
         room = torch.tensor([self._room(row) for row in range(cache.batch)], device=cache.device)
         rooms = gathered(ranks.ring, gathered(ranks.heads, room[None])).tolist()
         news: list[list[int]] = []  # the new slots of each row here
