@@ -114,6 +114,7 @@ SPREAD = [
     Mutation("spread: gradients of a sum, not of a mean", "distributed/sums.py", "grad * ctx.size, None", "grad, None", "test_models_spread.py -k training"),
     Mutation("spread: stretches joined that see a part", "distributed/blocks.py", "found[-1].sees == pair.sees ==", "pair.sees in", "test_distributed.py -k 'equals or nobody'"),
     Mutation("spread: the other keys' weight", "distributed/ring.py", "torch.nan_to_num(new_lse - lse)", "torch.nan_to_num(lse - new_lse)", "test_distributed.py -k equals"),
+    Mutation("spread: a block that a name holds", "distributed/ring.py", "            found = blocks.attend(plan.backend, _parts(q, block, pair), pair, plan.hidden)", "            held = _parts(q, block, pair)\n            found = blocks.attend(plan.backend, held, pair, plan.hidden)", "test_distributed.py -k holds"),
     Mutation("spread: a chunk sees what comes behind it", "integrations/transformers/spread.py", "total = spread.total - (queries - some.stop)", "total = spread.total", "test_models_spread.py -k chunks"),
     Mutation("spread: the last token of another rank", "integrations/transformers/spread.py", "owner = 0 if", "owner = -1 if", "test_models_spread.py -k generates"),
     Mutation("spread: the first rope for all layers", "integrations/transformers/attention.py", "attend_spread(q, k, v, call, rope,", "attend_spread(q, k, v, call, settings.rope,", "test_models_spread.py -k several"),

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from attention_truth import Call, Case, assert_lse_close, bf16, fp32, fp64
 from cases import Shape, two_sets
 from ranks import Ranks, check_survivors
 from tolerance import assert_close
+from torch.distributed.device_mesh import init_device_mesh
 
+from longrope_kernels import attention as local_attention
 from longrope_kernels.calls.records import Scores
 from longrope_kernels.distributed import attention, blocks, choose_schedule, shard, unshard
 from longrope_kernels.distributed.blocks import Hidden
@@ -173,6 +176,8 @@ SPREAD = [
     *(Spread(case, ranks=3, order="contiguous") for case in CASES[4:9]),
     *(Spread(case, ranks=4) for case in CASES[::3]),
     *(Spread(case, ranks=2, schedule="ulysses") for case in CASES if case.kv_heads == 2),
+    Spread(Case(queries=17, heads=3, kv_heads=3), ranks=3, schedule="ulysses"),
+    Spread(Case(queries=13, heads=8, kv_heads=4), ranks=4, order="contiguous", schedule="ulysses"),
     Spread(Case(queries=32, window=18), ranks=4),  # keys that a window cuts beside some it does not
     *(Spread(case, ranks=0) for case in CASES if case.kv_heads == 2),
     *(Spread(Case(queries=n), ranks=4) for n in (1, 2, 3, 7)),
@@ -275,6 +280,56 @@ def test_as_much_is_sent_as_the_schedule_says(schedule: str, four: Ranks) -> Non
     assert four("sent", rows_sent, schedule) == [expected] * 4
 
 
+def blocks_held(trains: bool) -> int:
+    """How many tensors for what other ranks have a rank holds at a time, at most."""
+    held: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most, like = 0, Plan.like
+
+    def noted(plan: Plan, x: torch.Tensor, step: int) -> torch.Tensor:
+        nonlocal most
+        made = like(plan, x, step)
+        held.add(made)
+        most = max(most, len(held))
+        return made
+
+    Plan.like = noted  # type: ignore[method-assign]
+    try:
+        small({}, trains=trains)
+    finally:
+        Plan.like = like  # type: ignore[method-assign]
+    return most
+
+
+def test_a_rank_holds_two_blocks_beside_its_own(four: Ranks) -> None:
+    """Of k and of v: the one it attends to, and the one that comes; the gradients that come."""
+    assert four("held", blocks_held, False) == [4] * 4
+    assert four("held", blocks_held, True) == [6] * 4
+
+
+def over_a_dimension() -> Any:
+    """Of a mesh of 2 x 2: of its second dimension, of the group that is in there, and of three."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))["context"]
+    q = torch.randn(1, 9, 2, 16, generator=torch.Generator().manual_seed(dist.get_rank() // 2))
+    rope, found = Shape(1, 1, 1, 1, 16).rope(4), []
+    for group in (mesh, mesh.get_group()):
+        own, at = shard(q, group), shard(torch.arange(9), group, 0)
+        found.append(
+            unshard(attention(own, own, own, at, rope, tokens=9, group=group), group, tokens=9)
+        )
+    whole = local_attention(q, q, q, torch.arange(9), rope)
+    try:
+        shard(q, init_device_mesh("cpu", (1, 2, 2)))
+    except ValueError as error:
+        return [float((x - whole).abs().max()) for x in found], str(error)
+    return None
+
+
+def test_a_dimension_of_a_mesh_is_a_group(four: Ranks) -> None:
+    for errors, message in four("mesh", over_a_dimension):
+        assert max(errors) < 1e-5
+        assert message == "group: expected a mesh of 1 or 2 dimensions, got 3"
+
+
 @pytest.mark.parametrize("order", ["balanced", "contiguous"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
@@ -336,14 +391,16 @@ def test_the_page_runs(four: Ranks) -> None:
 # ---------------------------------------------------------------------------------------- errors
 
 
-def small(rank_has: dict[int, dict[str, Any]], die: int = -1, late: bool = False) -> str:
+def small(
+    rank_has: dict[int, dict[str, Any]], die: int = -1, late: bool = False, trains: bool = True
+) -> str:
     """`attention` on all ranks, some with other arguments; one dies before it or its backward."""
     rank, size = dist.get_rank(), dist.get_world_size()
     made: dict[str, Any] = {"queries": 4, "rope": Shape(1, 1, 1, 1, 16).rope(4)} | rank_has.get(
         rank, {}
     )
     n = made.pop("queries")
-    q, k, v = (torch.ones(1, n, 2, 16, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.ones(1, n, 2, 16, requires_grad=trains) for _ in range(3))
     if rank == die and not late:
         os._exit(7)
     positions = torch.arange(n) + rank * n
@@ -352,7 +409,8 @@ def small(rank_has: dict[int, dict[str, Any]], die: int = -1, late: bool = False
     if rank == die:
         os._exit(7)
     assert isinstance(out, torch.Tensor)
-    out.sum().backward()
+    if trains:
+        out.sum().backward()
     return f"{size} ranks"
 
 

@@ -109,8 +109,8 @@ def _forward(
             coming = [plan.like(x, step + 1) for x in (k, v)]
             works = plan.pass_on(block, coming)
         for pair in plan.pairs(step):
-            parts = _parts(q, block, pair)
-            found = blocks.attend(plan.backend, parts, pair, plan.hidden)
+            # No name for these parts: it would hold the block until the next step has another.
+            found = blocks.attend(plan.backend, _parts(q, block, pair), pair, plan.hidden)
             own = out[:, pair.queries], lse[..., pair.queries]
             if pair.queries.start >= begun:
                 begun = pair.queries.stop
@@ -152,14 +152,17 @@ def _backward(
             works = plan.pass_on(block, coming)
         own = [torch.zeros_like(x, dtype=compute) for x in block]
         for pair in plan.pairs(step):
-            parts, remembered = _parts(q, block, pair), given.of(pair.queries)
-            found = blocks.attend_backward(plan.backend, parts, pair, plan.hidden, remembered)
+            remembered = given.of(pair.queries)
+            found = blocks.attend_backward(
+                plan.backend, _parts(q, block, pair), pair, plan.hidden, remembered
+            )
             dq[:, pair.queries] += found[0]
             for x, part in zip(own, found[1:], strict=True):
                 x[:, pair.keys] += part
         finish(plan.line, of_sums)
-        for x, before in zip(own, sums, strict=step > 0):
-            x += before
+        if step > 0:
+            for x in own:
+                x += sums.pop(0)
         sent, of_sums = own, []
         if step + 1 < steps:
             sums = [plan.like(x, step + 1).to(compute) for x in (k, v)]
