@@ -120,7 +120,7 @@ SPREAD = [
     Mutation("spread: the first rope for all layers", "integrations/transformers/attention.py", "attend_spread(q, k, v, call, rope,", "attend_spread(q, k, v, call, settings.rope,", "test_models_spread.py -k several"),
     Mutation("spread: a token scored by its own hidden state", "search/own_tokens.py", "tokens[:, before + 1]", "tokens[:, before]", "test_search_spread.py -k losses"),
     Mutation("spread: every rank tells its candidates", "search/distributed.py", "for found, _ in answers[::sharing]", "for found, _ in answers", "test_search_spread.py -k plain"),
-    Mutation("spread: windows of each process", "search/tune.py", "1 if group is None else ranks_of(group).size", "1", "test_search_spread.py -k shared"),
+    Mutation("spread: windows of each process", "search/tune.py", "accelerator.process_index // sharing", "accelerator.process_index", "test_search_spread.py -k shared"),
     Mutation("spread: layers that stay whole", "search/sharding.py", "        fully_shard(layer, mesh=everyone)", "        pass", "test_search_spread.py -k optimiser"),
     Mutation("spread: an optimiser that begins anew", "search/sharding.py", '{"model": weights, "optimizer": of_optimizer}', '{"model": weights, "optimizer": {}}', "test_search_spread.py -k goes_on"),
     Mutation("spread: tied weights written twice", "search/sharding.py", "whole[name] = whole[first[value]]", "pass", "test_search_spread.py -k saves"),

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from cases import factors
 from model_cases import family_model, tokens
-from ranks import Ranks
+from ranks import Ranks, check_survivors
 from search_cases import SMALL, flags, make_model, make_texts, one_thread
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from longrope_kernels import FactorSet, Rope, cli
 from longrope_kernels.search import own_tokens as own_tokens_module
 from longrope_kernels.search import sharding
+from longrope_kernels.search import tune as tune_module
 from longrope_kernels.search.documents import Document
 from longrope_kernels.search.model import TransformersLosses
 from longrope_kernels.search.needles import Needle
@@ -352,6 +353,48 @@ def test_whole_weights_are_saved_as_one_process_saves_them(
     all_of(four, saved, tmp_path)
     for path in (tmp_path / "alone").iterdir():
         assert (tmp_path / "shared" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def other_settings(work: Path, folder: Path) -> None:
+    tuned(work, folder, 1, 48, replace(TUNING, rate=0.1 * (1 + dist.get_rank())))
+
+
+def test_other_settings_on_a_rank_end_all(work: Path, four: Ranks, tmp_path: Path) -> None:
+    for answer in four("settings", other_settings, work, tmp_path):
+        assert str(answer).startswith("ValueError: settings: expected the same on all ranks, got")
+    assert not list(tmp_path.iterdir())
+
+
+def dying(work: Path, folder: Path, kind: str) -> None:
+    """Rank 1 dies in its second measurement of a search, or in the second step of fine-tuning."""
+    owner, name = {
+        "search": (TransformersLosses, "__call__"),
+        "tune": (tune_module._Loss, "forward"),
+    }[kind]
+    original, count = getattr(owner, name), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if dist.get_rank() == 1 and count == 2:
+            os._exit(7)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+    if kind == "tune":
+        tuned(work, folder, 4, 200, TUNING)
+    settings = {"length": LENGTH, "context-parallel": 2, **SMALL}
+    raise RuntimeError(run(command(work, "search", folder, **settings))[2])
+
+
+@pytest.mark.parametrize("kind", ["search", "tune"])
+def test_a_dead_rank_ends_the_others_by_name(kind: str, work: Path, tmp_path: Path) -> None:
+    pool = Ranks(4, timeout=5)
+    found = pool("die", dying, work, tmp_path / "out", kind)
+    pool.close()
+    check_survivors([found[0], found[1]] if kind == "search" else found)
+    if kind == "search":  # the other two share no sequence with it
+        assert all("another rank died or did not answer" in str(x) for x in found[2:])
 
 
 def no_layers() -> None:

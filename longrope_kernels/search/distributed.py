@@ -186,7 +186,7 @@ def _broadcast(message: Any) -> Any:
     return box[0]
 
 
-def _gather(answer: Any) -> list[Any]:
+def _gather(answer: tuple[list[Evaluation], str]) -> list[Any]:
     """The answers of all ranks, on rank 0; an empty list elsewhere."""
     answers: list[Any] | None = None
     if dist.get_rank() == 0:
@@ -194,12 +194,13 @@ def _gather(answer: Any) -> list[Any]:
     try:
         dist.gather_object(answer, answers, dst=0)
     except (RuntimeError, dist.DistError) as error:
-        raise _lost(error) from error
+        # One that shares sequences with this rank was missed, by its name, in the evaluation.
+        raise _lost(error, answer[1]) from error
     return answers or []
 
 
-def _lost(error: Exception) -> _RankError:
-    text = str(error).strip().splitlines()
+def _lost(error: Exception, earlier: str = "") -> _RankError:
+    text = (earlier or str(error)).strip().splitlines()
     return _RankError(
         f"rank {dist.get_rank()}: another rank died or did not answer in time "
         f"({text[-1] if text else type(error).__name__}); {_RESUME}"

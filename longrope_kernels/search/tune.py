@@ -16,12 +16,13 @@ import typer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..distributed.ranks import Group, ranks_of
+from ..distributed.ranks import Group, agree, ranks_of
 from ..distributed.sums import whole_sum
 from ..rope.value import Rope
 from .documents import Document
 from .model import CHUNK_NUMBERS
 from .own_tokens import OwnTokens
+from .source import digest
 
 LOG = "tuning.jsonl"
 Progress = Callable[[int, float], None]
@@ -113,7 +114,8 @@ def tune(
         `sharding.whole_weights` has them.
 
     Raises:
-        ValueError: a document is too short, or the model has no layers to be sharded.
+        ValueError: a document is too short, the model has no layers to be sharded, or an argument
+            is not the same on all processes.
         RuntimeError: the loss is not finite; the last checkpoint is from before it.
     """
     from accelerate import Accelerator
@@ -129,6 +131,12 @@ def tune(
             )
     kind = torch.device(device or next(model.parameters()).device).type
     accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no" if kind == "cpu" else "bf16")
+    sharing = 1 if group is None else ranks_of(group).size
+    if accelerator.num_processes > 1:
+        fields: dict[str, Any] = {"length": length, "steps": steps, "settings": settings}
+        fields |= {"documents": digest(documents), "short_length": short_length, "rope": rope}
+        fields |= {"sharing": sharing, "shard": shard}
+        agree(ranks_of(None), fields, accelerator.device)
     enable(model, rope=rope, group=group)
     if settings.recompute:
         _checkpointing(model, "enable")
@@ -143,7 +151,7 @@ def tune(
     )
     folder.mkdir(parents=True, exist_ok=True)
     start = _restore(accelerator, model, optimizer, folder)
-    share = accelerator.process_index // (1 if group is None else ranks_of(group).size)
+    share = accelerator.process_index // sharing
     windows = _Windows(documents, settings, length, short_length, share)
     module.train()
     for step in range(start, steps):
