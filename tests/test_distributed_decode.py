@@ -154,6 +154,37 @@ def test_new_tokens_go_where_there_is_room(four: Ranks) -> None:
     assert [lengths[0] for _, _, lengths in answers] == [3, 3, 3, 3]
 
 
+def uneven_rows(dtype: torch.dtype) -> list[float]:
+    """Errors beside one cache of all, of which rows get other numbers of tokens in a step."""
+    case = Case(switch=16)
+    scale = torch.tensor([0.01, 0.02]) if dtype == torch.float8_e4m3fn else None
+    whole, local = (
+        KVCache(
+            case.rope(), 2, 32, 2, 32, dtype=dtype, policy="switch", k_scale=scale, v_scale=scale
+        )
+        for _ in range(2)
+    )
+    spread, found = SpreadCache(local), []
+    generator = torch.Generator().manual_seed(0)
+    for counts in ([13, 13], [2, 0], [0, 1], [1, 4], [1, 1]):
+        q, k, v = (torch.randn(2, max(counts), n, 32, generator=generator) for n in (4, 2, 2))
+        whole.extend(counts)
+        whole.write(k, v)
+        prompt = max(counts) == 13
+        spread.extend(13 if prompt else counts, order="balanced" if prompt else None)
+        spread.write(*(shard(x) for x in (k, v)) if prompt else (k, v))
+        assert spread.lengths == whole.lengths
+        one, own = (x.decode(q[:, -1:], backend="reference") for x in (whole, spread))
+        found.append(float((one - own).abs().max()))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [fp32, torch.float8_e4m3fn], ids=str)
+def test_rows_of_other_numbers_of_tokens(dtype: torch.dtype, four: Ranks) -> None:
+    for errors in four("rows", uneven_rows, dtype):
+        assert max(errors) < 1e-5
+
+
 def drafts() -> Any:
     """Three drafts, two rejected, and two others in their place: as if they never came."""
     case = Case(ranks=4, steps=(1, 2))

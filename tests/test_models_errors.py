@@ -288,6 +288,17 @@ def test_refused_under_torchs_context_parallel(family, cache, one_rank):
     run(model, position_ids=positions, use_cache=False)
 
 
+def test_refused_with_a_group_under_torchs_context_parallel(one_rank):
+    from torch.distributed.tensor.experimental import context_parallel
+
+    model = enable(family_model("llama"), group=one_rank)
+    with (
+        context_parallel(one_rank, buffers=[tokens()], buffer_seq_dims=[1]),
+        pytest.raises(RuntimeError, match=r"^context_parallel: .* without that context"),
+    ):
+        run(model, use_cache=False)
+
+
 def test_one_set_is_rotated_under_torchs_context_parallel(one_rank):
     """Positions are all that it reads; the attention is torch's, which has none for a CPU there."""
     from torch.distributed.tensor.experimental import context_parallel
