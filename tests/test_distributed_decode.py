@@ -166,7 +166,7 @@ def uneven_rows(dtype: torch.dtype) -> list[float]:
     )
     spread, found = SpreadCache(local), []
     generator = torch.Generator().manual_seed(0)
-    for counts in ([13, 13], [2, 0], [0, 1], [1, 4], [1, 1]):
+    for counts in ([13, 13], [2, 0], [0, 1], [0, 1], [1, 4], [1, 1]):
         q, k, v = (torch.randn(2, max(counts), n, 32, generator=generator) for n in (4, 2, 2))
         whole.extend(counts)
         whole.write(k, v)

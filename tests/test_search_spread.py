@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import ranks
 import torch
@@ -353,6 +354,29 @@ def test_whole_weights_are_saved_as_one_process_saves_them(
     all_of(four, saved, tmp_path)
     for path in (tmp_path / "alone").iterdir():
         assert (tmp_path / "shared" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def tuned_as_on_a_gpu(work: Path, folder: Path, size: int, shard: bool = True) -> Any:
+    """The forward in bfloat16, the weights in float32."""
+    made = accelerate.Accelerator
+    accelerate.Accelerator = lambda cpu, mixed_precision: made(cpu=cpu, mixed_precision="bf16")
+    try:
+        return tuned(work, folder, size, 48, TUNING, shard)
+    finally:
+        accelerate.Accelerator = made
+        AcceleratorState._reset_state()
+
+
+def test_sharded_weights_are_rounded_in_the_forward_alone(
+    work: Path, four: Ranks, tmp_path: Path
+) -> None:
+    weights, losses, _ = tuned_as_on_a_gpu(work, tmp_path / "alone", 0)
+    assert losses != pytest.approx(tuned(work, tmp_path / "exact", 0, 48, TUNING)[1], rel=1e-5)
+    for own, logged, _ in all_of(four, tuned_as_on_a_gpu, work, tmp_path / "shared", 1):
+        assert logged == pytest.approx(losses, rel=1e-5)
+        for name, value in weights.items():
+            assert own[name].dtype == torch.float32
+            torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-4)
 
 
 def other_settings(work: Path, folder: Path) -> None:
