@@ -358,6 +358,7 @@ def test_whole_weights_are_saved_as_one_process_saves_them(
 
 def tuned_as_on_a_gpu(work: Path, folder: Path, size: int, shard: bool = True) -> Any:
     """The forward in bfloat16, the weights in float32."""
+    AcceleratorState._reset_state()  # which other tests have left
     made = accelerate.Accelerator
     accelerate.Accelerator = lambda cpu, mixed_precision: made(cpu=cpu, mixed_precision="bf16")
     try:
