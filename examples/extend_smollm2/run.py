@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fetch import JUDGED, SEARCHED, documents, model_folder
+from fetch import documents, model_folder
 from table import BEST_YARN, FORMULAS, READJUSTED, SEARCH, write_page
 
 from longrope_kernels import FactorSet, Rope
@@ -56,20 +56,27 @@ class Sizes:
     target: int = 16384  # what each row is made for
     last: int = 1024  # tokens that count in each text, the same at every length
     longest: int = 32768  # tokens of a text; their ends are what is measured
-    searched: tuple[str, ...] = ("prose",)
-    judged: tuple[str, ...] = ("prose", "drama", "code")
+    searched: tuple[str, ...] = ("prose: Genesis",)
+    judged: tuple[str, ...] = (
+        "prose: Jeremiah",
+        "drama: king-lear",
+        "code: turtle.py",
+        "prose: Isaiah",
+        "drama: othello",
+    )
     attentions: tuple[float, ...] = (1.0, 1.02, 1.04, 1.1)  # tried beside YaRN's own
-    population: int = 16
+    scored: int = 2048  # tokens that count in a search
+    population: int = 32
     iterations: int = 6
-    hours: float = 1.2  # of the search
-    short_hours: float = 0.25  # of each readjustment
-    seeds: tuple[int, ...] = (0,)
+    hours: float = 0.5  # of each search
+    short_hours: float = 0.1  # of each readjustment
+    seeds: tuple[int, ...] = (0, 1, 2)
     layers: int | None = None
 
 
 FULL = Sizes(
     lengths=(4096, 8192, 16384, 32768),
-    searched=("prose", "drama", "code"),
+    searched=("prose: Genesis", "drama: hamlet", "code: _pydecimal.py"),
     population=64,
     iterations=40,
     hours=8,
@@ -81,13 +88,15 @@ SMALL = Sizes(
     lengths=(256, 512, 1024),
     target=1024,
     last=64,
+    scored=64,
     longest=1024,
-    judged=("prose", "code"),
+    judged=("prose: Jeremiah", "code: turtle.py"),
     attentions=(1.0,),
     population=4,
     iterations=1,
     hours=1,
     short_hours=1,
+    seeds=(0,),
     layers=4,
 )
 
@@ -99,8 +108,8 @@ class Experiment:
         self.sizes, self.out = sizes, out
         folder = model_folder(out, sizes.layers)
         self.source = open_source(folder, sizes.original)
-        self.searched = self._texts(SEARCHED, sizes.searched)
-        self.judged = self._texts(JUDGED, sizes.judged)
+        self.searched = documents(out, sizes.searched, sizes.longest)
+        self.judged = documents(out, sizes.judged, sizes.longest)
         # The check compares with a loop of its own, which rounding to bfloat16 would blur.
         self.model = load_model(folder, dtype="bfloat16" if sizes.layers is None else "float32")
         self.losses = TransformersLosses(self.model)
@@ -113,10 +122,6 @@ class Experiment:
             "sizes": asdict(sizes),
         }
         self.book = Book(out / "results.json", head)
-
-    def _texts(self, names: dict[str, str], kinds: tuple[str, ...]) -> list[Document]:
-        chosen = {kind: names[kind] for kind in kinds}
-        return documents(self.out, chosen, self.sizes.longest)
 
     # ---------------------------------------------------------------------------------------- plan
 
@@ -282,7 +287,7 @@ class Experiment:
             crossovers=population // 2,
             parents=population // 2,
             attention="searched",
-            last=self.sizes.last,
+            last=self.sizes.scored,
             hours=hours,
             seed=seed,
         )
