@@ -4,9 +4,8 @@
     python examples/extend_smollm2/run.py --out extend-smollm2-output --full   # for a GPU
     python examples/extend_smollm2/run.py --out /tmp/small --small             # a check, minutes
 
-It says beforehand what it will take: three hours on two cores. Stopped at any moment, the same
-command goes on. The folder gets results.json, results.md and pictures; README.md beside this file
-says what is in them.
+It says beforehand what it will take. Stopped at any moment, the same command goes on. The folder
+gets results.json, results.md and pictures; README.md beside this file says what is in them.
 """
 
 from __future__ import annotations
@@ -16,21 +15,24 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from fetch import documents, model_folder
-from table import BEST_YARN, FORMULAS, READJUSTED, SEARCH, write_page
+from sizes import FULL, SMALL, Sizes
+from table import BEST_YARN, FORMULAS, N_HAT, NEEDLES, READJUSTED, SEARCH, UNIFORM, write_page
 
 from longrope_kernels import FactorSet, Rope
-from longrope_kernels.search.documents import Document, tails
+from longrope_kernels.search.documents import Document, encoder, tails
 from longrope_kernels.search.find import Options, find
 from longrope_kernels.search.fitness import Perplexity
 from longrope_kernels.search.model import TransformersLosses
+from longrope_kernels.search.needles import key_values
 from longrope_kernels.search.readjust import readjust
+from longrope_kernels.search.retrieval import Retrieved, retrieval, several_keys, single_key
 from longrope_kernels.search.source import (
     baselines,
     digest,
@@ -40,65 +42,15 @@ from longrope_kernels.search.source import (
     open_source,
     read_json,
 )
+from longrope_kernels.search.space import critical_dimension
 
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "examples/extend_tiny")]
 from book import Book  # noqa: E402
+from judge import policies  # noqa: E402
 from report import facts  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is done, and how much of it."""
-
-    original: int = 8192
-    lengths: tuple[int, ...] = (4096, 8192, 16384)
-    target: int = 16384  # what each row is made for
-    last: int = 1024  # tokens that count in each text, the same at every length
-    longest: int = 32768  # tokens of a text; their ends are what is measured
-    searched: tuple[str, ...] = ("prose: Genesis",)
-    judged: tuple[str, ...] = (
-        "prose: Jeremiah",
-        "drama: king-lear",
-        "code: turtle.py",
-        "prose: Isaiah",
-        "drama: othello",
-    )
-    attentions: tuple[float, ...] = (1.0, 1.02, 1.04, 1.1)  # tried beside YaRN's own
-    scored: int = 2048  # tokens that count in a search
-    population: int = 32
-    iterations: int = 6
-    hours: float = 0.5  # of each search
-    short_hours: float = 0.1  # of each readjustment
-    seeds: tuple[int, ...] = (0, 1, 2)
-    layers: int | None = None
-
-
-FULL = Sizes(
-    lengths=(4096, 8192, 16384, 32768),
-    searched=("prose: Genesis", "drama: hamlet", "code: _pydecimal.py"),
-    population=64,
-    iterations=40,
-    hours=8,
-    short_hours=2,
-    seeds=(0, 1, 2),
-)
-SMALL = Sizes(
-    original=512,
-    lengths=(256, 512, 1024),
-    target=1024,
-    last=64,
-    scored=64,
-    longest=1024,
-    judged=("prose: Jeremiah", "code: turtle.py"),
-    attentions=(1.0,),
-    population=4,
-    iterations=1,
-    hours=1,
-    short_hours=1,
-    seeds=(0,),
-    layers=4,
-)
+Ropes = Mapping[str, Rope | None]  # by name; None for dynamic NTK, another at each length
 
 
 class Experiment:
@@ -108,6 +60,7 @@ class Experiment:
         self.sizes, self.out = sizes, out
         folder = model_folder(out, sizes.layers)
         self.source = open_source(folder, sizes.original)
+        self.encode = encoder(str(folder))
         self.searched = documents(out, sizes.searched, sizes.longest)
         self.judged = documents(out, sizes.judged, sizes.longest)
         # The check compares with a loop of its own, which rounding to bfloat16 would blur.
@@ -127,26 +80,34 @@ class Experiment:
 
     def plan(self) -> None:
         """Time forwards of a part of the shortest length, and say what all will take."""
-        seconds = self._seconds()
-        rows = len(FORMULAS) + 2 + len(self.sizes.seeds)
-        each = {n: seconds(n) for n in self.sizes.lengths}
-        table = rows * len(self.judged) * sum(each.values())
-        factors = len(self.sizes.attentions) * len(self.searched) * seconds(self.sizes.target)
-        short = sum(n < self.sizes.target for n in self.sizes.lengths)
-        searches = self.sizes.hours * len(self.sizes.seeds) + self.sizes.short_hours * short
+        sizes, seconds = self.sizes, self._seconds()
+        each = {n: seconds(n) for n in sizes.lengths}
+        rows = len(FORMULAS) + 3 + len(sizes.seeds)
+        variants = len(sizes.attentions) * len(self.searched)
+        variants += (len(sizes.uniform) + len(sizes.n_hats)) * len(self.judged)
+        asked = sum(each[n] for n in self._asked()) * (sizes.asked + 5)
+        short = sum(n < sizes.target for n in sizes.lengths)
+        parts = {
+            f"table, {rows} rows of {len(self.judged)} texts": (
+                rows * len(self.judged) * sum(each.values())
+            ),
+            "uniform factors, thresholds, YaRN's attention": variants * seconds(sizes.target),
+            "retrieval": rows * asked,
+            "searches, at most": 3600 * sizes.hours * (1 + len(sizes.seeds)),
+            "readjustments, at most": 3600 * sizes.short_hours * short,
+        }
         print("forward of one text, extrapolated:")
         for length, time_of_one in each.items():
             print(f"  {length:>6} tokens {time_of_one:7.0f} s")
-        print(f"table, {rows} rows of {len(self.judged)} texts {table / 3600:6.2f} hours")
-        print(f"attention factors of YaRN {factors / 3600:6.2f} hours")
-        print(f"searches {searches:6.2f} hours, at most")
+        for name, taken in parts.items():
+            print(f"{name}: {taken / 3600:.2f} hours")
         done = sum(self.book.content["seconds"].values())
-        total = (table + factors) / 3600 + searches
-        print(f"in all {total:.1f} hours, of which {done / 3600:.1f} are done", flush=True)
+        total = sum(parts.values())
+        print(f"in all {total / 3600:.1f} hours, of which {done / 3600:.1f} are done", flush=True)
 
     def _seconds(self) -> Callable[[int], float]:
         """Of a forward by its tokens: a share that grows with them, and one with their square."""
-        short = self.sizes.lengths[0] // 8
+        short = self.sizes.lengths[0] // 2
 
         def make() -> list[float]:
             taken = []
@@ -161,55 +122,115 @@ class Experiment:
         line = one / short - square * short
         return lambda tokens: line * tokens + square * tokens**2
 
-    # ---------------------------------------------------------------------------------------- rows
+    # ----------------------------------------------------------------------------------------- all
 
     def run(self) -> None:
         """All steps; the ones that say most come first."""
-        lengths = sorted(self.sizes.lengths, key=lambda n: n != self.sizes.target)
-        formulas = dict(self.formulas())
+        sizes = self.sizes
         first, *others = self.judged
+        formulas = self.formulas()
         self.look(formulas, first)
-        for length in lengths:
-            for name in FORMULAS:
-                self.measure(name, formulas.get(name), length, first)
-        ropes = {BEST_YARN: self.best_yarn(formulas["YaRN"])}
-        for seed in self.sizes.seeds:
-            ropes[SEARCH if seed == 0 else f"{SEARCH}, seed {seed}"] = self.search(seed)
-        ropes[READJUSTED] = self.readjusted(ropes[SEARCH])
-        for document in (first, *others):
-            for length in lengths:
-                for name, rope in (formulas | ropes).items():
-                    self.measure(name, rope, length, document)
+        self.table(formulas, [first])
+        found: dict[str, Rope | None] = {BEST_YARN: self.best_yarn(formulas["YaRN"])}
+        found[SEARCH] = self.search(sizes.seeds[0])
+        found[READJUSTED] = self.readjusted(found[SEARCH])
+        self.table(found, self.judged)
+        self.table(formulas, others)
+        self.ask(found)
+        self.cross(found[READJUSTED])
+        needles = {NEEDLES: self.search_needles()}
+        self.table(needles, self.judged)
+        self.ask(needles | formulas)
+        self.vary(found[SEARCH])
+        seeds = {f"{SEARCH}, seed {seed}": self.search(seed) for seed in sizes.seeds[1:]}
+        self.table(seeds, self.judged)
+        self.ask(seeds)
 
-    def formulas(self) -> Iterator[tuple[str, Rope | None]]:
-        """By name, each for the target; None for dynamic NTK, another at each length."""
+    def formulas(self) -> dict[str, Rope | None]:
+        """By name, each for the target."""
         found = baselines(self.source, self.sizes.target)
-        yield from ((name, found.get(name)) for name in FORMULAS)
+        return {name: found.get(name) for name in FORMULAS}
 
-    def look(self, formulas: dict[str, Rope | None], document: Document) -> None:
-        """Each formula by a short window at the positions of the target, which takes a minute."""
+    # ------------------------------------------------------------------------------------ measured
+
+    def look(self, ropes: Ropes, document: Document) -> None:
+        """Each by a short window at the positions of the target, which takes a minute."""
         options, target = self._options(self.sizes.hours, 0), self.sizes.target
         end = tails([document], self.sizes.longest, target)
         fitness = options.skipped(self.losses, end, target, None)
         assert fitness is not None
-        for name, rope in formulas.items():
+        for name, rope in ropes.items():
             one = rope or dynamic_ntk(self.source, target)
-            key = f"{name}, a window, {document.name}"
-            self.book.get(key, lambda one=one: math.log(fitness(one)))
-            write_page(self.book.content, self.out)
+            self._get(f"{name}, a window, {document.name}", lambda one=one: math.log(fitness(one)))
 
-    def measure(self, name: str, rope: Rope | None, length: int, document: Document) -> None:
-        """The loss of the last tokens of a text, after as much of it as makes the length."""
-        key = f"{name}, {length} tokens, {document.name}"
-        self.book.get(
-            key, lambda: self._loss(rope or dynamic_ntk(self.source, length), length, document)
-        )
-        write_page(self.book.content, self.out)
+    def table(self, ropes: Ropes, texts: list[Document], only: int | None = None) -> None:
+        """The loss of the last tokens of texts, after as much of each as makes a length."""
+        lengths = sorted(self.sizes.lengths, key=lambda n: n != self.sizes.target)
+        for document in texts:
+            for length in lengths if only is None else [only]:
+                for name, rope in ropes.items():
+                    one = rope or dynamic_ntk(self.source, length)
+                    self._get(
+                        f"{name}, {length} tokens, {document.name}",
+                        lambda one=one, n=length, text=document: self._loss(one, n, text),
+                    )
 
     def _loss(self, rope: Rope, length: int, document: Document) -> float:
         end = tails([document], self.sizes.longest, length)
         last = min(self.sizes.last, length // 2)
         return math.log(Perplexity(self.losses, end, length, last=last)(rope))
+
+    def ask(self, ropes: Ropes) -> None:
+        """What is found of numbers that texts hide: five in each text, and one in the first."""
+        needles = key_values(self.encode)
+        for length in self._asked():
+            ends = tails(self.judged[: self.sizes.asked], self.sizes.longest, length)
+            texts = {
+                "several keys": several_keys(ends, needles, length),
+                "one key": single_key(ends[:1], needles, length),
+            }
+            for name, rope in ropes.items():
+                one = rope or dynamic_ntk(self.source, length)
+                for kind, hidden in texts.items():
+                    self._get(
+                        f"{name}, {length} tokens: {kind}",
+                        lambda one=one, hidden=hidden, n=length: _told(
+                            retrieval(self.losses, one, hidden, n)
+                        ),
+                    )
+
+    def _asked(self) -> list[int]:
+        """The target, and what the model was trained for."""
+        return [self.sizes.target, self.sizes.original]
+
+    def cross(self, rope: Rope | None) -> None:
+        """What each policy costs where a sequence grows out of its short set."""
+        assert rope is not None
+        if len(rope.sets) == 1:
+            print("policies: no short set was better, so there is nothing to switch from")
+            return
+        bound = rope.sets[-2].max_length
+        assert bound is not None
+        end = min(bound + self.sizes.last, self.sizes.longest)
+        self._get("policies", lambda: policies(self.model, rope, self.judged, end))
+
+    def vary(self, rope: Rope | None) -> None:
+        """Uniform factors, and other thresholds for the factors of a search, at the target."""
+        assert rope is not None
+        (one,) = rope.sets
+        target, pairs = self.sizes.target, len(one.factors)
+        rows = {
+            f"{UNIFORM} {value:g}": Rope((FactorSet((value,) * pairs),), rope.base)
+            for value in self.sizes.uniform
+        }
+        for n_hat in self.sizes.n_hats:
+            rows[f"{N_HAT} {n_hat}"] = Rope((replace(one, n_hat=n_hat),), rope.base)
+        self.table(rows, self.judged, only=target)
+
+    def _get(self, name: str, make: Callable[[], Any]) -> Any:
+        found = self.book.get(name, make)
+        write_page(self.book.content, self.out)
+        return found
 
     # ------------------------------------------------------------------------------------ searches
 
@@ -237,29 +258,44 @@ class Experiment:
 
     def search(self, seed: int) -> Rope:
         """LongRoPE's search at the target, coarse to fine."""
-        folder = self.out / f"search-{seed}"
-        target = self.sizes.target
-        options = self._options(self.sizes.hours, seed)
+        return self._search(f"search-{seed}", f"search, seed {seed}", self.sizes.hours, seed)
+
+    def search_needles(self) -> Rope:
+        """LongRoPE2's: the answers about needles alone count, and pairs from the critical one."""
+        rope = self.source.rope
+        critical = critical_dimension(rope.rotary_dim, rope.base, self.sizes.original) // 2
+        return self._search(
+            *("search-needles", "search, by needles", self.sizes.hours, self.sizes.seeds[0]),
+            fitness="needle",
+            critical=critical,
+            last=None,
+        )
+
+    def _search(self, name: str, key: str, hours: float, seed: int, **options: Any) -> Rope:
+        folder, target = self.out / name, self.sizes.target
+        chosen = replace(self._options(hours, seed), **options)
 
         def make() -> dict[str, Any]:
             found = find(
                 *(self.losses, self._ends(target)),
-                options.space(self.source.rope, self.sizes.original, target),
-                *(options, folder),
+                chosen.space(self.source.rope, self.sizes.original, target),
+                *(chosen, folder),
                 others=baselines(self.source, target),
+                encode=self.encode,
                 context={"weights": fingerprint(self.model)},
-                progress=_progress(folder.name),
+                progress=_progress(name),
                 say=print,
             )
             kept = read_json(folder / "result.json")
-            names = ("evaluations", "seconds", "correlation", "descent", "others")
+            names = ("judged", "evaluations", "seconds", "correlation", "descent", "others")
             return {"fitness": found.best.fitness, **{name: kept[name] for name in names}}
 
-        self.book.get(f"search, seed {seed}", make)
+        self._get(key, make)
         return Rope.load(folder)
 
-    def readjusted(self, rope: Rope) -> Rope:
+    def readjusted(self, rope: Rope | None) -> Rope:
         """That rope, with sets for shorter lengths where a search finds better ones."""
+        assert rope is not None
         folder = self.out / "readjust"
         lengths = [n for n in self.sizes.lengths if n < self.sizes.target]
 
@@ -274,7 +310,7 @@ class Experiment:
             result.rope.save(folder)
             return {"taken": list(result.taken), "before": result.before}
 
-        self.book.get("readjust", make)
+        self._get("readjust", make)
         return Rope.load(folder)
 
     def _options(self, hours: float, seed: int) -> Options:
@@ -294,6 +330,11 @@ class Experiment:
 
     def _ends(self, length: int) -> list[Document]:
         return tails(self.searched, self.sizes.longest, length)
+
+
+def _told(found: Retrieved) -> dict[str, Any]:
+    """As JSON: `table.py` makes a `Retrieved` of it again."""
+    return {"found": found.found, "sums": found.measured.sums, "counts": found.measured.counts}
 
 
 def _progress(name: str) -> Callable[[Any], None]:

@@ -11,12 +11,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from longrope_kernels.search.compare import with_error
+from longrope_kernels.search.fitness import Measured, standard_error
 from longrope_kernels.search.plots import draw_perplexity
+from longrope_kernels.search.retrieval import Retrieved
+
+sys.path.append(str(Path(__file__).parents[1] / "extend_tiny"))
+from page import answers
 
 FORMULAS = ("no scaling", "PI", "NTK", "dynamic NTK", "YaRN")
 BEST_YARN, SEARCH, READJUSTED = "YaRN, best attention factor", "LongRoPE", "LongRoPE, readjusted"
-ROWS = (*FORMULAS, BEST_YARN, SEARCH, READJUSTED)
+NEEDLES = "LongRoPE2's search"
+ROWS = (*FORMULAS, BEST_YARN, SEARCH, READJUSTED, NEEDLES)
+UNIFORM, N_HAT = "uniform lambda", f"{SEARCH}, n_hat"  # at the target alone
+TINY = Path(__file__).parents[2] / "reports/extend_tiny/results.json"
 _ROW = re.compile(r"(?P<name>.+), (?P<length>\d+) tokens, (?P<text>.+)")
+_ASKED = re.compile(r"(?P<name>.+), (?P<length>\d+) tokens: (?P<kind>.+)")
 Losses = dict[str, dict[int, dict[str, float]]]  # by row, length and text
 
 
@@ -36,8 +46,9 @@ def write_page(content: dict[str, Any], folder: Path) -> None:
 
 def page(content: dict[str, Any]) -> str:
     """The page, as Markdown."""
-    parts = [_head(content), _missing(content), _table(content), _windows(content)]
-    parts += [_searches(content), _seconds(content)]
+    parts = [_head(content), _missing(content), _table(content), _claims(content)]
+    parts += [_retrieval(content), _policies(content), _searches(content), _windows(content)]
+    parts.append(_seconds(content))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -61,6 +72,7 @@ def _table(content: Mapping[str, Any]) -> str:
     lines = [
         [name, *(_cell(row.get(length), len(kinds)) for length in lengths)]
         for name, row in rows.items()
+        if not name.startswith((UNIFORM, N_HAT))
     ]
     if not lines:
         return ""
@@ -92,18 +104,139 @@ def _windows(content: Mapping[str, Any]) -> str:
 
 
 def _missing(content: Mapping[str, Any]) -> str:
-    """What of the table was not run, in a sentence."""
-    sizes, rows = content["sizes"], _losses(content)
-    cells = len(sizes["lengths"]) * len(sizes["judged"])
-    done = sum(len(texts) for row in rows.values() for texts in row.values())
-    searched = sum(key.startswith("search, ") for key in content["results"])
-    if searched == len(sizes["seeds"]) and done == cells * (len(ROWS) - 1 + searched):
+    """What of it all was not run, in a sentence."""
+    sizes, rows, results = content["sizes"], _losses(content), content["results"]
+    named = (*ROWS, *(f"{SEARCH}, seed {seed}" for seed in sizes["seeds"][1:]))
+    cells = len(named) * len(sizes["lengths"]) * len(sizes["judged"])
+    done = sum(len(texts) for name in named for texts in rows.get(name, {}).values())
+    searches = len(sizes["seeds"]) + 1
+    searched = sum(key.startswith("search, ") for key in results)
+    asked, answered = 4 * len(named), sum(_ASKED.fullmatch(key) is not None for key in results)
+    if (done, searched, answered) == (cells, searches, asked) and "readjust" in results:
         return ""
-    total = cells * (len(ROWS) - 1 + len(sizes["seeds"]))
-    readjusted = "a" if "readjust" in content["results"] else "no"
+    readjusted = "a" if "readjust" in results else "no"
     return (
-        f"**Not all of it was run**: {done} of {total} cells of the table, {searched} of "
-        f"{len(sizes['seeds'])} searches, {readjusted} readjustment. The same command goes on."
+        f"**Not all of it was run**: {done} of {cells} cells of the table, {searched} of {searches}"
+        f" searches, {readjusted} readjustment, {answered} of {asked} cells of the retrieval. The "
+        "same command goes on."
+    )
+
+
+def _claims(content: Mapping[str, Any]) -> str:
+    """What the papers say, as the difference of two losses over the same texts."""
+    rows, sizes = _losses(content), content["sizes"]
+    target, original, shortest = sizes["target"], sizes["original"], min(sizes["lengths"])
+
+    def of(name: str, length: int) -> dict[str, float]:
+        return rows.get(name, {}).get(length, {})
+
+    def seeds(length: int) -> dict[str, float]:
+        """Of the searches of all seeds that were measured, by text."""
+        names = [SEARCH, *(f"{SEARCH}, seed {seed}" for seed in sizes["seeds"][1:])]
+        found = [row for name in names if (row := of(name, length))]
+        texts = set.intersection(*map(set, found)) if found else set()
+        return {text: statistics.fmean(row[text] for row in found) for text in sorted(texts)}
+
+    def best(prefix: str, *others: str) -> tuple[str, dict[str, float]]:
+        """The row whose mean is lowest."""
+        names = [name for name in rows if name.startswith(prefix) or name in others]
+        chosen = min(names, key=lambda n: statistics.fmean(of(n, target).values()), default="")
+        return chosen, of(chosen, target)
+
+    def told(kind: str, name: str) -> dict[str, float]:
+        found = content["results"].get(f"{name}, {target} tokens: {kind}")
+        sums = {} if found is None else dict(zip(sizes["judged"], found["sums"], strict=False))
+        return {text: total / found["counts"][at] for at, (text, total) in enumerate(sums.items())}
+
+    uniform, of_uniform = best(UNIFORM, "PI")
+    threshold, of_threshold = best(N_HAT)
+    lines = [
+        ("non-uniform lambda beats uniform", f"{target} tokens", uniform, of_uniform,
+         f"{SEARCH}, all seeds", seeds(target)),
+        ("a search beats YaRN with its best attention factor", f"{target} tokens", BEST_YARN,
+         of(BEST_YARN, target), f"{SEARCH}, all seeds", seeds(target)),
+        ("n_hat helps without tuning", f"{target} tokens", f"{N_HAT} 0", of(f"{N_HAT} 0", target),
+         threshold, {} if threshold == f"{N_HAT} 0" else of_threshold),
+        ("the searched set holds to the target", f"{original} and {target} tokens",
+         f"no scaling, {original} tokens", of("no scaling", original),
+         f"{SEARCH}, {target} tokens", seeds(target)),
+        ("readjustment recovers the short lengths", f"{shortest} tokens", SEARCH,
+         of(SEARCH, shortest), READJUSTED, of(READJUSTED, shortest)),
+        ("needles find better retrieval than perplexity", f"{target} tokens, answers of one of "
+         "several keys", SEARCH, told("several keys", SEARCH), NEEDLES,
+         told("several keys", NEEDLES)),
+    ]  # fmt: skip
+    tiny = answers(json.loads(TINY.read_text("utf-8")))
+    made = [
+        [claim, where, without, with_, *_difference(a, b), tiny.get(claim, "")]
+        for claim, where, without, a, with_, b in lines
+        if a and b
+    ]
+    if not made:
+        return ""
+    head = ["claim", "at", "without", "with", "difference, nats per token", "answer", "tiny model"]
+    return (
+        "## The claims of the papers\n\n"
+        + _markdown(head, made)
+        + "\n\nDifferences are of the losses of the same tokens, with minus without, and their "
+        "standard errors over the texts; a smaller one is no answer. The tiny model "
+        "is that of reports/extend_tiny."
+    )
+
+
+def _difference(without: Mapping[str, float], with_: Mapping[str, float]) -> tuple[str, str]:
+    """With its standard error over the texts of both, and what it says."""
+    each = [with_[text] - without[text] for text in without if text in with_]
+    mean, error = statistics.fmean(each), standard_error(each, [1] * len(each))
+    if math.isnan(error):
+        return f"{mean:+.4f}", "one text alone says nothing"
+    if abs(mean) <= error:
+        return f"{mean:+.4f} \u00b1 {error:.4f}", "not decided"
+    return f"{mean:+.4f} \u00b1 {error:.4f}", "yes" if mean < 0 else "no, the reverse"
+
+
+def _retrieval(content: Mapping[str, Any]) -> str:
+    cells: dict[str, dict[tuple[str, str], str]] = {}
+    for key, value in content["results"].items():
+        if match := _ASKED.fullmatch(key):
+            found = Retrieved(value["found"], Measured(value["sums"], value["counts"]))
+            share = with_error(100 * found.share, 100 * found.error)
+            loss = with_error(found.measured.loss, found.measured.error)
+            column = match["length"], match["kind"]
+            cells.setdefault(match["name"], {})[column] = f"{share} %; {loss}"
+    if not cells:
+        return ""
+    sizes = content["sizes"]
+    columns = [
+        (str(n), kind)
+        for n in (sizes["original"], sizes["target"])
+        for kind in ("one key", "several keys")
+    ]
+    head = ["", *(f"{kind}, {length} tokens" for length, kind in columns)]
+    lines = [[name, *(row.get(column, "") for column in columns)] for name, row in cells.items()]
+    return (
+        "## Numbers found that a text hides\n\n"
+        + _markdown(head, lines)
+        + "\n\nThe share of answers that greedy decoding gives in full, and the loss of the "
+        "answers' tokens, with standard errors over texts where there are several. One key: five "
+        "texts with a statement each, at five depths; several keys: "
+        f"{sizes['asked']} texts with five statements each, asked for all of them. As RULER's "
+        "single and multi key tasks."
+    )
+
+
+def _policies(content: Mapping[str, Any]) -> str:
+    found = content["results"].get("policies")
+    if not found:
+        return ""
+    distances = list(next(iter(found.values())))
+    lines = [[name, *(f"{row[d]:.3f}" for d in distances)] for name, row in found.items()]
+    return (
+        "## Where a sequence grows out of the short set\n\n"
+        + _markdown(["policy", *(f"tokens {d}" for d in distances)], lines)
+        + "\n\nPerplexity of the tokens behind the crossing, by distance: with all keys under the "
+        "long set from there on (switch), under the short set as before (pin), or prefilled again "
+        "(recompute)."
     )
 
 
@@ -128,6 +261,7 @@ def _searches(content: Mapping[str, Any]) -> str:
                 [
                     key,
                     f"{found['fitness']:.2f}",
+                    str(found.get("judged", "")),
                     str(found["evaluations"]),
                     f"{found['seconds']:.0f}",
                     str(descent.get("formula", "")),
@@ -136,8 +270,8 @@ def _searches(content: Mapping[str, Any]) -> str:
             )
     if not lines:
         return ""
-    head = ["", "perplexity, searched texts", "evaluations", "seconds", "descends from", "changed"]
-    return "## Searches\n\n" + _markdown(head, lines)
+    head = ["", "perplexity, searched texts", "candidates", "in full", "seconds", "descends from"]
+    return "## Searches\n\n" + _markdown([*head, "changed"], lines)
 
 
 def _seconds(content: Mapping[str, Any]) -> str:

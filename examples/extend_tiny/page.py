@@ -28,6 +28,11 @@ def tables(content: dict[str, Any]) -> list[tuple[str, str]]:
     return [(title, table) for title, make in page.parts if (table := make())]
 
 
+def answers(content: dict[str, Any]) -> dict[str, str]:
+    """What it says of each claim of the paper."""
+    return {claim: answer for claim, *_, answer in _Page(content).lines()}
+
+
 class _Page:
     def __init__(self, content: dict[str, Any]) -> None:
         self.results: dict[str, Any] = content["results"]
@@ -97,7 +102,8 @@ class _Page:
         found = self.results.get(f"by length: {name}")
         return [] if found is None else [found[str(self.context)]]
 
-    def claims(self) -> str:
+    def lines(self) -> list[list[str]]:
+        """Of the table of claims: the claim first, and the answer last."""
         near, far = self.near, self.far
         best = f"search: at {near}"
         uniform = self.results.get(f"uniform at {near}")
@@ -129,12 +135,15 @@ class _Page:
                 "on", self._seeds(best),
             ),
         ]  # fmt: skip
-        lines = [
+        return [
             [claim, where, f"{_spread(without)} ({a})", f"{_spread(with_)} ({b})",
              _answer(without, with_)]
             for claim, where, a, without, b, with_ in claims
             if without and with_
         ]  # fmt: skip
+
+    def claims(self) -> str:
+        lines = self.lines()
         return _markdown(["claim", "where", "without", "with", "answer"], lines) if lines else ""
 
     def searches(self) -> str:
