@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from .candidate import Candidate, Evaluation, Formula
-from .coarse import Sieve, correlation
+from .coarse import Both, Sieve, correlation, standing
 from .space import SearchSpace
 from .state import JOURNAL, STATE, SearchFolder
 
@@ -169,10 +169,15 @@ class Search(ABC):
 
     @property
     def correlation(self) -> float | None:
-        """Spearman's rank correlation of the two fitnesses, over the candidates that have both."""
-        both = [c for asked in self._asked for c in asked if c in self._coarse]
-        both = [c for c in both if c in self._results]
-        return correlation([(self._coarse[c], self._results[c]) for c in both])
+        """Spearman's rank correlation of the two fitnesses, by the candidates that have both."""
+        both, weights = list[Both](), list[float]()
+        for asked in self._asked:
+            coarse = [self._coarse[c] for c in asked if c in self._coarse]
+            ranked = sorted(coarse, key=lambda one: one.rank)
+            full = [self._results.get(one.candidate) for one in ranked]
+            both += [(a, b) for a, b in zip(ranked, full, strict=True) if b is not None]
+            weights += standing([one is not None for one in full])
+        return correlation(both, weights)
 
     @property
     def sifts(self) -> bool:
@@ -250,7 +255,8 @@ class Search(ABC):
 
     @property
     def _ended(self) -> bool:
-        return self._exhausted or self._closing or len(self._asked) >= self._limit
+        spent = self.sieve is not None and self.sieve.spent(len(self._results))
+        return self._exhausted or self._closing or spent or len(self._asked) >= self._limit
 
     def _open(self) -> list[Candidate]:
         wanted, known = self._current()

@@ -15,8 +15,7 @@ import typer
 
 from .candidate import Evaluation
 
-# Rank correlations: `auto` doubles the share below the first, and takes all below the second. Those
-# that are judged in full are mostly the best, which are harder to rank than all candidates are.
+# Rank correlations: `auto` doubles the share below the first, and takes all below the second.
 GOOD, LEAST = 0.75, 0.7
 # So many candidates with both before a correlation means anything.
 ENOUGH = 8
@@ -120,6 +119,7 @@ class Sieve:
         share: of the candidates; above 0, up to 1.
         adapts: more of them where the two fitnesses rank candidates differently: twice the share
             below a rank correlation of 0.75, all of them and no coarse fitness any more below 0.7.
+        most: evaluations by the full fitness, after which no iteration begins; None for no end.
 
     Raises:
         ValueError: a share out of range.
@@ -127,6 +127,7 @@ class Sieve:
 
     share: float = 0.25
     adapts: bool = True
+    most: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -135,6 +136,10 @@ class Sieve:
     def misleads(self, correlation: float | None) -> bool:
         """Whether the coarse fitness is of no use."""
         return self.adapts and correlation is not None and not correlation >= LEAST
+
+    def spent(self, evaluated: int) -> bool:
+        """Whether so many evaluations by the full fitness are all that there is time for."""
+        return self.most is not None and evaluated >= self.most
 
     def wanted(self, count: int, correlation: float | None) -> int:
         """How many of ``count`` candidates to judge in full, at least 1.
@@ -157,7 +162,7 @@ class Sieve:
         """The candidates of an iteration, the one to judge first in front.
 
         They are in the order of their coarse fitness, but for the one in the middle, which comes
-        third: a correlation over the best alone would say little.
+        third: it stands for those that are not judged (`standing`).
         """
         ranked = sorted(judged, key=lambda one: one.rank)
         if len(ranked) > 4:
@@ -165,28 +170,55 @@ class Sieve:
         return ranked
 
 
-def correlation(both: Sequence[Both]) -> float | None:
-    """Spearman's rank correlation of coarse and full fitness.
+def standing(judged: Sequence[bool]) -> list[float]:
+    """For how many candidates of an iteration each of those stands that are judged in full.
+
+    The best are all judged, and stand for themselves; the others for those between them too. The
+    best are alike, and ranks among them are mostly noise: they alone would say little of whether
+    the coarse fitness tells good candidates from bad ones.
+
+    Args:
+        judged: whether each is, in the order of the coarse fitness.
+
+    Returns:
+        The number for each of those that are, in the same order.
+    """
+    best = next((at for at, one in enumerate(judged) if not one), len(judged))
+    others = sum(judged[best:])
+    return [1.0] * best + [(len(judged) - best) / others] * others if others else [1.0] * best
+
+
+def correlation(both: Sequence[Both], weights: Sequence[float]) -> float | None:
+    """Spearman's rank correlation of coarse and full fitness, over what candidates stand for.
 
     Those that a race gave up share the place behind all others. None where there are too few
     candidates, or one of the two fitnesses has the same rank for all.
 
     Args:
         both: the coarse and the full evaluation of each candidate.
+        weights: for how many candidates it stands (`standing`).
     """
     if len(both) < ENOUGH:
         return None
-    coarse = _ranks([one.rank for one, _ in both])
-    full = _ranks([one.rank if one.complete else (1, 0.0) for _, one in both])
-    middle = (len(both) - 1) / 2
-    a, b = ([rank - middle for rank in ranks] for ranks in (coarse, full))
-    spread = math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
-    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / spread if spread else None
+    coarse = _ranks([one.rank for one, _ in both], weights)
+    full = _ranks([one.rank if one.complete else (1, 0.0) for _, one in both], weights)
+    total = math.fsum(weights)
+
+    def product(a: Sequence[float], b: Sequence[float]) -> float:
+        return math.fsum(w * x * y for w, x, y in zip(weights, a, b, strict=True))
+
+    a, b = ([rank - total / 2 for rank in ranks] for ranks in (coarse, full))
+    spread = math.sqrt(product(a, a) * product(b, b))
+    return product(a, b) / spread if spread else None
 
 
-def _ranks(values: Sequence[tuple[int, float]]) -> list[float]:
-    """From 0; equal values share the mean of their places."""
-    places: dict[tuple[int, float], list[int]] = {}
-    for place, value in enumerate(sorted(values)):
-        places.setdefault(value, []).append(place)
-    return [sum(places[value]) / len(places[value]) for value in values]
+def _ranks(values: Sequence[tuple[int, float]], weights: Sequence[float]) -> list[float]:
+    """The weight below each, and half of that at the same value."""
+    at: dict[tuple[int, float], float] = {}
+    for value, weight in zip(values, weights, strict=True):
+        at[value] = at.get(value, 0.0) + weight
+    below, found = 0.0, dict[tuple[int, float], float]()
+    for value in sorted(at):
+        found[value] = below + at[value] / 2
+        below += at[value]
+    return [found[value] for value in values]
