@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .coarse import Sieve
 from .evolution import EvolutionSettings
 from .source import read_json, write_json
 from .state import differences
@@ -41,10 +43,11 @@ def planned(
     folder: Path,
     told: Mapping[str, Any],
     settings: EvolutionSettings,
+    adapts: bool,
     hours: float,
     measure: Callable[[], Costs],
-) -> tuple[EvolutionSettings, float, str]:
-    """Settings that fit into the hours, the share in full, and a line on them.
+) -> tuple[EvolutionSettings, Sieve | None, str]:
+    """Settings that fit into the hours, what is judged in full, and a line on them.
 
     What was chosen is in the folder, and read again there.
 
@@ -52,6 +55,7 @@ def planned(
         folder: of the search, where `BUDGET` is written.
         told: all options, as JSON values.
         settings: the most that are chosen.
+        adapts: as in `Sieve`.
         hours: for the search.
         measure: takes some forwards.
 
@@ -77,15 +81,17 @@ def planned(
     chosen, share, seconds = replace(settings, **known["chosen"]), known["share"], known["seconds"]
     text = f"{hours:g} hours: {chosen.candidates} candidates in {chosen.iterations} iterations"
     if seconds["coarse"] is None:
-        return chosen, share, f"{text}, {seconds['full']:.3g} s each"
+        return chosen, None, f"{text}, {seconds['full']:.3g} s each"
     text += f" ({seconds['coarse']:.3g} s each), {share:g} of them at the full length"
-    return chosen, share, f"{text} ({seconds['full']:.3g} s each)"
+    # Where more than that share are, or all of them and none by windows, it ends earlier.
+    most = math.ceil(chosen.candidates * (share + seconds["coarse"] / seconds["full"]))
+    return chosen, Sieve(share, adapts, most), f"{text} ({seconds['full']:.3g} s each)"
 
 
 def fitted(settings: EvolutionSettings, hours: float, costs: Costs) -> tuple[dict[str, int], float]:
     """Population, iterations and so on for some hours, and the share in full.
 
-    Races make it less time than this, and a coarse fitness that ranks badly makes it more.
+    Races make it less time than this.
 
     Args:
         settings: the most that are chosen; fewer candidates come in the same proportions.

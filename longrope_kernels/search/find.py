@@ -83,12 +83,12 @@ def find(
     length, ropes = space.target_length, others or {}
     fitness = options.measure(losses, documents, length, encode)
     skipped = options.skipped(losses, documents, length, encode)
+    sieve = None if skipped is None else options.coarse.sieve
     if options.hours is not None:
         wanted = options.hours, folder, space, fitness, skipped, len(ropes), sharing
-        options, text = _within(options, *wanted)
+        options, sieve, text = _within(options, *wanted)
         if say is not None and is_main():
             say(text)
-    sieve = None if skipped is None else options.coarse.sieve
     whole = {
         **(context or {}),
         "documents": digest(documents),
@@ -138,8 +138,8 @@ def _within(
     skipped: Documents | None,
     formulas: int,
     sharing: int,
-) -> tuple[Options, str]:
-    """Options that fit into some hours, the same on all ranks, and a line on them."""
+) -> tuple[Options, Sieve | None, str]:
+    """Options and a sieve that fit into some hours, the same on all ranks, and a line on them."""
     ropes = [space.rope(space.starts()[0])] * options.batch
 
     def measure() -> Costs:
@@ -152,11 +152,12 @@ def _within(
     if sharing > 1 and not from_main((folder / BUDGET).exists):  # all of them are needed for it
         costs = measure()
         measure = lambda: costs  # noqa: E731
-    settings, share, text = from_main(
-        lambda: planned(folder, asdict(options), options.evolution, hours, measure)
+    told, adapts = asdict(options), options.coarse.sieve.adapts
+    settings, sieve, text = from_main(
+        lambda: planned(folder, told, options.evolution, adapts, hours, measure)
     )
-    coarse = options.coarse if skipped is None else replace(options.coarse, share=share)
-    return replace(options, **asdict(settings), coarse=coarse), text
+    coarse = options.coarse if sieve is None else replace(options.coarse, share=sieve.share)
+    return replace(options, **asdict(settings), coarse=coarse), sieve, text
 
 
 class _Note:
