@@ -93,7 +93,7 @@ class Experiment:
             ),
             "uniform factors, thresholds, YaRN's attention": variants * seconds(sizes.target),
             "retrieval": rows * asked,
-            "searches, at most": 3600 * sizes.hours * (1 + len(sizes.seeds)),
+            "searches, at most": 3600 * (sizes.needle_hours + sizes.hours * len(sizes.seeds)),
             "readjustments, at most": 3600 * sizes.short_hours * short,
         }
         print("forward of one text, extrapolated:")
@@ -127,24 +127,23 @@ class Experiment:
     def run(self) -> None:
         """All steps; the ones that say most come first."""
         sizes = self.sizes
-        first, *others = self.judged
+        first, *_ = some = self.judged[: self.sizes.asked]
         formulas = self.formulas()
         self.look(formulas, first)
         self.table(formulas, [first])
         found: dict[str, Rope | None] = {BEST_YARN: self.best_yarn(formulas["YaRN"])}
         found[SEARCH] = self.search(sizes.seeds[0])
-        found[READJUSTED] = self.readjusted(found[SEARCH])
-        self.table(found, self.judged)
-        self.table(formulas, others)
+        self.table(found | formulas, some)
         self.ask(found)
+        found[READJUSTED] = self.readjusted(found[SEARCH])
+        self.table(found, some)
         self.cross(found[READJUSTED])
-        needles = {NEEDLES: self.search_needles()}
-        self.table(needles, self.judged)
-        self.ask(needles | formulas)
         self.vary(found[SEARCH])
-        seeds = {f"{SEARCH}, seed {seed}": self.search(seed) for seed in sizes.seeds[1:]}
-        self.table(seeds, self.judged)
-        self.ask(seeds)
+        found[NEEDLES] = self.search_needles()
+        for seed in sizes.seeds[1:]:
+            found[f"{SEARCH}, seed {seed}"] = self.search(seed)
+        self.ask(found | formulas)
+        self.table(found | formulas, self.judged)
 
     def formulas(self) -> dict[str, Rope | None]:
         """By name, each for the target."""
@@ -265,7 +264,7 @@ class Experiment:
         rope = self.source.rope
         critical = critical_dimension(rope.rotary_dim, rope.base, self.sizes.original) // 2
         return self._search(
-            *("search-needles", "search, by needles", self.sizes.hours, self.sizes.seeds[0]),
+            *("search-needles", "search, by needles", self.sizes.needle_hours, self.sizes.seeds[0]),
             fitness="needle",
             critical=critical,
             last=None,
