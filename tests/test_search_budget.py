@@ -65,14 +65,16 @@ def test_what_was_chosen_is_kept(tmp_path: Path) -> None:
         measured.append(1)
         return Costs(10.0 * len(measured), 1.0, 4)
 
-    first = planned(tmp_path, told, PAPER, 1.0, costs)
-    assert planned(tmp_path, told, PAPER, 1.0, costs) == first
+    first = planned(tmp_path, told, PAPER, True, 1.0, costs)
+    assert planned(tmp_path, told, PAPER, True, 1.0, costs) == first
     assert len(measured) == 1
-    settings, share, text = first
-    assert share == 0.125
+    settings, sieve, text = first
+    # As many in full as the time has room for, were all of it theirs.
+    most = math.ceil(settings.candidates * (0.125 + 1.0 / 10.0))
+    assert sieve == Sieve(0.125, True, most)
     assert f"in {settings.iterations} iterations (1 s each), 0.125 of them at the full" in text
     with pytest.raises(ValueError, match=r"other options: hours is 1\.0 there and 2\.0 here"):
-        planned(tmp_path, told | {"hours": 2.0}, PAPER, 2.0, costs)
+        planned(tmp_path, told | {"hours": 2.0}, PAPER, True, 2.0, costs)
     assert (tmp_path / BUDGET).exists()
     assert not list(tmp_path.glob("*.new"))
 

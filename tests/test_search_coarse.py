@@ -16,7 +16,7 @@ from space_cases import SMALL, distance, measure, small_space
 
 from longrope_kernels.search import Candidate, Evaluation, EvolutionarySearch, Search, run_search
 from longrope_kernels.search.cmaes import CmaEsSearch, CmaEsSettings
-from longrope_kernels.search.coarse import Coarse, Sieve, correlation
+from longrope_kernels.search.coarse import Coarse, Sieve, correlation, standing
 from longrope_kernels.search.descent import best_attention, descent
 
 SPACE = small_space(attention="searched")
@@ -128,9 +128,14 @@ def test_correlation_is_spearmans() -> None:
     one = Candidate((100,))
     values = [(rng.choice((1.0, 2.0, rng.random())), rng.random()) for _ in range(30)]
     both = [(Evaluation(one, a), Evaluation(one, b)) for a, b in values]
-    assert correlation(both) == pytest.approx(spearman(values))
-    assert correlation(both[:7]) is None
-    assert correlation([(both[0][0], b) for _, b in both]) is None
+    alike = [1.0] * 30
+    assert correlation(both, alike) == pytest.approx(spearman(values))
+    assert correlation(both[:7], alike[:7]) is None
+    assert correlation([(both[0][0], b) for _, b in both], alike) is None
+    # One that stands for several counts as if it were there as often.
+    times = [rng.randint(1, 5) for _ in values]
+    repeated = [value for value, n in zip(values, times, strict=True) for _ in range(n)]
+    assert correlation(both, times) == pytest.approx(spearman(repeated))
     # What a race gave up ranks last, whatever was seen of it; what is not finite behind it.
     odd = [
         *both,
@@ -139,7 +144,16 @@ def test_correlation_is_spearmans() -> None:
         (Evaluation(one, math.nan), Evaluation(one, math.nan)),
     ]
     ranks = [*values, (5.0, 2.0), (5.0, 2.0), (9.0, 3.0)]
-    assert correlation(odd) == pytest.approx(spearman(ranks))
+    assert correlation(odd, [1.0] * 33) == pytest.approx(spearman(ranks))
+
+
+def test_the_best_stand_for_themselves_and_others_for_those_that_were_not_judged() -> None:
+    yes, no = True, False
+    assert standing([yes, yes, no, no, yes, no, no, no]) == [1, 1, 6]
+    assert standing([no, yes, no, yes]) == [2, 2]
+    assert standing([yes, yes, yes]) == [1, 1, 1]
+    assert standing([yes, no, no]) == [1]
+    assert standing([no, no]) == standing([]) == []
 
 
 @pytest.mark.parametrize(
@@ -184,6 +198,41 @@ def test_a_good_one_finds_as_much_with_less() -> None:
     assert sifted.evaluated <= 0.26 * plain.evaluated
     start = min(map(distance, space.starts()))
     assert sifted.best.fitness < plain.best.fitness + 0.05 * start
+
+
+def test_noise_among_the_best_switches_nothing_off() -> None:
+    """The best lie within a percent; windows tell them from bad ones, and not from one another."""
+
+    def rough(candidates: Sequence[Candidate]) -> list[Evaluation]:
+        seeds = (sum((i + 1) * x for i, x in enumerate(c.factors)) + c.n_hat for c in candidates)
+        noise = (Random(seed).uniform(0.8, 1.25) for seed in seeds)
+        return [Evaluation(c, distance(c) * x) for c, x in zip(candidates, noise, strict=True)]
+
+    search = finish(evolution(), rough)
+    both = [
+        (search._coarse[one.candidate], one)
+        for one in search.evaluations
+        if one.candidate in search._coarse
+    ]
+    alike = correlation(both, [1.0] * len(both))
+    assert search.correlation is not None
+    assert alike is not None
+    assert alike < search.correlation
+    assert search.sifts
+
+
+def test_with_no_time_left_no_iteration_begins(tmp_path: Path) -> None:
+    """Where windows are switched off, each candidate takes the full length."""
+    whole = finish(evolution(), against)
+    search = finish(evolution(tmp_path, Sieve(most=16)), against)
+    assert search.history[:2] == whole.history[:2]
+    first, second, *closing = (one.evaluations for one in search.history)
+    assert first < 16 <= first + second
+    assert closing in ([], [1])  # the formula of the winner
+    assert len(whole.history) > 3
+    again = evolution(tmp_path, Sieve(most=16))
+    assert again.done
+    assert again.best == search.best
 
 
 def test_a_sieve_needs_a_coarse_fitness() -> None:
