@@ -451,6 +451,22 @@ def test_a_dead_rank_ends_the_others_by_name(late: bool) -> None:
     check_survivors(found)
 
 
+def small_on_a_mesh(bad: int, given: dict[str, Any]) -> str:
+    mesh = {"group": ranks.MESH[0], "schedule": "auto"}
+    return small({rank: mesh | (given if rank == bad else {}) for rank in range(4)})
+
+
+def test_one_rank_of_a_mesh_ends_all(four: Ranks) -> None:
+    """Also those that it exchanges nothing with."""
+    window = "window: expected the same on all ranks, got 0 on rank 2, 3 on rank 3"
+    found = four("mesh", small_on_a_mesh, 3, {"window": 3})
+    told = f"ValueError: group: {window}"
+    assert [str(answer) for answer in found] == [told, told, *[f"ValueError: {window}"] * 2]
+    own = "ValueError: softcap: expected a finite number above 0, got -1.0"
+    found = four("mesh", small_on_a_mesh, 0, {"softcap": -1.0})
+    assert [str(answer) for answer in found] == [own, *[f"ValueError: group: rank 0: {own}"] * 3]
+
+
 def silent() -> Any:
     """A rank that does not come in time, and for how long the others waited."""
     if dist.get_rank() == 1:

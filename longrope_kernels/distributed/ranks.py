@@ -146,6 +146,7 @@ def _unanswered(line: Line, ranks: list[int], error: RuntimeError) -> RuntimeErr
 # -------------------------------------------------------------------------------------- digests
 
 _ERROR = "error"  # in place of arguments
+_TOLD = "group: "  # before what another rank said
 _known: WeakKeyDictionary[dist.ProcessGroup, set[str]] = WeakKeyDictionary()
 
 
@@ -159,15 +160,26 @@ def agree(ranks: Ranks, fields: dict[str, Any], device: torch.device) -> None:
         ValueError: on all ranks, naming an argument that differs and what each rank has.
         RuntimeError: naming a rank that did not answer.
     """
-    digest = hashlib.sha256(repr(fields).encode()).hexdigest()[:32]
-    for line in (ranks.heads, ranks.ring):
+    found: ValueError | None = None
+    across = (ranks.ring.rank * ranks.heads.size, 1), (ranks.heads.rank, ranks.heads.size)
+    for line, (first, stride) in zip((ranks.heads, ranks.ring), across, strict=True):
         if line.group is None or line.size == 1:
             continue
+        digest = hashlib.sha256(repr(fields).encode()).hexdigest()[:32]
         known = _known.setdefault(line.group, set())
-        if device.type == "cpu" or digest not in known:
-            _compare(line, digest, fields, device)
+        if device.type != "cpu" and digest in known:
+            continue
+        try:
+            _compare(line, digest, fields, device, range(first, first + stride * line.size, stride))
+        except ValueError as error:
+            # Those of the ring know nothing of it yet, and wait.
+            found = found or error
+            fields = {_ERROR: str(found).removeprefix(_TOLD)}
+        else:
             if device.type != "cpu":
                 known.add(digest)
+    if found is not None:
+        raise found
 
 
 @contextmanager
@@ -183,7 +195,9 @@ def telling(ranks: Ranks, device: torch.device) -> Iterator[None]:
         raise
 
 
-def _compare(line: Line, digest: str, fields: dict[str, Any], device: torch.device) -> None:
+def _compare(
+    line: Line, digest: str, fields: dict[str, Any], device: torch.device, names: range
+) -> None:
     own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
     others = [i for i in range(line.size) if i != line.rank]
     got = {i: torch.empty_like(own) for i in others}
@@ -195,11 +209,12 @@ def _compare(line: Line, digest: str, fields: dict[str, Any], device: torch.devi
     answered(line, lambda: dist.all_gather_object(everyone, fields, group=line.group))
     for of_rank in everyone:
         if _ERROR in of_rank:
-            raise ValueError(f"group: {of_rank[_ERROR]}")
+            raise ValueError(f"{_TOLD}{of_rank[_ERROR]}")
     for name in fields:
         values = [of_rank.get(name) for of_rank in everyone]
         if any(value != values[0] for value in values):
-            shown = ", ".join(f"{value} on rank {i}" for i, value in enumerate(values))
+            pairs = zip(values, names, strict=True)
+            shown = ", ".join(f"{value} on rank {i}" for value, i in pairs)
             raise ValueError(f"{name}: expected the same on all ranks, got {shown}")
-    names = [sorted(of_rank) for of_rank in everyone]
-    raise ValueError(f"group: expected the same call on all ranks, got {names}")
+    given = [sorted(of_rank) for of_rank in everyone]
+    raise ValueError(f"group: expected the same call on all ranks, got {given}")
