@@ -414,7 +414,7 @@ def dying(work: Path, folder: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["search", "tune"])
 def test_a_dead_rank_ends_the_others_by_name(kind: str, work: Path, tmp_path: Path) -> None:
-    pool = Ranks(4, timeout=5)
+    pool = Ranks(4, timeout=3)
     found = pool("die", dying, work, tmp_path / "out", kind)
     pool.close()
     check_survivors([found[0], found[1]] if kind == "search" else found)
