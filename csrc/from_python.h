@@ -188,8 +188,8 @@ Tensor load_attending(const Tensor& q, PyObject* keys, PyObject* selection, cons
 inline AttentionCall attention_call(PyObject* from, const Tensor& out, const Tensor& lse) {
   AttentionCall call;
   Tensor q;
-  PyObject *keys, *selection;
-  load_fields(from, q, call.positions, keys, call.tables, selection, call.scores);
+  PyObject *keys, *selection, *sinks;  // no kernel here takes sinks
+  load_fields(from, q, call.positions, keys, call.tables, selection, call.scores, sinks);
   load_attending(q, keys, selection, out, lse, call);
   copy_strides(lse, call.lse_strides);
   return call;
@@ -214,7 +214,7 @@ inline DecodeCall decode_call(PyObject* from, const Tensor& out, const Tensor& l
   DecodeCall call;
   Tensor q;
   PyObject *keys, *selection;
-  load_fields(from, q, keys, call.tables, selection, call.scores);
+  load_fields(from, q, keys, call.tables, selection, call.scores, call.sinks);
   call.caches_are_float8 = is_float8(load_attending(q, keys, selection, out, lse, call));
   return call;
 }

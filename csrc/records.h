@@ -136,6 +136,7 @@ struct DecodeCall {
   Tables tables;
   Selection selection;
   Scores scores;
+  Scales sinks;  // (heads,), or nothing: logits without a value; of the CPU alone
 };
 
 }  // namespace longrope_calls

@@ -36,8 +36,8 @@ def info(
 
     A backend that is missing says why and how to get it. Of attention, "plain" calls are causal or
     not, "chunk" ones causal with fewer queries than keys, "wide" ones of a head_dim above 128;
-    "masked" ones also have a window or packed sequences, "padded" ones left padding, and "scored"
-    ones softcap or the log-sum-exp. "cuda 9" is compute capability 9.
+    "masked" ones also have a window, packed sequences or sinks, "padded" ones left padding, and
+    "scored" ones softcap or the log-sum-exp. "cuda 9" is compute capability 9.
     """
     if models:
         _show_models()

@@ -16,7 +16,7 @@ import torch
 import truth
 from cases import CUDA, DTYPE_NAMES, Attending, Shape, positions_for, two_sets
 from orders import errors_of_slopes, errors_of_sums, product, worst
-from tolerance import assert_close
+from tolerance import assert_close, variance_of_sum
 
 from longrope_kernels import Rope, attention
 
@@ -95,6 +95,16 @@ def visible(queries: int, keys: int, causal: bool, window: int | None, start: in
     return seen
 
 
+def sink_last(scores: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+    """Scores (..., keys) with one more, of a sink (...) that all queries see."""
+    return torch.cat((scores, sink[..., None].expand(*scores.shape[:-1], 1)), -1)
+
+
+def none_last(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values (..., keys, D) with one more, of zeros."""
+    return torch.nn.functional.pad(x, (0, 0, 0, 1))
+
+
 def _bshd(x: torch.Tensor, layout: str) -> torch.Tensor:
     return x[None] if layout == "thd" else x.transpose(1, 2) if layout == "bhsd" else x
 
@@ -119,6 +129,7 @@ class Call:
         window: int | None = None,
         softcap: float | None = None,
         softmax_scale: float | None = None,
+        sinks: torch.Tensor | None = None,
         kv_start: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         cu_seqlens_k: torch.Tensor | None = None,
@@ -127,7 +138,7 @@ class Call:
         layout: str = "bshd",
         return_lse: bool = False,
     ) -> None:
-        self.tensors = tuple(x.detach().cpu() for x in (q, k, v))
+        self.tensors = tuple(x.detach().cpu() for x in (q, k, v, sinks) if x is not None)
         self.layout, self.softcap, self.interleaved = layout, softcap, rope.interleaved
         self.scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         self.dtype = q.dtype
@@ -170,6 +181,10 @@ class Call:
         )
         return q, k
 
+    def _with_sinks(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """q, k, v and sinks, which are -inf where there are none."""
+        return (*tensors, torch.full((self.heads,), -torch.inf))[:4]
+
     def _capped(self, scores: torch.Tensor) -> torch.Tensor:
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
@@ -177,23 +192,24 @@ class Call:
         return _from_bshd(out, self.layout), lse[0] if self.layout == "thd" else lse
 
     def truth(self, *tensors: torch.Tensor) -> Pair:
-        """out and lse of q, k and v in float64 (by default this call's), as autograd follows."""
+        """out and lse of q, k, v and sinks in float64 (by default this call's), for autograd."""
         return self._truth(*tensors)[0]
 
     def _truth(self, *tensors: torch.Tensor) -> tuple[Pair, Pair]:
         """out and lse, and what the order of sums adds to each: see `errors_of_sums`."""
-        q, k, v = (_bshd(x.double(), self.layout) for x in tensors or self.tensors)
+        *qkv, sinks = (x.double() for x in self._with_sinks(tensors or self.tensors))
+        q, k, v = (_bshd(x, self.layout) for x in qkv)
         out = torch.zeros_like(q)
-        lse = torch.full((q.shape[0], self.heads, q.shape[1]), -torch.inf, dtype=fp64)
+        lse = sinks[None, :, None].repeat(q.shape[0], 1, q.shape[1])
         out_sums, lse_sums = torch.zeros_like(out), torch.zeros_like(lse)
         q, k = self._rotated(q, k)
         for row, at, of_k, mask in self.sequences:
             alive = mask.any(-1)
             rows = torch.arange(at.start, at.stop)[alive]
             for h in range(self.heads):
-                keys, values = (x[row, of_k, h // self.group] for x in (k, v))
-                scores = self._capped(self.scale * (q[row, rows, h] @ keys.T))
-                scores = scores.masked_fill(~mask[alive], -torch.inf)
+                keys, values = (none_last(x[row, of_k, h // self.group]) for x in (k, v))
+                scores = self._capped(self.scale * (q[row, rows, h] @ keys[:-1].T))
+                scores = sink_last(scores.masked_fill(~mask[alive], -torch.inf), sinks[h])
                 out[row, rows, h] = torch.softmax(scores, -1) @ values
                 lse[row, h, rows] = torch.logsumexp(scores, -1)
                 with torch.no_grad():
@@ -222,27 +238,31 @@ class Call:
     def _low(
         self, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, order: int
     ) -> tuple[torch.Tensor, ...]:
-        """out and lse, or dq, dk and dv where an incoming gradient is given."""
+        """out and lse, or the gradients of all tensors where an incoming gradient is given."""
 
         def rounded(x: torch.Tensor) -> torch.Tensor:
             return x.to(self.dtype).to(self.sums)
 
-        q, k, v = (_bshd(x, self.layout) for x in self.tensors)
+        *qkv, sinks = self._with_sinks(self.tensors)
+        q, k, v = (_bshd(x, self.layout) for x in qkv)
+        sinks = sinks.to(self.sums)
         q, k = (x.to(self.sums) for x in self._rotated(q, k))
         out, dq, dk, dv = (torch.zeros_like(x, dtype=self.sums) for x in (q, q, k, v))
-        lse = torch.full((q.shape[0], self.heads, q.shape[1]), -torch.inf, dtype=self.sums)
+        d_sinks = torch.zeros_like(sinks)
+        lse = torch.empty(q.shape[0], self.heads, q.shape[1], dtype=self.sums)
         d_out = out if grad_out is None else _bshd(grad_out.cpu(), self.layout).to(self.sums)
         d_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.cpu().view_as(lse)
         group_of = torch.arange(self.heads) // self.group
         for row, at, of_k, mask in self.sequences:
-            if not mask.any():
-                continue
-            dead = ~mask.any(-1)[:, None]
             # (heads, tokens, dim) each
             x, d_o = (t[row, at].transpose(0, 1) for t in (q, d_out))
             y, z = (t[row, of_k][:, group_of].transpose(0, 1).to(self.sums) for t in (k, v))
-            scores = self._scores(x, y, order).masked_fill(~mask, -torch.inf)
-            top = scores.amax(-1, keepdim=True).masked_fill(dead, 0.0)
+            z = none_last(z)
+            hidden = self._scores(x, y, order).masked_fill(~mask, -torch.inf)
+            scores = sink_last(hidden, sinks[:, None])
+            top = scores.amax(-1, keepdim=True)
+            dead = top == -torch.inf
+            top = top.masked_fill(dead, 0.0)
             p = torch.exp(scores - top)
             total = p.sum(-1, keepdim=True)
             stored = top + torch.log(total)
@@ -254,14 +274,16 @@ class Call:
 
             # The backward makes the probabilities again, in another tiling.
             scores = self._scores(x, y, order + 1)
-            hidden = scores.masked_fill(~mask, -torch.inf)
+            hidden = sink_last(scores.masked_fill(~mask, -torch.inf), sinks[:, None])
             p = torch.exp(hidden - stored.masked_fill(dead, 0.0))
             delta = product(d_o[..., None, :], o[..., None, :], order + 1)[..., 0]
             delta = delta - d_lse[row, :, at, None].to(self.sums)
             ds = p * (product(d_o, z, order) - delta)
             if self.softcap is not None:
-                ds = ds * (1 - (scores / self.softcap) ** 2)
+                ds[..., :-1] *= 1 - (scores / self.softcap) ** 2
             ds = rounded(ds)
+            d_sinks += ds[..., -1].sum(-1)
+            ds, p = ds[..., :-1], p[..., :-1]
             dq[row, at] = self.scale * product(ds, y.mT, order).transpose(0, 1)
             dk[row, of_k] = self.scale * self._grouped(product(ds.mT, x.mT, order))
             dv[row, of_k] = self._grouped(product(rounded(p).mT, d_o.mT, order))
@@ -272,14 +294,16 @@ class Call:
             truth.rotate(x, cos, -sin, self.interleaved)
             for x, (cos, sin) in zip((dq, dk), self.turns, strict=True)
         )
-        return tuple(_from_bshd(x, self.layout) for x in (dq, dk, dv))
+        grads = (*(_from_bshd(x, self.layout) for x in (dq, dk, dv)), d_sinks)
+        return grads[: len(self.tensors)]
 
     def _gradient_sums(self, grad_out: torch.Tensor) -> list[torch.Tensor]:
-        """What the order of sums adds to dq, dk and dv before they are rotated back."""
-        q, k, v = (_bshd(x.double(), self.layout) for x in self.tensors)
+        """What the order of sums adds to the gradients before they are rotated back."""
+        *qkv, sinks = (x.double() for x in self._with_sinks(self.tensors))
+        q, k, v = (_bshd(x, self.layout) for x in qkv)
         q, k = self._rotated(q, k)
         d_out = _bshd(grad_out.cpu().double(), self.layout)
-        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        dq, dk, dv, d_sinks = (torch.zeros_like(x) for x in (q, k, v, sinks))
         for row, at, of_k, mask in self.sequences:
             alive = mask.any(-1)
             rows = torch.arange(at.start, at.stop)[alive]
@@ -287,11 +311,24 @@ class Call:
                 x, d_o = (t[row, rows, h] for t in (q, d_out))
                 y, z = (t[row, of_k, h // self.group] for t in (k, v))
                 scores = self._capped(self.scale * (x @ y.T)).masked_fill(~mask[alive], -torch.inf)
-                out = torch.softmax(scores, -1) @ z
+                z, scores = none_last(z), sink_last(scores, sinks[h])
+                p = torch.softmax(scores, -1)
+                out = p @ z
                 slopes = errors_of_slopes(d_o, out, z, scores, self.softcap, self.sums)
+                # Sinks are too few to show what it does that out, and each term, are rounded.
+                terms = p[:, -1] * (d_o * out).sum(-1)
+                squares = terms.square().sum()
+                rounded = p[:, -1].square() @ (d_o * out).square().sum(-1) + squares
+                d_sinks[h] += slopes[:, -1].sum() + (torch.finfo(self.dtype).eps / 2) ** 2 / 3 * (
+                    rounded
+                )
+                d_sinks[h] += variance_of_sum(max(len(rows), 1), terms.sum(), squares, self.sums)
+                slopes = slopes[:, :-1]
                 dq[row, rows, h] += self.scale**2 * (slopes @ y**2)
                 dk[row, of_k, h // self.group] += self.scale**2 * (slopes.mT @ x**2)
-        return [_from_bshd(x.clamp(min=0.0).sqrt(), self.layout) for x in (dq, dk, dv)]
+        dq, dk, dv, d_sinks = (x.clamp(min=0.0).sqrt() for x in (dq, dk, dv, d_sinks))
+        sums = [*(_from_bshd(x, self.layout) for x in (dq, dk, dv)), d_sinks]
+        return sums[: len(self.tensors)]
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
         """(heads, Sk, dim) summed over the heads of a group: (Sk, kv_heads, dim)."""
@@ -306,7 +343,7 @@ class Call:
     def expected_grads(
         self, grad_out: torch.Tensor, grad_lse: torch.Tensor | None = None
     ) -> list[truth.Expected]:
-        """What the backward of `attention` must make of these gradients: dq, dk, dv."""
+        """What the backward of `attention` must make of these gradients: dq, dk, dv, d_sinks."""
         lows = zip(*(self._low(grad_out, grad_lse, order) for order in ORDERS), strict=True)
         exact, sums = self.truth_grads(grad_out, grad_lse), self._gradient_sums(grad_out)
         return list(map(worst, exact, lows, sums))
@@ -343,6 +380,7 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
+    sinks: bool = False
     kv_start: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
     counts_k: tuple[int, ...] = ()
@@ -360,7 +398,7 @@ class Case:
         parts = [sizes, f"H{self.heads}.{self.kv_heads}", f"D{self.dim}"]
         parts += [f"P{self.pairs}"] if self.pairs else []
         parts += [self.layout, DTYPE_NAMES[self.dtype]]
-        parts += [name for name in ("interleaved", "return_lse") if getattr(self, name)]
+        parts += [n for n in ("interleaved", "return_lse", "sinks") if getattr(self, n)]
         parts += [] if self.causal else ["full"]
         for name in ("window", "softcap", "scale", "kv_start", "lengths", "sets"):
             value = getattr(self, name)
@@ -422,6 +460,8 @@ class Case:
             made["softmax_scale"] = self.scale
         if not self.causal:
             made["causal"] = False
+        if self.sinks:  # about as much as the keys have together, and more, and less
+            made["sinks"] = 1.0 + 2.0 * torch.randn(self.heads)
         return made
 
 
@@ -465,16 +505,20 @@ def check(backend: Backend, case: Case, tensors: list[torch.Tensor] | None = Non
 
 
 def check_grads(backend: Backend, case: Case) -> tuple[torch.Tensor, ...]:
-    """dq, dk and dv against the truth for random incoming gradients, of lse too if returned."""
+    """All gradients against the truth for random incoming ones, of lse too if returned."""
     tensors, arguments = case.tensors(), case.arguments()
     positions = arguments.pop("positions")
     leaves = [backend.move(x.clone()).requires_grad_() for x in tensors]
-    rope = case.rope()
-    outs = backend.attend(*leaves, positions, rope, **arguments, return_lse=case.return_lse)
+    rope, given = case.rope(), dict(arguments)
+    if case.sinks:
+        given["sinks"] = backend.move(arguments["sinks"].clone()).requires_grad_()
+        leaves.append(given["sinks"])
+    outs = backend.attend(*leaves[:3], positions, rope, **given, return_lse=case.return_lse)
     outs = list(outs) if case.return_lse else [outs]
     grads_out = [torch.randn(x.shape).to(x.dtype) for x in outs]
     grads = torch.autograd.grad(outs, leaves, [backend.move(g) for g in grads_out])
     expected = Call(*tensors, positions, rope, **arguments).expected_grads(*grads_out)
-    for name, grad, wanted in zip("qkv", grads, expected, strict=True):
+    names = ("q", "k", "v", "sinks")[: len(leaves)]
+    for name, grad, wanted in zip(names, grads, expected, strict=True):
         assert_close(grad, wanted, f"grad of {name}")
     return grads

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import truth
-from attention_truth import Attended, assert_lse_close
+from attention_truth import Attended, assert_lse_close, none_last, sink_last
 from cases import CUDA, DTYPE_NAMES, Attending, factors, positions_for
 from orders import errors_of_sums, product, worst
 from tolerance import assert_close
@@ -107,6 +107,7 @@ class Call:
         softmax_scale: float | None = None,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
     ) -> None:
@@ -119,6 +120,8 @@ class Call:
         self.k_scale = ones if k_scale is None else k_scale
         self.v_scale = ones if v_scale is None else v_scale
         self.group = q.shape[2] // max(k_cache.shape[2], 1)
+        none = torch.full((q.shape[2],), -torch.inf)
+        self.sinks = none if sinks is None else sinks
         self.made: dict[Any, tuple[torch.Tensor, ...]] = {}
         self.sequences = []
         block_size = k_cache.shape[1]
@@ -179,10 +182,10 @@ class Call:
         return tuple(x.to(dtype).to(self.sums) for x in (q, k, v))
 
     def _empty(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """What queries get that see nothing: 0 and -inf."""
-        batch, queries, heads, _ = self.q.shape
+        """What queries get that see nothing: 0, and -inf or their sinks."""
+        batch, queries, _, _ = self.q.shape
         out = torch.zeros(self.q.shape, dtype=dtype)
-        return out, torch.full((batch, heads, queries), -torch.inf, dtype=dtype)
+        return out, self.sinks.to(dtype)[None, :, None].repeat(batch, 1, queries)
 
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
         """out (B, q_len, Hq, D) and lse (B, Hq, q_len), float64."""
@@ -202,11 +205,13 @@ class Call:
                     g = h // self.group
                     factor = self.scale * self.k_scale[g].double()
                     scores = self._capped(factor * (k[seen, g] @ q[t, h]))
-                    values = self.v_scale[g].double() * v[seen, g]
+                    scores = sink_last(scores, self.sinks[h].double())
+                    values = none_last(self.v_scale[g].double() * v[seen, g])
                     out[b, t, h] = torch.softmax(scores, 0) @ values
                     lse[b, h, t] = torch.logsumexp(scores, 0)
                     out_sums[b, t, h], lse_sums[b, h, t] = errors_of_sums(
-                        factor * q[t, h], k[seen, g], values, scores, self.softcap, self.sums
+                        *(factor * q[t, h], none_last(k[seen, g]), values, scores),
+                        *(self.softcap, self.sums),
                     )
         return out, lse, out_sums, lse_sums
 
@@ -233,17 +238,19 @@ class Call:
                 mask = torch.zeros(len(rows), k.shape[1], dtype=torch.bool)
                 for row, t in enumerate(rows):
                     mask[row, sequence.seen(sequence.first + t, self.window)] = True
-                dead = ~mask.any(-1)[:, None]
                 before = order % 2
                 scores = product(factor * q, k, order) if before else factor * product(q, k, order)
                 scores = self._capped(scores).masked_fill(~mask, -torch.inf)
+                scores = sink_last(scores, self.sinks.to(self.sums)[:, None])
+                top = scores.amax(-1, keepdim=True)
+                dead = top == -torch.inf
                 # An online softmax rounds probabilities that are relative to another maximum.
-                top = scores.amax(-1, keepdim=True).masked_fill(dead, 0.0) + order / 8
+                top = top.masked_fill(dead, 0.0) + order / 8
                 p = torch.exp(scores - top)
                 total = p.sum(-1, keepdim=True)
                 lse[b][:, rows] = (top + torch.log(total))[..., 0]
                 p = p.to(self.q.dtype).to(self.sums)
-                o = v_scale * product(p, v.mT, order) / total.masked_fill(dead, 1.0)
+                o = v_scale * product(p, none_last(v).mT, order) / total.masked_fill(dead, 1.0)
                 out[b, rows] = o.transpose(0, 1)
         return out.to(self.q.dtype), lse
 
@@ -317,6 +324,7 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
+    sinks: bool = False
     kv_start: tuple[int, ...] = ()
     positions: str = ""
     boundary: int | tuple[int, int] = 0
@@ -332,7 +340,7 @@ class Case:
         parts += [f"P{self.pairs}"] if self.pairs else []
         parts += [f"block{self.block}"] if self.block else []
         parts += [DTYPE_NAMES[self.dtype]]
-        parts += [name for name in ("float8", "interleaved") if getattr(self, name)]
+        parts += [n for n in ("float8", "interleaved", "sinks") if getattr(self, n)]
         names = ("window", "softcap", "scale", "kv_start", "boundary", "lengths", "sets")
         for name in (*names, "positions", "n_hat", "attention_factor", "index", "scales"):
             value = getattr(self, name)
@@ -412,6 +420,8 @@ class Case:
                 made[name] = getattr(self, name)
         if self.scale is not None:
             made["softmax_scale"] = self.scale
+        if self.sinks:
+            made["sinks"] = 1.0 + 2.0 * torch.randn(self.heads)
         return Call(q, made.pop("k_cache"), made.pop("v_cache"), cache_lens, self.rope(), **made)
 
 

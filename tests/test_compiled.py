@@ -23,7 +23,7 @@ from decode_truth import check as check_decode
 pytestmark = pytest.mark.compiled
 ROTATED_BEFORE = [
     Case(1, 300, 0, 2, 1, 128, dtype=bf16, return_lse=True),
-    Case(1, 200, 0, 1, 1, 64, dtype=fp16, causal=False, interleaved=True),
+    Case(1, 200, 0, 1, 1, 64, dtype=fp16, causal=False, interleaved=True, sinks=True),
     Case(1, 270, 0, 1, 1, 96, dtype=bf16, window=140, n_hat=100),
     Case(2, 150, 0, 2, 1, 80, dtype=bf16, kv_start=(0, 131), layout="bhsd"),
     Case(1, 140, 200, 1, 1, 256, dtype=bf16),
@@ -37,13 +37,13 @@ ROTATED_IN_REGISTERS = [
 ]
 GRADIENTS = [
     Case(1, 200, 0, 2, 1, 64, dtype=bf16, interleaved=True, n_hat=100),
-    Case(1, 150, 0, 2, 1, 128, dtype=bf16, return_lse=True),
+    Case(1, 150, 0, 2, 1, 128, dtype=bf16, return_lse=True, sinks=True),
     Case(1, 140, 0, 1, 1, 80, 40, dtype=fp16, softcap=5.0, window=70),
     Case(1, 40, 0, 1, 1, 256, dtype=bf16, causal=False),
 ]
 DECODES = [
     DecodeCase((300, 901), 1, 8, 2, 128, boundary=900, n_hat=200, dtype=bf16),
-    DecodeCase((130, 500), 4, 4, 1, 96, block=16, dtype=bf16, window=200),
+    DecodeCase((130, 500), 4, 4, 1, 96, block=16, dtype=bf16, window=200, sinks=True),
     DecodeCase((333,), 1, 4, 1, 80, block=32, dtype=bf16, float8=True, n_hat=150),
     DecodeCase((200, 90), 1, 2, 1, 64, interleaved=True, dtype=fp16, positions="any"),
     DecodeCase((190,), 16, 8, 1, 256, dtype=bf16, kv_start=(70,)),

@@ -116,16 +116,22 @@ class Worker {
     const int64_t rows = a_.heads * s.queries;
     float top = -kInfinity;
     for (int64_t i = 0; i < s.items; ++i) top = std::max(top, states[i * rows + row].top);
-    const float shift = finite(top) * scale_;
+    const int64_t h = row / s.queries, t = s.first_query + row % s.queries;
+    float shift = finite(top) * scale_;
     const int64_t width = layout_.values;
     float total = 0.0f;
+    const float sink = sink_of(h);
+    if (sink != -kInfinity) {
+      shift = top == -kInfinity ? sink : std::max(shift, sink);
+      total = exp2_of(sink - shift);
+    }
     for (int64_t i = 0; i < s.items; ++i) {
       const Softmax& state = states[i * rows + row];
       total += exp2_of(state.top * scale_ - shift) * state.total;
     }
     const bool none = total == 0.0f;
     const float* sum = sums + row * width;  // of one split, whose weight is 1
-    if (none || s.items > 1) {
+    if (none || s.items > 1 || sink != -kInfinity) {
       float* const of_all = sum_.at(0);
       std::fill(of_all, of_all + width, 0.0f);
       for (int64_t i = 0; i < (none ? 0 : s.items); ++i) {
@@ -136,7 +142,6 @@ class Worker {
       sum = of_all;
     }
     const Vec of_total = splat(none ? 0.0f : 1.0f / total);
-    const int64_t h = row / s.queries, t = s.first_query + row % s.queries;
     T* const out = static_cast<T*>(a_.out.data) + s.sequence * a_.out.strides[0] +
                    t * a_.out.strides[1] + h * a_.out.strides[2];
     int64_t c = 0;
@@ -154,6 +159,12 @@ class Worker {
   }
 
  private:
+  // To base 2; -inf for none.
+  float sink_of(int64_t head) const {
+    if (a_.sinks.data == nullptr) return -kInfinity;
+    return a_.sinks.data[head * a_.sinks.stride] * static_cast<float>(kLog2E);
+  }
+
   bool widens_values(int64_t group_rows) const {
     return a_.dim % kWidth != 0 ||
            (group_rows > 2 * kRowBlock && (many_ || !std::is_same<T, float>::value));

@@ -28,7 +28,7 @@ ROTARY_CHOICE: dict[str, tuple[str, ...]] = {
 #   plain: causal or not, at most. torch's SDPA has its fastest kernels for these.
 #   chunk: causal, of fewer queries than keys. SDPA serves it by FlashAttention-2.
 #   wide: a head_dim above 128, which cuDNN has not; FlashAttention-2 again.
-#   masked: a window or packed sequences, for which SDPA takes a mask in memory.
+#   masked: a window or packed sequences, for which SDPA takes a mask in memory; sinks.
 #   padded: left padding, or a window that flash-attn has not. A mask in memory too.
 #   scored: softcap or the log-sum-exp, which SDPA has not.
 _CUDA: dict[str, tuple[str, ...]] = {
@@ -65,6 +65,7 @@ FUSED_HEAD_DIMS = range(16, 257)
 CUDA_HEAD_DIMS = range(8, 129, 8)
 # Of attention.
 WITHOUT_GRADIENTS = ("cuda",)
+WITHOUT_SINKS = ("cuda", *FLASH_BACKENDS)  # of decoding too
 # Of attention and decoding in Triton, and of all that CUDA C++ is compiled for.
 LEAST_CAPABILITY = (8, 0)
 
@@ -176,6 +177,7 @@ def choose_attention(
     trains: bool = False,
     capability: int | None = None,
     libraries: bool = True,
+    sinks: bool = False,
 ) -> str:
     """The backend for attention: the named one, or the first of `ATTENTION_CHOICE` that can serve.
 
@@ -188,6 +190,7 @@ def choose_attention(
         trains: whether gradients are wanted.
         capability: the major compute capability of the device.
         libraries: whether those of others can be called here, as they cannot in a traced graph.
+        sinks: whether a logit without a value joins each softmax.
 
     Raises:
         ValueError: an unknown name, or one that does not serve this call.
@@ -201,7 +204,7 @@ def choose_attention(
         for name in names:
             if name in ("reference", "composed"):
                 return name
-            if trains and name in WITHOUT_GRADIENTS:
+            if (trains and name in WITHOUT_GRADIENTS) or (sinks and name in WITHOUT_SINKS):
                 continue
             if name in FLASH_BACKENDS and not (
                 libraries and _module("flash_attention").serves(name, capability, head_dim, trains)
@@ -219,6 +222,11 @@ def choose_attention(
         raise ValueError(
             f"backend: {backend!r} makes no gradients of q, k and v; expected 'triton', 'composed',"
             " 'flash-attn-2', 'flash-attn-3' or 'flash-attn-4', or torch.no_grad()"
+        )
+    if sinks and backend in WITHOUT_SINKS:
+        raise ValueError(
+            f"sinks: backend {backend!r} does not serve them; expected 'triton', 'composed' or "
+            "'reference'"
         )
     if backend == "composed" and dtype == torch.float64:
         raise ValueError("backend: 'composed' does not serve float64; expected 'reference'")
@@ -267,6 +275,7 @@ def choose_decode(
     cache_dtype: torch.dtype,
     head_dim: int,
     many: bool = False,
+    sinks: bool = False,
 ) -> str:
     """The backend for `decode`: the named one, or the first of `DECODE_CHOICE` that can serve.
 
@@ -277,6 +286,7 @@ def choose_decode(
         cache_dtype: of the caches: that of q, or float8_e4m3fn.
         head_dim: of q and the caches.
         many: whether a sequence has more queries than `FEW_QUERIES`.
+        sinks: whether a logit without a value joins each softmax.
 
     Raises:
         ValueError: an unknown name, or one that does not serve this call.
@@ -284,7 +294,7 @@ def choose_decode(
     """
     if backend is None:
         for name in DECODE_CHOICE.get(device, ()):
-            unserved = _unserved(name, dtype, cache_dtype, head_dim, many)
+            unserved = _unserved(name, dtype, cache_dtype, head_dim, many, sinks)
             if missing_products(name) is None and not unserved:
                 return name
         return "reference"
@@ -293,14 +303,19 @@ def choose_decode(
     if backend == "reference":
         return backend
     _named(backend, device, "'reference'")
-    unserved = _unserved(backend, dtype, cache_dtype, head_dim, many)
+    unserved = _unserved(backend, dtype, cache_dtype, head_dim, many, sinks)
     if unserved:
         raise ValueError(f"backend: {backend!r} serves {unserved}; expected 'reference'")
     return backend
 
 
 def _unserved(
-    backend: str, dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int, many: bool
+    backend: str,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    head_dim: int,
+    many: bool,
+    sinks: bool,
 ) -> str | None:
     """What the backend decodes and what came, where it does not serve the call."""
     if backend == "reference":
@@ -316,6 +331,8 @@ def _unserved(
         return f"a head_dim up to {FUSED_HEAD_DIMS[-1]}, got {head_dim}"
     if backend == "cuda" and many:
         return f"up to {FEW_QUERIES} queries of a sequence, got more"
+    if backend in WITHOUT_SINKS and sinks:
+        return "no sinks"
     return None
 
 

@@ -55,6 +55,8 @@ def decode(
     assert call.keys.lens is not None
     assert call.keys.k_scale is None
     assert call.keys.v_scale is None
+    if call.sinks is not None:
+        call = call._replace(sinks=call.sinks.float())
     _native.decode(call, out, lse, torch.get_num_threads(), instruction_set)
 
 

@@ -111,9 +111,10 @@ def attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         out (B, Sq, Hq, D) of the dtype of q, and the log-sum-exp of the scores, base e,
-        (B, Hq, Sq) float32 (float64 for float64). A query that sees no key gets 0 and -inf.
+        (B, Hq, Sq) float32 (float64 for float64). A query that sees no key gets 0, and -inf or its
+        sink.
     """
-    q, positions, keys, tables, selection, how = call
+    q, positions, keys, tables, selection, how, sinks = call
     assert keys.positions is not None
     compute = dtype_of_sums(q)
     of_keys = selection._replace(borders=keys.borders)
@@ -131,9 +132,14 @@ def attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     # Finite stand-ins keep rows that see nothing out of NaN, in the gradient too. The column of
     # -inf is for no keys at all.
     top = torch.nn.functional.pad(scores.detach(), (0, 1), value=-torch.inf).amax(-1, keepdim=True)
+    if sinks is not None:
+        sinks = sinks.to(compute)[:, None, None]
+        top = torch.maximum(top, sinks.detach())
     top = torch.where(top.isfinite(), top, 0.0)
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
+    if sinks is not None:  # one more weight, of a value of 0
+        total = total + torch.exp(sinks - top)
     some = total > 0
     total = torch.where(some, total, 1.0)
     out = (weights / total) @ values
@@ -180,9 +186,10 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         out (B, q_len, Hq, D) of the dtype of q, and the log-sum-exp of the scores, base e,
-        (B, Hq, q_len) float32 (float64 for float64). A query that sees no key gets 0 and -inf.
+        (B, Hq, q_len) float32 (float64 for float64). A query that sees no key gets 0, and -inf or
+        its sink.
     """
-    q, cache, tables, selection, scores = call
+    q, cache, tables, selection, scores, sinks = call
     lens, start = cache.lens, cache.start
     assert lens is not None
     batch, queries = q.shape[:2]
@@ -225,7 +232,7 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     for sets in passes:
         pinned = Selection(sets=sets)
         out_one, lse_one = attention(
-            AttentionCall(q.to(compute), positions, keys, tables, pinned, scores)
+            AttentionCall(q.to(compute), positions, keys, tables, pinned, scores, sinks)
         )
         own = chosen == sets[:, None]
         out = torch.where(own[:, :, None, None], out_one, out)

@@ -35,6 +35,7 @@ def warmup(
     policy: Policy = "switch",
     window: int | None = None,
     softcap: float | None = None,
+    sinks: bool = False,
     backend: str | None = None,
 ) -> None:
     """Make the calls that a model will make, once, on tensors of zeros.
@@ -64,6 +65,7 @@ def warmup(
             all calls, else `sets` say them.
         window: of `attention` and `decode`.
         softcap: of `attention` and `decode`.
+        sinks: whether these have some, of dtype.
         backend: of all calls; None for the one that each takes by itself.
 
     Raises:
@@ -115,6 +117,8 @@ def warmup(
         return torch.zeros((batch, seq, count, head_dim), dtype=dtype, device=device)
 
     scored: dict[str, Any] = {"window": window, "softcap": softcap, "backend": backend}
+    if sinks:
+        scored["sinks"] = torch.zeros(heads, dtype=dtype, device=device)
     with torch.no_grad():
         for seq in (*steps, *lengths):
             q, k = zeros(seq, heads), zeros(seq, kv_heads)

@@ -186,6 +186,22 @@ def check_groups(name: str, heads: int, kv_heads: int) -> None:
         raise ValueError(f"{name}: expected heads that divide the {heads} of q, got {kv_heads}")
 
 
+def check_sinks(sinks: torch.Tensor, heads: int, q: torch.Tensor) -> None:
+    check_tensor("sinks", sinks)
+    if sinks.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"sinks: expected float32, bfloat16, float16 or float64, got {sinks.dtype}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks: expected the device of q, {q.device}, got {sinks.device}")
+    if tuple(sinks.shape) != (heads,):
+        raise ValueError(
+            f"sinks: expected shape ({heads},), one for each head of q, got {tuple(sinks.shape)}"
+        )
+    if sinks.stride(0) != 1 and heads > 1:
+        raise ValueError(
+            f"sinks: expected a unit stride, got {sinks.stride(0)}; pass sinks.contiguous()"
+        )
+
+
 def check_scores(
     causal: bool,
     softmax_scale: float | None,

@@ -57,6 +57,18 @@ def visible(
     return seen
 
 
+def see_nothing(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None) -> None:
+    """Fill what attention gives where no query sees a key: 0, and -inf or the sinks (Hq,) alone.
+
+    out: (B, Sq, Hq, D); lse: (B, Hq, Sq).
+    """
+    out.zero_()
+    if sinks is None:
+        lse.fill_(-torch.inf)
+    else:
+        lse.copy_(sinks[:, None])
+
+
 def sequence_of_token(borders: torch.Tensor, tokens: int) -> torch.Tensor:
     """The packed sequence of each of ``tokens`` tokens; those past the end belong to the last.
 

@@ -101,6 +101,7 @@ class AttentionCall(NamedTuple):
     tables: Tables
     selection: Selection
     scores: Scores
+    sinks: torch.Tensor | None = None  # (Hq,) of any floating dtype, logits without a value
 
     @property
     def groups(self) -> int:
@@ -157,3 +158,4 @@ class DecodeCall(NamedTuple):
     tables: Tables
     selection: Selection
     scores: Scores
+    sinks: torch.Tensor | None = None  # (Hq,) of any floating dtype, logits without a value

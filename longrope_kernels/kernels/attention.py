@@ -31,6 +31,7 @@ from .attention_tiles import (
     set_of_sequence,
     sizes_of,
     span,
+    start_of_rows,
     tile_of_program,
     visible,
     wide,
@@ -126,7 +127,7 @@ def plan(
     out is like q, lse (B, Hq, Sq) float32. rotated: k is already. arch: the compute capability, 90
     for 9.0. config: instead of that of the table. Nothing is allocated, no tensor is read.
     """
-    q, positions, keys, tables, selection, scores = call
+    q, positions, keys, tables, selection, scores, sinks = call
     sizes = sizes_of(call)
     dim = q.shape[3]
     if config is None:
@@ -158,6 +159,7 @@ def plan(
         matrix_args(None if rotated else keys.positions),
         *rope_args(tables, selection),
         *mask_args(call),
+        sinks,
         *score_args(scores),
         min(scores.window, sizes.queries + sizes.keys),
         *sizes.args(),
@@ -295,6 +297,7 @@ def attention_kernel(
     cu,
     cu_k,
     kv_start,
+    sinks,
     scale,
     cap,
     window,
@@ -325,8 +328,9 @@ def attention_kernel(
     batch stride, token stride) of (B, queries) and (B, keys), int32 or int64; key_positions
     (None, 0, 0): k is rotated. rope: steps (SETS, 2, PAIRS), n_hat, attention_factor, max_length.
     lengths, sets, kv_start: (pointer or None, stride) of (sequences,); cu, cu_k: of
-    (sequences + 1,). scale, cap: see `cap_scores`. search_step: the largest power of two below
-    ``sequences``. tiles, section: see `tile_of_program`. ADJACENT: the token stride of k is DIM.
+    (sequences + 1,). sinks: (heads,), or None. scale, cap: see `cap_scores`. search_step: the
+    largest power of two below ``sequences``. tiles, section: see `tile_of_program`. ADJACENT: the
+    token stride of k is DIM.
     """
     i_tile, i_bh = tile_of_program(tiles, section, tl.num_programs(0) // tiles)
     i_b = i_bh // heads
@@ -373,11 +377,8 @@ def attention_kernel(
     of_keys = (k_of_head, v_of_head, n_k)
     mask = (o_m + shift, keys, first_key, window)
     scores = (scale, cap)
-    state = (
-        zero_pieces(BLOCK_M, 0, DIM, False),
-        tl.full((BLOCK_M,), float("-inf"), tl.float32),
-        tl.zeros((BLOCK_M,), tl.float32),
-    )
+    top, total = start_of_rows(i_h, sinks, True, BLOCK_M)
+    state = (zero_pieces(BLOCK_M, 0, DIM, False), top, total)
     if WINDOW or kv_start[0] is not None:
         state = _attend(
             *(state, low, all_low, b_q, of_keys, rope, i_set, mask, scores),

@@ -133,7 +133,7 @@ def plan(
     others are those of `backends.triton.attention.backward`. arch: the compute capability, 90 for
     9.0. configs: instead of those of the table. Nothing is allocated, no tensor is read.
     """
-    q, positions, keys, tables, selection, scores = call
+    q, positions, keys, tables, selection, scores, _ = call
     sizes = sizes_of(call)
     dim, window = q.shape[3], scores.window
     if configs is None:

@@ -286,3 +286,19 @@ def queries_of_keys(
             low = tl.maximum(low, first - window + 1)
             all_low = tl.maximum(all_low, last - window + 1)
     return _split_range(low, all_low, all_high, high, BLOCK_M)
+
+
+@triton.jit
+def start_of_rows(i_h, sinks, joins, BLOCK_M: tl.constexpr):
+    """The largest score so far (in units of log 2), and the sum of the weights relative to it.
+
+    Before any key it is the sink of head i_h, one or (BLOCK_M,), where ``joins``, which has weight
+    and no value, or nothing. sinks: pointer or None.
+    """
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + i_h).to(tl.float32) * LOG2E
+        top = tl.where(joins, sink, top)
+        total = tl.where(joins, 1.0, total)
+    return top, total

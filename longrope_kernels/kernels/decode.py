@@ -136,7 +136,7 @@ def plan(
     90 for 9.0. splits: of `splits_of`. config: instead of that of the table. Nothing is allocated,
     no tensor is read.
     """
-    q, cache, tables, selection, scores = call
+    q, cache, tables, selection, scores, sinks = call
     batch, queries, heads, dim = q.shape
     k, v = as_bytes(cache)[:2]
     several = several_sets(tables, selection, queries)
@@ -178,6 +178,7 @@ def plan(
         matrix_args(cache.positions),
         vector_args(cache.k_scale),
         vector_args(cache.v_scale),
+        sinks,
         tables[:4],
         *selection_args(selection),
         *score_args(scores),

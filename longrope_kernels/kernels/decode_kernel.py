@@ -12,7 +12,7 @@ Short names: see rotation.py.
 import triton
 import triton.language as tl
 
-from .attention_tiles import LN2, cap_scores, wide
+from .attention_tiles import LN2, cap_scores, start_of_rows, wide
 from .decode_cache import block_ids, slot_rows
 from .decode_float8 import half_pieces, pieces_as_16_bits
 from .decode_sets import queries_of_set, set_of_query
@@ -94,6 +94,7 @@ def decode_kernel(
     key_positions,
     k_scale,
     v_scale,
+    sinks,
     rope,
     lengths,
     sets,
@@ -134,10 +135,10 @@ def decode_kernel(
     v: those of the caches, (batch, slots, kv_heads, DIM), with BLOCK_SIZE > 0 (blocks, BLOCK_SIZE,
     kv_heads, DIM); with FLOAT8 bytes. lse: (batch, heads, queries) float32. partial_out,
     partial_lse, counters: of `plan`, the lse in units of log 2; None: one split each. cache_lens,
-    kv_start, sets: (pointer or None, stride) of (batch,); k_scale, v_scale of (kv_heads,). table,
-    key_positions: (pointer or None, row stride, stride). lengths, sets: see decode_sets.py. rope:
-    steps (SETS, 2, PAIRS),
-    n_hat, attention_factor, max_length. scale, cap: see `cap_scores`. even, most, least: `Splits`.
+    kv_start, sets: (pointer or None, stride) of (batch,); k_scale, v_scale of (kv_heads,). sinks:
+    (heads,), or None. table, key_positions: (pointer or None, row stride, stride). lengths, sets:
+    see decode_sets.py. rope: steps (SETS, 2, PAIRS), n_hat, attention_factor, max_length. scale,
+    cap: see `cap_scores`. even, most, least: `Splits`.
     """
     units = batch * kv_heads * row_blocks
     i_program = tl.program_id(0)
@@ -212,8 +213,8 @@ def decode_kernel(
     if key_positions[0] is None and PAIRS > 0:
         border = start + tl.minimum(tl.load(rope[1] + i_set), high).to(tl.int32)
     acc = zero_pieces(BLOCK_M, WIDE, DIM, PAIRING)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    # Among the splits of a row the first has its sink.
+    top, total = start_of_rows(i_h, sinks, i_split == 0, BLOCK_M)
     for part in range(tl.where(border > begin, 0, 1), 2):
         part_low = low
         part_high = tl.minimum(border, end)

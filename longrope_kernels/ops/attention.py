@@ -33,6 +33,7 @@ def attention(
     softmax_scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     kv_start: torch.Tensor | None = None,
@@ -66,6 +67,8 @@ def attention(
         softmax_scale: multiplies the scores; dim**-0.5 by default.
         window: a query sees keys with ``s - j < window`` (not causal: ``|s - j| < window``).
         softcap: scores become ``softcap * tanh(score / softcap)``.
+        sinks: (heads,), any floating dtype: a logit of each head of q that joins the sum of its
+            softmax and has no value.
         cu_seqlens: (sequences + 1,) int32 or int64, where packed sequences begin in q, with the
             token count last; layout "thd".
         cu_seqlens_k: the same for k and v; ``cu_seqlens`` by default.
@@ -82,7 +85,7 @@ def attention(
         layout: "bshd", "bhsd" or "thd".
         k_rotation: where backend "triton" rotates k: "prepass" (once, into a scratch), "registers"
             (in the loop over keys, for few queries), or None for its own rule.
-        return_lse: also return the log-sum-exp of the scores, base e.
+        return_lse: also return the log-sum-exp of the scores, and of the sink, base e.
         backend: "reference", "composed" (our rotation, then torch's scaled_dot_product_attention),
             "triton" or "cuda" (CUDA; the rotation fused; bfloat16 and float16; "cuda" without
             Triton, up to a head dim of 128, and without gradients),
@@ -93,7 +96,7 @@ def attention(
     Returns:
         The attention output, of the shape and dtype of q; with ``return_lse`` also the log-sum-exp,
         (batch, heads, Sq) or (heads, tokens), float32 (float64 for float64). A query that sees no
-        key gets 0 and -inf.
+        key gets 0, and -inf or its sink.
 
     Under autocast q, k and v are cast to its dtype first, as torch does for its own attention
     (float64 is left alone); the output has that dtype.
@@ -110,13 +113,14 @@ def attention(
     if autocast.dtype_of(q) or not q.dtype == k.dtype == v.dtype:
         q, k, v = map(autocast.cast, (q, k, v))
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
-    direct = unwatched(q, k, v)
-    recorded = not direct and (q.requires_grad or k.requires_grad or v.requires_grad)
+    given = (q, k, v) if sinks is None else (q, k, v, arguments.check_tensor("sinks", sinks))
+    direct = unwatched(*given)
+    recorded = not direct and any(x.requires_grad for x in given)
     scores, count, name = _check_kind(
         *(q, k, v, positions, key_positions, cu_seqlens, cu_seqlens_k, kv_start, lengths, sets),
-        *(tables.steps, layout, causal, softmax_scale, window, softcap, return_lse),
+        *(sinks, tables.steps, layout, causal, softmax_scale, window, softcap, return_lse),
         *(backend, k_rotation, recorded and torch.is_grad_enabled()),
-        backend is None and (direct or runs_now(q, k, v)),
+        backend is None and (direct or runs_now(*given)),
     )
     if layout != "bshd":
         q, k, v = (arguments.as_bshd(x, layout) for x in (q, k, v))
@@ -131,7 +135,7 @@ def attention(
         key_positions = arguments.as_rows(key_positions, batch, k.shape[1])
 
     keys = Keys(k, v, key_positions, kv_start, cu_seqlens_k)
-    call = AttentionCall(q, positions, keys, tables, selection, scores)
+    call = AttentionCall(q, positions, keys, tables, selection, scores, sinks)
     out, lse = _attend(call, name, k_rotation, return_lse, direct)
     out = arguments.from_bshd(out, layout)
     if lse is None or not return_lse:
@@ -151,6 +155,7 @@ def _check_kind(
     kv_start: torch.Tensor | None,
     lengths: torch.Tensor | None,
     sets: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     steps: torch.Tensor,
     layout: arguments.Layout,
     causal: bool,
@@ -189,6 +194,8 @@ def _check_kind(
         )
     if kv_start is not None:
         arguments.check_per_sequence("kv_start", kv_start, sequences, q)
+    if sinks is not None:
+        arguments.check_sinks(sinks, heads, q)
     arguments.check_positions("positions", positions, batch, queries, q)
     if key_positions is not None:
         arguments.check_positions("key_positions", key_positions, batch, slots, q)
@@ -203,11 +210,11 @@ def _check_kind(
         raise ValueError(f"k_rotation: expected 'prepass', 'registers' or None, got {k_rotation!r}")
     if k_rotation is not None and backend != "triton":
         raise ValueError(f"k_rotation: expected backend='triton' beside it, got {backend!r}")
-    masks = cu_seqlens is not None, kv_start is not None
-    needs = _needs(scores, return_lse, *masks, (queries, slots) if libraries else None, dim)
+    more = cu_seqlens is not None, kv_start is not None, sinks is not None
+    needs = _needs(scores, return_lse, *more, (queries, slots) if libraries else None, dim)
     name = choose.choose_attention(
         *(backend, device_type(q), q.dtype, dim, needs, trains),
-        *(choose.capability_of(q.device) if libraries else None, libraries),
+        *(choose.capability_of(q.device) if libraries else None, libraries, sinks is not None),
     )
     return scores, count, name
 
@@ -217,6 +224,7 @@ def _needs(
     return_lse: bool,
     packed: bool,
     padded: bool,
+    sinks: bool,
     sizes: tuple[int, int] | None,
     dim: int,
 ) -> str:
@@ -232,7 +240,7 @@ def _needs(
         queries, slots = sizes
         if slots < scores.window < queries:  # see flash_attention.keywords
             return "padded"
-    if scores.window or packed:
+    if scores.window or packed or sinks:
         return "masked"
     if sizes and scores.causal and sizes[0] < sizes[1]:
         return "chunk"
@@ -264,7 +272,7 @@ def _attend(
 
 def _rotated(call: AttentionCall) -> AttentionCall:
     """q and k by the fastest rotation there is: one launch where they stand at the same places."""
-    q, positions, keys, tables, selection, _ = call
+    q, positions, keys, tables, selection, *_ = call
     assert keys.positions is not None
     name = choose.choose_rotary(None, q.device.type, q.dtype == torch.float64)
     of_q = of_k = Selection()
@@ -333,9 +341,8 @@ _backward = library.define(
     _EXTRA,
     before="Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse",
 )
-_GRADIENTS = tuple(
-    [name for name, _ in schema.fields(AttentionCall)].index(x) for x in ("q", "keys_k", "keys_v")
-)
+_FIELDS = [name for name, _ in schema.fields(AttentionCall)]
+_GRADIENTS = tuple(map(_FIELDS.index, ("q", "keys_k", "keys_v", "sinks")))
 
 
 class _Attention(torch.autograd.Function):
@@ -357,14 +364,34 @@ class _Attention(torch.autograd.Function):
         if d_lse is not None:
             d_lse = d_lse.contiguous()
         grads: list[Any] = [None] * len(flat)
-        found = _backward(d_out, d_lse, out, lse, *flat)
+        of_all = d_out, d_lse, out, lse
+        sinks = flat[_GRADIENTS[-1]]
+        found = *_backward(*of_all, *flat), sinks
+        if sinks is not None:
+            found = *found[:3], _backward_of_sinks(sinks, *of_all)
         for at, gradient in zip(_GRADIENTS, found, strict=True):
             grads[at] = gradient
         return tuple(grads)
 
 
+def _backward_of_sinks(
+    sinks: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of weights that no value has: (Hq,) of the dtype of the sinks."""
+    weights = torch.where(lse > -torch.inf, torch.exp(sinks[:, None] - lse), 0.0)
+    d_scores = -torch.einsum("bshd,bshd->bhs", d_out.to(lse.dtype), out.to(lse.dtype))
+    if d_lse is not None:
+        d_scores = d_scores + d_lse
+    return (weights * d_scores).sum((0, 2)).to(sinks.dtype)
+
+
 def _differentiable(*flat: Any) -> Any:
-    if torch.is_grad_enabled() and any(flat[i].requires_grad for i in _GRADIENTS):
+    wanted = any(flat[i] is not None and flat[i].requires_grad for i in _GRADIENTS)
+    if torch.is_grad_enabled() and wanted:
         return _Attention.apply(*flat)  # type: ignore[no-untyped-call]
     with below_autograd():
         return _attention(*flat)

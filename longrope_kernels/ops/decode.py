@@ -36,6 +36,7 @@ def decode(
     softmax_scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     base: float = 10000.0,
@@ -81,12 +82,14 @@ def decode(
         softmax_scale: multiplies the scores; dim**-0.5 by default.
         window: a query sees keys with ``s - j < window``.
         softcap: scores become ``softcap * tanh(score / softcap)``.
+        sinks: (heads,), any floating dtype: a logit of each head of q that joins the sum of its
+            softmax and has no value.
         k_scale: (kv_heads,) float32, multiplies the keys of a float8 cache; 1 by default.
         v_scale: like k_scale, of the values.
         base: ``b`` in ``theta_i = b**(-2i / R)``, ``R = 2P``.
         interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
         attention_factor: multiplies the rotated dimensions of q and k.
-        return_lse: also return the log-sum-exp of the scores, base e.
+        return_lse: also return the log-sum-exp of the scores, and of the sink, base e.
         k_new: (batch, new, kv_heads, dim), unrotated, of the dtype of the caches, any beside
             float8: written into the cache as by `append`, key t to slot ``cache_lens - new + t``.
             One launch writes keys and values, before those that attend.
@@ -100,8 +103,8 @@ def decode(
 
     Returns:
         The attention output, of the shape and dtype of q; with ``return_lse`` also the log-sum-exp,
-        (batch, heads, q_len) float32 (float64 for float64). A query that sees no key gets 0 and
-        -inf.
+        (batch, heads, q_len) float32 (float64 for float64). A query that sees no key gets 0, and
+        -inf or its sink.
 
     Under autocast q takes the dtype of the caches, which are not cast unless their dtypes differ,
     and beside float8 caches that of autocast.
@@ -127,20 +130,22 @@ def decode(
         v_new = arguments.check_tensor("v_new", v_new)
         k_new, v_new = autocast_new(k_new, v_new, k_cache)
         direct = unwatched(q, k_cache, v_cache, k_new, v_new)
+    of_sinks = {} if sinks is None else {"sinks": arguments.check_tensor("sinks", sinks)}
+    direct = direct and unwatched(*of_sinks.values())
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
     scores, count, name, writer = _check_kind(
         *(q, k_cache, v_cache, cache_lens, block_table, lengths, sets, kv_start, key_positions),
-        *(k_scale, v_scale, k_new, v_new, slot_mapping, tables.steps),
+        *(sinks, k_scale, v_scale, k_new, v_new, slot_mapping, tables.steps),
         *(softmax_scale, window, softcap, backend),
     )
     if not direct:
-        caches.check_no_gradients("decode", q=q, k_cache=k_cache, v_cache=v_cache)
+        caches.check_no_gradients("decode", q=q, k_cache=k_cache, v_cache=v_cache, **of_sinks)
     selection = arguments.select(count, lengths, sets)
     keys = Keys(
         *(k_cache, v_cache, key_positions, kv_start, None),
         *(cache_lens, block_table, k_scale, v_scale),
     )
-    call = DecodeCall(q, keys, tables, selection, scores)
+    call = DecodeCall(q, keys, tables, selection, scores, sinks)
     values.check_decode(call)
     if writer is not None:
         assert k_new is not None
@@ -176,6 +181,7 @@ def _check_kind(
     sets: torch.Tensor | None,
     kv_start: torch.Tensor | None,
     key_positions: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     k_new: torch.Tensor | None,
@@ -194,6 +200,8 @@ def _check_kind(
         raise ValueError("q: expected at least 1 token a sequence, got 0")
     caches.check_caches("q", q, k_cache, v_cache, block_table)
     arguments.check_groups("k_cache", heads, k_cache.shape[2])
+    if sinks is not None:
+        arguments.check_sinks(sinks, heads, q)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
             caches.check_scale(name, scale, k_cache, "q")
@@ -215,9 +223,9 @@ def _check_kind(
     scores = arguments.check_scores(True, softmax_scale, window, softcap, dim)
     of_all = backend, device_type(q), q.dtype, k_cache.dtype, dim
     if queries > FEW_QUERIES:  # a branch, which a traced graph takes; no number for the choice
-        name = choose.choose_decode(*of_all, many=True)
+        name = choose.choose_decode(*of_all, many=True, sinks=sinks is not None)
     else:
-        name = choose.choose_decode(*of_all)
+        name = choose.choose_decode(*of_all, sinks=sinks is not None)
     writer = None
     if k_new is not None and v_new is not None:
         of_new = "k_new", "v_new", k_new, v_new, k_cache, slot_mapping, batch

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ...calls.masks import see_nothing
 from ...calls.records import AttentionCall, RotaryCall
 from .device import extension, on_device, place_of
 from .rotary import rotary
@@ -26,12 +27,11 @@ def forward(
     """
     if out.numel() == 0:
         return
-    q, positions, keys, tables, selection, scores = call
+    q, positions, keys, tables, selection, scores, _ = call
     k, kv_heads, groups = keys.k, keys.heads, call.groups
     assert keys.positions is not None
     if k.shape[1] == 0:
-        out.zero_()
-        lse.fill_(float("-inf"))
+        see_nothing(out, lse, call.sinks)
         return
     (batch, slots, _, dim) = k.shape
     q, v = _aligned(q), _aligned(keys.v)

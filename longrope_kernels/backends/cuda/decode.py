@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...calls.masks import see_nothing
 from ...calls.records import DecodeCall
 from ...kernels.splits import Splits, choose_splits, counters_for
 from .device import emulating, extension, on_device, place_of
@@ -46,8 +47,7 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
     if out.numel() == 0:
         return
     if call.keys.empty:
-        out.zero_()
-        lse.fill_(float("-inf"))
+        see_nothing(out, lse, call.sinks)
         return
     units = _units_of(call)
     splits = _splits_of(call, units)

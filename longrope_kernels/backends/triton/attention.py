@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...calls.kinds import by_kind
+from ...calls.masks import see_nothing
 from ...calls.records import AttentionCall, Keys, RotaryCall, Selection
 from ...kernels import attention as kernels
 from ...kernels import attention_backward as gradients
@@ -27,13 +28,12 @@ def forward(
 ) -> None:
     """Attend into out, like q, and lse (B, Hq, Sq) float32, base e.
 
-    A query that sees no key gets 0 and -inf. k_rotation: "prepass", "registers", or None for
-    `kernels.attention.choose_rotation`.
+    A query that sees no key gets 0, and -inf or its sink. k_rotation: "prepass", "registers", or
+    None for `kernels.attention.choose_rotation`.
     """
     way = _way_of(call, k_rotation)
     if way is None:
-        out.zero_()
-        lse.fill_(float("-inf"))
+        see_nothing(out, lse, call.sinks)
         return
     q, (k, v, *_) = call.q, call.keys
     arch = device.arch_of(q)
@@ -49,7 +49,7 @@ def forward(
     scratch = None
     for heads, kv in way.parts:
         scratch = _rotated_keys(call, kv, scratch)
-        part = _with(call, _part(q, heads), scratch, _part(v, kv))
+        part = _with(call, _part(q, heads), scratch, _part(v, kv), heads)
         run(kernels.plan, part, _part(out, heads), _part(lse, heads, 1), True, arch)
 
 
@@ -124,9 +124,12 @@ def backward(
                 run_launch(launch)
 
 
-def _with(call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionCall:
+def _with(
+    call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: slice = _ALL
+) -> AttentionCall:
     """The call with other tensors, of some of its heads."""
-    return AttentionCall(q, call.positions, Keys(k, v, *call.keys[2:]), *call[3:])
+    sinks = None if call.sinks is None else _part(call.sinks, heads, 0)
+    return AttentionCall(q, call.positions, Keys(k, v, *call.keys[2:]), *call[3:6], sinks)
 
 
 def _short_strides(x: torch.Tensor) -> torch.Tensor:

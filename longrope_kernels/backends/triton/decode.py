@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...calls.kinds import by_kind
+from ...calls.masks import see_nothing
 from ...calls.records import DecodeCall
 from ...kernels import decode as kernels
 from ...kernels.launch import as_bytes
@@ -20,8 +21,8 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Attend to the cache, into out (B, q_len, Hq, D) and lse (B, Hq, q_len) float32.
 
     q is bfloat16 or float16, the caches of that dtype or float8_e4m3fn. lse is contiguous, base e;
-    a query that sees no key gets 0 and -inf. What is launched follows from shapes alone, so that
-    one captured graph serves all lengths.
+    a query that sees no key gets 0, and -inf or its sink. What is launched follows from shapes
+    alone, so that one captured graph serves all lengths.
     """
     q = call.q
     arch = device.arch_of(q)
@@ -30,8 +31,7 @@ def decode(call: DecodeCall, out: torch.Tensor, lse: torch.Tensor) -> None:
         call = call._replace(keys=keys)
     sizes = _sizes_of(call, arch, device.multiprocessors_of(q, _INTERPRETED_MULTIPROCESSORS))
     if sizes is None:
-        out.zero_()
-        lse.fill_(float("-inf"))
+        see_nothing(out, lse, call.sinks)
         return
     config, splits, counters = sizes
     scratch = None
