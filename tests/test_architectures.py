@@ -16,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    StaticCache,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama import modeling_llama
@@ -33,7 +34,7 @@ from longrope_kernels.integrations.transformers import (
 from longrope_kernels.integrations.transformers.parts import slots_of
 from longrope_kernels.integrations.transformers.probe import probe, tiny
 from longrope_kernels.integrations.transformers.rotary import Turn
-from longrope_kernels.integrations.transformers.shrunk import shrunk
+from longrope_kernels.integrations.transformers.shrunk import VOCABULARY, shrunk
 
 TOOL = Path(__file__).parents[1] / "tools" / "architectures.py"
 specification = importlib.util.spec_from_file_location("architectures_tool", TOOL)
@@ -154,10 +155,27 @@ def test_pairs_are_those_of_the_models_code():
 
 
 def test_what_can_not_lie_unrotated_is_named():
-    model = tiny(transformers.GptOssForCausalLM, transformers.GptOssConfig())
-    with pytest.raises(ValueError, match=r"cache: GptOssModel is served with .*rotated.*s_aux"):
+    model = tiny(transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config())
+    with pytest.raises(
+        ValueError, match=r"cache: DeepseekV3Model is served with .*rotated.*v: "
+    ):
         enable(model)
     enable(model, cache="rotated")
+
+
+def test_sinks_in_a_compiled_prefill_of_a_static_cache():
+    torch.compiler.reset()
+    kinds = ["full_attention"] * 2
+    config = CONFIG_MAPPING["granite_swa"](num_hidden_layers=2, layer_types=kinds)
+    model = tiny(transformers.GraniteSWAForCausalLM, config)
+    ids = tokens(1, 20) % VOCABULARY
+    expected = logits(model, ids=ids)
+    enable(model)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        actual = compiled(ids, past_key_values=cache).logits
+    assert max_diff(actual, expected) < 2e-5
 
 
 def test_a_mask_that_is_more_than_causal_is_named():

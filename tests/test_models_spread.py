@@ -16,10 +16,18 @@ from cases import factors
 from model_cases import SHARED, SWITCH, family_model, generated, max_diff, padded, tokens
 from ranks import Ranks, check_survivors
 from test_distributed import whole
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GptOssForCausalLM,
+    StaticCache,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from longrope_kernels import FactorSet, Rope
 from longrope_kernels.integrations.transformers import disable, enable
+from longrope_kernels.integrations.transformers.probe import tiny
 
 CLOSE = 2e-5
 PHI3, LLAMA = "phi3", "llama"
@@ -367,6 +375,9 @@ def refuse(case: str) -> Any:
             elif case == "recorded":
                 with torch.enable_grad():
                     model(**inputs, past_key_values=DynamicCache(config=model.config))
+            elif case == "sinks":
+                config = CONFIG_MAPPING["gpt_oss"]()
+                enable(tiny(GptOssForCausalLM, config), group=group_of(4))(input_ids=ids % 64)
             elif case == "rotated":
                 enable(model, group=group_of(4), cache="rotated")
             elif case == "backend":
@@ -391,6 +402,7 @@ REFUSED = {
     "static": r"past_key_values: expected a DynamicCache that offloads nothing, got StaticCache",
     "filled": r"past_key_values: expected an empty DynamicCache, or one that this model has filled",
     "recorded": r"past_key_values: expected None where gradients are recorded",
+    "sinks": r"s_aux: not served over the ranks of a group; enable without group=",
     "rotated": r"cache: expected 'unrotated' with group=, got 'rotated'",
     "backend": r"backend: expected one of reference, composed, triton, native or None with group=",
     "order": r"order: expected 'balanced' or 'contiguous', got 'mixed'",

@@ -21,7 +21,7 @@ from .spread import attend as attend_spread
 
 NAME = "longrope"  # among transformers' attention implementations
 # What some layers hand over that changes their scores, by name.
-_MORE_SCORES = ("s_aux", "sinks", "position_bias", "attention_bias", "indices")
+_MORE_SCORES = ("sinks", "position_bias", "attention_bias", "indices")
 
 
 class Enabled(NamedTuple):
@@ -42,6 +42,7 @@ def longrope_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
@@ -62,6 +63,7 @@ def longrope_attention(
         dropout: must be 0.
         sliding_window: in tokens.
         softcap: of the scores.
+        s_aux: (heads,), sinks: logits that join each softmax and have no value.
         position_ids: (1 or batch, queries).
         cu_seq_lens_q: (sequences + 1,) where packed sequences begin in all tokens of the batch,
             their count last; they win over the mask.
@@ -71,7 +73,8 @@ def longrope_attention(
         longrope_spread: where a group of ranks shares a sequence; position_ids, attention_mask and
             the borders are of the whole then.
         output_attentions: must be False: the weights are never in memory.
-        others: what attention functions of transformers read; sinks and biases are refused.
+        others: what attention functions of transformers read; biases are refused, and sinks of
+            each query.
 
     Returns:
         (batch, queries, heads, dim), and None for the weights.
@@ -132,8 +135,12 @@ def longrope_attention(
     }
     q, k, v = (in_a_row(x).transpose(1, 2) for x in (query, key, value))
     if longrope_spread is not None:
+        if s_aux is not None:
+            raise ValueError("s_aux: not served over the ranks of a group; enable without group=")
         return attend_spread(q, k, v, call, rope, settings, longrope_spread, rest), None
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    rest["sinks"] = s_aux
+    differentiable = (x for x in (query, key, value, s_aux) if x is not None)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
     if call.cache_lens is not None and queries <= FEW_QUERIES and not recorded:
         out: Any = decode(
             *(q, k, v, call.cache_lens, rope),
@@ -202,7 +209,9 @@ def _attend_to_mask(
     scale = q.shape[-1] ** -0.5 if rest["softmax_scale"] is None else rest["softmax_scale"]
     keys = Keys(k, v, start=call.kv_start, lens=call.cache_lens)
     scores, tables = Scores(True, scale, rest["window"] or 0), rope.tables(q.device)
-    return composed.attend(AttentionCall(q, call.positions, keys, tables, Selection(), scores))
+    return composed.attend(
+        AttentionCall(q, call.positions, keys, tables, Selection(), scores, rest["sinks"])
+    )
 
 
 def _key_positions(call: Call, k: torch.Tensor) -> torch.Tensor:
