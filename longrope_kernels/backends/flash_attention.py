@@ -135,7 +135,8 @@ def attend(
     if blind == queries or not q.numel() or not slots:
         # Nothing is seen. The empty sums keep the gradients.
         out = torch.zeros_like(q) + sum(x[..., :0].sum() for x in (q, k, v))
-        return out, q.new_full(_lse_shape(q), -torch.inf, dtype=torch.float32)
+        shape = q.shape[0], q.shape[2], queries
+        return out, q.new_full(shape, -torch.inf, dtype=torch.float32)
 
     dense, packed = functions(name)
     function = dense if borders is None else packed
@@ -269,7 +270,3 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     odd = x.storage_offset() % 8 or any(step % 8 or step == 0 for step in steps)
     return x.contiguous() if odd or x.stride(-1) != 1 else x
-
-
-def _lse_shape(q: torch.Tensor) -> tuple[int, int, int]:
-    return q.shape[0], q.shape[2], q.shape[1]
