@@ -420,6 +420,18 @@ def test_what_is_not_served_is_refused(case: str, four: Ranks) -> None:
         assert count == 6  # tokens of this rank: the next call is served
 
 
+def other_labels() -> Any:
+    ids = tokens(1, 24)
+    spread_model(PHI3, 4)(input_ids=ids, labels=ids.masked_fill(ids < 9 * dist.get_rank(), -100))
+
+
+def test_other_labels_on_a_rank_end_all(four: Ranks) -> None:
+    for answer in four("labels", other_labels):
+        assert str(answer).startswith(
+            "ValueError: labels: expected the same on all ranks, got ((1,"
+        )
+
+
 def other_order() -> Any:
     order = "contiguous" if dist.get_rank() == 2 else "balanced"
     model = enable(family_model(PHI3), group=group_of(4), order=order)

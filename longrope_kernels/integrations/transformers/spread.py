@@ -64,8 +64,8 @@ def _before(
     caches = [x for x in given.values() if isinstance(x, Cache)]
     past = caches[0].get_seq_length() if caches else 0
     positions, padding = given.get("position_ids"), given.get("attention_mask")
-    fields = {name: _digest(whole), "past_key_values": past, "attention_mask": _digest(padding)}
-    agree(ranks, fields | {"position_ids": _digest(positions), "order": settings.order}, device)
+    fields = {name: digest(whole), "past_key_values": past, "attention_mask": digest(padding)}
+    agree(ranks, fields | {"position_ids": digest(positions), "order": settings.order}, device)
 
     packed = False
     if positions is None:
@@ -114,7 +114,7 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     return output
 
 
-def _digest(x: torch.Tensor | None) -> object:
+def digest(x: torch.Tensor | None) -> object:
     """What ranks compare: the values where reading is free, else the shape."""
     if x is None or not readable(x):
         return None if x is None else tuple(x.shape)

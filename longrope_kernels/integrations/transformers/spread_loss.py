@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from ...distributed import shard
-from ...distributed.ranks import Group, ranks_of
+from ...distributed.fields import shown
+from ...distributed.ranks import Group, agree, ranks_of
 from ...distributed.shards import Order
 from ...distributed.sums import whole_sum
+from .spread import digest
 
 _NAME = "_loss_function"  # where the setter of ``loss_function`` puts it
 
@@ -76,6 +78,9 @@ class SpreadLoss:
         """As transformers' own; ``shift_labels`` are whole as well."""
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        ranks = ranks_of(self.group)
+        fields = {"labels": digest(shift_labels), "num_items_in_batch": shown(num_items_in_batch)}
+        agree(ranks, fields, logits.device)
         own = shard(shift_labels, self.group, -1, order=self.order).to(logits.device)
         if own.shape != logits.shape[:-1]:
             raise ValueError(
@@ -91,4 +96,4 @@ class SpreadLoss:
         items = num_items_in_batch
         if items is None:
             items = (shift_labels != ignore_index).sum()
-        return whole_sum(total / items, ranks_of(self.group))
+        return whole_sum(total / items, ranks)
