@@ -512,6 +512,16 @@ def test_without_processes() -> None:
         shard(torch.zeros(1, 2))
 
 
+def others_of_unshard() -> None:
+    unshard(torch.zeros(1, 2, 3 + (dist.get_rank() == 1)))
+
+
+def test_unshard_names_what_differs(four: Ranks) -> None:
+    expected = "x: expected the same on all ranks, got (1, 3, 'torch.float32') on rank 0, (1, 4, "
+    for answer in four("unshard", others_of_unshard):
+        assert expected in str(answer)
+
+
 def of_unshard() -> None:
     unshard(torch.zeros(1, 2, requires_grad=True))
 

@@ -368,6 +368,8 @@ def refuse(case: str) -> Any:
                 model(input_ids=ids.expand(2, -1), position_ids=positions)
             elif case == "static":
                 model(**inputs, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+            elif case == "mask":
+                model(**inputs, attention_mask={"full_attention": ids > 0})
             elif case == "filled":
                 cache = DynamicCache(config=model.config)
                 enable(family_model(PHI3))(input_ids=ids, past_key_values=cache)
@@ -400,6 +402,7 @@ REFUSED = {
     "positions": r"position_ids: expected those of all 24 tokens on each rank, got \(1, 6\)",
     "packed rows": r"position_ids: expected packed sequences in one row with group=, got 2 rows",
     "static": r"past_key_values: expected a DynamicCache that offloads nothing, got StaticCache",
+    "mask": r"attention_mask: expected a tensor or None with group=, got dict",
     "filled": r"past_key_values: expected an empty DynamicCache, or one that this model has filled",
     "recorded": r"past_key_values: expected None where gradients are recorded",
     "sinks": r"s_aux: not served over the ranks of a group; enable without group=",
@@ -418,6 +421,22 @@ def test_what_is_not_served_is_refused(case: str, four: Ranks) -> None:
         with pytest.raises(ValueError, match=f"^{REFUSED[case]}"):
             raise ValueError(message)
         assert count == 6  # tokens of this rank: the next call is served
+
+
+def other_cache() -> Any:
+    model = spread_model(PHI3, 4)
+    cache: Any = DynamicCache(config=model.config)
+    if dist.get_rank() == 2:
+        cache = StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        model(input_ids=tokens(1, 24), past_key_values=cache)
+
+
+def test_what_one_rank_refuses_ends_all(four: Ranks) -> None:
+    message = "expected a DynamicCache that offloads nothing, got StaticCache"
+    own = f"ValueError: past_key_values: {message}"
+    others = f"ValueError: group: rank 2: {own}"
+    assert [str(x) for x in four("cache", other_cache)] == [others, others, own, others]
 
 
 def other_labels() -> Any:

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 import torch.distributed as dist
 
-from .ranks import Group, Line, Ranks, answered, ranks_of
+from .ranks import Group, Line, Ranks, agree, answered, ranks_of, telling
 
 Order = Literal["balanced", "contiguous"]
 Spans: TypeAlias = tuple[tuple[int, int], ...]  # ascending (start, stop) of slots
@@ -109,17 +109,21 @@ def unshard(
         order: as in `shard`.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: naming the argument, also where it is not the same on all ranks.
         RuntimeError: torch.distributed is not initialised, or a rank did not answer.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("x: expected one without grad, which unshard has not; pass x.detach()")
-    check_order(order)
-    dim = _axis(x, dim)
     ranks = ranks_of(group)
-    tokens = whole_length(tokens, x.shape[dim], ranks, order)
+    with telling(ranks, x.device):
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("x: expected one without grad, which unshard has not; pass x.detach()")
+        check_order(order)
+        dim = _axis(x, dim)
+        tokens = whole_length(tokens, x.shape[dim], ranks, order)
+    rest = (*x.shape[:dim], *x.shape[dim + 1 :])
+    fields = {"tokens": tokens, "order": order, "dim": dim, "x": (*rest, str(x.dtype))}
+    agree(ranks, fields, x.device)
     parts = [spans_of(tokens, i, ranks.size, order) for i in range(ranks.size)]
     most = max(map(count, parts))
     x = x.movedim(dim, 0)

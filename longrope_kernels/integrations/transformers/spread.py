@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from ...calls.records import FEW_QUERIES
 from ...calls.values import readable
 from ...distributed import attention, decode, shard
-from ...distributed.ranks import agree, ranks_of
+from ...distributed.ranks import agree, ranks_of, telling
 from ...distributed.shards import gathered
 from ...rope.value import Rope
 from .masks import slots_of_mask
@@ -57,16 +57,26 @@ def _before(
     if len(inputs) != 1:
         return None  # transformers' own error comes
     (name,) = inputs
+    settings: Settings = base.longrope.settings
+    ranks, device = ranks_of(settings.group), given[name].device
+    caches = [x for x in given.values() if isinstance(x, Cache)]
+    past = caches[0].get_seq_length() if caches else 0
+    with telling(ranks, device):
+        fields = {x: digest(x, given.get(x)) for x in (name, "attention_mask", "position_ids")}
+    agree(ranks, fields | {"past_key_values": past, "order": settings.order}, device)
+    with telling(ranks, device):  # where the others attend by now
+        return (), _shared(base, given, name, caches, past)
+
+
+def _shared(
+    base: Any, given: dict[str, Any], name: str, caches: list[Cache], past: int
+) -> dict[str, Any]:
+    """What a base model is given in place of the whole."""
     whole = given[name]
     (batch, tokens), device = whole.shape[:2], whole.device
     settings: Settings = base.longrope.settings
     ranks = ranks_of(settings.group)
-    caches = [x for x in given.values() if isinstance(x, Cache)]
-    past = caches[0].get_seq_length() if caches else 0
     positions, padding = given.get("position_ids"), given.get("attention_mask")
-    fields = {name: digest(whole), "past_key_values": past, "attention_mask": digest(padding)}
-    agree(ranks, fields | {"position_ids": digest(positions), "order": settings.order}, device)
-
     packed = False
     if positions is None:
         positions = torch.arange(past, past + tokens, device=device)[None]
@@ -93,12 +103,12 @@ def _before(
         held.begin(tokens, whole=step)
         if step:
             given[ARGUMENT] = spread._replace(key_slots=held.slots)
-            return (), given
+            return given
     else:
         given["use_cache"] = False
     given[ARGUMENT] = spread
     given[name] = shard(whole, settings.group, order=settings.order)
-    return (), given
+    return given
 
 
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -114,10 +124,14 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     return output
 
 
-def digest(x: torch.Tensor | None) -> object:
+def digest(name: str, x: torch.Tensor | None) -> object:
     """What ranks compare: the values where reading is free, else the shape."""
-    if x is None or not readable(x):
-        return None if x is None else tuple(x.shape)
+    if x is None:
+        return None
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor or None with group=, got {type(x).__name__}")
+    if not readable(x):
+        return tuple(x.shape)
     return tuple(x.shape), zlib.crc32(x.detach().contiguous().view(torch.uint8).numpy().tobytes())
 
 

@@ -79,7 +79,10 @@ class SpreadLoss:
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         ranks = ranks_of(self.group)
-        fields = {"labels": digest(shift_labels), "num_items_in_batch": shown(num_items_in_batch)}
+        fields = {
+            "labels": digest("labels", shift_labels),
+            "num_items_in_batch": shown(num_items_in_batch),
+        }
         agree(ranks, fields, logits.device)
         own = shard(shift_labels, self.group, -1, order=self.order).to(logits.device)
         if own.shape != logits.shape[:-1]:
