@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ...distributed import shard
-from ...distributed.fields import shown
 from ...distributed.ranks import Group, agree, ranks_of
 from ...distributed.shards import Order
 from ...distributed.sums import whole_sum
@@ -79,11 +78,7 @@ class SpreadLoss:
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         ranks = ranks_of(self.group)
-        fields = {
-            "labels": digest("labels", shift_labels),
-            "num_items_in_batch": shown(num_items_in_batch),
-        }
-        agree(ranks, fields, logits.device)
+        agree(ranks, {"labels": digest("labels", shift_labels)}, logits.device)
         own = shard(shift_labels, self.group, -1, order=self.order).to(logits.device)
         if own.shape != logits.shape[:-1]:
             raise ValueError(
