@@ -77,9 +77,10 @@ class SpreadLoss:
         """As transformers' own; ``shift_labels`` are whole as well."""
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = shift_labels.to(logits.device)
         ranks = ranks_of(self.group)
         agree(ranks, {"labels": digest("labels", shift_labels)}, logits.device)
-        own = shard(shift_labels, self.group, -1, order=self.order).to(logits.device)
+        own = shard(shift_labels, self.group, -1, order=self.order)
         if own.shape != logits.shape[:-1]:
             raise ValueError(
                 f"labels: expected those of all tokens on each rank, got {tuple(labels.shape)} "
