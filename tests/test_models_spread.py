@@ -140,7 +140,9 @@ def test_the_fast_attention_serves_what_is_not_padded(four: Ranks) -> None:
         assert max_diff(whole(list(parts), SWITCH, "balanced", 1), expected) < CLOSE
 
 
-@pytest.mark.parametrize("family", ["phi3 sliding", "qwen2 sliding", "qwen3", "phimoe"])
+@pytest.mark.parametrize(
+    "family", ["phi3 sliding", "phi3 partial", "qwen2 sliding", "qwen3", "phimoe"]
+)
 def test_other_families(family: str, four: Ranks) -> None:
     check(four, 2, family, {"input_ids": tokens(1, 21)})
 
