@@ -380,7 +380,6 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
-    sinks: bool = False
     kv_start: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
     counts_k: tuple[int, ...] = ()
@@ -389,6 +388,7 @@ class Case:
     n_hat: int = 128
     attention_factor: float = 1.19
     return_lse: bool = False
+    sinks: bool = False
 
     def __str__(self) -> str:
         sizes = f"B{self.batch}-T{self.queries}" + (f"x{self.keys}" if self.keys else "")

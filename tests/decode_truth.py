@@ -324,7 +324,6 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
-    sinks: bool = False
     kv_start: tuple[int, ...] = ()
     positions: str = ""
     boundary: int | tuple[int, int] = 0
@@ -333,6 +332,7 @@ class Case:
     n_hat: int = 7
     attention_factor: float = 1.19
     index: torch.dtype = torch.int32
+    sinks: bool = False
 
     def __str__(self) -> str:
         parts = ["+".join(map(str, self.lens)) or "none", f"q{self.queries}"]

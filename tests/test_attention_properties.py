@@ -69,6 +69,7 @@ def any_case(draw: st.DrawFn) -> Case:
         draw(st.sampled_from([0, 1, 128, 4096])),
         draw(st.sampled_from([1.0, 1.19])),
         draw(st.booleans()),
+        draw(st.booleans()),
     )
 
 
@@ -82,7 +83,8 @@ def test_any_case(backend: Backend, case: Case, forward: bool) -> None:
     torch.manual_seed(0)
     if not backend.of_scores:
         case = replace(case, softcap=None, return_lse=False)
-    case = backend.nearest(case)
+    # Sinks of so few heads don't show what rounding does to their gradients: test_sinks.py.
+    case = backend.nearest(replace(case, sinks=case.sinks and forward))
     (check if forward else check_grads)(backend, case)
 
 

@@ -68,6 +68,7 @@ def any_case(draw: st.DrawFn) -> Case:
         draw(st.sampled_from([0, 1, 16, 128, 4096])),
         draw(st.sampled_from([1.0, 1.19])),
         draw(st.sampled_from([torch.int32, torch.int64])),
+        draw(st.booleans()),
     )
 
 
