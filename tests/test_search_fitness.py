@@ -10,8 +10,6 @@ import torch
 from model_cases import VOCABULARY, family_config, family_model, tokens
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
-    CohereForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPTJConfig,
@@ -221,8 +219,6 @@ def test_models_that_cannot_be_measured_are_refused():
         TransformersLosses(GPTJForCausalLM(gptj))
     with pytest.raises(ValueError, match=r"model: expected one rope for all layers.*sliding_att"):
         TransformersLosses(Gemma3ForCausalLM(shrunk(Gemma3TextConfig())))
-    with pytest.raises(ValueError, match=r"model: expected logits .* CohereForCausalLM, which"):
-        TransformersLosses(CohereForCausalLM(shrunk(CohereConfig())))
     with pytest.raises(ValueError, match=r"model: expected one with a language-model head.*Llama"):
         TransformersLosses(family_model("llama").model)
     with pytest.raises(ValueError, match="batch_tokens: expected at least 1, got 0"):

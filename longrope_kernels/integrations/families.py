@@ -31,6 +31,15 @@ def counts() -> tuple[int, int]:
     return len(families), sum(not entry["unrotated"] for entry in families)
 
 
+def interleaved(model_type: str | None) -> bool:
+    """Whether the pairs of a family are (2i, 2i + 1), which no config says; False for others."""
+    return any(
+        entry["interleaved"]
+        for name, entry in proven()["families"].items()
+        if model_type in (name, entry["type"])
+    )
+
+
 def rows() -> list[list[str]]:
     """Of each family: its name, the pairs, what passed with unrotated keys and with rotated ones.
 

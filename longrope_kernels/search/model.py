@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -109,19 +109,17 @@ class TransformersLosses:
         """
         from ..integrations.transformers import enable
 
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        if head is None:
+        if getattr(model, "get_output_embeddings", lambda: None)() is None:
             raise ValueError(
                 "model: expected one with a language-model head (AutoModelForCausalLM), got "
                 f"{type(model).__name__}"
             )
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
-        _check_head(model)
-        self.model = enable(model, backend=backend, group=group).eval()
+        self._head = _head_of(model.eval())
+        self.model = enable(model, backend=backend, group=group)
         self._group = group
         self.rope = _only_rope(self.model)
-        self._head: nn.Module = head
         weight = next(model.parameters())
         if batch_tokens is None:
             batch_tokens = 2**15 if weight.device.type != "cpu" else 1
@@ -280,28 +278,34 @@ class TransformersLosses:
                 raise ValueError(f"rope: expected {name} = {wanted} as in the model, got {got}")
 
 
-def _check_head(model: Any) -> None:
-    """Losses are of what the head gives; some models scale or cap it afterwards. On a tiny one."""
-    from transformers import PreTrainedModel
+def _head_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From hidden states to logits, as the model does it: its head, which some scale or cap.
 
-    from ..integrations.transformers.probe import on_the_cpu, tiny
+    Raises:
+        ValueError: it does something else.
+    """
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+    scale = scale or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
 
-    if not isinstance(model, PreTrainedModel) or model.config.get_text_config() is not model.config:
-        return
-    try:
-        small = tiny(type(model), model.config)
-    except Exception:
-        return  # `enable` says what is wrong
-    with on_the_cpu():
-        ids = torch.arange(4, 12)[None]
-        hidden = small.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        found = small(input_ids=ids, use_cache=False).logits
-        same = torch.allclose(small.get_output_embeddings()(hidden), found, rtol=1e-3, atol=1e-3)
-    if not same:
-        raise ValueError(
-            "model: expected logits that are what its head gives, got a "
-            f"{type(model).__name__}, which scales or caps them"
-        )
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = head(hidden)
+        if scale != 1:
+            found = found * scale
+        return found if cap is None else cap * torch.tanh(found / cap)
+
+    ids = torch.arange(8, device=model.device)[None] % config.vocab_size
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        base = model.base_model(input_ids=ids, use_cache=False)
+        hidden = getattr(base, "last_hidden_state", None)
+        if hidden is None or not torch.allclose(logits(hidden), expected, rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                "model: expected logits that are what its head gives, scaled or capped, got a "
+                f"{type(model).__name__}, which makes others"
+            )
+    return logits
 
 
 def _only_rope(model: nn.Module) -> Rope:

@@ -8,18 +8,20 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..integrations import families
 from ..rope import FactorSet, Rope, hf_config, scaling
 from ..rope.files import SIDECAR
 from .documents import Document
 
 CONFIG = "config.json"
 EVALUATION = "evaluation.json"
+_TEXT = "text_config"  # of a multimodal config
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -41,6 +43,11 @@ class Source:
     rope: Rope
     original: int
     trained: int
+
+    @property
+    def of_text(self) -> Mapping[str, Any]:
+        """What the language model is made from: all of the config but in a multimodal one."""
+        return _of_text(self.config)
 
     @property
     def stage(self) -> Rope | None:
@@ -72,15 +79,19 @@ def open_source(folder: Path, original: int | None = None) -> Source:
         config = json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from None
+    text = _of_text(config)
     try:
-        rope = Rope.load(folder) if (folder / SIDECAR).is_file() else Rope.from_config(config)
+        if (folder / SIDECAR).is_file():
+            rope = Rope.load(folder)
+        else:
+            rope = Rope.from_config(text, interleaved=families.interleaved(text.get("model_type")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from None
-    trained = config.get("max_position_embeddings")
+    trained = text.get("max_position_embeddings")
     if not isinstance(trained, int):
         raise ValueError(f"{path}: expected max_position_embeddings, a number, got {trained!r}")
     if original is None:
-        original = _original_length(config)
+        original = _original_length(text)
     if not 1 < original <= trained:
         raise ValueError(
             f"original length: expected 2 to {trained} tokens, the model's "
@@ -90,7 +101,7 @@ def open_source(folder: Path, original: int | None = None) -> Source:
 
 
 def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
-    """The causal language model of a local folder.
+    """The causal language model of a local folder, in a multimodal one where it has no other.
 
     Args:
         folder: as in `open_source`.
@@ -100,7 +111,7 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
     Raises:
         ValueError: an argument that is not served, or transformers' reason not to load it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     if dtype not in _DTYPES:
@@ -110,12 +121,18 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
         dtype = "float32"
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    given: dict[str, Any] = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "local_files_only": True,
+    }
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            local_files_only=True,
-        )
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, **given)
+        except ValueError:
+            if config.get_text_config() is config:
+                raise
+            model = AutoModelForImageTextToText.from_pretrained(folder, **given)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: {error}") from None
     finally:
@@ -172,9 +189,11 @@ def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str |
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_rope(rope, folder)
-    version = 5 if "rope_parameters" in source.config else 4
-    dim = _head_dim(source.config)
-    named = "head_dim" in source.config or dim != rope.rotary_dim
+    version = 5 if "rope_parameters" in source.of_text else 4
+    dim = _head_dim(source.of_text)
+    named = "head_dim" in source.of_text or dim != rope.rotary_dim
+    if families.interleaved(source.of_text.get("model_type")):
+        rope = replace(rope, interleaved=False)  # the model's code has it, and no config a field
     try:
         fields = rope.to_config(
             version=version,
@@ -185,7 +204,9 @@ def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str |
     except ValueError as error:
         (folder / CONFIG).unlink(missing_ok=True)
         return str(error)
-    config = {k: v for k, v in source.config.items() if k not in _REPLACED} | fields
+    config = {k: v for k, v in source.of_text.items() if k not in _REPLACED} | fields
+    if source.of_text is not source.config:
+        config = {**source.config, _TEXT: config}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     return None
 
@@ -253,6 +274,11 @@ def digest(documents: Sequence[Document]) -> str:
     for document in documents:
         total.update(f"{len(document.tokens)} ".encode() + document.tokens.numpy().tobytes())
     return total.hexdigest()[:16]
+
+
+def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get(_TEXT)
+    return found if isinstance(found, Mapping) else config
 
 
 def _original_length(config: Mapping[str, Any]) -> int:

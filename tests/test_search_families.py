@@ -1,0 +1,138 @@
+"""The search on models of other families than Llama, from a folder: pairs, heads, logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from search_cases import ORIGINAL, flags, make_texts, one_thread
+from transformers import (
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from typer.testing import CliRunner
+
+from longrope_kernels import Rope, cli
+from longrope_kernels.integrations.transformers import enable
+from longrope_kernels.integrations.transformers.probe import tiny
+from longrope_kernels.integrations.transformers.shrunk import shrunk
+from longrope_kernels.search.model import TransformersLosses
+
+LENGTH = 96
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+# What differs: interleaved pairs of a part of each head, logits that are scaled or capped, a part
+# of each head by another name, experts, sinks.
+FIELDS: dict[str, dict[str, Any]] = {
+    "glm4": {},
+    "cohere": {},
+    "gemma2": {},
+    "gpt_neox": {},
+    "mixtral": {"sliding_window": None},
+    "gpt_oss": {"rope_parameters": PLAIN},
+}
+INTERLEAVED = ("glm4", "cohere")
+__all__ = ["one_thread"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def model_of(name: str) -> PreTrainedModel:
+    """A tiny one with random weights that know 64 bytes."""
+    config = CONFIG_MAPPING[name](**FIELDS.get(name, {}), max_position_embeddings=ORIGINAL)
+    cls = AutoModelForCausalLM._model_mapping[type(config)]
+    return tiny(cls, config)
+
+
+def llava() -> PreTrainedModel:
+    """A model of text and images, of whose text a search is."""
+    text = shrunk(CONFIG_MAPPING["llama"](max_position_embeddings=ORIGINAL)).to_dict()
+    vision = {
+        "model_type": "clip_vision_model",
+        **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim"), 16),
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    }
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, image_token_index=1)
+    ).eval()
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def search(model: Path, folder: Path) -> Any:
+    texts = make_texts(folder / "texts", count=1)
+    for text in texts.iterdir():  # of bytes that the model knows
+        text.write_text("".join(chr(ord(letter) - 64) for letter in text.read_text()), "utf-8")
+    given = flags(documents=texts, tokenizer="bytes", samples=1, length=LENGTH)
+    few = flags(population=4, iterations=1, mutants=1, crossovers=1, parents=2)
+    found = run("search", model, *given, *few, *flags(out=folder / "found"))
+    if found.exit_code == 0:
+        rope = folder / "found" / "longrope.json"
+        judged = run("evaluate", model, *given, *flags(out=folder / "judged", rope=rope))
+        assert judged.exit_code == 0, judged.stderr
+    return found
+
+
+@pytest.mark.parametrize("name", [*FIELDS, "llava"])
+def test_a_search_from_a_folder(name: str, tmp_path: Path) -> None:
+    model = llava() if name == "llava" else model_of(name)
+    model.save_pretrained(tmp_path / "model")
+    result = search(tmp_path / "model", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "written: " in result.stdout
+    assert "no config.json" not in result.stdout
+    found = Rope.load(tmp_path / "found")
+    assert found.interleaved == (name in INTERLEAVED)
+    # transformers reads from the new config what the search wrote beside it.
+    written = json.loads((tmp_path / "found" / "config.json").read_text("utf-8"))
+    of_text = written.get("text_config", written)
+    assert of_text["max_position_embeddings"] == LENGTH
+    config = CONFIG_MAPPING[written["model_type"]].from_dict(written)
+    twin = type(model)(config).eval()
+    assert {key for key in written if "rope" in key} <= {key for key in of_text if "rope" in key}
+    twin.load_state_dict(model.state_dict())
+    ids = torch.arange(LENGTH)[None] % 64
+    with torch.no_grad():
+        expected = enable(model, rope=found)(input_ids=ids).logits
+        assert torch.allclose(enable(twin)(input_ids=ids).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*FIELDS, "llava"])
+def test_losses_are_those_of_the_untouched_model(name: str) -> None:
+    model = llava() if name == "llava" else model_of(name)
+    ids = torch.arange(3, 3 + ORIGINAL)[None] % 64
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    losses = TransformersLosses(model)
+    assert torch.allclose(losses(losses.rope, ids)[0], expected, atol=1e-4)
+
+
+def test_logits_that_are_something_else_are_refused() -> None:
+    model = model_of("gpt_neox")
+    forward = model.forward
+
+    def other(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.logits = out.logits + 1
+        return out
+
+    model.forward = other
+    with pytest.raises(ValueError, match=r"^model: expected logits that are .* a GPTNeoXForCausal"):
+        TransformersLosses(model)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "olmo3"])
+def test_several_ropes_are_named_before_a_model_is_loaded(name: str, tmp_path: Path) -> None:
+    model_of(name).config.save_pretrained(tmp_path / "model")
+    result = search(tmp_path / "model", tmp_path)
+    assert result.exit_code == 1
+    assert "expected one set of rope_parameters for all layers, got one for each" in result.stderr
