@@ -46,6 +46,7 @@ class Case:
     softcap: float = 0.0
     packed: bool = False
     padded: bool = False
+    sinks: bool = False
     dtype: str = "bfloat16"
 
     def launch(self) -> Any:
@@ -72,10 +73,11 @@ class Case:
         kv_start = empty(1) if self.padded else None
         selection = Selection(empty(8 if self.packed else 1), None, cu)
         scores = Scores(self.causal, self.dim**-0.5, self.window, self.softcap)
+        sinks = empty(32, dtype=getattr(torch, self.dtype)) if self.sinks else None
 
         def call(q: torch.Tensor, k: torch.Tensor) -> AttentionCall:
             keys = Keys(k, v, positions, kv_start, cu)
-            return AttentionCall(q, positions, keys, tables, selection, scores)
+            return AttentionCall(q, positions, keys, tables, selection, scores, sinks)
 
         lse = empty(1, 32, seq, dtype=torch.float32)
         if self.kernel == "prepass":
@@ -103,6 +105,7 @@ VARIANTS = {
         {"softcap": 50.0},
         {"packed": True},
         {"padded": True},
+        {"sinks": True},
         {"dtype": "float16", "causal": False},
     ),
     "registers": ({"interleaved": True}, {"window": 1024}, {"packed": True}),
@@ -219,7 +222,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         variant = [] if row["causal"] else ["not causal"]
-        flags = ("interleaved", "window", "softcap", "packed", "padded")
+        flags = ("interleaved", "window", "softcap", "packed", "padded", "sinks")
         variant += [name for name in flags if row[name]]
         variant += [f"{2 * row['pairs']} rotated"] if row["pairs"] else []
         variant += ["without rotation"] if row["pairs"] == 0 else []

@@ -51,6 +51,7 @@ class Case:
     positions: bool = False
     window: int = 0
     softcap: float = 0.0
+    sinks: bool = False
     dtype: str = "bfloat16"
 
     def launch(self) -> Any:
@@ -83,7 +84,8 @@ class Case:
             self.interleaved,
         )
         scores = Scores(True, self.dim**-0.5, self.window, self.softcap)
-        call = DecodeCall(q, keys, tables, Selection(), scores)
+        sinks = empty(heads, dtype=dtype) if self.sinks else None
+        call = DecodeCall(q, keys, tables, Selection(), scores, sinks)
         splits = decode.splits_of(call, self.arch, MULTIPROCESSORS[self.arch])
         of_splits = empty(splits.most, *lse.shape, self.dim, dtype=torch.float32)
         scratch = (of_splits, of_splits[..., 0].contiguous(), empty(1024, dtype=torch.int32))
@@ -109,6 +111,7 @@ MORE_VARIANTS = (
     {"interleaved": True},
     {"window": 1024, "softcap": 50.0, "queries": 4},
     {"queries": 8, "dtype": "float16"},
+    {"queries": 512, "block_size": 16, "sinks": True},
 )
 
 
@@ -173,7 +176,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         variant = [] if row["rotate"] else ["rotated keys"]
         variant += [f"blocks of {row['block_size']}"] if row["block_size"] else []
         variant += ["float8"] if row["float8"] else []
-        variant += [name for name in ("interleaved", "positions", "window", "softcap") if row[name]]
+        flags = ("interleaved", "positions", "window", "softcap", "sinks")
+        variant += [name for name in flags if row[name]]
         variant += [f"{2 * row['pairs']} rotated"] if row["pairs"] else []
         variant += [f"{row['queries']} queries"] if row["queries"] > 1 else []
         variant += ["float16"] if row["dtype"] == "float16" else []
