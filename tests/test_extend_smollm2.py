@@ -15,9 +15,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from longrope_kernels.search.documents import encoder, tails
+from longrope_kernels.search.needles import key_values
+from longrope_kernels.search.retrieval import several_keys
+
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples/extend_smollm2"
 RESULTS = ROOT / "reports/extend_smollm2"
+sys.path.append(str(EXAMPLE))
+from fetch import documents  # noqa: E402
 
 
 def start(out: Path) -> subprocess.Popen[str]:
@@ -55,8 +61,10 @@ def test_killed_at_steps_it_goes_on_and_its_numbers_are_the_models(tmp_path: Pat
     assert before.items() <= found.items()
     page = (tmp_path / "results.md").read_text("utf-8")
     assert "Not all of it was run" not in page
-    for row in ("no scaling", "PI", "NTK", "dynamic NTK", "YaRN", "LongRoPE, readjusted"):
-        assert f"\n| {row} | " in page
+    rows = ("no scaling", "PI", "NTK", "dynamic NTK", "YaRN", "LongRoPE, readjusted")
+    for row in (*rows, "LongRoPE2's search"):
+        assert page.count(f"\n| {row} | ") >= 2  # perplexity and retrieval
+    assert "\n| non-uniform lambda beats uniform | 1024 tokens | " in page
     assert (tmp_path / "perplexity.png").read_bytes()[1:4] == b"PNG"
 
     # A loop over the untouched model, of the same text.
@@ -70,6 +78,19 @@ def test_killed_at_steps_it_goes_on_and_its_numbers_are_the_models(tmp_path: Pat
         truth = float(cross_entropy(logits, tokens[0, -64:]))
         told = found[f"no scaling, {length} tokens, code: turtle.py"]
         assert math.isclose(told, truth, rel_tol=0, abs_tol=1e-3)
+
+    # Each answer after the text and its question alone.
+    (bible,) = documents(tmp_path, ["prose: Jeremiah"], 1024)
+    ends = tails([bible], 1024, 512)
+    ((hidden,),) = several_keys(ends, key_values(encoder(str(model))), 512)
+    truth = 0.0
+    for _, question, answer in hidden.needles:
+        ids = torch.cat([hidden.text, torch.tensor([*question, *answer])])
+        with torch.no_grad():
+            logits = untouched(ids[None]).logits[0, -len(answer) - 1 : -1]
+        truth += float(cross_entropy(logits, torch.tensor(answer), reduction="sum"))
+    (told,) = found["no scaling, 512 tokens: several keys"]["sums"]
+    assert math.isclose(told, truth, rel_tol=0, abs_tol=1e-3 * len(hidden.needles))
 
 
 def test_the_committed_page_is_of_the_committed_results(tmp_path: Path) -> None:
