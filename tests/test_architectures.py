@@ -156,7 +156,9 @@ def test_pairs_are_those_of_the_models_code():
 
 def test_what_can_not_lie_unrotated_is_named():
     model = tiny(transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config())
-    with pytest.raises(ValueError, match=r"cache: DeepseekV3Model is served with .*rotated.*v: "):
+    with pytest.raises(
+        ValueError, match=r"cache: DeepseekV3Model is served with .*rotated.*value: 16 "
+    ):
         enable(model)
     enable(model, cache="rotated")
 

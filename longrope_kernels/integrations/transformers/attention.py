@@ -100,6 +100,11 @@ def longrope_attention(
             raise ValueError(
                 f"{name}: not served beside keys that lie unrotated; enable(model, cache='rotated')"
             )
+    if value.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"value: {value.shape[-1]} dimensions of a head, where keys have {key.shape[-1]}, are "
+            "not served beside keys that lie unrotated; enable(model, cache='rotated')"
+        )
     if dropout:
         raise ValueError(
             f"attention_dropout: expected 0 in training, got {dropout}; set config."

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -289,6 +290,11 @@ def _judge(module: Any, seen: Seen, lacks: str) -> Architecture:
     if not lacks and not set(rotating) <= set(calls):
         names = ", ".join(cls.__name__ for cls in rotating if cls not in calls)
         lacks = f"{names} does not call transformers' attention interface"
+    attends = Counter(id(one) for one, *_ in seen.attention)
+    turns = Counter(id(one) for _, one, _ in seen.rotations)
+    for one, *_ in seen.attention:
+        if attends[id(one)] > turns[id(one)] > 0:
+            lacks = lacks or f"{type(one).__name__} attends more than once by one rotation"
     given = [kwargs.get("sliding_window") for _, kwargs, _ in seen.attention]
     masked = [window for _, _, window in seen.attention]
     hands_on = all(w is None or g is not None for g, w in zip(given, masked, strict=True))

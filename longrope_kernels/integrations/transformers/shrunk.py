@@ -16,7 +16,8 @@ _SIZES = (
     (VOCABULARY, ("vocab_size",)),
     (64, (
         "hidden_size", "d_model", "n_embd", "dim", "lru_width", "attention_hidden_size",
-        "embedding_size", "word_embed_proj_dim", "hidden_dim",
+        "embedding_size", "word_embed_proj_dim", "hidden_dim", "nemo_conv_channels",
+        "ext_pw_out_channel", "depthwise_separable_out_channel",
     )),
     (32, (
         "intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size", "ffn_hidden_size",
@@ -52,7 +53,8 @@ _NEEDED = (
     "head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "n_group",
     "topk_group", "n_shared_experts",
 )  # fmt: skip
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+_ENCODERS = ("vision_config", "audio_config")  # which no text passes
 
 
 def shrunk(config: Any, most_layers: int = 8) -> Any:
@@ -90,6 +92,11 @@ def shrunk(config: Any, most_layers: int = 8) -> Any:
         if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
             fields[name] = {key: one for key, one in value.items() if int(key) < kept}
     fields["pad_token_id"] = 0
+    for name in _ENCODERS:
+        if isinstance(fields.get(name), dict):
+            small = _SIZE_OF | dict.fromkeys(_LAYERS, 2)
+            part = {key: min(size, fields[name].get(key) or 0) for key, size in small.items()}
+            fields[name] |= {key: size for key, size in part.items() if size}
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(fields.get(name), dict):
             _cut_factors(fields[name], fields)

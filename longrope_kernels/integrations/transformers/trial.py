@@ -17,7 +17,7 @@ from ...rope.scaling import FactorWarning
 from .architectures import Architecture
 from .contacts import MissingError
 from .parts import Slot, slots_of
-from .probe import TOKENS, on_the_cpu, tiny
+from .probe import TOKENS, on_one_line, on_the_cpu, tiny
 from .settings import Settings
 
 _MOST = 1e-3  # of hidden states of about 1
@@ -48,15 +48,20 @@ def _try(slot: Slot, cache: Any, expected: torch.Tensor) -> None:
     slot.put(Settings(ropes, cache, None, 0))
     try:
         actual, marked = _run(slot.base)
-    except Exception as error:
+    except ValueError as error:  # which says what is not served
         raise MissingError(f"{name}: {error}") from error
+    except Exception as error:
+        raise MissingError(f"{name}: its layers fail enabled: {on_one_line(error)}") from error
     finally:
         slots_of(slot.base)[0].take_back()
     if not marked:
         raise MissingError(f"{name}: attention modules are not given the cache")
     scale = float(expected.abs().max())
     if not torch.allclose(actual, expected, rtol=_MOST, atol=_MOST * max(1.0, scale)):
-        raise MissingError(f"{name}: an enabled model gives other results")
+        raise MissingError(
+            f"{name}: an enabled model gives other results, as where something (a norm) stands "
+            "between rotation and attention"
+        )
 
 
 def _run(base: Any) -> tuple[torch.Tensor, bool]:
