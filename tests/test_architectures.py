@@ -142,6 +142,20 @@ def test_a_rope_for_layers_of_several_kinds_is_named():
         enable(model, rope={"full_attention": 1.0})
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (3, 1), (5, 5), (6, 3), (7, 1)])
+def test_heads_of_any_number_are_tried_on_a_tiny_model(heads, kv_heads):
+    """The tiny one has a hidden size of its own, which its heads must divide."""
+    sizes = {"hidden_size": 32 * heads, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=32
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = tokens() % 32
+    truth = logits(model, ids=ids)
+    assert max_diff(logits(enable(model), ids=ids), truth) < 1e-5
+
+
 def test_pairs_are_those_of_the_models_code():
     """A config says nothing of them; a rope may."""
     model = tiny(transformers.CohereForCausalLM, transformers.CohereConfig())

@@ -61,7 +61,7 @@ def shrunk(config: Any, most_layers: int = 8) -> Any:
     """A copy of a config at tiny sizes, with as many layers as show each kind of them."""
     fields = copy.deepcopy(config.to_dict())
     sizes = {
-        name: min(size, fields[name] or size)
+        name: _power_of_2(min(size, fields[name] or size))
         for name, size in _SIZE_OF.items()
         if _is_size(fields.get(name)) or (name in _NEEDED and fields.get(name, 0) is None)
     }
@@ -113,6 +113,11 @@ def _cut_factors(parameters: dict[str, Any], fields: dict[str, Any]) -> None:
             _cut_factors(value, fields)
         elif name in ("short_factor", "long_factor"):
             parameters[name] = [*value, *value[-1:] * pairs][:pairs]
+
+
+def _power_of_2(most: int) -> int:
+    """The largest one up to that, so that sizes divide each other as those of `_SIZES` do."""
+    return 1 << (most.bit_length() - 1)
 
 
 def _is_size(value: Any) -> bool:
