@@ -13,7 +13,7 @@ from space_cases import SMALL, measure, small_space
 from longrope_kernels.search import Evaluation, EvolutionarySearch, EvolutionSettings
 from longrope_kernels.search.bar import SearchBar
 from longrope_kernels.search.budget import BUDGET, Costs, fitted, planned, seconds_of
-from longrope_kernels.search.coarse import Sieve
+from longrope_kernels.search.coarse import ENOUGH, Sieve
 
 PAPER = EvolutionSettings()
 
@@ -69,8 +69,8 @@ def test_what_was_chosen_is_kept(tmp_path: Path) -> None:
     assert planned(tmp_path, told, PAPER, True, 1.0, costs) == first
     assert len(measured) == 1
     settings, sieve, text = first
-    # As many in full as the time has room for, were all of it theirs.
-    most = math.ceil(settings.candidates * (0.125 + 1.0 / 10.0))
+    # As many in full as the time has room for, were all of it theirs, and those of the beginning.
+    most = math.ceil(settings.candidates * (0.125 + 1.0 / 10.0)) + ENOUGH
     assert sieve == Sieve(0.125, True, most)
     assert f"in {settings.iterations} iterations (1 s each), 0.125 of them at the full" in text
     with pytest.raises(ValueError, match=r"other options: hours is 1\.0 there and 2\.0 here"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .coarse import Sieve
+from .coarse import ENOUGH, Sieve
 from .evolution import EvolutionSettings
 from .source import read_json, write_json
 from .state import differences
@@ -83,8 +83,9 @@ def planned(
     if seconds["coarse"] is None:
         return chosen, None, f"{text}, {seconds['full']:.3g} s each"
     text += f" ({seconds['coarse']:.3g} s each), {share:g} of them at the full length"
-    # Where more than that share are, or all of them and none by windows, it ends earlier.
-    most = math.ceil(chosen.candidates * (share + seconds["coarse"] / seconds["full"]))
+    # Where more than that share are, or all of them and none by windows, it ends earlier. The first
+    # iteration has some beyond its share: each formula, and as many as a correlation takes.
+    most = math.ceil(chosen.candidates * (share + seconds["coarse"] / seconds["full"])) + ENOUGH
     return chosen, Sieve(share, adapts, most), f"{text} ({seconds['full']:.3g} s each)"
 
 
