@@ -26,6 +26,7 @@ ROWS = (*FORMULAS, BEST_YARN, SEARCH, READJUSTED, NEEDLES)
 UNIFORM, N_HAT = "uniform lambda", f"{SEARCH}, n_hat"  # at the target alone
 TINY = Path(__file__).parents[2] / "reports/extend_tiny/results.json"
 _ROW = re.compile(r"(?P<name>.+), (?P<length>\d+) tokens, (?P<text>.+)")
+_WINDOW = re.compile(r"(?P<name>.+), a window, (?P<text>.+)")
 _ASKED = re.compile(r"(?P<name>.+), (?P<length>\d+) tokens: (?P<kind>.+)")
 Losses = dict[str, dict[int, dict[str, float]]]  # by row, length and text
 
@@ -88,12 +89,12 @@ def _table(content: Mapping[str, Any]) -> str:
 
 
 def _windows(content: Mapping[str, Any]) -> str:
-    middle = ", a window, "
-    found = {key: value for key, value in content["results"].items() if middle in key}
+    results = content["results"]
+    found = {key: match for key in results if (match := _WINDOW.fullmatch(key))}
     if not found:
         return ""
-    (text,) = {key.split(middle)[1] for key in found}
-    lines = [[key.split(middle)[0], f"{math.exp(value):.2f}"] for key, value in found.items()]
+    (text,) = {match["text"] for match in found.values()}
+    lines = [[match["name"], f"{math.exp(results[key]):.2f}"] for key, match in found.items()]
     target = content["sizes"]["target"]
     return (
         f"## By a short window at the positions of {target} tokens\n\n"
@@ -275,11 +276,21 @@ def _searches(content: Mapping[str, Any]) -> str:
 
 
 def _seconds(content: Mapping[str, Any]) -> str:
+    """By row of the tables; results.json has each number's."""
+    parts: dict[str, list[str]] = {}
+    for key in content["seconds"]:
+        match = _ROW.fullmatch(key) or _ASKED.fullmatch(key) or _WINDOW.fullmatch(key)
+        parts.setdefault(match["name"] if match else key, []).append(key)
     lines = [
-        [key, f"{seconds:.0f}", str(content["commits"].get(key))]
-        for key, seconds in content["seconds"].items()
+        [
+            name,
+            str(len(keys)),
+            f"{sum(content['seconds'][key] for key in keys):.0f}",
+            ", ".join(dict.fromkeys(str(content["commits"].get(key)) for key in keys)),
+        ]
+        for name, keys in parts.items()
     ]
-    head = ["", "seconds, beside whatever else the machine did", "commit"]
+    head = ["", "numbers", "seconds, beside whatever else the machine did", "commits"]
     return "## What was run\n\n" + _markdown(head, lines) if lines else ""
 
 
