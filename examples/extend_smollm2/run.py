@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from fetch import documents, model_folder
+from rows import BEST_YARN, FORMULAS, N_HAT, NEEDLES, READJUSTED, SEARCH, UNIFORM
 from sizes import FULL, SMALL, Sizes
-from table import BEST_YARN, FORMULAS, N_HAT, NEEDLES, READJUSTED, SEARCH, UNIFORM, write_page
+from table import write_page
 
 from longrope_kernels import FactorSet, Rope
 from longrope_kernels.search.documents import Document, encoder, tails

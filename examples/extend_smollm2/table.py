@@ -4,40 +4,35 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from claims import claims
+from rows import ASKED, N_HAT, ROW, ROWS, SEARCH, UNIFORM, WINDOW, losses, markdown
+
 from longrope_kernels.search.compare import with_error
-from longrope_kernels.search.fitness import Measured, standard_error
+from longrope_kernels.search.fitness import Measured
 from longrope_kernels.search.plots import draw_perplexity
 from longrope_kernels.search.retrieval import Retrieved
-
-sys.path.append(str(Path(__file__).parents[1] / "extend_tiny"))
-from page import answers
-
-FORMULAS = ("no scaling", "PI", "NTK", "dynamic NTK", "YaRN")
-BEST_YARN, SEARCH, READJUSTED = "YaRN, best attention factor", "LongRoPE", "LongRoPE, readjusted"
-NEEDLES = "LongRoPE2's search"
-ROWS = (*FORMULAS, BEST_YARN, SEARCH, READJUSTED, NEEDLES)
-UNIFORM, N_HAT = "uniform lambda", f"{SEARCH}, n_hat"  # at the target alone
-TINY = Path(__file__).parents[2] / "reports/extend_tiny/results.json"
-_ROW = re.compile(r"(?P<name>.+), (?P<length>\d+) tokens, (?P<text>.+)")
-_WINDOW = re.compile(r"(?P<name>.+), a window, (?P<text>.+)")
-_ASKED = re.compile(r"(?P<name>.+), (?P<length>\d+) tokens: (?P<kind>.+)")
-Losses = dict[str, dict[int, dict[str, float]]]  # by row, length and text
 
 
 def write_page(content: dict[str, Any], folder: Path) -> None:
     """results.md and perplexity.png from what `run.py` wrote."""
     (folder / "results.md").write_text(page(content), "utf-8")
+    whole = {name: row for name, row in losses(content).items() if len(row) > 1}
+    # Texts differ by more than ropes do: each point is of the same ones.
+    cells = [set(of_texts) for row in whole.values() for of_texts in row.values()]
+    common = set.intersection(*cells) if cells else set()
     rows = {
-        name: {length: _perplexity(of_texts) for length, of_texts in sorted(row.items())}
-        for name, row in _losses(content).items()
-        if len(row) > 1
+        name: {
+            length: _perplexity({text: of_texts[text] for text in common})
+            for length, of_texts in sorted(row.items())
+        }
+        for name, row in whole.items()
+        if common
     }
     if rows:
         sizes = content["sizes"]
@@ -47,19 +42,10 @@ def write_page(content: dict[str, Any], folder: Path) -> None:
 
 def page(content: dict[str, Any]) -> str:
     """The page, as Markdown."""
-    parts = [_head(content), _missing(content), _table(content), _claims(content)]
+    parts = [_head(content), _missing(content), _table(content), claims(content)]
     parts += [_retrieval(content), _policies(content), _searches(content), _windows(content)]
     parts.append(_seconds(content))
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _losses(content: Mapping[str, Any]) -> Losses:
-    found: Losses = {}
-    for key, value in content["results"].items():
-        if match := _ROW.fullmatch(key):
-            row = found.setdefault(match["name"], {})
-            row.setdefault(int(match["length"]), {})[match["text"]] = float(value)
-    return found
 
 
 def _perplexity(of_texts: Mapping[str, float]) -> float:
@@ -69,7 +55,7 @@ def _perplexity(of_texts: Mapping[str, float]) -> float:
 def _table(content: Mapping[str, Any]) -> str:
     lengths = sorted(content["sizes"]["lengths"])
     kinds = content["sizes"]["judged"]
-    rows = _losses(content)
+    rows = losses(content)
     lines = [
         [name, *(_cell(row.get(length), len(kinds)) for length in lengths)]
         for name, row in rows.items()
@@ -80,7 +66,7 @@ def _table(content: Mapping[str, Any]) -> str:
     target = content["sizes"]["target"]
     return (
         f"## Perplexity by length, each row made for {target} tokens\n\n"
-        + _markdown(["", *(f"{length} tokens" for length in lengths)], lines)
+        + markdown(["", *(f"{length} tokens" for length in lengths)], lines)
         + "\n\nDynamic NTK is another rope at each length. After a perplexity of several texts "
         "stands the factor by which it is known, from the standard error over the texts; in "
         f"brackets, of how many of the {len(kinds)} texts it is. A cell without a number has not "
@@ -90,7 +76,7 @@ def _table(content: Mapping[str, Any]) -> str:
 
 def _windows(content: Mapping[str, Any]) -> str:
     results = content["results"]
-    found = {key: match for key in results if (match := _WINDOW.fullmatch(key))}
+    found = {key: match for key in results if (match := WINDOW.fullmatch(key))}
     if not found:
         return ""
     (text,) = {match["text"] for match in found.values()}
@@ -100,19 +86,19 @@ def _windows(content: Mapping[str, Any]) -> str:
         f"## By a short window at the positions of {target} tokens\n\n"
         "What a search judges most of its candidates by (`longrope search --coarse`): a piece of "
         f"{text}, a quarter as long, in two chunks whose positions lie at both ends.\n\n"
-        + _markdown(["", "perplexity"], lines)
+        + markdown(["", "perplexity"], lines)
     )
 
 
 def _missing(content: Mapping[str, Any]) -> str:
     """What of it all was not run, in a sentence."""
-    sizes, rows, results = content["sizes"], _losses(content), content["results"]
+    sizes, rows, results = content["sizes"], losses(content), content["results"]
     named = (*ROWS, *(f"{SEARCH}, seed {seed}" for seed in sizes["seeds"][1:]))
     cells = len(named) * len(sizes["lengths"]) * len(sizes["judged"])
     done = sum(len(texts) for name in named for texts in rows.get(name, {}).values())
     searches = len(sizes["seeds"]) + 1
     searched = sum(key.startswith("search, ") for key in results)
-    asked, answered = 4 * len(named), sum(_ASKED.fullmatch(key) is not None for key in results)
+    asked, answered = 4 * len(named), sum(ASKED.fullmatch(key) is not None for key in results)
     if (done, searched, answered) == (cells, searches, asked) and "readjust" in results:
         return ""
     readjusted = "a" if "readjust" in results else "no"
@@ -123,83 +109,10 @@ def _missing(content: Mapping[str, Any]) -> str:
     )
 
 
-def _claims(content: Mapping[str, Any]) -> str:
-    """What the papers say, as the difference of two losses over the same texts."""
-    rows, sizes = _losses(content), content["sizes"]
-    target, original, shortest = sizes["target"], sizes["original"], min(sizes["lengths"])
-
-    def of(name: str, length: int) -> dict[str, float]:
-        return rows.get(name, {}).get(length, {})
-
-    def seeds(length: int) -> dict[str, float]:
-        """Of the searches of all seeds that were measured, by text."""
-        names = [SEARCH, *(f"{SEARCH}, seed {seed}" for seed in sizes["seeds"][1:])]
-        found = [row for name in names if (row := of(name, length))]
-        texts = set.intersection(*map(set, found)) if found else set()
-        return {text: statistics.fmean(row[text] for row in found) for text in sorted(texts)}
-
-    def best(prefix: str, *others: str) -> tuple[str, dict[str, float]]:
-        """The row whose mean is lowest."""
-        names = [name for name in rows if name.startswith(prefix) or name in others]
-        chosen = min(names, key=lambda n: statistics.fmean(of(n, target).values()), default="")
-        return chosen, of(chosen, target)
-
-    def told(kind: str, name: str) -> dict[str, float]:
-        found = content["results"].get(f"{name}, {target} tokens: {kind}")
-        sums = {} if found is None else dict(zip(sizes["judged"], found["sums"], strict=False))
-        return {text: total / found["counts"][at] for at, (text, total) in enumerate(sums.items())}
-
-    uniform, of_uniform = best(UNIFORM, "PI")
-    threshold, of_threshold = best(N_HAT)
-    lines = [
-        ("non-uniform lambda beats uniform", f"{target} tokens", uniform, of_uniform,
-         f"{SEARCH}, all seeds", seeds(target)),
-        ("a search beats YaRN with its best attention factor", f"{target} tokens", BEST_YARN,
-         of(BEST_YARN, target), f"{SEARCH}, all seeds", seeds(target)),
-        ("n_hat helps without tuning", f"{target} tokens", f"{N_HAT} 0", of(f"{N_HAT} 0", target),
-         threshold, {} if threshold == f"{N_HAT} 0" else of_threshold),
-        ("the searched set holds to the target", f"{original} and {target} tokens",
-         f"no scaling, {original} tokens", of("no scaling", original),
-         f"{SEARCH}, {target} tokens", seeds(target)),
-        ("readjustment recovers the short lengths", f"{shortest} tokens", SEARCH,
-         of(SEARCH, shortest), READJUSTED, of(READJUSTED, shortest)),
-        ("needles find better retrieval than perplexity", f"{target} tokens, answers of one of "
-         "several keys", SEARCH, told("several keys", SEARCH), NEEDLES,
-         told("several keys", NEEDLES)),
-    ]  # fmt: skip
-    tiny = answers(json.loads(TINY.read_text("utf-8")))
-    made = [
-        [claim, where, without, with_, *_difference(a, b), tiny.get(claim, "")]
-        for claim, where, without, a, with_, b in lines
-        if a and b
-    ]
-    if not made:
-        return ""
-    head = ["claim", "at", "without", "with", "difference, nats per token", "answer", "tiny model"]
-    return (
-        "## The claims of the papers\n\n"
-        + _markdown(head, made)
-        + "\n\nDifferences are of the losses of the same tokens, with minus without, and their "
-        "standard errors over the texts; a smaller one is no answer. The tiny model "
-        "is that of reports/extend_tiny."
-    )
-
-
-def _difference(without: Mapping[str, float], with_: Mapping[str, float]) -> tuple[str, str]:
-    """With its standard error over the texts of both, and what it says."""
-    each = [with_[text] - without[text] for text in without if text in with_]
-    mean, error = statistics.fmean(each), standard_error(each, [1] * len(each))
-    if math.isnan(error):
-        return f"{mean:+.4f}", "one text alone says nothing"
-    if abs(mean) <= error:
-        return f"{mean:+.4f} \u00b1 {error:.4f}", "not decided"
-    return f"{mean:+.4f} \u00b1 {error:.4f}", "yes" if mean < 0 else "no, the reverse"
-
-
 def _retrieval(content: Mapping[str, Any]) -> str:
     cells: dict[str, dict[tuple[str, str], str]] = {}
     for key, value in content["results"].items():
-        if match := _ASKED.fullmatch(key):
+        if match := ASKED.fullmatch(key):
             found = Retrieved(value["found"], Measured(value["sums"], value["counts"]))
             share = with_error(100 * found.share, 100 * found.error)
             loss = with_error(found.measured.loss, found.measured.error)
@@ -217,7 +130,7 @@ def _retrieval(content: Mapping[str, Any]) -> str:
     lines = [[name, *(row.get(column, "") for column in columns)] for name, row in cells.items()]
     return (
         "## Numbers found that a text hides\n\n"
-        + _markdown(head, lines)
+        + markdown(head, lines)
         + "\n\nThe share of answers that greedy decoding gives in full, and the loss of the "
         "answers' tokens, with standard errors over texts where there are several. One key: five "
         "texts with a statement each, at five depths; several keys: "
@@ -234,7 +147,7 @@ def _policies(content: Mapping[str, Any]) -> str:
     lines = [[name, *(f"{row[d]:.3f}" for d in distances)] for name, row in found.items()]
     return (
         "## Where a sequence grows out of the short set\n\n"
-        + _markdown(["policy", *(f"tokens {d}" for d in distances)], lines)
+        + markdown(["policy", *(f"tokens {d}" for d in distances)], lines)
         + "\n\nPerplexity of the tokens behind the crossing, by distance: with all keys under the "
         "long set from there on (switch), under the short set as before (pin), or prefilled again "
         "(recompute)."
@@ -272,14 +185,14 @@ def _searches(content: Mapping[str, Any]) -> str:
     if not lines:
         return ""
     head = ["", "perplexity, searched texts", "candidates", "in full", "seconds", "descends from"]
-    return "## Searches\n\n" + _markdown([*head, "changed"], lines)
+    return "## Searches\n\n" + markdown([*head, "changed"], lines)
 
 
 def _seconds(content: Mapping[str, Any]) -> str:
     """By row of the tables; results.json has each number's."""
     parts: dict[str, list[str]] = {}
     for key in content["seconds"]:
-        match = _ROW.fullmatch(key) or _ASKED.fullmatch(key) or _WINDOW.fullmatch(key)
+        match = ROW.fullmatch(key) or ASKED.fullmatch(key) or WINDOW.fullmatch(key)
         parts.setdefault(match["name"] if match else key, []).append(key)
     lines = [
         [
@@ -291,12 +204,7 @@ def _seconds(content: Mapping[str, Any]) -> str:
         for name, keys in parts.items()
     ]
     head = ["", "numbers", "seconds, beside whatever else the machine did", "commits"]
-    return "## What was run\n\n" + _markdown(head, lines) if lines else ""
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "## What was run\n\n" + markdown(head, lines) if lines else ""
 
 
 def _head(content: Mapping[str, Any]) -> str:

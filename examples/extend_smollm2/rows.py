@@ -1,0 +1,33 @@
+"""The names of what results.json holds, and its losses by them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FORMULAS = ("no scaling", "PI", "NTK", "dynamic NTK", "YaRN")
+BEST_YARN, SEARCH, READJUSTED = "YaRN, best attention factor", "LongRoPE", "LongRoPE, readjusted"
+NEEDLES = "LongRoPE2's search"
+ROWS = (*FORMULAS, BEST_YARN, SEARCH, READJUSTED, NEEDLES)
+UNIFORM, N_HAT = "uniform lambda", f"{SEARCH}, n_hat"  # at the target alone
+ROW = re.compile(r"(?P<name>.+), (?P<length>\d+) tokens, (?P<text>.+)")
+WINDOW = re.compile(r"(?P<name>.+), a window, (?P<text>.+)")
+ASKED = re.compile(r"(?P<name>.+), (?P<length>\d+) tokens: (?P<kind>.+)")
+Losses = dict[str, dict[int, dict[str, float]]]  # by row, length and text
+
+
+def losses(content: Mapping[str, Any]) -> Losses:
+    """Of the rows of the tables, in nats per token."""
+    found: Losses = {}
+    for key, value in content["results"].items():
+        if match := ROW.fullmatch(key):
+            row = found.setdefault(match["name"], {})
+            row.setdefault(int(match["length"]), {})[match["text"]] = float(value)
+    return found
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
