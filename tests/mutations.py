@@ -109,6 +109,8 @@ SEARCH = [
     Mutation("a race that stops too early", "search/fitness.py", "if not total / sum(counts) <= limit:", "if not total / sum(counts[: len(sums)]) <= limit:", "test_search_fitness.py"),
     Mutation("skipped windows taken for packed sequences", "search/model.py", ', "attention_mask": mask}', "}", "test_search_fitness.py"),
     Mutation("windows that mislead and stay", "search/coarse.py", "not correlation >= LEAST", "correlation < -1", "test_search_coarse.py"),
+    Mutation("windows judged by the best alone", "search/coarse.py", "[(len(judged) - best) / others]", "[1.0]", "test_search_coarse.py"),
+    Mutation("a search that outlasts its hours", "search/base.py", "self._closing or spent or", "self._closing or", "test_search_coarse.py"),
     Mutation("a mutant of no formula", "search/space.py", "n_hat, attention, candidate.origin)", "n_hat, attention)", "test_search_space.py test_search_coarse.py"),
     Mutation("evaluate: other tokens at each length", "search/evaluate.py", "tails(documents, self.lengths[-1], length, start)", "documents", "test_search_evaluate.py -k same"),
     Mutation("evaluate: the formulas of the original length", "search/evaluate.py", "baselines(source, longest) if compare", "baselines(source, self.lengths[0]) if compare", "test_search_evaluate.py"),
