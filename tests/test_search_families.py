@@ -130,9 +130,8 @@ def test_logits_that_are_something_else_are_refused() -> None:
         TransformersLosses(model)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "olmo3"])
-def test_several_ropes_are_named_before_a_model_is_loaded(name: str, tmp_path: Path) -> None:
-    model_of(name).config.save_pretrained(tmp_path / "model")
+def test_several_ropes_are_named_before_a_model_is_loaded(tmp_path: Path) -> None:
+    model_of("gemma3_text").config.save_pretrained(tmp_path / "model")
     result = search(tmp_path / "model", tmp_path)
     assert result.exit_code == 1
     assert "expected one set of rope_parameters for all layers, got one for each" in result.stderr
