@@ -25,6 +25,7 @@ from longrope_kernels.integrations.transformers.shrunk import shrunk
 from longrope_kernels.search.model import TransformersLosses
 
 LENGTH = 96
+IDS = torch.arange(3, 3 + ORIGINAL)[None] % 64
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 # What differs: interleaved pairs of a part of each head, logits that are scaled or capped, a part
 # of each head by another name, experts, sinks.
@@ -108,12 +109,11 @@ def test_a_search_from_a_folder(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [*FIELDS, "llava"])
 def test_losses_are_those_of_the_untouched_model(name: str) -> None:
     model = llava() if name == "llava" else model_of(name)
-    ids = torch.arange(3, 3 + ORIGINAL)[None] % 64
     with torch.no_grad():
-        logits = model(input_ids=ids).logits[0, :-1]
-    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        logits = model(input_ids=IDS).logits[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits, IDS[0, 1:], reduction="none")
     losses = TransformersLosses(model)
-    assert torch.allclose(losses(losses.rope, ids)[0], expected, atol=1e-4)
+    assert torch.allclose(losses(losses.rope, IDS)[0], expected, atol=1e-4)
 
 
 def test_logits_that_are_something_else_are_refused() -> None:
@@ -125,9 +125,21 @@ def test_logits_that_are_something_else_are_refused() -> None:
         out.logits = out.logits + 1
         return out
 
+    before = model(IDS).logits
     model.forward = other
     with pytest.raises(ValueError, match=r"^model: expected logits that are .* a GPTNeoXForCausal"):
         TransformersLosses(model)
+    model.forward = forward
+    assert torch.equal(model(IDS).logits, before)  # as it was
+
+
+def test_a_model_of_the_config_of_an_enabled_one() -> None:
+    """Which says that its attention is this package's."""
+    first = TransformersLosses(model_of("llama"))
+    second = type(first.model)(first.model.config)
+    second.load_state_dict(first.model.state_dict())
+    losses = TransformersLosses(second)
+    assert torch.equal(losses(losses.rope, IDS), first(first.rope, IDS))
 
 
 def test_several_ropes_are_named_before_a_model_is_loaded(tmp_path: Path) -> None:

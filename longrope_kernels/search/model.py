@@ -107,7 +107,7 @@ class TransformersLosses:
             ValueError: the model has no head, no rotary embedding that this package knows, or
                 several for layers of several kinds; ``batch_tokens`` is not positive.
         """
-        from ..integrations.transformers import enable
+        from ..integrations.transformers import disable, enable
 
         if getattr(model, "get_output_embeddings", lambda: None)() is None:
             raise ValueError(
@@ -116,10 +116,16 @@ class TransformersLosses:
             )
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
-        self._head = _head_of(model.eval())
-        self.model = enable(model, backend=backend, group=group)
+        self.model = enable(model.eval(), backend=backend)
+        try:
+            self.rope = _only_rope(self.model)
+            self._head = _head_of(self.model)
+            if group is not None:  # the head was tried on whole sequences
+                enable(model, backend=backend, group=group)
+        except Exception:
+            disable(model)
+            raise
         self._group = group
-        self.rope = _only_rope(self.model)
         weight = next(model.parameters())
         if batch_tokens is None:
             batch_tokens = 2**15 if weight.device.type != "cpu" else 1
