@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rows import BEST_YARN, N_HAT, NEEDLES, READJUSTED, SEARCH, UNIFORM, losses, markdown
+from rows import BEST_YARN, N_HAT, NEEDLES, READJUSTED, SEARCH, UNIFORM, losses
 
 from longrope_kernels.search.fitness import standard_error
 
 sys.path.append(str(Path(__file__).parents[1] / "extend_tiny"))
-from page import answers
+from page import answers, markdown
 
 TINY = Path(__file__).parents[2] / "reports/extend_tiny/results.json"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 FORMULAS = ("no scaling", "PI", "NTK", "dynamic NTK", "YaRN")
@@ -25,9 +25,3 @@ def losses(content: Mapping[str, Any]) -> Losses:
             row = found.setdefault(match["name"], {})
             row.setdefault(int(match["length"]), {})[match["text"]] = float(value)
     return found
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

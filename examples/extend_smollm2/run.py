@@ -128,10 +128,10 @@ class Experiment:
     def run(self) -> None:
         """All steps; the ones that say most come first."""
         sizes = self.sizes
-        first, *_ = some = self.judged[: self.sizes.asked]
+        some = self.judged[: sizes.asked]
         formulas = self.formulas()
-        self.look(formulas, first)
-        self.table(formulas, [first])
+        self.look(formulas, some[0])
+        self.table(formulas, some[:1])
         found: dict[str, Rope | None] = {BEST_YARN: self.best_yarn(formulas["YaRN"])}
         found[SEARCH] = self.search(sizes.seeds[0])
         self.table(found | formulas, some)

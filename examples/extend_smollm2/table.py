@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from claims import claims
-from rows import ASKED, N_HAT, ROW, ROWS, SEARCH, UNIFORM, WINDOW, losses, markdown
+from page import markdown  # of examples/extend_tiny, where claims looks too
+from rows import ASKED, N_HAT, ROW, ROWS, SEARCH, UNIFORM, WINDOW, losses
 
 from longrope_kernels.search.compare import with_error
 from longrope_kernels.search.fitness import Measured

@@ -144,7 +144,7 @@ class _Page:
 
     def claims(self) -> str:
         lines = self.lines()
-        return _markdown(["claim", "where", "without", "with", "answer"], lines) if lines else ""
+        return markdown(["claim", "where", "without", "with", "answer"], lines) if lines else ""
 
     def searches(self) -> str:
         prefix = f"search: at {self.near}"
@@ -166,7 +166,7 @@ class _Page:
                 ]
             )
         head = ["search", "its texts", "others", "their last bytes", "n_hat", "attention factor"]
-        return _markdown([*head, "evaluations", "seconds"], lines) if lines else ""
+        return markdown([*head, "evaluations", "seconds"], lines) if lines else ""
 
     def memory(self) -> str:
         found = self.results.get("memory", {})
@@ -182,7 +182,7 @@ class _Page:
             return ""
         distances = list(next(iter(found.values())))
         lines = [[name, *(f"{row[d]:.3f}" for d in distances)] for name, row in found.items()]
-        return _markdown(["policy", *(f"bytes {d}" for d in distances)], lines)
+        return markdown(["policy", *(f"bytes {d}" for d in distances)], lines)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -207,10 +207,11 @@ def _by_length(rows: Mapping[str, Mapping[str, Any]], lengths: Sequence[int]) ->
         return "" if value is None else value if isinstance(value, str) else f"{value:.3f}"
 
     lines = [[name, *(cell(row.get(str(n))) for n in lengths)] for name, row in rows.items() if row]
-    return _markdown(["", *(f"{n} bytes" for n in lengths)], lines) if lines else ""
+    return markdown(["", *(f"{n} bytes" for n in lengths)], lines) if lines else ""
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
