@@ -10,6 +10,7 @@ FORMULAS = ("no scaling", "PI", "NTK", "dynamic NTK", "YaRN")
 BEST_YARN, SEARCH, READJUSTED = "YaRN, best attention factor", "LongRoPE", "LongRoPE, readjusted"
 NEEDLES = "LongRoPE2's search"
 ROWS = (*FORMULAS, BEST_YARN, SEARCH, READJUSTED, NEEDLES)
+AGAIN = "YaRN again, on another machine"  # less what the first one gave, by length
 UNIFORM, N_HAT = "uniform lambda", f"{SEARCH}, n_hat"  # at the target alone
 ROW = re.compile(r"(?P<name>.+), (?P<length>\d+) tokens, (?P<text>.+)")
 WINDOW = re.compile(r"(?P<name>.+), a window, (?P<text>.+)")

@@ -15,14 +15,14 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from fetch import documents, model_folder
-from rows import BEST_YARN, FORMULAS, N_HAT, NEEDLES, READJUSTED, SEARCH, UNIFORM
+from rows import AGAIN, BEST_YARN, FORMULAS, N_HAT, NEEDLES, READJUSTED, SEARCH, UNIFORM
 from sizes import FULL, SMALL, Sizes
 from table import write_page
 
@@ -76,6 +76,7 @@ class Experiment:
             "sizes": asdict(sizes),
         }
         self.book = Book(out / "results.json", head)
+        self.known: dict[Hashable, Any] = {}  # by rope, length and what was measured
 
     # ---------------------------------------------------------------------------------------- plan
 
@@ -132,6 +133,7 @@ class Experiment:
         formulas = self.formulas()
         self.look(formulas, some[0])
         self.table(formulas, some[:1])
+        self.again(formulas["YaRN"], some[0])
         found: dict[str, Rope | None] = {BEST_YARN: self.best_yarn(formulas["YaRN"])}
         found[SEARCH] = self.search(sizes.seeds[0])
         self.table(found | formulas, some)
@@ -139,8 +141,10 @@ class Experiment:
         found[READJUSTED] = self.readjusted(found[SEARCH])
         self.table(found, some)
         self.cross(found[READJUSTED])
-        self.vary(found[SEARCH])
         found[NEEDLES] = self.search_needles()
+        self.table(found, some)
+        self.ask(found)
+        self.vary(found[SEARCH])
         for seed in sizes.seeds[1:]:
             found[f"{SEARCH}, seed {seed}"] = self.search(seed)
         self.ask(found | formulas)
@@ -163,16 +167,27 @@ class Experiment:
             one = rope or dynamic_ntk(self.source, target)
             self._get(f"{name}, a window, {document.name}", lambda one=one: math.log(fitness(one)))
 
+    def again(self, rope: Rope | None, document: Document) -> None:
+        """Some of another machine's numbers on this one: by how much rounding moves them."""
+        if self.book.at_home:
+            return
+        known = self.book.content["results"]
+        before = {n: known[f"YaRN, {n} tokens, {document.name}"] for n in self.sizes.lengths}
+        assert rope is not None
+        self._get(
+            AGAIN,
+            lambda: {str(n): self._loss(rope, n, document) - was for n, was in before.items()},
+        )
+
     def table(self, ropes: Ropes, texts: list[Document], only: int | None = None) -> None:
         """The loss of the last tokens of texts, after as much of each as makes a length."""
         lengths = sorted(self.sizes.lengths, key=lambda n: n != self.sizes.target)
         for document in texts:
             for length in lengths if only is None else [only]:
                 for name, rope in ropes.items():
-                    one = rope or dynamic_ntk(self.source, length)
-                    self._get(
-                        f"{name}, {length} tokens, {document.name}",
-                        lambda one=one, n=length, text=document: self._loss(one, n, text),
+                    self._once(
+                        *(f"{name}, {length} tokens, {document.name}", rope, length, document.name),
+                        lambda one, n=length, text=document: self._loss(one, n, text),
                     )
 
     def _loss(self, rope: Rope, length: int, document: Document) -> float:
@@ -190,11 +205,10 @@ class Experiment:
                 "one key": single_key(ends[:1], needles, length),
             }
             for name, rope in ropes.items():
-                one = rope or dynamic_ntk(self.source, length)
                 for kind, hidden in texts.items():
-                    self._get(
-                        f"{name}, {length} tokens: {kind}",
-                        lambda one=one, hidden=hidden, n=length: _told(
+                    self._once(
+                        *(f"{name}, {length} tokens: {kind}", rope, length, kind),
+                        lambda one, hidden=hidden, n=length: _told(
                             retrieval(self.losses, one, hidden, n)
                         ),
                     )
@@ -226,6 +240,16 @@ class Experiment:
         for n_hat in self.sizes.n_hats:
             rows[f"{N_HAT} {n_hat}"] = Rope((replace(one, n_hat=n_hat),), rope.base)
         self.table(rows, self.judged, only=target)
+
+    def _once(
+        self, name: str, rope: Rope | None, length: int, what: str, make: Callable[[Rope], Any]
+    ) -> None:
+        """One number of a rope at a length; rows that have the same rope there share it."""
+        one = rope.for_length(length) if rope else dynamic_ntk(self.source, length)
+        key = one.for_length(length), length, what
+        self.known[key] = self._get(
+            name, lambda: self.known[key] if key in self.known else make(one)
+        )
 
     def _get(self, name: str, make: Callable[[], Any]) -> Any:
         found = self.book.get(name, make)

@@ -12,7 +12,7 @@ from typing import Any
 
 from claims import claims
 from page import markdown  # of examples/extend_tiny, where claims looks too
-from rows import ASKED, N_HAT, ROW, ROWS, SEARCH, UNIFORM, WINDOW, losses
+from rows import AGAIN, ASKED, N_HAT, ROW, ROWS, SEARCH, UNIFORM, WINDOW, losses
 
 from longrope_kernels.search.compare import with_error
 from longrope_kernels.search.fitness import Measured
@@ -201,11 +201,26 @@ def _seconds(content: Mapping[str, Any]) -> str:
             str(len(keys)),
             f"{sum(content['seconds'][key] for key in keys):.0f}",
             ", ".join(dict.fromkeys(str(content["commits"].get(key)) for key in keys)),
+            ", ".join(
+                dict.fromkeys(
+                    content["machines"][key] for key in keys if key in content["machines"]
+                )
+            ),
         ]
         for name, keys in parts.items()
     ]
-    head = ["", "numbers", "seconds, beside whatever else the machine did", "commits"]
-    return "## What was run\n\n" + markdown(head, lines) if lines else ""
+    head = ["", "numbers", "seconds, beside whatever else the machine did", "commits", "machines"]
+    if not lines:
+        return ""
+    again = content["results"].get(AGAIN)
+    note = ""
+    if again:
+        moved = ", ".join(f"{change:+.4f} at {length} tokens" for length, change in again.items())
+        note = (
+            "\n\nWhere no machine is named it is that of the first paragraph. Another one rounds "
+            f"otherwise in bfloat16: the loss of YaRN on {content['sizes']['judged'][0]}, {moved}."
+        )
+    return "## What was run\n\n" + markdown(head, lines) + note
 
 
 def _head(content: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,21 @@ class Book:
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         """Open or begin it; ``head`` has ``sizes``, ``text`` and the facts of the ``machine``."""
-        self.path, self.commit = path, head["machine"]["commit"]
-        self.content: dict[str, Any] = {**head, "results": {}, "seconds": {}, "commits": {}}
+        self.path, self.machine = path, head["machine"]
+        self.content: dict[str, Any] = {**head, "results": {}, "seconds": {}}
         if path.exists():
             known = read_json(path)
             for name in ("sizes", "text"):
                 if known[name] != json.loads(json.dumps(head[name])):
                     raise SystemExit(f"{path}: it has another {name}; name another --out")
-            self.content = {"commits": {}, **known}
+            self.content = known
+        for name in ("commits", "machines"):
+            self.content.setdefault(name, {})
+
+    @property
+    def at_home(self) -> bool:
+        """Whether this is the machine that began the file; others are named at what they make."""
+        return _called(self.machine) == _called(self.content["machine"])
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """The result of that name, made where it is missing."""
@@ -32,7 +39,13 @@ class Book:
             self.content["results"][name] = make()
             # Of the run that made it; what an earlier one had done of it is in its own folder.
             self.content["seconds"][name] = round(time.perf_counter() - begin, 1)
-            self.content["commits"][name] = self.commit
+            self.content["commits"][name] = self.machine["commit"]
+            if not self.at_home:
+                self.content["machines"][name] = _called(self.machine)
             write_json(self.path, self.content)
             print(f"{name}: {self.content['seconds'][name]} s", flush=True)
         return self.content["results"][name]
+
+
+def _called(machine: Mapping[str, Any]) -> str:
+    return str(machine["gpu"]["name"] if "gpu" in machine else machine["cpu"])
