@@ -17,7 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -37,36 +37,43 @@ CONTEXTS = ["".join(LETTERS[:n]) for n in (3, 17, 60, 63, 64, 90, 200)]
 pytestmark = pytest.mark.full
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama over bytes of type longrope, with a tokenizer."""
-    path = tmp_path_factory.mktemp("model")
+def tiny(path: Path, longest: int, tokenizer: Tokenizer) -> Path:
+    """A tiny Llama of type longrope, with that tokenizer."""
     torch.manual_seed(3)
-    fields = ROPE.to_config(max_position_embeddings=LONGEST)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>", pad_token="<end>"
+    )
+    end = wrapped.eos_token_id
     config = LlamaConfig(
-        vocab_size=257,
+        vocab_size=len(wrapped),
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
         initializer_range=0.3,  # so that rotation matters
-        bos_token_id=256,
-        eos_token_id=256,
-        pad_token_id=256,
-        **fields,
+        **{"bos_token_id": end, "eos_token_id": end, "pad_token_id": end},
+        **ROPE.to_config(max_position_embeddings=longest),
     )
     LlamaForCausalLM(config).save_pretrained(path)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>", pad_token="<end>"
-    )
     wrapped.save_pretrained(path)
     return path
+
+
+def of_bytes(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model over single bytes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    tokenizer = of_bytes(models.BPE(vocab=vocabulary, merges=[]))
+    return tiny(tmp_path_factory.mktemp("model"), LONGEST, tokenizer)
 
 
 def alone(folder: Path, context: str, continuation: str) -> float:
@@ -193,3 +200,39 @@ def test_the_command_takes_the_harness_arguments(folder: Path, tasks: Path) -> N
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "|local|" in done.stdout
+
+
+def test_rulers_tasks_say_the_same_for_any_batch(tmp_path: Path) -> None:
+    """Those that need no other data than a package's; they count tokens that are words."""
+    words = trainers.BpeTrainer(
+        vocab_size=2048,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer = of_bytes(models.BPE())
+    pages = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+    tokenizer.train_from_iterator((page.read_text("utf-8") for page in pages), words)
+    path = str(tiny(tmp_path, 8192, tokenizer))
+
+    of_tasks = {"max_seq_lengths": [4096], "pretrained": path}
+    names = ["niah_single_1", "ruler_vt", "ruler_cwe", "ruler_fwe"]
+    done = lm_eval.simple_evaluate(
+        model="longrope",
+        model_args={"pretrained": path, "dtype": "float32"},
+        tasks=names,
+        task_manager=TaskManager(metadata=of_tasks),
+        batch_size=8,
+        limit=2,
+        device="cpu",
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    alone = LongRopeLM(path, device="cpu", dtype="float32", batch_size=1)
+    for name in names:
+        assert done["results"][name]["4096,none"] >= 0
+        samples = done["samples"][name]
+        assert len(samples) == 2
+        for sample in samples:
+            request = asked([tuple(one) for one in sample["arguments"]], "generate_until")
+            assert alone.generate_until(request) == sample["filtered_resps"]
