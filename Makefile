@@ -28,7 +28,7 @@ test: $(VENV)/development.stamp
 	$(call pytest,$(VENV)) --dist worksteal tests
 
 # What a change must pass too, and takes longer than to wait for.
-test-full: test-long test-compiled test-newest-triton test-oldest
+test-full: test-long test-compiled test-newest-triton test-oldest test-vllm
 
 test-long: $(VENV)/development.stamp
 	LONGROPE_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal \
