@@ -117,6 +117,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of longrope_kernels; call them through the package.";
   longrope_calls::find_lender();
   m.def("instruction_sets", &instruction_sets, "What this processor runs, best first.");
+  m.def("is_amd", &longrope_cpu::is_amd, "Whether AMD made this processor.");
   m.def("rotary", &rotary, "Rotate q and k: RotaryCall, outputs, threads, instruction set.");
   m.def("decode", &decode, "Attend to a cache: DecodeCall, out, lse, threads, instruction set.");
   m.def("kind_of", &longrope_calls::kind_of, "What is known of arguments without their values.");

@@ -82,7 +82,7 @@ def info(
         typer.echo(f"  decode        {device:<5} {' > '.join(names)}")
     for device, needs in backends.ATTENTION_CHOICE.items():
         for kind, names in needs.items():
-            typer.echo(f"  attention     {device:<6} {kind:<7} {' > '.join(names)}")
+            typer.echo(f"  attention     {device:<7} {kind:<7} {' > '.join(names)}")
 
 
 def _show_models() -> None:

@@ -338,7 +338,7 @@ CHOSEN = [
 def hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The CPU as a GPU of compute capability 9 with FlashAttention-4; what is chosen, is told."""
     install(monkeypatch, "flash-attn-4", *stand_ins("flash-attn-4"))
-    monkeypatch.setattr(flash_attention, "capability", lambda device: 9)
+    monkeypatch.setattr(backends, "capability_of", lambda device: 9)
     monkeypatch.setitem(backends.ATTENTION_CHOICE, "cpu", backends.ATTENTION_CHOICE["cuda 9"])
     chosen: list[str] = []
     choose = backends.choose_attention

@@ -35,4 +35,13 @@ const InstructionSet* instruction_sets(int* count) {
   return available.sets;
 }
 
+bool is_amd() {
+#if defined(LONGROPE_HAS_X86_KERNELS)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 }  // namespace longrope_cpu

@@ -15,4 +15,7 @@ struct InstructionSet {
 // Best first; there is always one, "baseline".
 const InstructionSet* instruction_sets(int* count);
 
+// Whether AMD made this processor, whatever it runs.
+bool is_amd();
+
 }  // namespace longrope_cpu

@@ -66,7 +66,6 @@ class Experiment:
         self.judged = documents(out, sizes.judged, sizes.longest)
         # The check compares with a loop of its own, which rounding to bfloat16 would blur.
         self.model = load_model(folder, dtype="bfloat16" if sizes.layers is None else "float32")
-        self.losses = TransformersLosses(self.model)
         texts = [*self.searched, *self.judged]
         head = {
             "machine": facts.describe(ROOT),
@@ -77,6 +76,16 @@ class Experiment:
         }
         self.book = Book(out / "results.json", head)
         self.known: dict[Hashable, Any] = {}  # by rope, length and what was measured
+
+    @property
+    def losses(self) -> TransformersLosses:
+        """Those of the tables, by one backend on every machine, since others round otherwise."""
+        return TransformersLosses(self.model, backend="composed")
+
+    @property
+    def fastest(self) -> TransformersLosses:
+        """Those of a search."""
+        return TransformersLosses(self.model)
 
     # ---------------------------------------------------------------------------------------- plan
 
@@ -301,7 +310,7 @@ class Experiment:
 
         def make() -> dict[str, Any]:
             found = find(
-                *(self.losses, self._ends(target)),
+                *(self.fastest, self._ends(target)),
                 chosen.space(self.source.rope, self.sizes.original, target),
                 *(chosen, folder),
                 others=baselines(self.source, target),
@@ -325,7 +334,7 @@ class Experiment:
 
         def make() -> dict[str, Any]:
             result = readjust(
-                *(self.losses, self._ends(max(lengths)), rope, lengths, self.sizes.original),
+                *(self.fastest, self._ends(max(lengths)), rope, lengths, self.sizes.original),
                 *(self._options(self.sizes.short_hours, 0), folder),
                 context={"weights": fingerprint(self.model)},
                 progress=_progress("readjust"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from ..torch_private import constant_in_graphs
 BACKENDS = ("reference", "native", "triton", "cuda")
 # Our rotation before a library that has to be there; the choice of its own by compute capability.
 FLASH_BACKENDS = ("flash-attn-2", "flash-attn-3", "flash-attn-4")
-ATTENTION_BACKENDS = ("reference", "composed", "triton", "cuda", *FLASH_BACKENDS)
+ATTENTION_BACKENDS = ("reference", "composed", "native", "triton", "cuda", *FLASH_BACKENDS)
 
 # Fastest first, by device type; the reference serves every device and is the only one in float64.
 ROTARY_CHOICE: dict[str, tuple[str, ...]] = {
@@ -23,8 +24,8 @@ ROTARY_CHOICE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference"),
 }
 
-# By device type, or that and the major compute capability, and by what a call needs; the reference
-# serves the rest, and float64.
+# By device type, or that and the major compute capability or the maker, and by what a call needs;
+# the reference serves the rest, and float64.
 #   plain: causal or not, at most. torch's SDPA has its fastest kernels for these.
 #   chunk: causal, of fewer queries than keys. SDPA serves it by FlashAttention-2.
 #   wide: a head_dim above 128, which cuDNN has not; FlashAttention-2 again.
@@ -39,6 +40,10 @@ _CUDA: dict[str, tuple[str, ...]] = {
     "padded": ("triton", "cuda", "composed"),
     "scored": ("triton", "cuda", "reference"),
 }
+_CPU: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_CUDA, ("composed",)),
+    "scored": ("native", "reference"),
+}
 ATTENTION_CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
     "cuda": _CUDA,
     "cuda 9": {
@@ -47,7 +52,11 @@ ATTENTION_CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
         "wide": ("flash-attn-4", "composed"),
         "masked": ("flash-attn-4", "triton", "cuda", "composed"),
     },
-    "cpu": {**dict.fromkeys(_CUDA, ("composed",)), "scored": ("reference",)},
+    "cpu": _CPU,
+    # oneMKL, from which SDPA has its products, uses no 512-bit vectors on AMD's processors.
+    "cpu AMD": {
+        needs: ("native", *(n for n in names if n != "native")) for needs, names in _CPU.items()
+    },
 }
 WIDE = 128  # the largest head_dim that is not
 # Over a cache of unrotated keys; the reference serves the rest.
@@ -63,8 +72,9 @@ DECODE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 FUSED_HEAD_DIMS = range(16, 257)
 CUDA_HEAD_DIMS = range(8, 129, 8)
+ANY_HEAD_DIM = range(1, sys.maxsize)
 # Of attention.
-WITHOUT_GRADIENTS = ("cuda",)
+WITHOUT_GRADIENTS = ("native", "cuda")
 WITHOUT_SINKS = ("cuda", *FLASH_BACKENDS)  # of decoding too
 # Of attention and decoding in Triton, and of all that CUDA C++ is compiled for.
 LEAST_CAPABILITY = (8, 0)
@@ -175,9 +185,10 @@ def choose_attention(
     head_dim: int,
     needs: str,
     trains: bool = False,
-    capability: int | None = None,
+    capability: int | str | None = None,
     libraries: bool = True,
     sinks: bool = False,
+    own: bool = False,
 ) -> str:
     """The backend for attention: the named one, or the first of `ATTENTION_CHOICE` that can serve.
 
@@ -188,9 +199,11 @@ def choose_attention(
         head_dim: of q, k and v.
         needs: a column of the table.
         trains: whether gradients are wanted.
-        capability: the major compute capability of the device.
+        capability: the major compute capability of the device, or its maker: see `capability_of`.
         libraries: whether those of others can be called here, as they cannot in a traced graph.
         sinks: whether a logit without a value joins each softmax.
+        own: whether it is causal and each query stands at its own key, in rows: decoding in which
+            all keys are new, which is what native serves.
 
     Raises:
         ValueError: an unknown name, or one that does not serve this call.
@@ -210,7 +223,9 @@ def choose_attention(
                 libraries and _module("flash_attention").serves(name, capability, head_dim, trains)
             ):
                 continue
-            served = dtype in FUSED_DTYPES and head_dim in _head_dims(name)
+            if name == "native" and not own:
+                continue
+            served = dtype in _dtypes(name) and head_dim in _head_dims(name)
             if served and missing_products(name) is None:
                 return name
         return "reference"
@@ -238,10 +253,17 @@ def choose_attention(
     if backend in ("reference", "composed"):
         return backend
     _named(backend, device, "'composed' or 'reference'")
-    if dtype not in FUSED_DTYPES:
+    if backend == "native" and not own:
         raise ValueError(
-            f"backend: {backend!r} serves bfloat16 and float16, got {dtype}; expected 'composed' "
-            "or 'reference'"
+            "backend: 'native' serves causal attention of queries to their own keys, without "
+            "key_positions and cu_seqlens; expected 'composed' or 'reference', or `decode`"
+        )
+    dtypes = _dtypes(backend)
+    if dtype not in dtypes:
+        *first, last = (str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(
+            f"backend: {backend!r} serves {', '.join(first)} and {last}, got {dtype}; expected "
+            "'composed' or 'reference'"
         )
     head_dims = _head_dims(backend)
     if head_dim not in head_dims:
@@ -253,10 +275,23 @@ def choose_attention(
     return backend
 
 
-def capability_of(device: torch.device) -> int | None:
-    """The major compute capability, by which `ATTENTION_CHOICE` may tell devices apart."""
+def capability_of(device: torch.device) -> int | str | None:
+    """The major compute capability or the maker, by which `ATTENTION_CHOICE` tells them apart."""
+    if device.type == "cpu":
+        return _maker()
     found: int | None = _module("flash_attention").capability(device)
     return found
+
+
+@cache
+def _maker() -> str | None:
+    """Whose the processor is, where that makes a difference."""
+    return None if missing("native") else part("native", "device").maker()
+
+
+def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """The dtypes that the backend's attention serves."""
+    return DECODE_DTYPES["native"] if backend == "native" else FUSED_DTYPES
 
 
 def _head_dims(backend: str) -> range:
@@ -264,7 +299,7 @@ def _head_dims(backend: str) -> range:
     if backend in FLASH_BACKENDS:
         head_dims: range = _module("flash_attention").LIBRARIES[backend].head_dims
         return head_dims
-    return CUDA_HEAD_DIMS if backend == "cuda" else FUSED_HEAD_DIMS
+    return {"cuda": CUDA_HEAD_DIMS, "native": ANY_HEAD_DIM}.get(backend, FUSED_HEAD_DIMS)
 
 
 @constant_in_graphs

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from ..calls.records import AppendCall, DecodeCall, RotaryCall
+from ..calls.records import AppendCall, AttentionCall, DecodeCall, RotaryCall
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -36,6 +36,12 @@ def instruction_sets() -> list[str]:
     return list(_native.instruction_sets())
 
 
+def maker() -> str | None:
+    """ "AMD", or None of any other processor."""
+    assert _native is not None
+    return "AMD" if _native.is_amd() else None
+
+
 def rotary(
     call: RotaryCall, q_out: torch.Tensor, k_out: torch.Tensor, instruction_set: str = ""
 ) -> None:
@@ -58,6 +64,16 @@ def decode(
     if call.sinks is not None:
         call = call._replace(sinks=call.sinks.float())
     _native.decode(call, out, lse, torch.get_num_threads(), instruction_set)
+
+
+def forward(
+    call: AttentionCall, out: torch.Tensor, lse: torch.Tensor, k_rotation: str | None
+) -> None:
+    """Attend where each query stands at its own key: decoding in which all keys are new."""
+    q, keys = call.q, call.keys
+    lens = torch.full(q.shape[:1], q.shape[1], dtype=torch.int32)
+    keys = keys._replace(lens=lens)
+    decode(DecodeCall(q, keys, call.tables, call.selection, call.scores, call.sinks), out, lse)
 
 
 def append(call: AppendCall) -> None:

@@ -87,6 +87,7 @@ def attention(
             (in the loop over keys, for few queries), or None for its own rule.
         return_lse: also return the log-sum-exp of the scores, and of the sink, base e.
         backend: "reference", "composed" (our rotation, then torch's scaled_dot_product_attention),
+            "native" (CPU; causal, each query at its own key, without gradients; float32 too),
             "triton" or "cuda" (CUDA; the rotation fused; bfloat16 and float16; "cuda" without
             Triton, up to a head dim of 128, and without gradients),
             "flash-attn-2", "flash-attn-3" or "flash-attn-4" (our rotation, then that library where
@@ -215,6 +216,7 @@ def _check_kind(
     name = choose.choose_attention(
         *(backend, device_type(q), q.dtype, dim, needs, trains),
         *(choose.capability_of(q.device) if libraries else None, libraries, sinks is not None),
+        scores.causal and cu_seqlens is None and key_positions is None,
     )
     return scores, count, name
 
@@ -252,7 +254,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The output, and the log-sum-exp where the backend has it; direct: all is `unwatched`."""
     q = call.q
-    if backend in ("triton", "cuda"):
+    if backend in ("native", "triton", "cuda"):
         if direct:
             return _run(call, k_rotation, backend)
         return _attention(*schema.flatten(call), k_rotation, backend)  # type: ignore[no-any-return]
