@@ -228,13 +228,16 @@ def missing(name: str) -> str | None:
     backend = OURS.get(name, {"backend": "triton"})["backend"]
     if backend in ("reference", "composed"):
         return None
-    if backends.missing(backend) is None and DEVICE.type != "cuda":
-        return "serves cuda only"
+    device = "cpu" if backend == "native" else "cuda"
+    if backends.missing(backend) is None and DEVICE.type != device:
+        return f"serves {device} only"
     return backends.missing(backend)
 
 
 def serves(name: str, shape: Shape, direction: str) -> bool:
     """Whether it has this call, and finds room for it."""
+    if name == "native" and (shape.queries or not shape.causal or direction == "backward"):
+        return False
     if shape.queries and name not in (*OURS, *OF_CHUNKS):
         return False
     if name == PADDED and not shape.queries:

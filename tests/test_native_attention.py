@@ -71,7 +71,7 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             choose.choose_attention(
                 None, "cpu", bf16, 64, needs, **{"capability": maker, "own": True, **rest}
             )
-            for needs in ("plain", "chunk", "wide", "masked", "padded")
+            for needs in ("plain", "wide", "masked", "padded")
         }
 
     def scored(**rest: Any) -> str:

@@ -55,7 +55,9 @@ ATTENTION_CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": _CPU,
     # oneMKL, from which SDPA has its products, uses no 512-bit vectors on AMD's processors.
     "cpu AMD": {
-        needs: ("native", *(n for n in names if n != "native")) for needs, names in _CPU.items()
+        **dict.fromkeys(_CUDA, ("native", "composed")),
+        "chunk": ("composed",),
+        "scored": _CPU["scored"],
     },
 }
 WIDE = 128  # the largest head_dim that is not
