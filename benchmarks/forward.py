@@ -1,6 +1,6 @@
 """A candidate's forward beside one of transformers' untouched model, and where each spends time.
 
-    python -m benchmarks.forward [--length 2048] [--last 1024] [--layers 4] [--rounds 7]
+    python benchmarks/forward.py [--length 2048] [--last 1024] [--layers 4] [--rounds 7]
         [--dtype float32]
 
 The model has the layers of SmolLM2-135M, random weights, and a head for the scored tokens alone.
@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report.facts import describe
 from torch.profiler import ProfilerActivity, profile
 
 from longrope_kernels.search.model import TransformersLosses
-
-from .report import facts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Forward = Callable[[], torch.Tensor]
@@ -126,7 +125,7 @@ def main() -> None:
     forwards = both(given.layers, given.length, last, getattr(torch, given.dtype))
     seconds, of_plain = ratios(*forwards, given.rounds)
     row = {
-        "machine": facts.describe(Path(__file__).parents[1]),
+        "machine": describe(Path(__file__).parents[1]),
         "dtype": given.dtype,
         "layers": given.layers,
         "tokens": given.length,
