@@ -65,6 +65,8 @@ ATTENTION = [
     Mutation("a sink that has a value", "backends/reference.py", "total = total + torch.exp(sinks - top)", "total = torch.maximum(total, torch.exp(sinks - top))", "test_sinks.py -k reference"),
     Mutation("a sink for each split", "kernels/decode_kernel.py", "start_of_rows(i_h, sinks, i_split == 0, BLOCK_M)", "start_of_rows(i_h, sinks, True, BLOCK_M)", "test_sinks.py -k 'triton and decode'"),
     Mutation("a sink as its dtype has it", "backends/composed.py", "(sink - rounded).to(q.dtype)", "0 * rounded", "test_sinks.py -k composed"),
+    Mutation("native attention to one key less", "backends/native.py", "torch.full(q.shape[:1], q.shape[1],", "torch.full(q.shape[:1], q.shape[1] - 1,", "test_native_attention.py"),
+    Mutation("native attention to keys that stand elsewhere", "ops/attention.py", " and key_positions is None,\n    )", ",\n    )", "test_native_attention.py"),
     Mutation("gradients of sinks without those of the log-sum-exp", "ops/attention.py", "d_scores = d_scores + d_lse", "pass", "test_sinks.py -k 'triton and gradients'"),
     Mutation("dropped autocast", "calls/autocast.py", "return x if dtype is None else x.to(dtype)", "return x", "test_attention_compile.py -k autocast"),
     Mutation("an op that nobody sees", "torch_private.py", "or _count_modes()", "", "test_torch_private.py"),
