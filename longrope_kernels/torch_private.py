@@ -79,6 +79,14 @@ def _nothing_between() -> bool:
     )
 
 
+def tangent_of(x: torch.Tensor) -> torch.Tensor | None:
+    """What forward-mode differentiation carries with x; None outside of it, and in graphs."""
+    if torch.compiler.is_compiling() or _forward_ad._current_level < 0:
+        return None
+    tangent: torch.Tensor | None = _forward_ad.unpack_dual(x).tangent
+    return tangent
+
+
 def unwatched(*tensors: torch.Tensor) -> bool:
     """Whether nobody would see a call of an op on these tensors: it may be left out then.
 

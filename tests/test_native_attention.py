@@ -86,6 +86,15 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scored() == "reference"
 
 
+def test_under_another_default_device() -> None:
+    """The lengths it makes are where q is."""
+    given = arguments(Case(1, 5))
+    expected = attention(**given)
+    with torch.device("meta"):
+        found = attention(**given)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("maker", ["AMD", None])
 def test_by_default(maker: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eagerly and in a graph, whoever made the processor."""

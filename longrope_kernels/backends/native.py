@@ -71,7 +71,7 @@ def forward(
 ) -> None:
     """Attend where each query stands at its own key: decoding in which all keys are new."""
     q, keys = call.q, call.keys
-    lens = torch.full(q.shape[:1], q.shape[1], dtype=torch.int32)
+    lens = torch.full(q.shape[:1], q.shape[1], dtype=torch.int32, device=q.device)
     keys = keys._replace(lens=lens)
     decode(DecodeCall(q, keys, call.tables, call.selection, call.scores, call.sinks), out, lse)
 

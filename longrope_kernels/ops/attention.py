@@ -10,12 +10,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..backends import choose, reference
-from ..calls import arguments, autocast, schema, values
+from ..calls import arguments, autocast, caches, schema, values
 from ..calls.kinds import by_kind
 from ..calls.memory import device_type
 from ..calls.records import AttentionCall, Keys, RotaryCall, Scores, Selection
 from ..rope.value import Rope
-from ..torch_private import below_autograd, runs_now, unwatched
+from ..torch_private import below_autograd, runs_now, tangent_of, unwatched
 from . import library
 from .factors import resolve
 from .rotary import no_heads, rotate, rotate_read
@@ -105,6 +105,7 @@ def attention(
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected.
         RuntimeError: the named backend is not available.
+        NotImplementedError: a named one that has no forward-mode derivative, beside tangents.
     """
     for name, flag in (("causal", causal), ("return_lse", return_lse)):
         if not isinstance(flag, bool):
@@ -116,6 +117,9 @@ def attention(
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
     given = (q, k, v) if sinks is None else (q, k, v, arguments.check_tensor("sinks", sinks))
     direct = unwatched(*given)
+    dual = not direct and any(tangent_of(x) is not None for x in given)
+    if dual and backend is None:
+        backend = "reference"
     recorded = not direct and any(x.requires_grad for x in given)
     scores, count, name = _check_kind(
         *(q, k, v, positions, key_positions, cu_seqlens, cu_seqlens_k, kv_start, lengths, sets),
@@ -123,6 +127,8 @@ def attention(
         *(backend, k_rotation, recorded and torch.is_grad_enabled()),
         backend is None and (direct or runs_now(*given)),
     )
+    if dual and name not in ("reference", "composed"):  # torch's own says what it lacks
+        caches.check_no_tangents(f"backend {name!r}", q=q, k=k, v=v, sinks=sinks)
     if layout != "bshd":
         q, k, v = (arguments.as_bshd(x, layout) for x in (q, k, v))
     selection = arguments.select(count, lengths, sets, cu_seqlens)
