@@ -227,8 +227,22 @@ def test_the_command(work, extended):
 def test_short_sets_take_the_place_of_those_below_them():
     sets = tuple(FactorSet((float(i),), max_length=n) for i, n in ((1, 8), (2, 16), (3, None)))
     new = FactorSet((9.0,), max_length=8)
-    assert with_short_sets(Rope(sets), [new], 8).sets == (new, *sets[1:])
-    assert with_short_sets(Rope(sets), [], 16).sets == sets[2:]
+    rope = Rope(sets)
+    assert with_short_sets(rope, {8: new}).sets == (new, *sets[1:])
+    assert with_short_sets(rope, {16: new}).sets == (replace(new, max_length=16), sets[2])
+    assert with_short_sets(rope, {4: new}).sets == (replace(new, max_length=4), *sets)
+    assert with_short_sets(rope, {8: new, 16: new}).sets == (replace(new, max_length=16), sets[2])
+    # Where nothing better was found, what was there stays.
+    assert with_short_sets(rope, {4: None, 12: None, 16: None, 40: None}) == rope
+    assert with_short_sets(rope, {12: None, 16: new}).sets == (
+        sets[0],
+        *(replace(one, max_length=n) for one, n in ((sets[1], 12), (new, 16))),
+        sets[2],
+    )
+    assert with_short_sets(Rope(sets[2:]), {8: None, 16: new}).sets == (
+        *(replace(one, max_length=n) for one, n in ((sets[2], 8), (new, 16))),
+        sets[2],
+    )
 
 
 # --------------------------------------------------------------------------------- the fine-tuning

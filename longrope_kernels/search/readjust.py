@@ -7,7 +7,7 @@ at the short lengths, with a lower bound on ``lambda``, and lets short sequences
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Readjusted:
     """The result of `readjust`.
 
     Attributes:
-        rope: the short sets that were better than before, and the long ones.
+        rope: the one that was given, with the sets that were better at their lengths.
         found: the search at each length.
         before: the fitness at each length under the rope that was given.
     """
@@ -92,7 +92,7 @@ def readjust(
     Args:
         losses: the model, fine-tuned for the long sets.
         documents: each of at least as many tokens as the longest of ``lengths``.
-        rope: of the model; its sets for up to the longest of ``lengths`` are replaced.
+        rope: of the model; where no better set is found, its own stay.
         lengths: in tokens; a set serves sequences up to its length.
         original: in tokens, what the model was first trained for.
         options: how to search; where the attention factor is not given, it is that of the set
@@ -141,14 +141,43 @@ def readjust(
         )
     before = {length: one.others[BEFORE] for length, one in found.items()}
     result = Readjusted(rope, found, before)
-    short = [replace(found[n].rope.sets[0], max_length=n) for n in result.taken]
-    return replace(result, rope=with_short_sets(rope, short, lengths[-1]))
+    short = {n: found[n].rope.sets[0] if n in result.taken else None for n in lengths}
+    return replace(result, rope=with_short_sets(rope, short))
 
 
-def with_short_sets(rope: Rope, short: Sequence[FactorSet], longest: int) -> Rope:
-    """``short`` before those sets of ``rope`` that serve sequences beyond ``longest``."""
-    long = [s for s in rope.sets if s.max_length is None or s.max_length > longest]
-    return Rope((*short, *long), rope.base, rope.interleaved)
+def with_short_sets(rope: Rope, short: Mapping[int, FactorSet | None]) -> Rope:
+    """``rope`` with sets of its own for sequences up to some lengths.
+
+    short: by ascending length the set that serves what is beyond the length before, or None where
+    that of ``rope`` stays.
+    """
+    sets: list[FactorSet] = []
+    beyond = 0
+    for length, own in short.items():
+        if own is not None:
+            sets.append(replace(own, max_length=length))
+        else:
+            sets += _between(rope, beyond, length)
+        beyond = length
+    sets += _between(rope, beyond, math.inf)
+    # Of one set in two pieces, side by side, the second one goes further.
+    kept = [
+        one
+        for at, one in enumerate(sets)
+        if at + 1 == len(sets) or replace(one, max_length=sets[at + 1].max_length) != sets[at + 1]
+    ]
+    return Rope(tuple(kept), rope.base, rope.interleaved)
+
+
+def _between(rope: Rope, beyond: int, longest: float) -> Iterator[FactorSet]:
+    """The sets of sequences of more than ``beyond`` tokens, up to ``longest``."""
+    for one in rope.sets:
+        bound = one.max_length or math.inf
+        if bound > beyond:
+            bound = min(bound, longest)
+            yield replace(one, max_length=int(bound) if math.isfinite(bound) else None)
+            if bound == longest:
+                return
 
 
 def arguments_of(space: SearchSpace) -> dict[str, Any]:
