@@ -164,11 +164,15 @@ def longrope_attention(
         rest |= {"layout": "thd", "cu_seqlens": call.cu_seqlens}
     elif call.cache_lens is not None:
         rest["key_positions"] = _key_positions(call, k)
+    backend = settings.attention_backend
+    if backend is None and module.training and q.device.type == "cpu" and q.dtype != torch.float64:
+        # What a checkpoint reads without gradients, it reads again with them: by the same backend.
+        backend = "composed" if rest["softcap"] is None else "reference"
     out = attend(
         *(q, k, v, call.positions, rope),
         lengths=call.lengths,
         kv_start=call.kv_start,
-        backend=settings.attention_backend,
+        backend=backend,
         **rest,
     )
     if call.cu_seqlens is not None:
