@@ -205,8 +205,10 @@ def export(
         raise typer.Exit(1) from None
     typer.echo(f"written: {out}, for {done.length} tokens")
     typer.echo("llama.cpp takes one set for all sequences, by the context it was started with:")
-    for set_of, context in (("short", done.original), ("long", done.length)):
-        typer.echo(f"  {set_of:<5} llama-server -m {out} -c {context} -np 1")
+    for set_of, context in (("short", done.short_context), ("long", done.length)):
+        command = f"llama-server -m {out} -c {context} -np 1"
+        none = f"in no context, since they are multiples of 256 and it ends at {done.original}"
+        typer.echo(f"  {set_of:<5} {command if context else none}")
     if check:
         _check_export(done)
 

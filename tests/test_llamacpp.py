@@ -229,6 +229,19 @@ def test_the_command_says_which_context_takes_which_set(tmp_path: Path, source: 
     assert set(tensors(out)) - set(tensors(source)) == NEW
 
 
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [(300, "llama-server -m {out} -c 256 -np 1"), (200, "in no context, since they are multiples")],
+)
+def test_the_short_context_is_one_that_llama_cpp_makes(
+    bound: int, said: str, tmp_path: Path, source: Path
+) -> None:
+    rope = Rope.longrope(SHORT, LONG, bound, attention_factor=1.125, base=BASE)
+    out = tmp_path / "out.gguf"
+    done = run(searched(tmp_path / "found", rope), "--gguf", source, "--out", out)
+    assert f"  short {said.format(out=out)}" in done.stdout, done.stderr
+
+
 def test_a_folder_without_config_needs_a_length(tmp_path: Path, source: Path) -> None:
     folder, out = searched(tmp_path / "found"), tmp_path / "out.gguf"
     (folder / "config.json").unlink()

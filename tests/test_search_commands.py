@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,34 @@ def test_what_a_user_can_mend_is_one_line(work, tmp_path, monkeypatch, files, se
     assert message in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("longrope search: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_broken_files_are_one_line_too(work, searched, tmp_path):
+    """Weights cut short, a tokenizer of more tokens, a state without a part, and other files."""
+    cut, small, started = tmp_path / "cut", tmp_path / "small", tmp_path / "started"
+    shutil.copytree(work / "model", cut)
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    make_model(small, vocab_size=64)
+    shutil.copytree(searched, started)
+    state = json.loads((started / "state.json").read_text())
+    del state["config_hash"]
+    (started / "state.json").write_text(json.dumps(state))
+    texts = flags(documents=work / "texts", tokenizer="bytes", samples=2, length=LENGTH, **SMALL)
+    out = tmp_path / "out"
+    for model, folder, message in (
+        (cut, out, "expected whole weights"),
+        (small, out, "--tokenizer: expected ids below 64, which the model knows"),
+        (work / "model", started, "expected config, config_hash and state"),
+        (work / "model", work / "model", "--out: expected another folder than that of the model"),
+    ):
+        result = run("search", model, *texts, *flags(out=folder))
+        assert result.exit_code == 1
+        assert message in result.stderr.strip().splitlines()[-1]
+    assert not out.exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/result.json").write_text("{}")
+    assert run("plot", tmp_path / "other").exit_code == 0
 
 
 def test_models_that_cannot_be_searched_are_named(work, tmp_path):

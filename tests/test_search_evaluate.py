@@ -51,6 +51,22 @@ def test_evaluate_compares_ropes_and_formulas(work, searched, tmp_path):
     assert result.stdout.count("dynamic NTK") == 1
 
 
+def test_each_rope_has_a_row_whatever_it_is_called(work, searched, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("a/s", "s", "YaRN", "dynamic NTK")
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        Rope.load(searched).save(name)
+    more = [part for name in names for part in ("--rope", name)]
+    result = run("evaluate", *given(work), *flags(length=280), "--out", tmp_path / "out", *more)
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads((tmp_path / "out/evaluation.json").read_text())["perplexity"]
+    assert list(rows)[5:] == ["s", "s (2)", "YaRN (2)", "dynamic NTK (2)", "dynamic NTK"]
+    assert len({rows[name]["280"] for name in list(rows)[5:9]}) == 1
+    assert rows["YaRN"] != rows["YaRN (2)"]
+    assert rows["dynamic NTK"] == rows["NTK"]
+
+
 def evaluated(work: Path, out: Path, *more: Any) -> tuple[dict[str, Any], str]:
     lengths = flags(length=40) + flags(length=ORIGINAL) + flags(length=280)
     result = run("evaluate", *given(work), *lengths, "--out", out, *more)

@@ -23,6 +23,7 @@ from longrope_kernels.integrations.transformers import enable
 from longrope_kernels.integrations.transformers.probe import tiny
 from longrope_kernels.integrations.transformers.shrunk import shrunk
 from longrope_kernels.search.model import TransformersLosses
+from longrope_kernels.search.needles import Needle
 
 LENGTH = 96
 IDS = torch.arange(3, 3 + ORIGINAL)[None] % 64
@@ -147,3 +148,16 @@ def test_several_ropes_are_named_before_a_model_is_loaded(tmp_path: Path) -> Non
     result = search(tmp_path / "model", tmp_path)
     assert result.exit_code == 1
     assert "expected one set of rope_parameters for all layers, got one for each" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llava", "mistral", "lfm2", "falcon_h1", "minimax"])
+def test_answers_are_those_of_whole_texts(name: str) -> None:
+    """Whatever the layers keep: keys, windows of them, or states, which take no token back."""
+    losses = TransformersLosses(llava() if name == "llava" else model_of(name))
+    text = torch.randint(3, 30, (40,), generator=torch.Generator().manual_seed(0))
+    needles = [Needle((5,), (6, 7, 8), (9, 10, 11)), Needle((5,), (16, 7), (19, 20))]
+    told = losses.answers(losses.rope, text, needles, length=60)
+    for (_, question, answer), one in zip(needles, told, strict=True):
+        whole = torch.cat([text, torch.tensor([*question, *answer])])[None]
+        right = losses(losses.rope, whole, last=len(answer))[0]
+        torch.testing.assert_close(one.losses, right, rtol=0, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -72,9 +73,10 @@ def test_a_text_is_read_once(losses, monkeypatch):
     read = []
     forward = type(losses.model.base_model).forward
 
-    def counted(self: Any, ids: torch.Tensor, *rest: Any) -> Any:
-        read.append(ids.shape[1])
-        return forward(self, ids, *rest)
+    @functools.wraps(forward)
+    def counted(self: Any, **given: Any) -> Any:
+        read.append(given["input_ids"].shape[1])
+        return forward(self, **given)
 
     monkeypatch.setattr(type(losses.model.base_model), "forward", counted)
     losses.answers(rope(2.0), tokens(1, 30)[0], OTHERS, length=40)

@@ -59,7 +59,7 @@ class Search:
 
     def run(self) -> None:
         start_ranks()
-        source, encode = self.given.open()
+        source, encode = self.given.open(self.out)
         options = replace(self.options, critical=self.critical)
         space = self._space(source)
         documents, losses = self.given.measured(encode, self.length)
@@ -137,7 +137,7 @@ class Readjust:
 
     def run(self) -> None:
         start_ranks()
-        source, encode = self.given.open()
+        source, encode = self.given.open(self.out)
         present = source.rope if self.rope is None else Rope.load(self.rope)
         documents, losses = self.given.measured(encode, max(self.lengths))
         with bars() as watch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from .retrieval import KINDS, Retrieved, retrieval, room_for
 from .source import EVALUATION, Source, baselines, dynamic_ntk, write_json
 from .terminal import draw, table
 
+DYNAMIC = "dynamic NTK"  # another at each length
+
 
 class _Found(NamedTuple):
     """What was measured, by rope and length; of retrieval by kind of text before."""
@@ -39,10 +42,10 @@ class Evaluate:
       --length 4096 --length 8192 --length 16384 --length 32768
 
     The same tokens are scored at every length, after more or less of the text that stands before
-    them: the last ones of the documents' first --length, by default half of the shortest. The
-    formulas extend to the longest. Prints tables; the folder gets evaluation.json and
-    perplexity.png. Processes of torchrun share the measurements, with --context-parallel N each
-    sequence among N of them.
+    them: the last ones of the documents' first --length, by default half of the shortest, and with
+    one length all of it. The formulas extend to the longest. Prints tables; the folder gets
+    evaluation.json and perplexity.png. Processes of torchrun share the measurements, with
+    --context-parallel N each sequence among N of them.
     """
 
     lengths: Annotated[
@@ -104,10 +107,12 @@ class Evaluate:
         every = {"the model's own": source.rope, **(baselines(source, longest) if compare else {})}
         for path in map(Path, self.ropes):
             name = path.name if path.is_dir() else path.stem
-            every[str(path) if name in every else name] = Rope.load(path)
+            more = (f"{path} ({again})" for again in itertools.count(2))
+            free = (n for n in itertools.chain((name, str(path)), more) if n not in every)
+            every[next(n for n in free if n != DYNAMIC)] = Rope.load(path)
         ropes = []
         for length in self.lengths:
-            dynamic = {"dynamic NTK": dynamic_ntk(source, length)} if compare else {}
+            dynamic = {DYNAMIC: dynamic_ntk(source, length)} if compare else {}
             ropes += [(length, name, rope) for name, rope in (every | dynamic).items()]
         return ropes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -153,31 +154,35 @@ class TransformersLosses:
     ) -> list[Answer]:
         """As `Losses`; a cache keeps the keys and values of the text, and drops a question's.
 
+        Where layers keep states instead, the text is read again for each question.
+
         Raises:
             ValueError, TypeError: naming the argument that does not fit the model.
         """
-        from transformers import DynamicCache
-
         from ..integrations.transformers import set_rope
 
         self._check_rope(rope)
         _check_answers(text, needles, length)
         set_rope(self.model, merged([rope], [length])[0])
-        cache = DynamicCache()
+        cache = _cache_of_keys(self.model)
+        kept = {} if cache is None else {_name_of_cache(self.model.base_model): cache}
 
         def read(ids: torch.Tensor) -> torch.Tensor:
-            # The cache by its place, behind mask and positions: its name has changed.
-            out: Any = self.model.base_model(ids.to(self.model.device), None, None, cache)
+            ids = ids.to(self.model.device)
+            out: Any = self.model.base_model(input_ids=ids, use_cache=cache is not None, **kept)
             hidden: torch.Tensor = out.last_hidden_state
             return hidden
 
-        read(text[None])
+        if cache is not None:
+            read(text[None])
         found = []
         for _, question, answer in needles:
             # Nothing is asked after the last token.
             asked = torch.tensor([[*question, *answer[:-1]]])
-            logits = self._head(read(asked)[:, -len(answer) :])
-            cache.crop(-asked.shape[1])
+            whole = asked if cache is not None else torch.cat([text[None], asked], 1)
+            logits = self._head(read(whole)[:, -len(answer) :])
+            if cache is not None:
+                cache.crop(-asked.shape[1])
             right = torch.tensor([answer], device=logits.device)
             losses, likeliest = _cross_entropy(logits, right), logits.argmax(-1) == right
             found.append(Answer(losses[0].cpu(), likeliest[0].cpu()))
@@ -312,6 +317,21 @@ def _head_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
                 f"{type(model).__name__}, which makes others"
             )
     return logits
+
+
+def _cache_of_keys(model: nn.Module) -> Any:
+    """A cache that can drop its last tokens; None where layers keep states of all that they saw."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = DynamicCache(config=model.config).layers
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    # One made for the config drops what no window sees any more, and takes nothing back.
+    return DynamicCache() if all(type(layer) in kinds for layer in layers) else None
+
+
+def _name_of_cache(model: nn.Module) -> str:
+    """What transformers calls it: it was renamed in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _only_rope(model: nn.Module) -> Rope:

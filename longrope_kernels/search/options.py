@@ -104,8 +104,10 @@ class Given(Texts, Machine):
         bool, typer.Option("--skip-short", help="Leave out documents that are too short.")
     ] = False
 
-    def open(self) -> tuple[Source, Encoder]:
-        """What is beside the weights, and the tokenizer."""
+    def open(self, out: Path | None = None) -> tuple[Source, Encoder]:
+        """What is beside the weights, and the tokenizer; out: a folder that gets a config."""
+        if out is not None and out.resolve() == Path(self.model).resolve():
+            raise ValueError(f"--out: expected another folder than that of the model, got {out}")
         source = open_source(Path(self.model), self.original)
         return source, encoder(self.tokenizer or self.model)
 
@@ -115,7 +117,18 @@ class Given(Texts, Machine):
         documents = read_documents(
             texts, encode, length, most=self.samples, short="skip" if self.skip_short else "error"
         )
-        model = load_model(Path(self.model), self.device, self.dtype)
+        from safetensors import SafetensorError
+
+        try:
+            model = load_model(Path(self.model), self.device, self.dtype)
+        except SafetensorError as error:
+            raise ValueError(f"{self.model}: expected whole weights: {error}") from None
+        known = model.get_input_embeddings().weight.shape[0]
+        largest = max(int(document.tokens.max()) for document in documents)
+        if largest >= known:
+            raise ValueError(
+                f"--tokenizer: expected ids below {known}, which the model knows, got {largest}"
+            )
         return documents, TransformersLosses(model, group=sequence_group(self.context_parallel))
 
 

@@ -42,8 +42,9 @@ def draw_all(folder: Path) -> None:
     for part in inner:
         if (part / EVALUATION).exists():
             _draw_evaluation(read_json(part / EVALUATION), part)
-        if (part / RESULT).exists():
-            _draw_result(read_json(part / RESULT), part)
+        content = read_json(part / RESULT) if (part / RESULT).exists() else {}
+        if "space" in content:  # other programs call their files so too
+            _draw_result(content, part)
         elif (part / SIDECAR).exists():
             draw_factors(Rope.load(part / SIDECAR), {}, part / "factors.png")
     if not inner:

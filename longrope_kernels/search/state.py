@@ -134,6 +134,10 @@ class SearchFolder:
             raise ValueError(
                 f"{source}: expected version {_VERSION}, got {content.get('version')!r}"
             )
+        if not {"config", "config_hash", "state"} <= set(content):
+            raise ValueError(
+                f"{source}: expected config, config_hash and state, got {sorted(content)}"
+            )
         if content["config_hash"] != config_hash(self._config):
             found = differences(content["config"], self._config)
             raise ValueError(

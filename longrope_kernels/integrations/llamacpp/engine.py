@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from ...rope.value import Rope
-from .exporting import Exported
+from .exporting import STEP, Exported
 
-STEP = 256  # llama.cpp rounds contexts up to multiples of it
 _TOKENS, _LIKELIEST = 384, 20
 
 
@@ -62,7 +61,7 @@ def check(exported: Exported) -> list[Answer]:
     other = {"short": long, "long": short}
     if short == long:
         other = dict.fromkeys(other, Rope.plain(long.rotary_dim, base=long.base))
-    below = exported.original // STEP * STEP
+    below = exported.short_context
     asked = [("short", short, below)] if below else []
     asked.append(("long", long, below + STEP))
     model = _model(exported.path)

@@ -14,6 +14,7 @@ from .gguf_file import GgufFile
 # Whose loader reads both lists of factors, as the engine was asked; Mistral's files say llama.
 ARCHITECTURES = ("llama", "phi3")
 _TENSORS = ("rope_factors_long.weight", "rope_factors_short.weight", "rope_freqs.weight")
+STEP = 256  # llama.cpp rounds contexts up to multiples of it
 # Metadata of a scaling, which the new one takes the place of.
 _SCALING, _LINEAR = "rope.scaling.", "rope.scale_linear"
 
@@ -34,10 +35,15 @@ class Exported:
 
     @property
     def original(self) -> int:
-        """The longest context, in tokens, that llama.cpp takes the short set for."""
+        """The bound of the short set, in tokens."""
         bound = self.rope.sets[0].max_length
         assert bound is not None
         return bound
+
+    @property
+    def short_context(self) -> int:
+        """The longest context, in tokens, that llama.cpp takes the short set for; 0 for none."""
+        return self.original // STEP * STEP
 
 
 def export(
