@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longrope_kernels import Rope
 from longrope_kernels.search.documents import Document, encoder, read_documents, tails
+from longrope_kernels.search.fitness import Perplexity
 from longrope_kernels.search.needles import key_values
 from longrope_kernels.search.retrieval import KINDS
 
@@ -65,6 +66,37 @@ def test_each_rope_has_a_row_whatever_it_is_called(work, searched, tmp_path, mon
     assert len({rows[name]["280"] for name in list(rows)[5:9]}) == 1
     assert rows["YaRN"] != rows["YaRN (2)"]
     assert rows["dynamic NTK"] == rows["NTK"]
+
+
+def test_what_was_measured_is_not_measured_again(work, searched, tmp_path, monkeypatch):
+    """Of a command that was killed, in the middle of a line too; of other texts it is."""
+    measured: list[int] = []
+    measure = Perplexity.measure
+
+    def counted(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        measured.append(1)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return measure(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Perplexity, "measure", counted)
+    command = ["evaluate", *given(work), *flags(length=280, rope=searched), "--retrieval"]
+    assert run(*command, "--out", tmp_path).exit_code == 130
+    (file,) = tmp_path.glob("measured-*")
+    file.write_bytes(file.read_bytes()[:-9])
+    done = run(*command, "--out", tmp_path)
+    assert done.exit_code == 0, done.stderr
+    # Two were whole; dynamic NTK is NTK at this length.
+    assert len(measured) == 4 + 4
+    content = (tmp_path / "evaluation.json").read_bytes()
+    assert run(*command, "--out", tmp_path).exit_code == 0
+    assert len(measured) == 8
+    assert (tmp_path / "evaluation.json").read_bytes() == content
+    assert run(*command, "--out", tmp_path / "fresh").exit_code == 0
+    assert json.loads((tmp_path / "fresh/evaluation.json").read_bytes()) == json.loads(content)
+    before = len(measured)
+    assert run(*command, "--out", tmp_path, "--last", 100).exit_code == 0
+    assert len(measured) > before
 
 
 def evaluated(work: Path, out: Path, *more: Any) -> tuple[dict[str, Any], str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -15,12 +15,22 @@ from .compare import legend, of_perplexity, of_retrieval, perplexity_cells, retr
 from .distributed import start_ranks
 from .documents import Document, Encoder, tails
 from .fitness import Measured, Perplexity
+from .measurements import Measurements
 from .model import TransformersLosses
 from .needles import Needle, key_values
 from .options import LENGTHS, Given, Last, Out, Read, Stride, paths
 from .ranks import is_main, shared_out
+from .readjust import as_json
 from .retrieval import KINDS, Retrieved, retrieval, room_for
-from .source import EVALUATION, Source, baselines, dynamic_ntk, write_json
+from .source import (
+    EVALUATION,
+    Source,
+    baselines,
+    digest,
+    dynamic_ntk,
+    fingerprint,
+    write_json,
+)
 from .terminal import draw, table
 
 DYNAMIC = "dynamic NTK"  # another at each length
@@ -137,8 +147,24 @@ class Evaluate:
         """Shared by the processes; start: how many tokens begin each document."""
         from tqdm import tqdm
 
+        decides: dict[str, Any] = {
+            "weights": fingerprint(losses.model),
+            "dtype": str(losses.model.dtype),
+            "documents": digest(documents),
+            "needles": needles,
+            **{"longest": self.lengths[-1], "start": start, "same_tokens": self.same_tokens},
+            **{"last": self._scored, "stride": self.stride},
+        }
+        known = Measurements(self.out, decides)
+
         def measure(one: tuple[int, str, Rope]) -> tuple[Measured, dict[str, Retrieved]]:
             length, _, rope = one
+            which = {"rope": [rope.base, rope.interleaved, *as_json(rope)], "length": length}
+            value = known.get(which, lambda: _as_json(*fresh(length, rope)))
+            bar.update()
+            return _from_json(value)
+
+        def fresh(length: int, rope: Rope) -> tuple[Measured, dict[str, Retrieved]]:
             texts = documents
             if self.same_tokens and self.stride is None:
                 texts = tails(documents, self.lengths[-1], length, start)
@@ -149,7 +175,6 @@ class Evaluate:
                 for kind, hidden in KINDS.items()
                 if needles and length >= room_for(needles)
             }
-            bar.update()
             return value, found
 
         shown: Any = {"desc": "evaluate", "unit": " measured", "disable": not is_main()}
@@ -187,3 +212,19 @@ class Evaluate:
             table([f"found, {kind}; loss", *map(str, lengths)], retrieval_cells(rows))
         typer.echo(legend(documents))
         typer.echo(f"written: {self.out}/{EVALUATION}, perplexity.png")
+
+
+def _as_json(value: Measured, retrieved: Mapping[str, Retrieved]) -> dict[str, Any]:
+    told = {kind: {"found": one.found, **one.measured._asdict()} for kind, one in retrieved.items()}
+    return {**value._asdict(), "retrieval": told}
+
+
+def _from_json(content: Mapping[str, Any]) -> tuple[Measured, dict[str, Retrieved]]:
+    def measured(of: Mapping[str, Any]) -> Measured:
+        return Measured(tuple(of["sums"]), tuple(of["counts"]))
+
+    told = {
+        kind: Retrieved(tuple(map(tuple, one["found"])), measured(one))
+        for kind, one in content["retrieval"].items()
+    }
+    return measured(content), told

@@ -14,9 +14,14 @@ _Value = TypeVar("_Value")
 _Item = TypeVar("_Item")
 
 
+def rank() -> int:
+    """Of this process, 0 where it is the only one."""
+    return dist.get_rank() if is_shared() else 0
+
+
 def is_main() -> bool:
     """Whether this is rank 0, or the only process."""
-    return not is_shared() or dist.get_rank() == 0
+    return rank() == 0
 
 
 def is_shared() -> bool:
