@@ -262,6 +262,13 @@ def test_yarn_with_lists_is_yarn_in_other_models() -> None:
     assert len(Rope.from_config({**config, "model_type": None}).sets) == 2
 
 
+def test_rope_scaling_goes_first_as_in_transformers() -> None:
+    both = {**config_4(), "rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    read = Phi3Config(**copy.deepcopy(both), vocab_size=64, pad_token_id=0)
+    assert read.rope_parameters["rope_type"] == "longrope"
+    assert Rope.from_config(both) == Rope.from_config(read) == wanted()
+
+
 def test_no_original_length_is_the_maximum() -> None:
     """As transformers: nothing is extended, and the long list is for what is beyond."""
     config = config_5()

@@ -124,14 +124,14 @@ def _read_set(
         factors = formulas.dynamic_ntk_factors(pairs, factor, limit, length)
         return {"factors": factors, "max_length": length}
     low, high = (_required(parameters, name) for name in ("low_freq_factor", "high_freq_factor"))
-    original = _original_length(config)
+    original = original_length(config)
     return {"factors": formulas.llama3_factors(pairs, base, factor, low, high, original)}
 
 
 def _read_yarn(
     config: Any, parameters: Mapping[str, Any], base: float, pairs: int
 ) -> dict[str, Any]:
-    original, factor = _original_length(config), _number(parameters, "factor")
+    original, factor = original_length(config), _number(parameters, "factor")
     if factor is None:
         factor = _required_length(config) / original
     truncate = parameters.get("truncate", True)
@@ -180,7 +180,7 @@ def read_longrope_config(config: Any) -> dict[str, Any]:
             )
         arguments[name] = factors
 
-    original = _original_length(config)
+    original = original_length(config)
     arguments["original_max_position_embeddings"] = original
     short_mscale, long_mscale = (_number(parameters, f"{x}_mscale") for x in ("short", "long"))
     attention_factor, factor = (_number(parameters, x) for x in ("attention_factor", "factor"))
@@ -201,7 +201,7 @@ def extension_ratio(config: Any) -> float | None:
     factor = _number(_rope_parameters(config), "factor")
     if factor is None:
         longest = _number(config, "max_position_embeddings")
-        factor = None if longest is None else longest / _original_length(config)
+        factor = None if longest is None else longest / original_length(config)
     return None if factor is None else float(factor)
 
 
@@ -212,7 +212,7 @@ def _get(config: Any, name: str) -> Any:
 
 
 def _rope_parameters(config: Any) -> Mapping[str, Any]:
-    parameters = _get(config, "rope_parameters") or _get(config, "rope_scaling") or {}
+    parameters = _get(config, "rope_scaling") or _get(config, "rope_parameters") or {}
     if not isinstance(parameters, Mapping):
         raise ValueError(f"config: expected rope_parameters to be a dict, got {parameters!r}")
     if parameters and all(isinstance(value, Mapping) for value in parameters.values()):
@@ -260,7 +260,7 @@ def _required_length(config: Any) -> int:
     return value
 
 
-def _original_length(config: Any) -> int:
+def original_length(config: Any) -> int:
     """``original_max_position_embeddings`` as transformers finds it.
 
     On the top level, else in ``rope_parameters``; where there is none Phi-3's, which is in its

@@ -66,7 +66,7 @@ def _fields(rotary: Any, kind: str | None) -> dict[str, Any]:
         parameters = dict(parameters[kind])
     names = (
         *("rope_theta", "max_position_embeddings", "original_max_position_embeddings"),
-        *("rope_scaling", "model_type", N_HAT_KEY),
+        *("model_type", N_HAT_KEY),
     )
     fields = {name: getattr(config, name, None) for name in names}
     fields = {name: value for name, value in fields.items() if value is not None}
