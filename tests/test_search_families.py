@@ -10,6 +10,7 @@ import pytest
 import torch
 from search_cases import ORIGINAL, flags, make_texts, one_thread
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -24,6 +25,9 @@ from longrope_kernels.integrations.transformers.probe import tiny
 from longrope_kernels.integrations.transformers.shrunk import shrunk
 from longrope_kernels.search.model import TransformersLosses
 from longrope_kernels.search.needles import Needle
+
+
+from longrope_kernels.search.source import open_source
 
 LENGTH = 96
 IDS = torch.arange(3, 3 + ORIGINAL)[None] % 64
@@ -105,6 +109,30 @@ def test_a_search_from_a_folder(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = enable(model, rope=found)(input_ids=ids).logits
         assert torch.allclose(enable(twin)(input_ids=ids).logits, expected, atol=1e-4)
+
+
+def test_a_config_of_few_fields_is_read_with_its_class(tmp_path: Path) -> None:
+    """As Pythia's, with names of its own; Phi-3's original length is in its class alone."""
+    folder = tmp_path / "model"
+    model_of("gpt_neox").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    del config["rope_parameters"]
+    config |= {"rotary_pct": 0.25, "rotary_emb_base": 5000}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    result = search(folder, tmp_path)
+    assert result.exit_code == 0, result.stderr
+    found = Rope.load(tmp_path / "found")
+    assert found.base == 5000
+    written = AutoConfig.from_pretrained(tmp_path / "found")
+    assert Rope.from_config(written).sets[-1].factors == found.sets[0].factors
+
+    few = {"model_type": "phi3", "max_position_embeddings": 131072, "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(few), "utf-8")
+    assert open_source(folder).original == 4096
+    few["max_position_embeddings"] = "many"
+    (folder / "config.json").write_text(json.dumps(few), "utf-8")
+    with pytest.raises(ValueError, match=r"model: .*max_position_embeddings"):
+        open_source(folder)
 
 
 @pytest.mark.parametrize("name", [*FIELDS, "llava"])

@@ -36,6 +36,7 @@ class Source:
         rope: what the model is rotated by.
         original: in tokens, what it was first trained for.
         trained: in tokens, what it serves now: more than ``original`` where it was extended.
+        read: the config of the language model as transformers reads it, with what its class adds.
     """
 
     folder: Path
@@ -43,11 +44,13 @@ class Source:
     rope: Rope
     original: int
     trained: int
+    read: Any = None
 
     @property
     def of_text(self) -> Mapping[str, Any]:
         """What the language model is made from: all of the config but in a multimodal one."""
-        return _of_text(self.config)
+        found = self.config.get(_TEXT)
+        return found if isinstance(found, Mapping) else self.config
 
     @property
     def stage(self) -> Rope | None:
@@ -79,25 +82,25 @@ def open_source(folder: Path, original: int | None = None) -> Source:
         config = json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from None
-    text = _of_text(config)
+    text = _read_config(folder).get_text_config()
     try:
         if (folder / SIDECAR).is_file():
             rope = Rope.load(folder)
         else:
-            rope = Rope.from_config(text, interleaved=families.interleaved(text.get("model_type")))
+            rope = Rope.from_config(text, interleaved=families.interleaved(text.model_type))
+        trained = getattr(text, "max_position_embeddings", None)
+        if not isinstance(trained, int):
+            raise ValueError(f"expected max_position_embeddings, a number, got {trained!r}")
+        if original is None:
+            original = hf_config.original_length(text)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from None
-    trained = text.get("max_position_embeddings")
-    if not isinstance(trained, int):
-        raise ValueError(f"{path}: expected max_position_embeddings, a number, got {trained!r}")
-    if original is None:
-        original = _original_length(text)
     if not 1 < original <= trained:
         raise ValueError(
             f"original length: expected 2 to {trained} tokens, the model's "
             f"max_position_embeddings, got {original}"
         )
-    return Source(folder, config, rope, original, trained)
+    return Source(folder, config, rope, original, trained, text)
 
 
 def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
@@ -111,12 +114,12 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
     Raises:
         ValueError: an argument that is not served, or transformers' reason not to load it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
-    device = device_of(device)
+    device, config = device_of(device), _read_config(folder)
     if dtype == "auto" and torch.device(device).type == "cpu":
         dtype = "float32"
     shown = logging.is_progress_bar_enabled()
@@ -126,7 +129,6 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
         "local_files_only": True,
     }
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, **given)
         except ValueError:
@@ -190,7 +192,7 @@ def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str |
     folder.mkdir(parents=True, exist_ok=True)
     save_rope(rope, folder)
     version = 5 if "rope_parameters" in source.of_text else 4
-    dim = _head_dim(source.of_text)
+    dim = _head_dim(source.read)
     named = "head_dim" in source.of_text or dim != rope.rotary_dim
     if families.interleaved(source.of_text.get("model_type")):
         rope = replace(rope, interleaved=False)  # the model's code has it, and no config a field
@@ -276,21 +278,20 @@ def digest(documents: Sequence[Document]) -> str:
     return total.hexdigest()[:16]
 
 
-def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = config.get(_TEXT)
-    return found if isinstance(found, Mapping) else config
+def _read_config(folder: Path) -> Any:
+    """The config of a folder, as transformers reads it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
-def _original_length(config: Mapping[str, Any]) -> int:
-    name = "original_max_position_embeddings"
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    length = config.get(name) or scaling.get(name) or config["max_position_embeddings"]
-    return int(length)
-
-
-def _head_dim(config: Mapping[str, Any]) -> int:
-    given = config.get("head_dim")
-    return int(given or config["hidden_size"] // config["num_attention_heads"])
+def _head_dim(config: Any) -> int:
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
 
 
 def _local_rank() -> int:
