@@ -207,6 +207,19 @@ def test_a_plan_that_cannot_be_is_refused(work, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_texts_too_short_for_a_later_stage_are_refused_before_anything_runs(work, tmp_path):
+    trained = make_texts(tmp_path / "trained", length=100)
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"0\.txt: expected at least 1024 tokens, .* got 300"):
+        Extension(plan(work, stages=(Stage(64, 5), Stage(1024))), out)
+    later = plan(work, stages=(Stage(64, 5), Stage(128, 5)), training=(str(trained),))
+    with pytest.raises(ValueError, match=r"training: expected a text of 128 tokens .* 100"):
+        Extension(later, out)
+    assert not out.exists()
+    untuned = replace(later, stages=(Stage(64, 5), Stage(128)))
+    Extension(untuned, out)
+
+
 def test_the_command(work, extended):
     arguments = [work / "model", "--documents", work / "texts", "--train", work / "texts"]
     arguments += ["--stage", "64:5", "--stage", 128, "--short", 16, "--short", ORIGINAL]

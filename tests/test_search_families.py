@@ -25,8 +25,6 @@ from longrope_kernels.integrations.transformers.probe import tiny
 from longrope_kernels.integrations.transformers.shrunk import shrunk
 from longrope_kernels.search.model import TransformersLosses
 from longrope_kernels.search.needles import Needle
-
-
 from longrope_kernels.search.source import open_source
 
 LENGTH = 96

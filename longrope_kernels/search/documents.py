@@ -145,7 +145,7 @@ def read_documents(
         elif short == "error":
             raise ValueError(
                 f"{name}: expected at least {length} tokens, the length to measure at, got "
-                f"{len(tokens)}; short='skip' (--skip-short) leaves such documents out"
+                f"{len(tokens)}; short='skip' (--skip-short, not of extend) leaves such out"
             )
     if not documents:
         shown = ", ".join(map(str, paths))

@@ -161,7 +161,7 @@ class Extension:
 
         Raises:
             ValueError: the folder has another plan, named by what differs; the plan does not go
-                with the model.
+                with the model; a text is too short for a stage.
         """
         self.plan, self.folder, self._device, self._dtype = plan, folder, device, dtype
         self._sharing, self._group = sharing, sequence_group(sharing)
@@ -175,7 +175,29 @@ class Extension:
         if max(plan.short, default=0) and plan.short[-1] > plan.stages[0].length:
             raise ValueError(f"short: expected at most the first stage's length: {plan.short[-1]}")
         self.encode: Encode = encoder(plan.tokenizer or plan.model)
+        # For all stages, since a later one would find them too short after hours.
+        self._documents = read_documents(
+            [Path(p) for p in plan.documents],
+            self.encode,
+            plan.stages[-1].length,
+            most=plan.samples,
+        )
+        self._training = self._read_training([x.length for x in plan.stages if x.steps])
         from_main(self._write_plan)
+
+    def _read_training(self, lengths: list[int]) -> list[Document]:
+        """The texts of the shortest of these lengths or more; there is one of the longest."""
+        if not lengths:
+            return []
+        texts = [Path(p) for p in self.plan.training]
+        found = read_documents(texts, self.encode, lengths[0], short="skip")
+        longest = max(len(document.tokens) for document in found)
+        if longest < lengths[-1]:
+            raise ValueError(
+                f"training: expected a text of {lengths[-1]} tokens or more, the longest has "
+                f"{longest}"
+            )
+        return found
 
     def _write_plan(self) -> None:
         path = self.folder / PLAN
@@ -233,7 +255,7 @@ class Extension:
         losses = self._losses(weights)
         found = find(
             losses,
-            self._documents(stage.length),
+            self._documents,
             space,
             self.plan.options,
             step.folder,
@@ -256,9 +278,7 @@ class Extension:
             plain = FactorSet((1.0,) * rope.pairs, max_length=original)
             rope = Rope((plain, *rope.sets), rope.base, rope.interleaved)
         model = load_model(weights, "cpu", "float32")
-        training = read_documents(
-            [Path(p) for p in self.plan.training], self.encode, stage.length, short="skip"
-        )
+        training = [x for x in self._training if len(x.tokens) >= stage.length]
         model = tune(
             model,
             rope,
@@ -291,7 +311,7 @@ class Extension:
         losses = self._losses(weights)
         result = readjust(
             losses,
-            self._documents(self.plan.short[-1]),
+            self._documents,
             rope,
             self.plan.short,
             self.source.original,
@@ -337,11 +357,6 @@ class Extension:
     def _losses(self, weights: Path) -> TransformersLosses:
         model = load_model(weights, self._device, self._dtype)
         return TransformersLosses(model, group=self._group)
-
-    def _documents(self, length: int) -> list[Document]:
-        return read_documents(
-            [Path(p) for p in self.plan.documents], self.encode, length, most=self.plan.samples
-        )
 
     def _progress(self, kind: str, step: Step, total: int = 0) -> Any:
         return None if self._watch is None else self._watch(kind, step.name, total)
