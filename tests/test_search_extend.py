@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,33 @@ def test_another_plan_in_the_folder_is_refused(work, extended):
         Extension(plan(work, options=replace(OPTIONS, seed=1)), extended)
 
 
+def test_other_texts_or_another_model_under_the_same_paths_are_refused(work, tmp_path):
+    for name in ("documents", "training"):
+        make_texts(tmp_path / name)
+    shutil.copytree(work / "model", tmp_path / "model")
+    paths = {name: (str(tmp_path / name),) for name in ("documents", "training")}
+    made, out = plan(work, model=str(tmp_path / "model"), **paths), tmp_path / "out"
+    Extension(made, out)
+    for name in ("documents", "training"):
+        text = tmp_path / name / "0.txt"
+        was = text.read_text()
+        text.write_text(was[::-1])
+        with pytest.raises(ValueError, match=rf"another plan: digests\.{name} is "):
+            Extension(made, out)
+        text.write_text(was)
+    Extension(made, out)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.lm_head.weight += 0.1
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"another plan: digests\.model is "):
+        Extension(made, out)
+    content = json.loads((out / "plan.json").read_text())
+    del content["digests"]  # as an earlier version wrote it
+    (out / "plan.json").write_text(json.dumps(content))
+    Extension(made, out)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -318,6 +346,23 @@ def test_short_windows_take_the_set_of_their_length(work, tmp_path, monkeypatch)
     assert set(seen) == {(2, 96), (6, 32)}
     with pytest.raises(ValueError, match="short_length: expected a number of tokens"):
         tune(load(work), both, documents(), 96, 1, settings, tmp_path / "none")
+
+
+def test_a_checkpoint_of_another_fine_tuning_is_refused(work, tmp_path):
+    text = documents()
+    tune(load(work), rope(), text, 48, 2, TUNING, tmp_path)
+    other = load(work)
+    with torch.no_grad():
+        other.lm_head.weight += 0.1
+    for arguments, differs in (
+        ((load(work), rope(), documents(201), 48, 2, TUNING), "documents is "),
+        ((load(work), rope(3.0), text, 48, 2, TUNING), "rope is "),
+        ((load(work), rope(), text, 48, 2, replace(TUNING, seed=1)), r"settings\.seed is 0 there"),
+        ((other, rope(), text, 48, 2, TUNING), "weights is "),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint-2: of another fine-tuning: {differs}"):
+            tune(*arguments, tmp_path)
+    tune(load(work), rope(), text, 48, 2, TUNING, tmp_path)
 
 
 def test_what_cannot_be_trained_is_named(work, tmp_path):

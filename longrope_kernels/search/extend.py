@@ -6,6 +6,7 @@ fine-tuning can follow, and searches from there, with factors that multiply thos
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from .settings import Options
 from .source import (
     baselines,
     device_of,
+    digest,
     fingerprint,
     load_model,
     open_source,
@@ -160,8 +162,9 @@ class Extension:
             shard: as in `tune`.
 
         Raises:
-            ValueError: the folder has another plan, named by what differs; the plan does not go
-                with the model; a text is too short for a stage.
+            ValueError: the folder has another plan, or the same of other texts or another model,
+                named by what differs; the plan does not go with the model; a text is too short
+                for a stage.
         """
         self.plan, self.folder, self._device, self._dtype = plan, folder, device, dtype
         self._sharing, self._group = sharing, sequence_group(sharing)
@@ -200,9 +203,16 @@ class Extension:
         return found
 
     def _write_plan(self) -> None:
-        path = self.folder / PLAN
+        path, content = self.folder / PLAN, self.plan.to_json()
+        content["digests"] = {
+            "documents": digest(self._documents),
+            "training": digest(self._training),
+            "model": _digest_of_files(self.source.folder),
+        }
         if path.exists():
-            found = differences(read_json(path), self.plan.to_json())
+            known = read_json(path)
+            known.setdefault("digests", content["digests"])  # an earlier version wrote none
+            found = differences(known, content)
             if found:
                 raise ValueError(
                     f"{self.folder}: it has another plan: {'; '.join(found)}. Name another folder, "
@@ -210,7 +220,7 @@ class Extension:
                 )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, self.plan.to_json())
+            write_json(path, content)
 
     def run(self, watch: Watch | None = None, say: Say = print) -> Rope:
         """Do what is not done yet.
@@ -391,3 +401,17 @@ class Step:
 
 def _is_weights(file: Path) -> bool:
     return file.suffix in (".safetensors", ".bin", ".pt", ".pth") or ".index.json" in file.name
+
+
+def _digest_of_files(model: Path) -> str:
+    """Which model a folder has, by some of the bytes of its files; loading it would take long."""
+    total = hashlib.sha256()
+    for file in sorted(model.iterdir()):
+        if file.is_file() and (_is_weights(file) or file.name == "config.json"):
+            size = file.stat().st_size
+            total.update(f"{file.name} {size} ".encode())
+            with file.open("rb") as content:
+                for place in range(0, size, max(size // 4096, 64)):
+                    content.seek(place)
+                    total.update(content.read(64))
+    return total.hexdigest()[:16]

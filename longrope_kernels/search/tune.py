@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +22,11 @@ from ..rope.value import Rope
 from .documents import Document
 from .model import CHUNK_NUMBERS
 from .own_tokens import OwnTokens
-from .source import digest
+from .readjust import as_json
+from .source import digest, fingerprint, read_json, write_json
+from .state import differences
 
-LOG = "tuning.jsonl"
+LOG, TOLD = "tuning.jsonl", "told.json"
 Progress = Callable[[int, float], None]
 
 
@@ -114,8 +116,8 @@ def tune(
         `sharding.whole_weights` has them.
 
     Raises:
-        ValueError: a document is too short, the model has no layers to be sharded, or an argument
-            is not the same on all processes.
+        ValueError: a document is too short, the model has no layers to be sharded, an argument
+            is not the same on all processes, or the last checkpoint is of another fine-tuning.
         RuntimeError: the loss is not finite; the last checkpoint is from before it.
     """
     from accelerate import Accelerator
@@ -132,11 +134,13 @@ def tune(
     kind = torch.device(device or next(model.parameters()).device).type
     accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no" if kind == "cpu" else "bf16")
     sharing = 1 if group is None else ranks_of(group).size
+    fields: dict[str, Any] = {"length": length, "steps": steps, "settings": settings}
+    fields |= {"documents": digest(documents), "short_length": short_length, "rope": rope}
     if accelerator.num_processes > 1:
-        fields: dict[str, Any] = {"length": length, "steps": steps, "settings": settings}
-        fields |= {"documents": digest(documents), "short_length": short_length, "rope": rope}
-        fields |= {"sharing": sharing, "shard": shard}
-        agree(ranks_of(None), fields, accelerator.device)
+        shared = fields | {"sharing": sharing, "shard": shard}
+        agree(ranks_of(None), shared, accelerator.device)
+    told = fields | {"settings": asdict(settings), "rope": as_json(rope)}
+    told = json.loads(json.dumps(told | {"weights": fingerprint(model)}))  # as it reads back
     enable(model, rope=rope, group=group)
     if settings.recompute:
         _checkpointing(model, "enable")
@@ -150,7 +154,7 @@ def tune(
         model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.0
     )
     folder.mkdir(parents=True, exist_ok=True)
-    start = _restore(accelerator, model, optimizer, folder)
+    start = _restore(accelerator, model, optimizer, folder, told)
     share = accelerator.process_index // sharing
     windows = _Windows(documents, settings, length, short_length, share)
     module.train()
@@ -179,7 +183,7 @@ def tune(
         if progress is not None:
             progress(step + 1, total)
         if (step + 1) % settings.every == 0 or step + 1 == steps:
-            _save(accelerator, model, optimizer, folder, step + 1)
+            _save(accelerator, model, optimizer, folder, step + 1, told)
     if settings.recompute:
         _checkpointing(model, "disable")
     return model.eval()
@@ -279,13 +283,25 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _restore(
-    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
+    accelerator: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    told: dict[str, Any],
 ) -> int:
-    """Load the last checkpoint; returns the steps done."""
+    """Load the last checkpoint, which was told the same; returns the steps done."""
     from .sharding import load
 
     found, step = _checkpoints(folder), 0
     if found:
+        known = found[-1] / TOLD
+        # An earlier version wrote none.
+        other = differences(read_json(known), told) if known.exists() else []
+        if other:
+            raise ValueError(
+                f"{found[-1]}: of another fine-tuning: {'; '.join(other)}. Name another folder, "
+                "or the same arguments to go on"
+            )
         load(model, optimizer, found[-1])
         step = int(found[-1].name.split("-")[1])
     log = folder / LOG
@@ -296,7 +312,12 @@ def _restore(
 
 
 def _save(
-    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int
+    accelerator: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    step: int,
+    told: dict[str, Any],
 ) -> None:
     from .sharding import save
 
@@ -307,6 +328,7 @@ def _save(
     save(model, optimizer, draft)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        write_json(draft / TOLD, told)
         old = _checkpoints(folder)
         draft.rename(folder / f"checkpoint-{step}")
         for path in old:
