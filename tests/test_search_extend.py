@@ -183,6 +183,21 @@ def test_searches_with_windows_where_there_is_room(work, tmp_path):
         assert any(json.loads(line)["stage"] == "coarse" for line in lines) == (tokens is not None)
 
 
+def test_what_trained_short_windows_serves_short_sequences(work, tmp_path):
+    tuning = replace(TUNING, short_share=0.5)
+    made = plan(work, stages=(Stage(64, 2), Stage(96)), short=(), tuning=tuning)
+    rope = Extension(made, tmp_path / "out").run(say=say_nothing)
+    assert rope.sets[0] == FactorSet((1.0,) * 8, max_length=ORIGINAL)
+    assert rope.sets[1:] == Rope.load(tmp_path / "out/3-search-96").sets
+    assert Rope.load(tmp_path / "out/model") == rope
+    config = json.loads((tmp_path / "out/model/config.json").read_text())["rope_parameters"]
+    assert config["short_factor"] == [1.0] * 8
+    again = replace(made, short=(ORIGINAL,))
+    Extension(again, tmp_path / "again").run(say=say_nothing)
+    context = json.loads((tmp_path / "again/4-readjust/32/state.json").read_text())["config"]
+    assert context["context"]["before"][0] == [ORIGINAL, 0, 1.0, [1.0] * 8]
+
+
 def test_another_plan_in_the_folder_is_refused(work, extended):
     with pytest.raises(ValueError, match=r"another plan: options\.seed is 0 there and 1 here"):
         Extension(plan(work, options=replace(OPTIONS, seed=1)), extended)

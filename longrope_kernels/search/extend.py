@@ -245,6 +245,8 @@ class Extension:
                 weights = self._tune(number, stage, rope, weights)
             reached = stage.length
         assert rope is not None
+        if any(stage.steps for stage in plan.stages):
+            rope = self._with_plain(rope)
         if plan.short:
             rope = self._readjust(number + 1, rope, weights)
         self._write(rope, weights)
@@ -283,21 +285,17 @@ class Extension:
         step = self._step(f"{number}-tune-{stage.length}")
         if step.done:
             return step.folder
-        settings, original = self.plan.tuning, self.source.original
-        if settings.short_share:
-            plain = FactorSet((1.0,) * rope.pairs, max_length=original)
-            rope = Rope((plain, *rope.sets), rope.base, rope.interleaved)
         model = load_model(weights, "cpu", "float32")
         training = [x for x in self._training if len(x.tokens) >= stage.length]
         model = tune(
             model,
-            rope,
+            self._with_plain(rope),
             training,
             stage.length,
             stage.steps,
-            settings,
+            self.plan.tuning,
             step.folder,
-            short_length=original,
+            short_length=self.source.original,
             progress=self._progress("tune", step, stage.steps),
             group=self._group,
             shard=self._shard,
@@ -313,6 +311,13 @@ class Extension:
         step.finish({"steps": stage.steps, "documents": len(training)})
         from_main(partial(remove_checkpoints, step.folder))
         return step.folder
+
+    def _with_plain(self, rope: Rope) -> Rope:
+        """With the set that ``short_share`` trains before the others."""
+        if not self.plan.tuning.short_share:
+            return rope
+        plain = FactorSet((1.0,) * rope.pairs, max_length=self.source.original)
+        return Rope((plain, *rope.sets), rope.base, rope.interleaved)
 
     def _readjust(self, number: int, rope: Rope, weights: Path) -> Rope:
         step = self._step(f"{number}-readjust")
