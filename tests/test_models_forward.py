@@ -1,11 +1,14 @@
 """Logits of enabled models of every family against untouched ones and against the truth."""
 
+import threading
+
 import pytest
 import torch
 import truth
 from model_cases import (
     FAMILIES,
     ONE_OF_EACH,
+    SHARED,
     SWITCH,
     family_config,
     family_model,
@@ -14,7 +17,7 @@ from model_cases import (
     padded,
     tokens,
 )
-from transformers import DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from longrope_kernels import FactorSet, Rope
 from longrope_kernels.integrations.transformers import enable
@@ -234,6 +237,59 @@ def test_positions_written_in_place_between_forwards_are_read_anew():
         second = model(tokens(), position_ids=positions, use_cache=False).logits
     assert max_diff(first, logits(family_model("phi3"))) < CLOSE
     assert max_diff(second, logits(family_model("phi3"), 2 * SWITCH)) < CLOSE
+
+
+def test_two_threads_call_one_model_at_once():
+    """The second from beginning to end between a rotation of the first and its attention."""
+    model, ids, found = enable(family_model("llama")), tokens(2, 24), []
+    cache, waits = DynamicCache(config=model.config), [True]
+    rotated, other_is_done = threading.Event(), threading.Event()
+    update = cache.update
+
+    def slow_update(*args, **kwargs):
+        if waits and waits.pop():
+            rotated.set()
+            other_is_done.wait(60)
+        return update(*args, **kwargs)
+
+    def run():
+        with torch.no_grad():
+            found.append(model(ids[:1], past_key_values=cache).logits)
+
+    cache.update = slow_update
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert rotated.wait(60)
+    expected = logits(family_model("llama"), ids=ids)
+    assert max_diff(logits(model, ids=ids[1:]), expected[1:]) < CLOSE
+    other_is_done.set()
+    thread.join()
+    assert max_diff(found[0], expected[:1]) < CLOSE
+
+
+def test_a_forward_that_ended_before_its_attention_leaves_nothing():
+    """Not its rope either, to a first layer without rotation."""
+    config = AutoConfig.for_model("smollm3", **SHARED, no_rope_layers=[0, 1])
+    model = enable(AutoModelForCausalLM.from_config(config).eval())
+    expected = logits(model)
+    ends = model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "output_attentions": True}),
+        with_kwargs=True,
+    )
+    with pytest.raises(ValueError, match="output_attentions"):
+        logits(model)
+    ends.remove()
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_graph_that_ends_between_rotation_and_attention():
+    torch.compiler.reset()
+    model, cache = enable(family_model("phi3")), DynamicCache(config=family_config("phi3"))
+    cache.update = torch.compiler.disable(cache.update)
+    step = torch.compile(model.forward, backend="eager")
+    with torch.no_grad():
+        actual = step(tokens(), past_key_values=cache).logits
+    assert max_diff(actual, logits(family_model("phi3"))) < CLOSE
 
 
 COMPILED = [

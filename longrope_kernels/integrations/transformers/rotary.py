@@ -33,7 +33,7 @@ class Turn:
 
     def note(self, positions: torch.Tensor) -> None:
         """Tell the attention function of the layer that asks."""
-        self.memory.rope, self.memory.positions = self.rope, positions
+        self.memory.note(self.rope, positions)
 
     def rotate(
         self,

@@ -6,6 +6,7 @@ whose borders the caller gives), a step of a few queries against a cache, and a 
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -208,29 +209,63 @@ def in_a_row(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-class Memory:
-    """The `Call` of the forward that is going on, derived once for all layers of a kind.
+# By the ids of mask and borders, rows and slots; with the mask and the borders.
+_Calls = dict[tuple[int, ...], tuple[Call, Any, Any]]
 
-    Attributes:
-        rope: by which the layer that is running rotates, from its rotation to its attention.
-        positions: the same, (1 or batch, queries).
-    """
+
+class _Noted:
+    """By which rope the layer that is running rotates, from its rotation to its attention, and its
+    positions, (1 or batch, queries)."""
 
     def __init__(self) -> None:
         self.rope: Rope | None = None
         self.positions: torch.Tensor | None = None
+
+
+class _OfThread(threading.local):
+    """Read alone: dynamo loses what it writes to a `threading.local` itself."""
+
+    def __init__(self) -> None:
+        self.noted = _Noted()
+
+
+class Memory:
+    """The `Call` of the forward that is going on, derived once for all layers of a kind.
+
+    Threads may call one model at once: each has its own rope and positions. They share calls,
+    which a backward pass in autograd's thread takes from the forward, and find by the tensors.
+    """
+
+    def __init__(self) -> None:
+        self._of_thread = _OfThread()
         self.forget()
+
+    def note(self, rope: Rope | None, positions: torch.Tensor | None) -> None:
+        """What the layer that is running rotates by, before it attends."""
+        noted = self._of_thread.noted
+        noted.rope, noted.positions = rope, positions
 
     def take(self) -> tuple[Rope | None, torch.Tensor | None]:
         """Rope and positions of the layer that attends now; None, None: it has not rotated."""
-        found = self.rope, self.positions
-        self.rope = self.positions = None
+        noted = self._of_thread.noted
+        found = noted.rope, noted.positions
+        noted.rope = noted.positions = None
         return found
 
     def forget(self) -> None:
-        """Begin a new forward: its positions may lie in the tensor of the last one."""
-        self._of: torch.Tensor | None = None
-        self._calls: dict[tuple[int, ...], tuple[Call, Any, Any]] = {}
+        """Begin a new forward: its positions may lie in the tensor of the last one.
+
+        That may have ended between a rotation and its attention, by an exception.
+        """
+        self.note(None, None)
+        self._begin(None)
+
+    def _begin(
+        self, positions: torch.Tensor | None
+    ) -> dict[tuple[int, ...], tuple[Call, Any, Any]]:
+        calls: dict[tuple[int, ...], tuple[Call, Any, Any]] = {}
+        self._calls = positions, calls  # at once, for other threads
+        return calls
 
     def call(
         self,
@@ -245,14 +280,14 @@ class Memory:
         # A traced graph finds by itself what repeats, and must not leave its tensors here.
         if torch.compiler.is_compiling():
             return call_of(chooses, positions, mask, batch, keys, borders)
-        if self._of is not positions:
-            self.forget()
-            self._of = positions
+        of, calls = self._calls
+        if of is not positions:
+            calls = self._begin(positions)
         key = (id(mask), id(borders), batch, keys)
-        if key not in self._calls:
+        if key not in calls:
             call = call_of(chooses, positions, mask, batch, keys, borders)
-            self._calls[key] = call, mask, borders  # which, held here, keep their ids
-        return self._calls[key][0]
+            calls[key] = call, mask, borders  # which, held here, keep their ids
+        return calls[key][0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Memory, ()  # a copy of a model is not in the middle of a forward
