@@ -79,6 +79,31 @@ def test_what_was_chosen_is_kept(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.new"))
 
 
+def test_hours_that_another_process_shares_out_meanwhile_stand(tmp_path: Path) -> None:
+    def costs() -> Costs:
+        planned(tmp_path, {}, PAPER, True, 1.0, lambda: Costs(10.0, 1.0, 4))
+        return Costs(20.0, 1.0, 4)
+
+    first = planned(tmp_path, {}, PAPER, True, 1.0, costs)
+    assert planned(tmp_path, {}, PAPER, True, 1.0, costs) == first
+    assert "(10 s each)" in first[2]
+
+
+def test_hours_are_not_shared_out_under_a_running_search(tmp_path: Path) -> None:
+    with (
+        EvolutionarySearch(small_space(), SMALL, tmp_path),
+        pytest.raises(RuntimeError, match="another search has this folder open"),
+    ):
+        planned(tmp_path, {}, PAPER, True, 1.0, lambda: Costs(10.0, 1.0, 4))
+    assert not (tmp_path / BUDGET).exists()
+
+
+def test_too_few_hours_leave_nothing_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hours: expected at least"):
+        planned(tmp_path / "out", {}, PAPER, True, 0.05, lambda: Costs(60.0, 5.0, 4))
+    assert not (tmp_path / "out").exists()
+
+
 def test_short_work_is_timed_once_more() -> None:
     calls = []
     assert 0 <= seconds_of(lambda: calls.append(1)) < 1

@@ -198,6 +198,24 @@ def test_what_trained_short_windows_serves_short_sequences(work, tmp_path):
     assert context["context"]["before"][0] == [ORIGINAL, 0, 1.0, [1.0] * 8]
 
 
+def test_one_extension_at_a_time_has_a_folder(work, tmp_path):
+    made = plan(work, stages=(Stage(64, 2),), short=())
+
+    def watch(kind: str, *_: Any) -> Any:
+        def progress(*_: Any) -> None:
+            if kind == "tune":
+                with pytest.raises(RuntimeError, match="another extension has this folder open"):
+                    Extension(made, tmp_path)
+                raise StoppedError
+
+        return progress
+
+    first, second = Extension(made, tmp_path), Extension(made, tmp_path)
+    with pytest.raises(StoppedError):
+        first.run(watch, say_nothing)
+    second.run(say=say_nothing)
+
+
 def test_another_plan_in_the_folder_is_refused(work, extended):
     with pytest.raises(ValueError, match=r"another plan: options\.seed is 0 there and 1 here"):
         Extension(plan(work, options=replace(OPTIONS, seed=1)), extended)

@@ -13,7 +13,7 @@ from typing import Any
 from .coarse import ENOUGH, Sieve
 from .evolution import EvolutionSettings
 from .source import read_json, write_json
-from .state import differences
+from .state import JOURNAL, differences, locked
 
 BUDGET = "budget.json"
 # Shares of candidates in full, of which the largest is taken that leaves time for all candidates.
@@ -61,23 +61,24 @@ def planned(
 
     Raises:
         ValueError: the hours are too few; the folder's were shared out for other options.
+        RuntimeError: a search runs in the folder.
     """
     path, asked = folder / BUDGET, json.loads(json.dumps(told))
-    if path.exists():
-        known = read_json(path)
-        found = differences(known["options"], asked)
-        if found:
-            raise ValueError(
-                f"{folder}: the hours were shared out for other options: {'; '.join(found)}. Name "
-                "another folder, or the same settings to go on"
-            )
-    else:
+    if not path.exists():
         costs = measure()
         numbers, share = fitted(settings, hours, costs)
-        known = {"options": asked, "chosen": numbers, "share": share}
+        known: dict[str, Any] = {"options": asked, "chosen": numbers, "share": share}
         known |= {"seconds": {"full": costs.full, "coarse": costs.coarse}}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, known)
+        with locked(folder / JOURNAL, "search"):
+            if not path.exists():  # else another process was faster, and its choice stands
+                write_json(path, known)
+    known = read_json(path)
+    found = differences(known["options"], asked)
+    if found:
+        raise ValueError(
+            f"{folder}: the hours were shared out for other options: {'; '.join(found)}. Name "
+            "another folder, or the same settings to go on"
+        )
     chosen, share, seconds = replace(settings, **known["chosen"]), known["share"], known["seconds"]
     text = f"{hours:g} hours: {chosen.candidates} candidates in {chosen.iterations} iterations"
     if seconds["coarse"] is None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,7 +40,7 @@ from .source import (
     write_config,
     write_json,
 )
-from .state import differences
+from .state import differences, locked
 from .tune import LOG, TuneSettings, remove_checkpoints, tune
 
 PLAN, DONE = "plan.json", "done.json"
@@ -165,6 +166,7 @@ class Extension:
             ValueError: the folder has another plan, or the same of other texts or another model,
                 named by what differs; the plan does not go with the model; a text is too short
                 for a stage.
+            RuntimeError: another extension has the folder open.
         """
         self.plan, self.folder, self._device, self._dtype = plan, folder, device, dtype
         self._sharing, self._group = sharing, sequence_group(sharing)
@@ -186,7 +188,8 @@ class Extension:
             most=plan.samples,
         )
         self._training = self._read_training([x.length for x in plan.stages if x.steps])
-        from_main(self._write_plan)
+        with self._alone():
+            from_main(self._write_plan)
 
     def _read_training(self, lengths: list[int]) -> list[Document]:
         """The texts of the shortest of these lengths or more; there is one of the longest."""
@@ -209,7 +212,7 @@ class Extension:
             "training": digest(self._training),
             "model": _digest_of_files(self.source.folder),
         }
-        if path.exists():
+        if path.stat().st_size:
             known = read_json(path)
             known.setdefault("digests", content["digests"])  # an earlier version wrote none
             found = differences(known, content)
@@ -219,7 +222,6 @@ class Extension:
                     "or the same plan to go on"
                 )
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, content)
 
     def run(self, watch: Watch | None = None, say: Say = print) -> Rope:
@@ -231,8 +233,21 @@ class Extension:
 
         Returns:
             The rope of the extended model, in the folder ``model``.
+
+        Raises:
+            RuntimeError: another extension has the folder open.
         """
         self._watch, self._say = watch, say
+        with self._alone():
+            return self._run()
+
+    def _alone(self) -> ExitStack:
+        """While it is open, no other extension has the folder."""
+        with ExitStack() as stack:
+            from_main(lambda: stack.enter_context(locked(self.folder / PLAN, "extension")))
+            return stack.pop_all()
+
+    def _run(self) -> Rope:
         plan, number = self.plan, 0
         rope: Rope | None = None  # of the stages so far, one set
         weights = self.source.folder

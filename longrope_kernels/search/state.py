@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class SearchFolder:
             raise ValueError(f"{self.path}: expected {STATE} beside {JOURNAL}, which has lines")
         self._journal: int | None = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            self._lock()
+            _lock(self._journal, self.path, "search")
             # Another process may have had it open, and gone on, until now.
             self.state = self._read_state()
             self._size = self._read_journal()
@@ -111,15 +111,6 @@ class SearchFolder:
         if getattr(self, "_journal", None) is not None:
             self.close()
 
-    def _lock(self) -> None:
-        assert self._journal is not None
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"{self.path}: another search has this folder open; wait for it, or close() it"
-            ) from None
-
     def _read_state(self) -> dict[str, Any] | None:
         source = self.path / STATE
         try:
@@ -173,6 +164,35 @@ class SearchFolder:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Have a file alone, in whatever process; it and its folder are made where they are missing.
+
+    Args:
+        path: of the file. Replacing it lets others have the new one.
+        what: has the folder, for the error.
+
+    Raises:
+        RuntimeError: another has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock(file, path.parent, what)
+        yield
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, folder: Path, what: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(
+            f"{folder}: another {what} has this folder open; wait for it, or end it"
+        ) from None
 
 
 def config_hash(config: Any) -> str:
