@@ -59,9 +59,18 @@ def another_model():
     return enable(model)
 
 
+def same_queries():
+    """Another one in all but what makes queries."""
+    model = another_model()
+    for layer, own in zip(model.model.layers, family_model("llama").model.layers, strict=True):
+        layer.self_attn.q_proj = own.self_attn.q_proj
+    return enable(model)
+
+
 OTHER_MODELS = {
     "before enable": lambda: family_model("llama"),
     "of another model": another_model,
+    "of one with the same queries": same_queries,
     "rotated": lambda: enable(family_model("llama"), cache="rotated"),
 }
 

@@ -110,7 +110,28 @@ def test_bidirectional_attention_is_refused():
         enable(model)
 
 
+def test_weights_that_are_buffers():
+    """As quantised layers (GPTQ, AWQ) keep them."""
+    model = family_model("llama")
+    for layer in model.model.layers:
+        for linear in layer.self_attn.children():
+            weight = linear.weight.detach()
+            del linear.weight
+            linear.register_buffer("weight", weight)
+    expected = logits(model)
+    assert max_diff(logits(enable(model)), expected) < CLOSE
+
+
 # ---------------------------------------------------------------------------------- of a forward
+
+
+def test_attention_modules_that_look_both_ways_are_refused():
+    """As LLM2Vec makes them; the config does not say it."""
+    model = enable(family_model("llama"))
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match="is_causal: expected True, got False"):
+        run(model)
 
 
 def test_attention_bias_is_refused():

@@ -49,6 +49,7 @@ def longrope_attention(
     longrope_sets: torch.Tensor | None = None,
     longrope_spread: Spread | None = None,
     output_attentions: bool = False,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in every layer.
@@ -73,6 +74,7 @@ def longrope_attention(
         longrope_spread: where a group of ranks shares a sequence; position_ids, attention_mask and
             the borders are of the whole then.
         output_attentions: must be False: the weights are never in memory.
+        is_causal: must not be False; None: as the module says, if it does.
         others: what attention functions of transformers read; biases are refused, and sinks of
             each query.
 
@@ -94,6 +96,11 @@ def longrope_attention(
         raise ValueError(
             "output_attentions: expected False, since fused attention has no weights to show; "
             "disable(model), and choose attn_implementation 'eager'"
+        )
+    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
+        raise ValueError(
+            f"is_causal: expected True, got False for {type(module).__name__}; disable(model), or "
+            "enable(model, cache='rotated')"
         )
     for name in _MORE_SCORES:
         if others.get(name) is not None:

@@ -10,6 +10,7 @@ transformers has renamed the argument once.
 from __future__ import annotations
 
 import zlib
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,15 +58,16 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def fingerprint(attention: nn.Module) -> int:
-    """Tells models apart whose keys have the same shape: of some weights that make keys.
+    """Tells models apart whose keys have the same shape: of some of each weight beside them.
 
     The same in copies, and in another process that loads the same weights.
     """
-    weight = next(attention.parameters()).detach()
-    if weight.is_meta:
-        return 0
-    some = weight.flatten()[:: max(1, weight.numel() // 64)]
-    return zlib.crc32(str(some.tolist()).encode())
+    found = 0
+    for weight in chain(attention.parameters(), attention.buffers()):  # what quantised layers have
+        if not weight.is_meta:
+            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+            found = zlib.crc32(str(some.tolist()).encode(), found)
+    return found
 
 
 def _check_implementation(config: Any) -> None:
