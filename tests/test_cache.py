@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from cache_cases import (
     DIM,
     KV_HEADS,
     ROPE,
+    Cache,
     Maker,
     assert_decodes,
     assert_same_state,
@@ -184,6 +189,20 @@ def test_out_of_slots(make: Maker) -> None:
     assert_same_state(cache, before)
     cache.append(*tokens(3, 4))
     assert cache.lengths == (64, 4, 4)
+
+
+@every_cache
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_go_on(make: Maker, copied: Callable[[Cache], Cache]) -> None:
+    cache = make(policy="switch")
+    cache.append(*tokens(3, 5))
+    other, new = copied(cache), tokens(3, 2)
+    for one in (cache, other):
+        one.append(*new)
+    assert other.lens.tolist() == [7, 7, 7]
+    assert_same_state(other, state(cache))
+    q = tokens(3, 1)[0]
+    assert torch.equal(other.decode(q), cache.decode(q))
 
 
 @every_cache

@@ -165,6 +165,18 @@ def test_every_cache_refuses_alike(make: Maker) -> None:
 
 
 @every_cache
+def test_append_of_its_own_keys(make: Maker) -> None:
+    """Found before there is room for them."""
+    cache = make(policy="pin")
+    cache.append(*tokens(3, 4))
+    before = state(cache)
+    k, v = (x.flatten(0, -3)[:3, None] for x in (cache.k(), cache.v()))
+    with pytest.raises(ValueError, match="k: overlaps k_cache in memory"):
+        cache.append(k, v)
+    assert_same_state(cache, before)
+
+
+@every_cache
 def test_append_is_for_one_layer(make: Maker) -> None:
     with pytest.raises(ValueError, match="layers: expected 1 for append, got 2"):
         make(policy="switch", layers=2).append(*tokens(3, 1))

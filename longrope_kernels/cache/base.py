@@ -83,6 +83,10 @@ class Cache(ABC):
             self._newest = torch.full((batch, FEW_QUERIES), -1, device=self.device)
         rope.to(self.device)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.lens = self._counters[0]  # plain pickle makes tensors of their own of views
+
     # -------------------------------------------------------------------------------- upkeep
 
     @property
@@ -202,9 +206,8 @@ class Cache(ABC):
         mapping = self._address(k)
         if k.dim() == 3:
             k, v, mapping = k[None], v[None], mapping[None]
-        k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+        k, v = self._apart(k, v, layer)
         cache = Keys(self.k(layer), self.v(layer), **self.scales(layer))
-        check_apart({"k_cache": cache.k, "v_cache": cache.v}, {"k": k, "v": v})
         call = AppendCall(*alike(k, v), cache, mapping)
         write(call, choose_append(None, call))
 
@@ -233,11 +236,12 @@ class Cache(ABC):
                 f"layers: expected 1 for append, got {self.layers}; call extend once, and write "
                 "for each layer"
             )
-        check_new(k, v, self._k[0])
+        new = check_new(k, v, self._k[0])
         if counts is None and k.dim() == 3:
             raise ValueError("counts: expected one for each row beside packed tokens, got None")
         rows, counts = self._rows.check_step(k.shape[1] if counts is None else counts, rows)
         check_tokens(k, rows, counts)
+        self._apart(*new, 0)
         self.extend(counts, rows)
         self.write(k, v)
 
@@ -407,6 +411,14 @@ class Cache(ABC):
                 address = self._last_places(rows, counts, k.shape[1])
             self._addresses_of_step[packed] = self._upload(address)
         return self._addresses_of_step[packed]
+
+    def _apart(
+        self, k: torch.Tensor, v: torch.Tensor, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """New tokens with a unit last stride, which lie apart from the caches of a layer."""
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        check_apart({"k_cache": self.k(layer), "v_cache": self.v(layer)}, {"k": k, "v": v})
+        return k, v
 
     def _captures(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
