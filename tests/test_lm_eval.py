@@ -19,7 +19,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -138,6 +141,27 @@ def test_the_rope_is_the_folders_or_the_one_that_is_named(folder: Path, tmp_path
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     assert LongRopeLM(str(tmp_path), device="cpu").rope == other
+
+
+def test_what_the_config_says_is_read_as_enable_reads_it(folder: Path, tmp_path: Path) -> None:
+    wrapped = PreTrainedTokenizerFast.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    with pytest.raises(ValueError, match=r"model: its rope type 'dynamic' has other factors"):
+        LongRopeLM(LlamaForCausalLM(config), tokenizer=wrapped, device="cpu")
+
+    small = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    config = Gemma3TextConfig(
+        **{"vocab_size": len(wrapped), "head_dim": 16, "sliding_window": 32, **small},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2},
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    wrapped.save_pretrained(tmp_path)
+    pair = (CONTEXTS[0], "answer")
+    ours = LongRopeLM(str(tmp_path), device="cpu", dtype="float32")
+    [(found, _)] = ours.loglikelihood(asked([pair], "loglikelihood"))
+    assert found == pytest.approx(alone(tmp_path, *pair), abs=1e-3)
 
 
 def test_several_processes_need_a_number_of_rows(

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 
 from ..rope.files import SIDECAR
 from ..rope.value import Rope
-from .transformers import enable
+from .transformers import ExactRotaryEmbedding, enable
 
 __all__ = ["LongRopeLM"]
 
@@ -33,7 +33,7 @@ class LongRopeLM(HFLM):
     """A causal model of transformers, enabled with this package.
 
     Attributes:
-        rope: what it is rotated by.
+        rope: what it is rotated by; the first, where its layers are of several types.
     """
 
     rope: Rope
@@ -45,26 +45,25 @@ class LongRopeLM(HFLM):
             pretrained: a folder or name that transformers loads, or a model; of a family that
                 `enable` knows.
             rope: a `Rope`, or a file or folder of `Rope.load`. None takes the ``longrope.json`` in
-                the folder of the model, or else what its config says.
+                the folder of the model, or else what its config says, as `enable` does.
             arguments: as of the harness's ``hf``, ``max_length`` among them.
 
         Raises:
-            ValueError: the model is of no family that `enable` knows, or ``batch_size`` is auto
+            ValueError: what `enable` refuses, as dynamic NTK in a config; ``batch_size`` is auto
                 where several processes share requests of a rope of several sets: each would measure
                 its batches another number of times, and wait for the others.
         """
         super().__init__(pretrained, **arguments)
         if rope is None and isinstance(pretrained, str) and (Path(pretrained) / SIDECAR).is_file():
             rope = pretrained
-        own = Rope.load(rope) if isinstance(rope, str) else rope
-        if own is None:
-            own = Rope.from_config(self.config)
-        self.rope = own
-        enable(self.model, rope=own)
-        if len(own.sets) > 1 and self.world_size > 1 and str(self.batch_size).startswith("auto"):
+        model = enable(self.model, rope=Rope.load(rope) if isinstance(rope, str) else rope)
+        found = next(one for one in model.modules() if isinstance(one, ExactRotaryEmbedding))
+        self.rope, self._ropes = found.rope, tuple(found.settings.ropes.values())
+        sets = max(len(one.sets) for one in self._ropes)
+        if sets > 1 and self.world_size > 1 and str(self.batch_size).startswith("auto"):
             raise ValueError(
                 "batch_size: expected a number, since several processes share requests of a rope "
-                f"of {len(own.sets)} sets, got {self.batch_size}"
+                f"of {sets} sets, got {self.batch_size}"
             )
 
     def _loglikelihood_tokens(
@@ -75,10 +74,11 @@ class LongRopeLM(HFLM):
         Tokens behind a row's end change nothing in it but the set, and that they cannot among rows
         of the same one.
         """
-        of_sets: dict[int, list[int]] = {}
+        of_sets: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             length = min(len(context) + len(continuation) - 1, self.max_length)
-            of_sets.setdefault(self.rope.set_index(length), []).append(index)
+            sets = tuple(rope.set_index(length) for rope in self._ropes)
+            of_sets.setdefault(sets, []).append(index)
         answers: dict[int, tuple[float, bool]] = {}
         for indices in of_sets.values():
             chosen = [requests[index] for index in indices]
