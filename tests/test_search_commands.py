@@ -35,6 +35,7 @@ from transformers import AutoConfig, OPTConfig, OPTForCausalLM
 
 from longrope_kernels import Rope
 from longrope_kernels.search.model import TransformersLosses
+from longrope_kernels.search.source import open_source
 
 __all__ = ["one_thread", "searched", "work"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,6 +149,23 @@ def test_a_second_stage_multiplies_the_first(work, searched, tmp_path):
     assert ratios == pytest.approx([x / 100 for x in best["factors"]])
     assert second.attention_factor == best["attention"] / 100
     assert "--start-length: expected" in search(work, tmp_path, "--start", searched).stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "original", "trained"),
+    [
+        ("linear", {}, None, 128),
+        ("linear", {}, 8, 32),  # whose maximum has the factor
+        ("yarn", {}, None, 128),
+        ("yarn", {"original_max_position_embeddings": 16}, None, 64),
+        ("llama3", {"low_freq_factor": 1.0, "high_freq_factor": 4.0}, None, 32),
+    ],
+)
+def test_a_scaled_model_serves_what_its_factor_says(tmp_path, kind, fields, original, trained):
+    parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **fields}
+    source = open_source(make_model(tmp_path, rope_parameters=parameters), original)
+    assert source.trained == trained
+    assert source.stage is not None
 
 
 @pytest.mark.filterwarnings("ignore::longrope_kernels.rope.scaling.FactorWarning")

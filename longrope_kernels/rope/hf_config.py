@@ -197,7 +197,7 @@ def read_longrope_config(config: Any) -> dict[str, Any]:
 
 
 def extension_ratio(config: Any) -> float | None:
-    """``s`` of a config of type longrope: ``factor``, or the ratio of the two lengths, or None."""
+    """``s`` of type longrope, linear or yarn: ``factor``, or the ratio of both lengths, or None."""
     factor = _number(_rope_parameters(config), "factor")
     if factor is None:
         longest = _number(config, "max_position_embeddings")

@@ -35,7 +35,8 @@ class Source:
         config: the content of config.json.
         rope: what the model is rotated by.
         original: in tokens, what it was first trained for.
-        trained: in tokens, what it serves now: more than ``original`` where it was extended.
+        trained: in tokens, what it serves now: more than ``original`` where it was extended, by the
+            factor of type linear or YaRN too where ``max_position_embeddings`` leaves it out.
         read: the config of the language model as transformers reads it, with what its class adds.
     """
 
@@ -100,6 +101,9 @@ def open_source(folder: Path, original: int | None = None) -> Source:
             f"original length: expected 2 to {trained} tokens, the model's "
             f"max_position_embeddings, got {original}"
         )
+    if not (folder / SIDECAR).is_file() and hf_config.rope_type(text) in ("linear", "yarn"):
+        # Many such configs keep max_position_embeddings as it was before the factor.
+        trained = max(trained, round(original * (hf_config.extension_ratio(text) or 1)))
     return Source(folder, config, rope, original, trained, text)
 
 
