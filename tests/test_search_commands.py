@@ -33,7 +33,7 @@ from search_cases import (
 )
 from transformers import AutoConfig, OPTConfig, OPTForCausalLM
 
-from longrope_kernels import Rope
+from longrope_kernels import FactorSet, Rope
 from longrope_kernels.search.model import TransformersLosses
 from longrope_kernels.search.source import open_source
 
@@ -213,6 +213,20 @@ def test_readjust_gives_short_lengths_sets_that_are_better(work, tmp_path):
     assert Rope.from_config(AutoConfig.from_pretrained(tmp_path / "out")) == rope
     wrong = run(*command[:-4], "--length", 1, "--out", tmp_path / "none")
     assert "lengths: expected ascending numbers of tokens, got [1]" in wrong.stderr
+    wrong = run(*command[:-4], "--length", LENGTH, "--out", tmp_path / "none")
+    assert "--length: expected less than the 96 tokens that the rope is for, got 96" in wrong.stderr
+
+
+def test_readjust_writes_the_length_of_the_rope_it_is_given(work, tmp_path):
+    Rope((FactorSet((3.0,) * 8),)).save(tmp_path / "long.json")
+    texts = flags(documents=work / "texts", tokenizer="bytes", samples=2, length=16, **SMALL)
+    command = ["readjust", work / "model", *texts, "--rope", tmp_path / "long.json"]
+    wrong = run(*command, "--out", tmp_path / "none")
+    assert "--rope-length: expected the tokens that --rope is for" in wrong.stderr
+    result = run(*command, "--rope-length", LENGTH, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    written = open_source(tmp_path / "out")
+    assert written.trained == LENGTH
 
 
 def test_plot_draws_again(searched, tmp_path):

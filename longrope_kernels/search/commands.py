@@ -130,6 +130,9 @@ class Readjust:
     rope: Annotated[
         Path | None, typer.Option(help="Rope JSON of the extended model. [default: the folder's]")
     ] = None
+    rope_length: Annotated[
+        int | None, typer.Option(help="Tokens that --rope is for; needed with it.")
+    ] = None
     out: Out = Path("longrope-readjust")
     upper: Upper = None
     given: Given
@@ -138,7 +141,16 @@ class Readjust:
     def run(self) -> None:
         start_ranks()
         source, encode = self.given.open(self.out)
-        present = source.rope if self.rope is None else Rope.load(self.rope)
+        present, reached = source.rope, source.trained
+        if self.rope is not None:
+            if self.rope_length is None:
+                raise ValueError("--rope-length: expected the tokens that --rope is for")
+            present, reached = Rope.load(self.rope), self.rope_length
+        if max(self.lengths) >= reached:
+            raise ValueError(
+                f"--length: expected less than the {reached} tokens that the rope is for, got "
+                f"{max(self.lengths)}"
+            )
         documents, losses = self.given.measured(encode, max(self.lengths))
         with bars() as watch:
             result = readjust(
@@ -157,7 +169,7 @@ class Readjust:
                 taken = "its own set" if length in result.taken else "as before"
                 numbers = map(number, (result.before[length], found.best.fitness))
                 rows.append([str(length), *numbers, taken])
-            note = write_config(source, result.rope, source.trained, self.out)
+            note = write_config(source, result.rope, reached, self.out)
             _tell(["tokens", "before", "best found", "now"], rows, self.out, note)
 
 
