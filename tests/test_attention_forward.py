@@ -288,6 +288,14 @@ def test_expanded_and_sliced_keys(backend: Backend) -> None:
     check(backend, case, [q, k, v])
 
 
+@every_forward
+def test_windows_that_slide_over_memory(backend: Backend) -> None:
+    """The stride of tokens is 1, as that of dimensions, and outputs have their own memory."""
+    case = Case(1, 9, heads=1, kv_heads=1, dtype=backend.dtypes[0])
+    x = torch.randn(3, 1, 40).to(case.dtype).unfold(-1, 32, 1)[..., None, :]
+    check(backend, case, list(x))
+
+
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-sequence"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @every_forward

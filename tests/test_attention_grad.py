@@ -179,6 +179,17 @@ def test_gradient_reaches_packed_qkv(backend: Backend) -> None:
 
 
 @every_backend
+def test_gradients_of_windows_that_slide_over_memory(backend: Backend) -> None:
+    x = backend.move(torch.randn(3, 1, 40).to(backend.dtypes[0])).unfold(-1, 32, 1)[..., None, :]
+    found = []
+    for qkv in (x, x.contiguous()):
+        leaves = [y.detach().requires_grad_() for y in qkv]
+        out = backend.attend(*leaves, torch.arange(9), Case().rope())
+        found.append(torch.autograd.grad(out.float().square().sum(), leaves))
+    torch.testing.assert_close(*found)
+
+
+@every_backend
 def test_one_tensor_as_k_and_v(backend: Backend) -> None:
     """Its gradient is the sum of both roles."""
     case = backend.nearest(Case(1, 19))

@@ -81,6 +81,15 @@ def test_expanded_heads_batch_and_indices(backend: Backend) -> None:
     check(backend, Call(**given))
 
 
+@every_backend
+def test_queries_that_slide_over_memory(backend: Backend) -> None:
+    """The stride of tokens is 1, as that of dimensions, and the output has its own memory."""
+    case = backend.nearest(Case((17,), 3, 1, 1))
+    given = dict(case.call().arguments)
+    given["q"] = torch.randn(1, 34).to(case.dtype).unfold(-1, 32, 1)[:, :, None]
+    check(backend, Call(**given))
+
+
 @every_case([Case((17, 20), 2, block=16, dtype=bf16), Case((40, 40, 40), block=8)])
 def test_blocks_shared_between_sequences(backend: Backend, case: Case) -> None:
     """A common prefix lies in memory once."""

@@ -182,11 +182,14 @@ def packed(shape: Shape, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     if kind == "expanded":
         x = torch.randn(1, s, 1, d).to(shape.dtype)
         return x.expand(b, s, h, d), x.expand(b, s, hk, d)
+    if kind == "sliding":  # the token stride is 1, too
+        x = torch.randn(b, h + hk, d + s - 1).to(shape.dtype).unfold(-1, d, 1).transpose(1, 2)
+        return x[:, :, :h], x[:, :, h:]
     raise AssertionError(kind)
 
 
 KINDS = ["qkv-concatenated", "qkv-per-head", "every-second-batch", "every-third-token"]
-KINDS += ["dim-slice", "heads-first", "expanded"]
+KINDS += ["dim-slice", "heads-first", "expanded", "sliding"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -304,7 +304,7 @@ def _fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, queries, heads, _ = call.q.shape
     lse = call.q.new_empty((batch, heads, queries), dtype=torch.float32)
-    return torch.empty_like(call.q), lse
+    return library.made_like(call.q), lse
 
 
 def _run(
@@ -319,7 +319,8 @@ def _run(
 def _fake_backward(
     d_out: torch.Tensor, d_lse: Any, out: Any, lse: Any, call: AttentionCall, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(call.q), torch.empty_like(call.keys.k), torch.empty_like(call.keys.v)
+    q, k, v = (library.made_like(x) for x in (call.q, call.keys.k, call.keys.v))
+    return q, k, v
 
 
 def _run_backward(

@@ -247,7 +247,7 @@ def _check_key_positions(key_positions: torch.Tensor, batch: int, q: torch.Tenso
 def _fake(call: DecodeCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     batch, queries, heads, _ = call.q.shape
     lse = call.q.new_empty((batch, heads, queries), dtype=torch.float32)
-    return torch.empty_like(call.q), lse
+    return library.made_like(call.q), lse
 
 
 def _run(call: DecodeCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,6 +57,15 @@ def define(
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def made_like(x: torch.Tensor) -> torch.Tensor:
+    """Memory for a result like x, with a unit last stride, as all kernels take it.
+
+    torch gives an x whose elements share memory, as windows that slide over tokens do, any order.
+    """
+    made = torch.empty_like(x)
+    return made if made.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 def save(ctx: Any, flat: Sequence[Any]) -> None:
     """Keep flat arguments for a backward pass."""
     ctx.set_materialize_grads(False)

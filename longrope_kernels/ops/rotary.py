@@ -244,7 +244,7 @@ def _check(call: RotaryCall) -> None:
 
 
 def _fake(call: RotaryCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(call.q), torch.empty_like(call.k)
+    return library.made_like(call.q), library.made_like(call.k)
 
 
 _rotary = library.define("rotary", RotaryCall, "(Tensor, Tensor)", _run, _fake)
