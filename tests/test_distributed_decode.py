@@ -238,6 +238,31 @@ def test_other_counts_end_all(four: Ranks) -> None:
         assert str(answer).endswith(own if rank == 1 else f"group: rank 1: {own}")
 
 
+def too_wide(order: str | None) -> list[str]:
+    """What `write` says of k and v of other shapes; their right ones it takes."""
+    cache, said = SpreadCache(Case().local(8)), []
+    here = 1 if order else 4  # of four tokens on four ranks
+    cache.extend(4, order=order)
+    k = torch.zeros(2, here + 2, 2, 32)
+    for x, y in ((k, k), (k[:, 2:], k), (k[:1, 2:], k[:1, 2:])):
+        with pytest.raises(ValueError, match="expected shape") as error:
+            cache.write(x, y)
+        said.append(str(error.value))
+    cache.write(k[:, 2:], k[:, 2:])
+    return said
+
+
+@pytest.mark.parametrize("order", [None, "balanced"])
+def test_other_tokens_than_there_is_room_for(order: str | None, four: Ranks) -> None:
+    """Also on ranks that keep none of them."""
+    width = 1 if order else 4
+    shapes = [(2, width + 2), (2, width + 2), (1, width)]
+    for said in four("too_wide", too_wide, order):
+        for name, (rows, tokens), message in zip("kvk", shapes, said, strict=True):
+            assert message.startswith(f"{name}: expected shape (2, {width}, 2, 32)")
+            assert message.endswith(f"got ({rows}, {tokens}, 2, 32)")
+
+
 def wrong(rank_has: dict[int, dict[str, Any]]) -> Any:
     case = Case(ranks=4)
     given: dict[str, Any] = {

@@ -10,6 +10,7 @@ import torch
 from ..cache.base import Cache
 from ..cache.paged import PagedKVCache
 from ..cache.rows import CacheFullError, check_count
+from ..calls.arguments import check_tensor
 from .decode import decode
 from .ranks import Group, agree, ranks_of, telling
 from .shards import Order, Spans, check_order, count, gathered, spans_of
@@ -52,6 +53,7 @@ class SpreadCache:
         agree(self._ranks, {**shape, "head_dim": cache.head_dim}, cache.device)
         self._totals = [0] * cache.batch
         self._new: dict[int, int] = {}  # rows that have new tokens here, and how many
+        self._width = 0  # tokens of each row that `write` is given
         self._limit: int = getattr(cache, "capacity", 0) or getattr(cache, "max_length", 0)
         size = (cache.batch, self._limit)
         self.key_slots = torch.zeros(size, dtype=torch.int64, device=cache.device)
@@ -111,6 +113,7 @@ class SpreadCache:
                     )
             news.append([total + i for span in spread[ranks.rank] for i in range(*span)])
         self._new = {row: len(new) for row, new in enumerate(news) if new}
+        self._width = max(wanted if order is None else map(len, news), default=0)
         before = cache.lengths
         cache.extend(list(self._new.values()), list(self._new))
         for row in self._new:
@@ -128,7 +131,17 @@ class SpreadCache:
                 them last.
             v: like k.
             layer: which layer.
+
+        Raises:
+            ValueError, TypeError: naming the argument; nothing has been written.
         """
+        shape = self.cache.batch, self._width, self.cache.kv_heads, self.cache.head_dim
+        for name, x in (("k", k), ("v", v)):
+            if tuple(check_tensor(name, x).shape) != shape:
+                raise ValueError(
+                    f"{name}: expected shape {shape}, of the tokens that `extend` made room for, "
+                    f"got {tuple(x.shape)}"
+                )
         if not self._new:
             return
         rows = torch.tensor(list(self._new), device=self.cache.device)
@@ -159,7 +172,7 @@ class SpreadCache:
         check_count("length", length, 0, self._totals[row])
         here = self.key_slots[row, : self.cache.lengths[row]]
         self.cache.truncate(row, int((here < length).sum()))
-        self._totals[row], self._new = length, {}
+        self._totals[row], self._new, self._width = length, {}, 0
         self._push()
 
     def _push(self) -> None:
