@@ -348,6 +348,11 @@ def test_gradients_are_refused_where_one_is_asked_for(backend: Backend) -> None:
         given = {**arguments, name: arguments[name].clone().requires_grad_()}
         with pytest.raises(ValueError, match=rf"{name}.*grad"):
             decode(**given)
+    if backend.float8:
+        stored = served(backend, {**good(backend), **float8(cache_lens=ints(2, 5))})
+        for name in ("k_scale", "v_scale"):
+            with pytest.raises(ValueError, match=rf"{name}.*grad"):
+                decode(**stored, **{name: backend.move(torch.ones(2)).requires_grad_()})
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             assert not decode(**given).requires_grad

@@ -130,8 +130,11 @@ def decode(
         v_new = arguments.check_tensor("v_new", v_new)
         k_new, v_new = autocast_new(k_new, v_new, k_cache)
         direct = unwatched(q, k_cache, v_cache, k_new, v_new)
-    of_sinks = {} if sinks is None else {"sinks": arguments.check_tensor("sinks", sinks)}
-    direct = direct and unwatched(*of_sinks.values())
+    rest = {} if sinks is None else {"sinks": arguments.check_tensor("sinks", sinks)}
+    for scale, given in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if given is not None:
+            rest[scale] = arguments.check_tensor(scale, given)
+    direct = direct and unwatched(*rest.values())
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
     scores, count, name, writer = _check_kind(
         *(q, k_cache, v_cache, cache_lens, block_table, lengths, sets, kv_start, key_positions),
@@ -139,7 +142,7 @@ def decode(
         *(softmax_scale, window, softcap, backend),
     )
     if not direct:
-        caches.check_no_gradients("decode", q=q, k_cache=k_cache, v_cache=v_cache, **of_sinks)
+        caches.check_no_gradients("decode", q=q, k_cache=k_cache, v_cache=v_cache, **rest)
     selection = arguments.select(count, lengths, sets)
     keys = Keys(
         *(k_cache, v_cache, key_positions, kv_start, None),
