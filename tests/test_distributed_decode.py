@@ -316,6 +316,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "slots": ({"key_slots": torch.zeros(3).long()}, r"key_slots: expected shape \(2, slots\)"),
     "totals": ({"total_lens": torch.zeros(3).long()}, r"total_lens: expected shape \(2,\)"),
     "lengths": ({"lengths": torch.zeros(3).long()}, r"lengths: expected shape \(2,\) or \(2, 1\)"),
+    "negative": (
+        {"lengths": torch.tensor([3, -5])},
+        "lengths: expected token counts from 0, got -5",
+    ),
+    "sets": (
+        {"sets": torch.tensor([0, 7]).int()},
+        "sets: expected indices from 0 to 0, got 0 to 7",
+    ),
+    "lens": ({"cache_lens": torch.tensor([1, 4])}, "cache_lens: expected from 0 to 3 .*, got 4"),
+    "order": (
+        {"cache_lens": torch.tensor([2, 2]), "key_slots": torch.tensor([[0, 1, 9], [2, 1, 3]])},
+        "key_slots: expected ascending slots from 0 to 3 .* sequence 1.*, got 1 for key 1",
+    ),
+    "above": (
+        {"key_slots": torch.tensor([[0, 9, 9], [4, 9, 9]])},
+        "key_slots: expected ascending slots from 0 to 3 .* sequence 1.*, got 4 for key 0",
+    ),
     "window": ({"window": 0}, "window: expected at least 1 token, got 0"),
 }
 

@@ -57,6 +57,29 @@ def check_decode(call: DecodeCall) -> None:
     _check_blocks(keys)
 
 
+def check_spread(
+    tables: Tables,
+    selection: Selection,
+    lens: torch.Tensor,
+    key_slots: torch.Tensor,
+    total_lens: torch.Tensor,
+) -> None:
+    """Check what `distributed.decode` reads from its index tensors, where reading is free."""
+    if not readable(lens):
+        return
+    _check_selection(tables, selection, 0)
+    _check_lens(lens, key_slots.shape[1])
+    held = torch.arange(key_slots.shape[1], device=lens.device) < lens[:, None]
+    before = torch.nn.functional.pad(key_slots[:, :-1], (1, 0), value=-1)
+    bad = (held & ((key_slots <= before) | (key_slots >= total_lens[:, None]))).nonzero()
+    if len(bad):
+        i, j = bad[0].tolist()
+        raise ValueError(
+            f"key_slots: expected ascending slots from 0 to {int(total_lens[i]) - 1} (the slots of "
+            f"sequence {i}), got {int(key_slots[i, j])} for key {j}"
+        )
+
+
 def check_append(call: AppendCall, lens_too: bool = True) -> None:
     """Check where the tokens of `append` go, where reading that is free.
 

@@ -120,13 +120,15 @@ def decode(
             values.check_start(kv_start)
         if sets is not None:
             arguments.check_selection(tables.sets, q, batch, "bshd", None, sets, None)
-        elif lengths is not None:
+        if lengths is not None:
             arguments.check_index("lengths", lengths, q)
             if tuple(lengths.shape) not in ((batch,), (batch, queries)):
                 raise ValueError(
                     f"lengths: expected shape ({batch},) or ({batch}, {queries}), got "
                     f"{tuple(lengths.shape)}"
                 )
+        chosen_by = Selection(lengths, sets)
+        values.check_spread(tables, chosen_by, cache_lens, key_slots, total_lens)
 
     fields: dict[str, Any] = {"q": tuple(q.shape), "dtype": str(q.dtype), "device": q.device.type}
     fields |= {"factors": shown(factors), "n_hat": n_hat, "base": base, "interleaved": interleaved}
