@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from search_cases import ORIGINAL, SMALL, make_model, make_texts, one_thread
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from longrope_kernels import FactorSet, Rope, cli
@@ -23,6 +23,7 @@ from longrope_kernels.search.documents import Document
 from longrope_kernels.search.extend import ExtendPlan, Extension, Stage
 from longrope_kernels.search.readjust import with_short_sets
 from longrope_kernels.search.settings import Options
+from longrope_kernels.search.source import open_source
 from longrope_kernels.search.tune import TuneSettings, tune
 
 __all__ = ["one_thread"]
@@ -296,6 +297,24 @@ def test_the_command(work, extended):
     assert (extended / "model" / "factors.png").exists()
     wrong = runner.invoke(cli.app, ["extend", *map(str, arguments), "--stage", "x:1"])
     assert "--stage: expected LENGTH or LENGTH:STEPS, got 'x:1'" in wrong.stderr
+
+
+@pytest.mark.parametrize("bounds", [(), (16,), (64,), (16, ORIGINAL)])
+def test_the_model_can_be_extended_further(work, tmp_path, bounds):
+    """Its folder has what it was trained for, and serves, whatever a config can say of the rope."""
+    sets = (*(FactorSet((1.5,) * 8, max_length=n) for n in bounds), FactorSet((8.0,) * 8))
+    (tmp_path / "model").mkdir()
+    extension = Extension(plan(work, stages=(Stage(256),), short=()), tmp_path / "out")
+    note = extension._copy(Rope(sets), work / "model", tmp_path / "model")
+    assert (note is None) == (len(sets) <= 2)
+    found = open_source(tmp_path / "model")
+    assert (found.original, found.trained, found.rope) == (ORIGINAL, 256, Rope(sets))
+    assert found.stage is not None
+    assert found.stage.sets[0].factors == sets[-1].factors
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    assert config.max_position_embeddings == 256  # what others read
+    config.save_pretrained(tmp_path / "model")
+    assert open_source(tmp_path / "model").original == ORIGINAL
 
 
 def test_short_sets_take_the_place_of_those_below_them():

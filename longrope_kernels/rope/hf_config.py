@@ -254,7 +254,7 @@ def _required(parameters: Mapping[str, Any], name: str) -> Any:
 
 def _required_length(config: Any) -> int:
     """``max_position_embeddings``, above 0."""
-    value = _length(config, "max_position_embeddings")
+    value = read_length(config, "max_position_embeddings")
     if value is None:
         raise ValueError("config: expected max_position_embeddings in config, got none")
     return value
@@ -267,13 +267,14 @@ def original_length(config: Any) -> int:
     config class, else the present maximum.
     """
     name = "original_max_position_embeddings"
-    length = _length(config, name) or _length(_rope_parameters(config), name)
+    length = read_length(config, name) or read_length(_rope_parameters(config), name)
     if length is not None:
         return length
     return _PHI3_ORIGINAL if _get(config, "model_type") in _PHI3 else _required_length(config)
 
 
-def _length(config: Any, name: str) -> int | None:
+def read_length(config: Any, name: str) -> int | None:
+    """A number of tokens above 0; None where there is none."""
     value = _number(config, name)
     if value is None:
         return None

@@ -39,6 +39,7 @@ from .source import (
     save_rope,
     write_config,
     write_json,
+    write_lengths,
 )
 from .state import differences, locked
 from .tune import LOG, TuneSettings, remove_checkpoints, tune
@@ -367,7 +368,8 @@ class Extension:
         note = from_main(lambda: self._copy(rope, weights, step.folder))
         if note is not None:
             self._say(
-                f"model: only longrope.json has the new rope, config.json the old one: {note}"
+                "model: only longrope.json has the new rope, config.json the old one and the new "
+                f"length: {note}"
             )
         step.finish({"weights": str(weights), "config": note})
 
@@ -379,9 +381,10 @@ class Extension:
                 old = weights != self.source.folder and origin == self.source.folder
                 if file.is_file() and file.name not in left_out and not (old and _is_weights(file)):
                     shutil.copy2(file, folder / file.name)
-        note = write_config(self.source, rope, self.plan.stages[-1].length, folder)
+        length = self.plan.stages[-1].length
+        note = write_config(self.source, rope, length, folder)
         if note is not None:
-            shutil.copy2(self.source.folder / "config.json", folder / "config.json")
+            write_lengths(self.source, length, folder)
         return note
 
     def _losses(self, weights: Path) -> TransformersLosses:

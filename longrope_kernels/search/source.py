@@ -21,6 +21,8 @@ from .documents import Document
 
 CONFIG = "config.json"
 EVALUATION = "evaluation.json"
+# Of a config whose own field for it has the bound of a short set, which may be another, or none.
+ORIGINAL_KEY = "longrope_original_length"
 _TEXT = "text_config"  # of a multimodal config
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -93,7 +95,8 @@ def open_source(folder: Path, original: int | None = None) -> Source:
         if not isinstance(trained, int):
             raise ValueError(f"expected max_position_embeddings, a number, got {trained!r}")
         if original is None:
-            original = hf_config.original_length(text)
+            original = hf_config.read_length(text, ORIGINAL_KEY)
+            original = original or hf_config.original_length(text)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from None
     if not 1 < original <= trained:
@@ -211,10 +214,28 @@ def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str |
         (folder / CONFIG).unlink(missing_ok=True)
         return str(error)
     config = {k: v for k, v in source.of_text.items() if k not in _REPLACED} | fields
+    if hf_config.original_length(config) != source.original:
+        config[ORIGINAL_KEY] = source.original
+    _write_of_text(source, config, folder)
+    return None
+
+
+def write_lengths(source: Source, length: int, folder: Path) -> None:
+    """Write the config.json of the model with its old rope, and the lengths of another beside it.
+
+    Args:
+        source: whose config is taken.
+        length: in tokens, the new ``max_position_embeddings``.
+        folder: where to write.
+    """
+    lengths = {"max_position_embeddings": length, ORIGINAL_KEY: source.original}
+    _write_of_text(source, {**source.of_text, **lengths}, folder)
+
+
+def _write_of_text(source: Source, config: dict[str, Any], folder: Path) -> None:
     if source.of_text is not source.config:
         config = {**source.config, _TEXT: config}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    return None
 
 
 def save_rope(rope: Rope, folder: Path) -> None:
@@ -261,7 +282,10 @@ def _plain(value: Any) -> Any:
 
 
 # Fields that would contradict the new ones.
-_REPLACED = ("rope_parameters", "rope_scaling", "rope_theta", hf_config.N_HAT_KEY)
+_REPLACED = (
+    *("rope_parameters", "rope_scaling", "rope_theta"),
+    *(hf_config.N_HAT_KEY, ORIGINAL_KEY),
+)
 
 
 def fingerprint(model: Any) -> str:
