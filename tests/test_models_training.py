@@ -4,8 +4,23 @@ import copy
 
 import pytest
 import torch
-from model_cases import FAMILIES, ONE_OF_EACH, family_model, gradients, logits, max_diff, tokens
-from transformers import DynamicCache, Trainer, TrainingArguments
+from model_cases import (
+    FAMILIES,
+    ONE_OF_EACH,
+    SHARED,
+    family_model,
+    gradients,
+    logits,
+    max_diff,
+    tokens,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+)
 
 from longrope_kernels.integrations.transformers import disable, enable
 
@@ -188,6 +203,34 @@ def test_disable_puts_everything_back(name, attention):
     assert not first._forward_pre_hooks
     assert not first._forward_pre_hooks_with_kwargs
     assert torch.equal(logits(model), expected)
+
+
+def test_encoders_keep_their_attention():
+    """In the same base model as the decoder, and their configs in its own."""
+    encoder = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "phi4_multimodal",
+        **{**SHARED, "eos_token_id": 2, "original_max_position_embeddings": 32},
+        vision_config={**encoder, "num_hidden_layers": 2, "image_size": 28},
+        audio_config={
+            **encoder,
+            "num_blocks": 2,
+            "nemo_conv_channels": 32,
+            "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32,
+        },
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tower = model.model.embed_tokens_extend.image_embed.img_processor
+    pixels = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        tower.config._attn_implementation = "eager"
+        expected = tower(pixels).last_hidden_state
+        for change in (enable, disable):
+            change(model)
+            assert tower.config._attn_implementation == "eager"
+            assert torch.equal(tower(pixels).last_hidden_state, expected)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_what_the_caller_changed_in_the_config_stays():

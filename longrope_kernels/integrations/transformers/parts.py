@@ -98,7 +98,7 @@ class Slot(NamedTuple):
         install(self.architecture)
         if settings.cache == "unrotated":
             former = base.config._attn_implementation
-            contact(base, "set_attn_implementation")(NAME)
+            contact(base, "set_attn_implementation")({"": NAME})  # not that of encoders in it
         replacements = []
         for place in self.places:
             replacement = ExactRotaryEmbedding(
@@ -139,7 +139,7 @@ class Slot(NamedTuple):
         for hook in self.module.hooks:
             hook.remove()
         if self.module.former_attention is not None:
-            self.base.set_attn_implementation(self.module.former_attention)
+            self.base.set_attn_implementation({"": self.module.former_attention})
 
 
 def slots_of(model: nn.Module, *, probing: bool = False) -> list[Slot]:
