@@ -50,6 +50,22 @@ def test_gradients_of_right_padded_rows(name):
         assert max_diff(a, e) <= 1e-5 * scale
 
 
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_few_queries_take_each_their_own_set_with_gradients_too(padding):
+    """Across the switch, as without gradients."""
+    model, ids, mask = enable(family_model("phi3")), tokens(2, 40), torch.ones(2, 40).long()
+    mask[0, :padding] = 0
+    found = []
+    for recorded in (False, True):
+        cache = DynamicCache(config=model.config)
+        with torch.set_grad_enabled(recorded):
+            for at in (slice(0, 30), slice(30, 40)):
+                given = {"attention_mask": mask[:, : at.stop], "past_key_values": cache}
+                out = model(ids[:, at], **given).logits
+        found.append(out)
+    assert max_diff(*found) < 2e-5
+
+
 @pytest.mark.parametrize("count", [8, 20])
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("name", ["phi3", "mistral sliding"])

@@ -175,13 +175,21 @@ def longrope_attention(
     if backend is None and module.training and q.device.type == "cpu" and q.dtype != torch.float64:
         # What a checkpoint reads without gradients, it reads again with them: by the same backend.
         backend = "composed" if rest["softcap"] is None else "reference"
-    out = attend(
-        *(q, k, v, call.positions, rope),
-        lengths=call.lengths,
-        kv_start=call.kv_start,
-        backend=backend,
-        **rest,
-    )
+    rest |= {"kv_start": call.kv_start, "backend": backend}
+    each = call.query_lengths
+    if each is not None and 1 < queries <= FEW_QUERIES and longrope_sets is None:
+        # As `decode` does, which has no gradient: each by the set of its own length.
+        key_positions, outs = rest.pop("key_positions"), []
+        for i, end in enumerate(range(k.shape[1] - queries + 1, k.shape[1] + 1)):
+            out = attend(
+                *(q[:, i : i + 1], k[:, :end], v[:, :end], call.positions[:, i : i + 1], rope),
+                lengths=each[:, i],
+                key_positions=key_positions[:, :end],
+                **rest,
+            )
+            outs.append(out)
+        return torch.cat(outs, 1), None
+    out = attend(*(q, k, v, call.positions, rope), lengths=call.lengths, **rest)
     if call.cu_seqlens is not None:
         out = out.unflatten(0, (batch, queries))
     return out.contiguous(), None  # as transformers' own do, which some layers take a view of
