@@ -95,6 +95,15 @@ def test_far_off(backend: attention_truth.Backend) -> None:
     assert not out[:, :, 1].any()
 
 
+@pytest.mark.parametrize("scale", [0.25, 2.0**-17])
+def test_composed_in_float16(scale: float) -> None:
+    """Whose largest number is 65504: a sink beyond it leaves nothing, as in the reference."""
+    case = Case(1, 5, heads=2, kv_heads=1, dtype=torch.float16)
+    args, sinks = (*case.tensors(), torch.arange(5), case.rope()), torch.tensor([5e4, torch.inf])
+    given = {"sinks": sinks, "softmax_scale": scale, "backend": "composed"}
+    assert not attention(*args, **given).any()
+
+
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_second_derivatives_of_the_reference(case: Case) -> None:
     case = replace(case, dtype=fp64, queries=3, heads=2, kv_heads=1, batch=1, dim=4)

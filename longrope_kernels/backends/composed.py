@@ -88,9 +88,9 @@ def _with_sinks(
     head in q, rounded, and the rest of it, against a power of two in that key and 0 in all others.
     The first query is nobody's; it keeps as many queries before all keys as there were.
     """
-    power = 2.0 ** -round(math.log2(scale))
-    # -inf, no sink at all, would make NaN of the 0 in other keys.
-    sink = (sinks.float() / (scale * power)).clamp(min=-3e4)
+    power = 2.0 ** min(max(-round(math.log2(scale)), -15), 15)  # float16 has no larger one
+    # An infinite one would make NaN of the 0 in other keys, as one that float16 has not.
+    sink = (sinks.float() / (scale * power)).clamp(-3e4, 3e4)
     sink = sink[None, :, None].expand(*q.shape[:2], q.shape[2] + 1)
     rounded = sink.to(q.dtype)
     of_q = torch.stack((rounded, (sink - rounded).to(q.dtype)), -1)
