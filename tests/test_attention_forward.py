@@ -218,6 +218,17 @@ def test_a_query_that_sees_no_key_gets_zeros(backend: Backend) -> None:
                 assert out[:, rows.stop :].any(-1).all(), case
 
 
+@pytest.mark.parametrize("start", [2**31 - 1, 2**33 + 2])
+@every_forward
+def test_keys_that_start_past_all_slots_are_seen_by_nobody(backend: Backend, start: int) -> None:
+    """Also where the slot and a tile, or the slot itself, take more than 32 bits."""
+    q = torch.randn(1, 4, 2, 16).to(backend.dtypes[0])
+    kv_start = torch.tensor([start], dtype=torch.int32 if start < 2**31 else torch.int64)
+    for window in (None, 3):
+        kwargs = {"kv_start": kv_start, "window": window}
+        assert not backend.attend(q, q, q, torch.arange(4), Rope.plain(16), **kwargs).any()
+
+
 @forwards_of_scores
 def test_log_sum_exp_of_no_key_is_minus_infinity(backend: Backend) -> None:
     case = backend.nearest(Case(3, 8, kv_start=(0, 3, 8), return_lse=True))

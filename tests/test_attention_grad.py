@@ -23,6 +23,8 @@ from cases import CUDA, positions_for, two_sets
 from tolerance import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from longrope_kernels import Rope
+
 DENSE = [
     Case(2, 40, 0, 4, 2, 96, dtype=bf16),
     Case(2, 33, 0, 3, 1, 64, layout="bhsd"),
@@ -117,6 +119,17 @@ def test_hidden_keys_get_exactly_nothing(backend: Backend) -> None:
         assert not grad[0, :5].any()
         assert not grad[1, :3].any()  # the first query has slot 8 and sees 3 to 8
         assert grad[0, 5:].any(-1).all()
+
+
+@pytest.mark.parametrize("start", [2**31 - 1, 2**33 + 2])
+@every_backend
+def test_keys_that_start_past_all_slots_get_nothing(backend: Backend, start: int) -> None:
+    q = torch.randn(1, 4, 2, 16).to(backend.dtypes[0]).to(backend.device).requires_grad_()
+    kv_start = torch.tensor([start], dtype=torch.int32 if start < 2**31 else torch.int64)
+    out = backend.attend(q, q, q, torch.arange(4), Rope.plain(16), kv_start=kv_start)
+    out.backward(torch.randn_like(out))
+    assert q.grad is not None
+    assert not q.grad.any()
 
 
 @every_case(

@@ -112,6 +112,8 @@ PADDING = [
     Case((40, 30), 2, kv_start=(16, 17), block=16),
     Case((40, 20), 5, kv_start=(39, 17), block=16, dtype=fp16),
     Case((20, 9), kv_start=(20, 100), dtype=bf16),
+    Case((20, 9), kv_start=(2**31 - 1, 3), dtype=bf16),
+    Case((20, 9), 2, kv_start=(2**33 + 2, 1), boundary=5, dtype=fp16, index=torch.int64),
     Case((40, 30), 2, kv_start=(7, 25), window=9, block=16, index=torch.int64),
     Case((70, 70), kv_start=(60, 1), window=3, dtype=bf16, interleaved=True),
 ]

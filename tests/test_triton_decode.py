@@ -6,6 +6,7 @@ import itertools
 import math
 import threading
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -307,6 +308,32 @@ def test_an_empty_cache_is_seen_by_nobody() -> None:
     out, lse = TRITON.decode(q, empty, empty, lens, [1.0] * 8, 0, return_lse=True)
     assert not out.any()
     assert bool((lse == -torch.inf).all())
+
+
+@pytest.mark.xdist_group("memory")
+@pytest.mark.parametrize("keys", [10, 70], ids=["whole", "split"])
+def test_offsets_of_queries_above_2_31_elements(keys: int, tmp_path: Path) -> None:
+    """Of a token stride that fits 32 bits itself; on the CPU only used pages of the file exist.
+
+    The views begin in the middle, so that an offset that wraps reads no memory of others.
+    """
+    size = 2**32 + 1024
+    if CUDA:
+        far = torch.zeros(size, dtype=bf16, device="cuda")
+    else:
+        far = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=bf16)
+    sizes, strides = (1, 3, 1, 16), (2**30, 2**30, 16, 1)
+    q, out = (far.as_strided(sizes, strides, 2**31 + first) for first in (0, 32))
+    case = Case((keys,), 3, 1, 1, 16, dtype=bf16)
+    given = {name: TRITON.move(x) for name, x in case.call().arguments.items()}
+    q.copy_(given["q"])
+    assert (splits_of(case).most > 1) == (keys > 16)
+    wanted, lse = TRITON.decode(**given, softmax_scale=1.0, return_lse=True)
+
+    stored = Keys(given["k_cache"], given["v_cache"], lens=given["cache_lens"])
+    tables = given["factors"].tables(q.device)
+    triton_decode.decode(DecodeCall(q, stored, tables, Selection(), Scores(True, 1.0)), out, lse)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=0)
 
 
 # ----------------------------------------------------------------------------------------- configs

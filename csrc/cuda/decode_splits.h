@@ -25,7 +25,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 struct KeyRange {
   int32_t low;     // the first
   int32_t high;    // past the last
-  int32_t start;   // kv_start
+  int32_t start;   // kv_start, at most high
   int32_t splits;  // live ones
   int32_t first;   // the first key of the first split, a multiple of the tile
   int32_t each;    // keys of a split, a multiple of the tile
@@ -57,8 +57,9 @@ __device__ __forceinline__ KeyRange keys_of_sequence(const DecodeCall& a, const 
   r.high = static_cast<int32_t>(element(a.keys.lens, sequence));
   r.start = a.keys.start.data == nullptr
                 ? 0
-                : static_cast<int32_t>(element(a.keys.start, sequence));
-  r.low = max(r.start, 0);
+                : static_cast<int32_t>(min(max(element(a.keys.start, sequence), int64_t{0}),
+                                           static_cast<int64_t>(r.high)));
+  r.low = r.start;
   if (window > 0) r.low = max(r.low, r.high - a.queries - window + 1);
   r.low = min(r.low, r.high);
   r.first = r.low / kDecodeTile * kDecodeTile;

@@ -21,6 +21,7 @@ from .attention_tiles import (
     LN2,
     Config,
     cap_scores,
+    first_key_of,
     grid_of,
     keys_of_queries,
     mask_args,
@@ -360,9 +361,7 @@ def attention_kernel(
     b_q = narrow_pieces(b_q, q[0].dtype.element_ty)
 
     shift = keys - queries
-    first_key = 0
-    if kv_start[0] is not None:
-        first_key = tl.load(kv_start[0] + i_sequence * kv_start[1]).to(tl.int32)
+    first_key = first_key_of(i_sequence, kv_start, keys)
     low, all_low, all_high, high = keys_of_queries(
         m0, queries, keys, first_key, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
     )

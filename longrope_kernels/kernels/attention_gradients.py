@@ -9,6 +9,7 @@ import triton.language as tl
 from .attention_tiles import (
     LOG2E,
     cap_scores,
+    first_key_of,
     keys_of_queries,
     queries_of_keys,
     sequence_of_tile,
@@ -167,9 +168,7 @@ def dk_dv_kernel(
     rows = v[0] + i_b * v[1] + i_hk * v[3] + (row_k * v[2])[:, None]
     b_v = load_pieces(rows, in_k[:, None], 0, DIM, False)
 
-    first_key = 0
-    if kv_start[0] is not None:
-        first_key = tl.load(kv_start[0] + i_sequence * kv_start[1]).to(tl.int32)
+    first_key = first_key_of(i_sequence, kv_start, keys)
     low, all_low, all_high, high = queries_of_keys(
         n0, queries, keys, first_key, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
     )
@@ -337,9 +336,7 @@ def dq_kernel(
     b_lse = _load_lse(lse[0] + o_row, in_q)
     b_delta = tl.load(p_delta + o_row, mask=in_q, other=0.0)
 
-    first_key = 0
-    if kv_start[0] is not None:
-        first_key = tl.load(kv_start[0] + i_sequence * kv_start[1]).to(tl.int32)
+    first_key = first_key_of(i_sequence, kv_start, keys)
     low, all_low, all_high, high = keys_of_queries(
         m0, queries, keys, first_key, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
     )

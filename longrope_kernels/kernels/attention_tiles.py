@@ -178,6 +178,19 @@ def set_of_sequence(i_sequence, lengths, sets, p_max_length, SETS: tl.constexpr)
 
 
 @triton.jit
+def first_key_of(i_sequence, kv_start, keys):
+    """The first key of a sequence that is seen, from 0 to ``keys``, int32.
+
+    kv_start: (pointer, stride) of (sequences,), (None, 0): 0. Larger ones may not fit 32 bits.
+    """
+    first = 0
+    if kv_start[0] is not None:
+        first = tl.maximum(tl.load(kv_start[0] + i_sequence * kv_start[1]), 0)
+        first = tl.minimum(first, keys).to(tl.int32)
+    return first
+
+
+@triton.jit
 def visible(slot, j, keys, first_key, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Whether the query at ``slot`` sees key j; the shapes broadcast."""
     seen = (j >= first_key) & (j < keys)

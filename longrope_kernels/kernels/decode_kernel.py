@@ -231,7 +231,7 @@ def decode_kernel(
         if key_positions[0] is None and part == 1:
             # The factor of the keys, with the dimensions of q that are rotated.
             a *= tl.load(rope[2] + i_set).to(tl.float32)
-        rows = q[0] + i_b * q[1] + (i_t * q[2] + i_h * q[3])[:, None]
+        rows = q[0] + i_b * q[1] + (wide(i_t) * q[2] + i_h * q[3])[:, None]
         b_q = load_pieces(rows, in_q[:, None], PAIRS, DIM, PAIRING)
         b_q = rotate_pieces(b_q, n_q, original, a, p_steps, PAIRS, PAIRING, False)
         b_q = narrow_pieces(b_q, dtype)
@@ -298,7 +298,7 @@ def decode_kernel(
     heads = kv_heads * groups
     offset = (i_b * heads + i_h) * queries + i_t
     if splits == 1:
-        rows = out[0] + i_b * out[1] + (i_t * out[2] + i_h * out[3])[:, None]
+        rows = out[0] + i_b * out[1] + (wide(i_t) * out[2] + i_h * out[3])[:, None]
         store_pieces(rows, in_q[:, None], acc, WIDE, DIM, PAIRING)
         tl.store(lse + offset, top * LN2, mask=in_q)
     if partial_out is not None and splits > 1:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import LN2
+from .attention_tiles import LN2, first_key_of, wide
 from .rotation import narrow
 
 # Lengths that a program reads at once.
@@ -23,15 +23,14 @@ _LENGTHS = tl.constexpr(128)
 
 @triton.jit
 def keys_of_sequence(i_b, cache_lens, kv_start, queries, window, WINDOW: tl.constexpr):
-    """The keys that the queries of a sequence see, from low to high, and kv_start: three int32.
+    """The keys that the queries of a sequence see, from low to high, and kv_start, at most high:
+    three int32.
 
     cache_lens, kv_start: (pointer, stride) of (batch,); kv_start (None, 0): 0.
     """
     high = tl.load(cache_lens[0] + i_b * cache_lens[1]).to(tl.int32)
-    start = 0
-    if kv_start[0] is not None:
-        start = tl.load(kv_start[0] + i_b * kv_start[1]).to(tl.int32)
-    low = tl.maximum(start, 0)
+    start = first_key_of(i_b, kv_start, high)
+    low = start
     if WINDOW:
         low = tl.maximum(low, high - queries - window + 1)
     return tl.minimum(low, high), high, start
@@ -107,7 +106,7 @@ def _combine_row(
         acc = acc * alpha + tl.sum(weight[:, None] * y, 0)
         top = new_top
     total_or_1 = tl.where(total == 0.0, 1.0, total)
-    p_out = out[0] + i_b * out[1] + i_t * out[2] + i_h * out[3] + o_d
+    p_out = out[0] + i_b * out[1] + wide(i_t) * out[2] + i_h * out[3] + o_d
     tl.store(p_out, narrow(acc / total_or_1, out[0].dtype.element_ty), mask=o_d < DIM)
     tl.store(lse + row + tl.arange(0, 1), (top + tl.log2(total_or_1)) * LN2)
 
