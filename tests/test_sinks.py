@@ -211,3 +211,18 @@ def test_compiled() -> None:
         compiled = torch.compile(backend.attend, fullgraph=True)
         out = compiled(*args, sinks=sinks)
         assert torch.allclose(out, backend.attend(*args, sinks=sinks), atol=1e-5)
+
+
+@pytest.mark.parametrize("sink", [torch.inf, torch.finfo(torch.float32).max, 1e30])
+def test_a_sink_beyond_all_scores_takes_everything(sink: float) -> None:
+    q = torch.randn(1, 5, 2, 16)
+    sinks = torch.tensor([0.0, sink])
+    given = q, q, q, torch.arange(5), [1.0] * 8, 0
+    expected = attention(*given, sinks=sinks, backend="reference")
+    cached = q, q, q, torch.tensor([5]), [1.0] * 8, 0
+    for out in (
+        attention(*given, sinks=sinks, backend="native"),
+        decode(*cached, sinks=sinks, backend="native"),
+    ):
+        assert not out[:, :, 1].any()
+        torch.testing.assert_close(out, expected)

@@ -159,10 +159,10 @@ class Worker {
   }
 
  private:
-  // To base 2; -inf for none.
+  // To base 2, finite from above, since a difference of infinities is no number; -inf for none.
   float sink_of(int64_t head) const {
     if (a_.sinks.data == nullptr) return -kInfinity;
-    return a_.sinks.data[head * a_.sinks.stride] * static_cast<float>(kLog2E);
+    return std::min(a_.sinks.data[head * a_.sinks.stride], 1e38f) * static_cast<float>(kLog2E);
   }
 
   bool widens_values(int64_t group_rows) const {
