@@ -33,7 +33,7 @@ from longrope_kernels.search.fitness import Perplexity
 from longrope_kernels.search.model import TransformersLosses
 from longrope_kernels.search.needles import key_values
 from longrope_kernels.search.readjust import readjust
-from longrope_kernels.search.retrieval import Retrieved, retrieval, several_keys, single_key
+from longrope_kernels.search.retrieval import retrieval, several_keys, single_key
 from longrope_kernels.search.source import (
     baselines,
     digest,
@@ -217,9 +217,9 @@ class Experiment:
                 for kind, hidden in texts.items():
                     self._once(
                         *(f"{name}, {length} tokens: {kind}", rope, length, kind),
-                        lambda one, hidden=hidden, n=length: _told(
-                            retrieval(self.losses, one, hidden, n)
-                        ),
+                        lambda one, hidden=hidden, n=length: retrieval(
+                            self.losses, one, hidden, n
+                        ).as_json(),
                     )
 
     def _asked(self) -> list[int]:
@@ -254,8 +254,8 @@ class Experiment:
         self, name: str, rope: Rope | None, length: int, what: str, make: Callable[[Rope], Any]
     ) -> None:
         """One number of a rope at a length; rows that have the same rope there share it."""
-        one = rope.for_length(length) if rope else dynamic_ntk(self.source, length)
-        key = one.for_length(length), length, what
+        one = (rope or dynamic_ntk(self.source, length)).for_length(length)
+        key = one, length, what
         self.known[key] = self._get(
             name, lambda: self.known[key] if key in self.known else make(one)
         )
@@ -363,11 +363,6 @@ class Experiment:
 
     def _ends(self, length: int) -> list[Document]:
         return tails(self.searched, self.sizes.longest, length)
-
-
-def _told(found: Retrieved) -> dict[str, Any]:
-    """As JSON: `table.py` makes a `Retrieved` of it again."""
-    return {"found": found.found, "sums": found.measured.sums, "counts": found.measured.counts}
 
 
 def _progress(name: str) -> Callable[[Any], None]:

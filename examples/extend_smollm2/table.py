@@ -15,7 +15,6 @@ from page import markdown  # of examples/extend_tiny, where claims looks too
 from rows import AGAIN, ASKED, N_HAT, ROW, ROWS, SEARCH, UNIFORM, WINDOW, losses
 
 from longrope_kernels.search.compare import with_error
-from longrope_kernels.search.fitness import Measured
 from longrope_kernels.search.plots import draw_perplexity
 from longrope_kernels.search.retrieval import Retrieved
 
@@ -114,7 +113,7 @@ def _retrieval(content: Mapping[str, Any]) -> str:
     cells: dict[str, dict[tuple[str, str], str]] = {}
     for key, value in content["results"].items():
         if match := ASKED.fullmatch(key):
-            found = Retrieved(value["found"], Measured(value["sums"], value["counts"]))
+            found = Retrieved.from_json(value)
             share = with_error(100 * found.share, 100 * found.error)
             loss = with_error(found.measured.loss, found.measured.error)
             column = match["length"], match["kind"]

@@ -11,6 +11,7 @@ import torch
 
 from ..rope.factor_set import is_number
 from ..rope.formulas import LARGEST
+from ..torch_private import tangent_of
 from .records import Scores, Selection
 
 Layout = Literal["bshd", "bhsd", "thd"]
@@ -28,6 +29,20 @@ def check_tensor(name: str, x: object) -> torch.Tensor:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     return x
+
+
+def check_no_tangents(does: str, **given: torch.Tensor | None) -> None:
+    """``does``, the function or backend, knows nothing of forward-mode differentiation.
+
+    Raises:
+        NotImplementedError: naming what has a tangent.
+    """
+    for name, x in given.items():
+        if x is not None and tangent_of(x) is not None:
+            raise NotImplementedError(
+                f"{name}: {does} has no forward-mode derivative, got a tensor with a tangent; "
+                "expected attention or apply_rotary by backend='reference'"
+            )
 
 
 def check_layout(layout: str) -> tuple[str, ...]:

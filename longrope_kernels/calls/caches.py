@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ..torch_private import tangent_of
 from . import arguments
 
 FLOAT8 = torch.float8_e4m3fn
@@ -85,23 +84,9 @@ def check_scale(name: str, scale: torch.Tensor, k_cache: torch.Tensor, of: str) 
         )
 
 
-def check_no_tangents(does: str, **given: torch.Tensor | None) -> None:
-    """``does``, the function or backend, knows nothing of forward-mode differentiation.
-
-    Raises:
-        NotImplementedError: naming what has a tangent.
-    """
-    for name, x in given.items():
-        if x is not None and tangent_of(x) is not None:
-            raise NotImplementedError(
-                f"{name}: {does} has no forward-mode derivative, got a tensor with a tangent; "
-                "expected attention or apply_rotary by backend='reference'"
-            )
-
-
 def check_no_gradients(does: str, **given: torch.Tensor) -> None:
     """``does``, the function, hands no gradient on to what it is given, by name."""
-    check_no_tangents(does, **given)
+    arguments.check_no_tangents(does, **given)
     if not torch.is_grad_enabled():
         return
     for name, x in given.items():

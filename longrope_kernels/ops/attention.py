@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..backends import choose, reference
-from ..calls import arguments, autocast, caches, schema, values
+from ..calls import arguments, autocast, schema, values
 from ..calls.kinds import by_kind
 from ..calls.memory import device_type
 from ..calls.records import AttentionCall, Keys, RotaryCall, Scores, Selection
@@ -128,7 +128,7 @@ def attention(
         backend is None and (direct or runs_now(*given)),
     )
     if dual and name not in ("reference", "composed"):  # torch's own says what it lacks
-        caches.check_no_tangents(f"backend {name!r}", q=q, k=k, v=v, sinks=sinks)
+        arguments.check_no_tangents(f"backend {name!r}", q=q, k=k, v=v, sinks=sinks)
     if layout != "bshd":
         q, k, v = (arguments.as_bshd(x, layout) for x in (q, k, v))
     selection = arguments.select(count, lengths, sets, cu_seqlens)

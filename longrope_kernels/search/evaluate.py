@@ -215,16 +215,10 @@ class Evaluate:
 
 
 def _as_json(value: Measured, retrieved: Mapping[str, Retrieved]) -> dict[str, Any]:
-    told = {kind: {"found": one.found, **one.measured._asdict()} for kind, one in retrieved.items()}
+    told = {kind: one.as_json() for kind, one in retrieved.items()}
     return {**value._asdict(), "retrieval": told}
 
 
 def _from_json(content: Mapping[str, Any]) -> tuple[Measured, dict[str, Retrieved]]:
-    def measured(of: Mapping[str, Any]) -> Measured:
-        return Measured(tuple(of["sums"]), tuple(of["counts"]))
-
-    told = {
-        kind: Retrieved(tuple(map(tuple, one["found"])), measured(one))
-        for kind, one in content["retrieval"].items()
-    }
-    return measured(content), told
+    told = {kind: Retrieved.from_json(one) for kind, one in content["retrieval"].items()}
+    return Measured.from_json(content), told

@@ -8,9 +8,9 @@ up after a few of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -30,6 +30,11 @@ class Measured(NamedTuple):
 
     sums: tuple[float, ...]
     counts: tuple[int, ...]
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Measured:
+        """Of its fields as JSON values, among others."""
+        return cls(tuple(content["sums"]), tuple(content["counts"]))
 
     @property
     def stopped(self) -> bool:

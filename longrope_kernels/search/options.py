@@ -117,12 +117,7 @@ class Given(Texts, Machine):
         documents = read_documents(
             texts, encode, length, most=self.samples, short="skip" if self.skip_short else "error"
         )
-        from safetensors import SafetensorError
-
-        try:
-            model = load_model(Path(self.model), self.device, self.dtype)
-        except SafetensorError as error:
-            raise ValueError(f"{self.model}: expected whole weights: {error}") from None
+        model = load_model(Path(self.model), self.device, self.dtype)
         known = model.get_input_embeddings().weight.shape[0]
         largest = max(int(document.tokens.max()) for document in documents)
         if largest >= known:

@@ -7,8 +7,8 @@ alone: a model has to tell keys apart that look alike. It reads each text once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,15 @@ class Retrieved(NamedTuple):
 
     found: tuple[tuple[bool, ...], ...]
     measured: Measured
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values, of which `from_json` makes the same again."""
+        return {"found": self.found, **self.measured._asdict()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Retrieved:
+        """What `as_json` told."""
+        return cls(tuple(map(tuple, content["found"])), Measured.from_json(content))
 
     @property
     def share(self) -> float:

@@ -121,6 +121,7 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
     Raises:
         ValueError: an argument that is not served, or transformers' reason not to load it.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
@@ -142,6 +143,8 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
             if config.get_text_config() is config:
                 raise
             model = AutoModelForImageTextToText.from_pretrained(folder, **given)
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: expected whole weights: {error}") from None
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: {error}") from None
     finally:

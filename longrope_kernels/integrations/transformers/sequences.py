@@ -260,10 +260,8 @@ class Memory:
         self.note(None, None)
         self._begin(None)
 
-    def _begin(
-        self, positions: torch.Tensor | None
-    ) -> dict[tuple[int, ...], tuple[Call, Any, Any]]:
-        calls: dict[tuple[int, ...], tuple[Call, Any, Any]] = {}
+    def _begin(self, positions: torch.Tensor | None) -> _Calls:
+        calls: _Calls = {}
         self._calls = positions, calls  # at once, for other threads
         return calls
 
