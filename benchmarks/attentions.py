@@ -24,6 +24,7 @@ from copies import Copies
 from parameters import COMPILED_PROMPTS, Geometry, Prompt, of_dim
 from ropes import (
     DEVICE,
+    DTYPE,
     EXACT,
     FAST,
     FLOAT32,
@@ -38,7 +39,6 @@ from without_rotation import attend_without_rotation
 from longrope_kernels import apply_rotary, attention
 from longrope_kernels.backends import choose as backends
 
-DTYPE = torch.bfloat16
 # Ours: the arguments of `attention`.
 OURS = {
     "triton prepass": {"backend": "triton", "k_rotation": "prepass"},
@@ -85,7 +85,8 @@ class Shape(NamedTuple):
         of_model = self.geometry.suffix if self.geometry else ""
         mask = "causal" if self.causal else "full"
         chunk = f"last {self.queries} of " if self.queries else ""
-        return f"S = {chunk}{self.tokens}, d = {self.dim}, {mask}{of_model}"
+        dtype = "" if DTYPE.itemsize == 2 else ", float32"
+        return f"S = {chunk}{self.tokens}, d = {self.dim}, {mask}{dtype}{of_model}"
 
     def flops(self, direction: str) -> int:
         """Two products forward, five backward; half of each where the mask hides half."""
@@ -96,8 +97,8 @@ class Shape(NamedTuple):
 
     def traffic(self, direction: str) -> int:
         """Bytes: every input read once, every output written once."""
-        q = 2 * self.heads.q_heads * self.dim * self.rows
-        kv = 2 * self.heads.k_heads * self.dim * self.tokens
+        q = DTYPE.itemsize * self.heads.q_heads * self.dim * self.rows
+        kv = DTYPE.itemsize * self.heads.k_heads * self.dim * self.tokens
         return 2 * q + 2 * kv if direction == "forward" else 4 * q + 4 * kv
 
 
@@ -121,7 +122,7 @@ class Truth(NamedTuple):
 
 
 class Inputs:
-    """Normal q, k, v and gradient of the output, bfloat16."""
+    """Normal q, k, v and gradient of the output."""
 
     def __init__(self, shape: Shape) -> None:
         q_heads, k_heads = shape.heads.q_heads, shape.heads.k_heads

@@ -16,7 +16,7 @@ from clock import CLOCK, Clock, seconds
 from memory import available, peak_bytes
 from report import recorder
 from report.facts import Asked, gpu_refuses
-from ropes import DEVICE, WrongResultError
+from ropes import DEVICE, DTYPE, WrongResultError
 
 FEWEST, MOST = 5, 60  # rounds
 REASONS: dict[str, str] = {}  # why a row of a group could not be timed
@@ -348,8 +348,8 @@ def _cannot_run(error: Exception) -> NotMeasuredError:
 
 @lru_cache(maxsize=1)
 def matmul() -> Ceiling:
-    """A large bfloat16 matrix product."""
+    """A large matrix product."""
     size = 8192 if DEVICE.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=DEVICE).bfloat16() for _ in range(2))
+    a, b = (torch.randn(size, size, device=DEVICE).to(DTYPE) for _ in range(2))
     into = torch.empty_like(a)
     return Ceiling("matmul", lambda: torch.mm(a, b, out=into), 2 * size**3)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from measure import NotMeasuredError, require_time_to_compile
 from packaging.version import Version
-from ropes import DEVICE, not_importable
+from ropes import DEVICE, DTYPE, not_importable
 
 SWITCH, SMALL_SWITCH = 4096, 64  # tokens up to which the short factors serve
 KINDS = ("forward", "token below the switch", "token at the switch", "generate")
@@ -17,7 +17,6 @@ NEW = 16  # tokens that "generate" makes, on both sides of the switch
 COMPILED = "transformers torch.compile"  # of "forward" alone
 NAMES = ("transformers", COMPILED, "enabled, rotated", "enabled, switch")
 PEERS, OURS = NAMES[:2], NAMES[2:]
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
 class Step(NamedTuple):

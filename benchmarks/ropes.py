@@ -13,6 +13,9 @@ from longrope_kernels import Rope
 from longrope_kernels.backends import choose as backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Of prompts, models and matrix products. A processor without instructions for products of bfloat16,
+# as with AVX2 alone, takes dozens of times as long for them as for float32.
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
 def factor_sets(rotated: int) -> dict[str, list[float]]:

@@ -15,7 +15,6 @@ import torch
 from clock import CLOCK
 from measure import Timed, matmul, measure
 from models import (
-    DTYPE,
     KINDS,
     NAMES,
     NEW,
@@ -29,7 +28,7 @@ from models import (
     serves,
     step,
 )
-from ropes import DEVICE, EXACT, FLOAT32, assert_right
+from ropes import DEVICE, DTYPE, EXACT, FLOAT32, assert_right
 from table import Row, Table, median_of
 
 STEPS = [

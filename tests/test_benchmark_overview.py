@@ -56,7 +56,7 @@ def test_what_was_left_out_is_two_lines() -> None:
     ]
 
 
-SMALL = "benchmarks/test_attention.py::test_attention[forward-S = 256, d = 96, causal-"
+SMALL = "benchmarks/test_attention.py::test_attention[forward-S = 256, d = 96, causal, float32-"
 ROWS = [f"{SMALL}{name}]" for name in ("transformers eager, SDPA", "composed")]
 
 
@@ -71,10 +71,10 @@ def run(*options: str) -> Any:
 def test_a_measurement_ends_in_minutes_unless_told_otherwise() -> None:
     shown = run("--benchmark-only")
     assert shown.returncode == 0, shown.stdout
-    told = r"^ *\d+ s  +(\d+) s left  attention: forward-S = 256, d = 96, causal$"
+    told = r"^ *\d+ s  +(\d+) s left  attention: forward-S = 256, d = 96, causal, float32$"
     (left,) = re.findall(told, shown.stdout, re.M)
     assert 200 <= int(left) <= 600
-    row = r"^prefill  S = 256, d = 96, causal  composed +\d+ +\d+ +[\d.]+ +[\d.]+$"
+    row = r"^prefill  S = 256, d = 96, causal, float32  composed +\d+ +\d+ +[\d.]+ +[\d.]+$"
     assert re.search(row, shown.stdout, re.M), shown.stdout
     assert "Name (time in" not in shown.stdout
     verbose = run("--benchmark-only", "-v", "--budget=0")

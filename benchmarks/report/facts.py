@@ -129,12 +129,11 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
+    """Its name, and the vectors that torch takes of it: processors of one name may have others."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"model name\s*: (.*)", info.read_text())
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    name = found[1] if found else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _question(fields: tuple[str, ...]) -> tuple[str, ...]:

@@ -64,8 +64,7 @@ class Experiment:
         self.encode = encoder(str(folder))
         self.searched = documents(out, sizes.searched, sizes.longest)
         self.judged = documents(out, sizes.judged, sizes.longest)
-        # The check compares with a loop of its own, which rounding to bfloat16 would blur.
-        self.model = load_model(folder, dtype="bfloat16" if sizes.layers is None else "float32")
+        self.model = load_model(folder, dtype=sizes.dtype)
         texts = [*self.searched, *self.judged]
         head = {
             "machine": facts.describe(ROOT),
@@ -385,10 +384,17 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="32k, three seeds, the paper's numbers")
     size.add_argument("--small", action="store_true", help="four layers; numbers say nothing")
+    parser.add_argument(
+        "--float32",
+        action="store_true",
+        help="for processors that multiply no bfloat16, as those with AVX2 alone",
+    )
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     sizes = FULL if chosen.full else SMALL if chosen.small else Sizes()
+    if chosen.float32:
+        sizes = replace(sizes, dtype="float32")
     experiment = Experiment(sizes, chosen.out)
     experiment.plan()
     experiment.run()

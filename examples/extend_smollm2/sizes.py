@@ -26,6 +26,7 @@ class Sizes:
             a forward for each of five depths, and of each readjustment.
         seeds: of searches.
         layers: the first ones alone; None for all.
+        dtype: of the model; bfloat16 as published, or float32.
     """
 
     original: int = 8192
@@ -53,6 +54,7 @@ class Sizes:
     short_hours: float = 0.1
     seeds: tuple[int, ...] = (0, 1, 2)
     layers: int | None = None
+    dtype: str = "bfloat16"
 
 
 FULL = Sizes(
@@ -84,4 +86,5 @@ SMALL = Sizes(
     short_hours=1,
     seeds=(0,),
     layers=4,
+    dtype="float32",  # the check compares with a loop of its own, which rounding would blur
 )

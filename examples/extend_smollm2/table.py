@@ -214,10 +214,11 @@ def _seconds(content: Mapping[str, Any]) -> str:
     again = content["results"].get(AGAIN)
     note = ""
     if again:
+        sizes = content["sizes"]
         moved = ", ".join(f"{change:+.4f} at {length} tokens" for length, change in again.items())
         note = (
             "\n\nWhere no machine is named it is that of the first paragraph. Another one rounds "
-            f"otherwise in bfloat16: the loss of YaRN on {content['sizes']['judged'][0]}, {moved}."
+            f"otherwise in {sizes['dtype']}: the loss of YaRN on {sizes['judged'][0]}, {moved}."
         )
     return "## What was run\n\n" + markdown(head, lines) + note
 
@@ -225,16 +226,14 @@ def _seconds(content: Mapping[str, Any]) -> str:
 def _head(content: Mapping[str, Any]) -> str:
     sizes, machine = content["sizes"], content["machine"]
     where = machine.get("gpu") or machine.get("cpu") or "a CPU"
-    layers = ", in bfloat16"
-    if sizes["layers"] is not None:
-        layers = f", its first {sizes['layers']} layers alone, in float32"
+    layers = "" if sizes["layers"] is None else f", its first {sizes['layers']} layers alone"
     texts = ", ".join(f"{name} ({text})" for name, text in content["texts"].items())
     return (
         "# A pretrained model, extended\n\n"
-        f"SmolLM2-135M-Instruct{layers}, from {sizes['original']} tokens, without "
-        f"tuning. Perplexity of the last {sizes['last']} of {sizes['longest']} tokens of each "
-        "text, the same in every column, after as much of the text before them as the column says. "
-        "Searches see other texts than the table. Texts and their digests: "
+        f"SmolLM2-135M-Instruct{layers}, in {sizes['dtype']}, from {sizes['original']} "
+        f"tokens, without tuning. Perplexity of the last {sizes['last']} of {sizes['longest']} "
+        "tokens of each text, the same in every column, after as much of the text before them as "
+        "the column says. Searches see other texts than the table. Texts and their digests: "
         f"{texts}. Model: {content['model']}. Machine: {where}, "
         f"{machine['threads']} threads, torch {machine['torch']}; seed 0 where none is named. Made "
         "by `python examples/extend_smollm2/run.py`; results.json has the numbers behind it."
