@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -172,6 +173,7 @@ class Experiment:
         judge, folder = judge or self.judge, self.out / name.replace(" ", "-")
 
         def make() -> dict[str, Any]:
+            begin = time.process_time()
             found = find(
                 judge.losses,
                 [Document(d.name, d.tokens[-length:]) for d in self.searched],
@@ -184,6 +186,8 @@ class Experiment:
             kept = read_json(folder / "result.json")
             return {
                 **rope_json(found.rope),
+                # Of this run of the command alone, where it was stopped within the search.
+                "processor_seconds": round(time.process_time() - begin, 1),
                 "perplexity": judge.perplexity(found.rope, length),
                 "fitness": found.best.fitness,
                 **{key: kept[key] for key in ("evaluations", "seconds", "history")},
