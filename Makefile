@@ -9,7 +9,8 @@ NEWEST_TORCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := python -m pip --disable-pip-version-check install --quiet
+# Python compiles what it imports; pip would compile all of it, one file at a time.
+PIP := python -m pip --disable-pip-version-check install --quiet --no-compile
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt longrope_kernels/_version.py \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cmake')
 
@@ -58,13 +59,17 @@ test-newest-ptxas: $(VENV)/ptxas-$(NEWEST_PTXAS).stamp
 
 # Tests of what is other people's: the models, the compilers, the optimisers, the readers of configs.
 LEANING := $(wildcard tests/test_models_*.py tests/test_transformers.py tests/test_triton*.py \
-	tests/test_*compile.py tests/test_*ops.py tests/test_config.py tests/test_scaling*.py \
-	tests/test_search_*.py tests/test_import.py tests/test_cli.py tests/test_contacts.py \
-	tests/test_torch_private.py)
+	tests/test_config.py tests/test_scaling*.py tests/test_search_*.py tests/test_import.py \
+	tests/test_cli.py tests/test_contacts.py)
+LEANING_ON_TORCH := $(wildcard tests/test_*compile.py tests/test_*ops.py tests/test_torch_private.py)
+LOCKED_TORCH := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements/development.txt)
 
-# What codegen's pages count is of the oldest Triton.
+# What codegen's pages count is of the oldest Triton. What leans on torch alone `test` and `test-long`
+# have run already where torch is the locked one.
 test-oldest: .venv-oldest/oldest.stamp
-	LONGROPE_FULL=1 $(call pytest,.venv-oldest) --dist worksteal $(LEANING) $(wildcard tests/test_codegen*.py)
+	LONGROPE_FULL=1 $(call pytest,.venv-oldest) --dist worksteal $(LEANING) \
+		$(if $(filter-out $(LOCKED_TORCH),$(OLDEST_TORCH)),$(LEANING_ON_TORCH)) \
+		$(wildcard tests/test_codegen*.py)
 
 # The plugin in vLLM's engine, of its build for the CPU. What that asks for has no say: the lock leaves
 # out torchvision and its like, whose builds of the package index are for CUDA. A file is one process's,
@@ -87,7 +92,7 @@ test-newest: $(VENV)/development.stamp
 	.venv-newest/bin/$(PIP) -r .venv-newest/names.txt $(if $(NEWEST_TORCH),torch==$(NEWEST_TORCH))
 	.venv-newest/bin/$(PIP) --upgrade --no-deps triton  # newer than torch asks for
 	$(call install,.venv-newest)
-	-$(call pytest,.venv-newest) --dist worksteal $(LEANING)
+	-$(call pytest,.venv-newest) --dist worksteal $(LEANING) $(LEANING_ON_TORCH)
 	-LONGROPE_FULL=1 OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q --numprocesses auto \
 		--dist worksteal tests/test_architectures.py
 	.venv-newest/bin/python tools/compatibility.py compare \

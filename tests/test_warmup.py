@@ -122,6 +122,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "policy without a cache": ({"policy": "often"}, ValueError, "policy: expected"),
     "window": ({"window": 0}, ValueError, "window: expected at least 1"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap: expected a finite number above 0"),
+    "sinks": ({"sinks": torch.zeros(4)}, TypeError, "sinks: expected True or False, got Tensor"),
     "device": ({"device": "nowhere"}, ValueError, "device: expected one that is here"),
     "backend": ({"backend": "fast"}, ValueError, "backend: expected one of"),
 }

@@ -83,6 +83,8 @@ def warmup(
         raise TypeError(f"cache_dtype: expected {dtype}, float8_e4m3fn or None, got {cache_dtype}")
     if capacity is None and (block_size, cache_dtype) != (None, None):
         raise ValueError("capacity: expected beside block_size and cache_dtype, got None")
+    if not isinstance(sinks, bool):
+        raise TypeError(f"sinks: expected True or False, got {type(sinks).__name__}")
     most = 2**31 - 1 if capacity is None else check_count("capacity", capacity, 1)
     steps = _counts("tokens", tokens, most)
     if capacity is not None and not steps:
