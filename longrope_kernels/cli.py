@@ -108,7 +108,10 @@ def _show_models() -> None:
 @app.command()
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Folder for results.json and error.png; made if needed.")
+        Path,
+        typer.Option(
+            file_okay=False, help="Folder for results.json and error.png; made if needed."
+        ),
     ] = Path("demo-output"),
     quick: Annotated[
         bool, typer.Option("--quick", help="Small sizes: does everything run? (half a minute)")

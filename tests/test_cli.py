@@ -81,6 +81,13 @@ def test_demo_without_its_packages_is_one_line_naming_the_extra(monkeypatch, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_demo_into_a_file_is_refused_by_name(tmp_path):
+    (tmp_path / "out").touch()
+    result = run("demo", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "Invalid value for '--out'" in result.stderr
+
+
 @pytest.mark.parametrize("command", ["search", "readjust", "extend", "evaluate", "plot"])
 def test_a_search_without_its_packages_is_one_line_naming_the_extra(monkeypatch, command):
     monkeypatch.setitem(sys.modules, "tqdm", None)  # as if it were not installed

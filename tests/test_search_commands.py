@@ -252,6 +252,7 @@ ERRORS = {
     "optimizer": ({}, {"optimizer": "adam"}, "optimizer: expected one of evolution, cmaes"),
     "no tokenizer": ({}, {"tokenizer": "model"}, "tokenizer: found none in"),
     "dtype": ({}, {"dtype": "int8"}, "dtype: expected one of auto, float32"),
+    "device": ({}, {"device": "cuda:99"}, "device: expected one that is here, got 'cuda:99'"),
     "original": ({}, {"original-length": 64}, "original length: expected 2 to 32 tokens"),
 }
 

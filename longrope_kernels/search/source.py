@@ -17,6 +17,7 @@ import torch
 from ..integrations import families
 from ..rope import FactorSet, Rope, hf_config, scaling
 from ..rope.files import SIDECAR
+from ..rope.value import check_device
 from .documents import Document
 
 CONFIG = "config.json"
@@ -154,8 +155,9 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
 
 
 def device_of(device: str) -> str:
-    """What "auto" of `load_model` is here."""
+    """What "auto" of `load_model` is here; ValueError where another is not."""
     if device != "auto":
+        check_device(device)
         return device
     return f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"
 
