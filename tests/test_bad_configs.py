@@ -267,6 +267,15 @@ def test_a_base_below_1_makes_later_pairs_too_fast() -> None:
             Rope(FactorSet((1.0, 1.0)), base=base)
 
 
+def test_a_config_as_factors_is_refused_in_a_line_that_names_from_config() -> None:
+    from longrope_kernels import apply_rotary
+
+    config: Any = published_configs()["phi-3-mini-128k"]
+    with pytest.raises(TypeError, match=r"factors: expected a Rope \(Rope.from_config") as error:
+        apply_rotary(torch.ones(1, 1, 1, 96), None, torch.arange(1), config, 0)
+    assert len(str(error.value)) < 400
+
+
 @pytest.mark.parametrize("value", ["1.5", b"1.5", True])
 def test_strings_are_no_factors(value: Any) -> None:
     with pytest.raises(TypeError, match="factors: expected a sequence of numbers"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -90,7 +91,8 @@ def _listed(values: Sequence[float]) -> tuple[float, ...]:
         numbers = floats(values)
     except (TypeError, ValueError):
         raise TypeError(
-            f"factors: expected a Rope, a tensor or a sequence of numbers, got {values!r}"
+            "factors: expected a Rope (Rope.from_config reads one from a model's config), a tensor "
+            f"or a sequence of numbers, got {reprlib.repr(values)}"
         ) from None
     except OverflowError as error:
         raise ValueError(f"factors: expected finite numbers above 0, got {error}") from None
