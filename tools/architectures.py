@@ -380,6 +380,9 @@ def run(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def main(names: list[str]) -> None:
+    unknown = sorted(set(names) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    if unknown:
+        sys.exit(f"{__doc__}\nexpected causal language models, got {', '.join(unknown)}")
     transformers.logging.set_verbosity_error()
     version = minor(transformers.__version__)
     found = run(names or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))

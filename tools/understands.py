@@ -187,6 +187,9 @@ def tried(name: str, rope: Rope) -> dict[str, Any]:
 
 
 def main(names: Sequence[str]) -> None:
+    if not names or not set(names) <= set(ASKED):
+        known_names = ", ".join(map(repr, ASKED))
+        sys.exit(f"{__doc__}\nexpected some of {known_names}, got {', '.join(names) or 'none'}")
     known = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
     for name in names:
         row = {what: tried(name, rope) for what, rope in ROPES.items()}
