@@ -85,8 +85,15 @@ class Texts:
 class Machine:
     """Where the model runs, and in what."""
 
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto"
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: a GPU where there is one.")
+    ] = "auto"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, bfloat16, float16, or auto: float32 on a CPU, as the weights on a GPU."
+        ),
+    ] = "auto"
     context_parallel: Annotated[
         int,
         typer.Option(
