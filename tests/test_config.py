@@ -170,6 +170,14 @@ def test_other_types_are_refused() -> None:
     layers = {"full": {"rope_type": "default"}, "sliding": {"rope_type": "default"}}
     with pytest.raises(ValueError, match="config"):
         Rope.from_config({"head_dim": 64, "rope_parameters": layers})
+
+
+@pytest.mark.parametrize("beside", [{"sliding_attention": None}, {"rope_theta": 1e4}])
+def test_parameters_of_some_layers(beside: Config) -> None:
+    """As files have them where a kind of layers has no rotation, and as transformers 5.0 wrote."""
+    layers = {"full_attention": {"rope_type": "linear", "factor": 8.0}, **beside}
+    with pytest.raises(ValueError, match="one set of rope_parameters.*each of full_attention$"):
+        Rope.from_config({"head_dim": 64, "rope_parameters": layers})
     with pytest.raises(ValueError, match="config"):
         Rope.from_config({"head_dim": 64, "rope_scaling": "longrope"})
 
