@@ -135,6 +135,22 @@ def test_default_is_plain(config: Config) -> None:
     assert Rope.from_config(as_object(config)) == Rope.plain(64)
 
 
+@pytest.mark.parametrize(
+    ("config", "rotary_dim", "base"),
+    [
+        ({"hidden_size": 64, "num_attention_heads": 4, "rope_embedding_base": 1000000}, 16, 1e6),
+        ({"head_dim": 64, "rotary_pct": 0.25, "rotary_emb_base": 25000}, 16, 25e3),
+        ({"hidden_size": 7168, "num_attention_heads": 128, "qk_rope_head_dim": 64}, 64, 1e4),
+        ({"head_dim": 129, "rotary_dim": 98, "rope_theta": 5e6}, 98, 5e6),
+        ({"head_dim": 64, "rotary_dim": None, "rotary_pct": 1.0}, 64, 1e4),
+    ],
+    ids=["phi-3-small", "gpt-neox", "deepseek", "minimax-m2", "gpt-j"],
+)
+@pytest.mark.parametrize("form", [dict, as_object], ids=["dict", "object"])
+def test_other_names_of_fields(config: Config, rotary_dim: int, base: float, form: Any) -> None:
+    assert Rope.from_config(form(config)) == Rope.plain(rotary_dim, base=base)
+
+
 def test_plain_reads_the_base() -> None:
     assert Rope.from_config({"head_dim": 64, "rope_theta": 5e5}).base == 5e5
     config = {"head_dim": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 2e6}}
@@ -170,16 +186,16 @@ def test_other_types_are_refused() -> None:
     layers = {"full": {"rope_type": "default"}, "sliding": {"rope_type": "default"}}
     with pytest.raises(ValueError, match="config"):
         Rope.from_config({"head_dim": 64, "rope_parameters": layers})
+    with pytest.raises(ValueError, match="config"):
+        Rope.from_config({"head_dim": 64, "rope_scaling": "longrope"})
 
 
 @pytest.mark.parametrize("beside", [{"sliding_attention": None}, {"rope_theta": 1e4}])
 def test_parameters_of_some_layers(beside: Config) -> None:
     """As files have them where a kind of layers has no rotation, and as transformers 5.0 wrote."""
     layers = {"full_attention": {"rope_type": "linear", "factor": 8.0}, **beside}
-    with pytest.raises(ValueError, match="one set of rope_parameters.*each of full_attention$"):
+    with pytest.raises(ValueError, match=r"one set of rope_parameters.*each of full_attention$"):
         Rope.from_config({"head_dim": 64, "rope_parameters": layers})
-    with pytest.raises(ValueError, match="config"):
-        Rope.from_config({"head_dim": 64, "rope_scaling": "longrope"})
 
 
 # ---------------------------------------------------------------------------------- transformers

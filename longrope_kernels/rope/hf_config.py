@@ -19,6 +19,11 @@ _TYPES = ("default", "linear", "dynamic", "yarn", *LONGROPE_TYPES, "llama3", "pr
 _PHI3 = ("phi3", "phi4_multimodal")
 _PHI3_ORIGINAL = 4096
 _MOST_DIMENSIONS = 2**16  # of a head; more is a mistake, and lists of that length fill the memory
+# What files that name it in their own way have in place of a field, Phi-3-small's and GPT-NeoX's.
+_OTHER_NAMES = {
+    "rope_theta": ("rope_embedding_base", "rotary_emb_base"),
+    "partial_rotary_factor": ("rotary_pct",),
+}
 # On the top level, beside the fields of transformers, which has none for it: there any config
 # class keeps a key it does not know, where validation of rope_parameters complains.
 N_HAT_KEY = "longrope_n_hat"
@@ -61,9 +66,7 @@ def read_n_hat(config: Any) -> int | tuple[int, int]:
 
 def read_base(config: Any) -> float:
     """``rope_theta``, from ``rope_parameters`` or the top level; 10000 where there is none."""
-    base = _number(_rope_parameters(config), "rope_theta")
-    if base is None:
-        base = _number(config, "rope_theta")
+    base = _shared(config, "rope_theta")
     return 10000.0 if base is None else float(base)
 
 
@@ -288,11 +291,19 @@ def read_length(config: Any, name: str) -> int | None:
 def _rotary_dim(config: Any, partial: bool = True) -> int | None:
     head_dim = _whole(config, "head_dim")
     if head_dim is None:
+        # Latent attention rotates a part of its own, of which files of DeepSeek's say no more.
+        rotary_dim = _whole(config, "qk_rope_head_dim")
+        if rotary_dim is not None:
+            return rotary_dim
         hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
         if hidden is None or heads is None:
             return None
         head_dim = hidden // heads
-    rotary_dim = int(head_dim * (_share(config) if partial else 1.0))
+    rotary_dim = head_dim
+    if partial and _shared(config, "partial_rotary_factor") is not None:
+        rotary_dim = int(head_dim * _share(config))
+    elif partial:
+        rotary_dim = _whole(config, "rotary_dim") or head_dim  # of MiniMax-M2's files
     if rotary_dim > _MOST_DIMENSIONS:
         raise ValueError(
             f"config: expected at most {_MOST_DIMENSIONS} rotary dimensions, got {rotary_dim} "
@@ -312,7 +323,14 @@ def _whole(config: Any, name: str) -> int | None:
 
 def _share(config: Any) -> float:
     """``partial_rotary_factor``, from ``rope_parameters`` or the top level; 1 without one."""
-    share = _number(_rope_parameters(config), "partial_rotary_factor")
-    if share is None:
-        share = _number(config, "partial_rotary_factor")
+    share = _shared(config, "partial_rotary_factor")
     return 1.0 if share is None else float(share)
+
+
+def _shared(config: Any, name: str) -> Any:
+    """The number of that name in ``rope_parameters``, on the top level, or under another name."""
+    found = _number(_rope_parameters(config), name)
+    for other in (name, *_OTHER_NAMES[name]):
+        if found is None:
+            found = _number(config, other)
+    return found
