@@ -19,8 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import HunYuanDenseV1Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import (
+    HunYuanDenseV1RotaryEmbedding,
+)
 
 from longrope_kernels import Rope
 from longrope_kernels.rope import scaling
@@ -126,6 +129,17 @@ def test_dynamic(
     if length is None or length <= 32768:
         assert set(rope.sets[0].factors) == {1.0}
     assert rope.sets[0].max_length == max(length or 0, 32768)
+
+
+def test_dynamic_with_an_alpha() -> None:
+    """HunYuan's, of no length; its factor is not read."""
+    scaling_4 = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
+    fields = {"head_dim": 128, "rope_theta": 1e4, "rope_scaling": scaling_4}
+    rope = Rope.from_config(fields, length=16384)
+    assert rope == scaling.ntk_aware(128, 1000.0)
+    rotary = HunYuanDenseV1RotaryEmbedding(HunYuanDenseV1Config(**copy.deepcopy(fields)))
+    own = rotary.inv_freq.double()
+    torch.testing.assert_close(rope.tables(CPU).inv_freq[0, 1], own, rtol=40 * U, atol=0)
 
 
 YARN: list[Config] = [

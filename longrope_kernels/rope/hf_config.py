@@ -117,6 +117,10 @@ def _read_set(
         return {"factors": formulas.proportional_factors(pairs, _share(config), factor)}
     if kind == "yarn":
         return _read_yarn(config, parameters, base, pairs)
+    # HunYuan's, in which the factor has no part: a plain NTK, the same at every length.
+    alpha = _number(parameters, "alpha") if kind == "dynamic" else None
+    if alpha:
+        return {"factors": formulas.ntk_factors(pairs, alpha)}
 
     factor = _required(parameters, "factor")
     if kind == "linear":
