@@ -93,7 +93,9 @@ def test_another_single_set_stands_in_both_lists(rope: Rope, version: int) -> No
 
 def test_the_fields_of_transformers_5() -> None:
     assert TWO.to_config(head_dim=8) == {
+        "rope_scaling": None,
         "head_dim": 8,
+        "longrope_n_hat": None,
         "original_max_position_embeddings": 4096,
         "rope_parameters": {
             "rope_type": "longrope",
@@ -106,12 +108,13 @@ def test_the_fields_of_transformers_5() -> None:
         },
     }
     plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    assert Rope.plain(8).to_config() == plain
+    assert Rope.plain(8).to_config() == {"rope_scaling": None, "longrope_n_hat": None, **plain}
 
 
 def test_the_fields_of_transformers_4() -> None:
     rope = Rope.longrope(SHORT, LONG, 4096, 131072, n_hat=(0, 4))
     assert rope.to_config(version=4, max_position_embeddings=131072) == {
+        "rope_parameters": None,
         "original_max_position_embeddings": 4096,
         "max_position_embeddings": 131072,
         "longrope_n_hat": [0, 4],
@@ -125,7 +128,30 @@ def test_the_fields_of_transformers_4() -> None:
     assert rope.to_config(version=4)["rope_scaling"]["attention_factor"] == math.sqrt(
         1 + math.log(32) / math.log(4096)
     )
-    assert Rope.plain(8).to_config(version=4) == {"rope_theta": 1e4, "rope_scaling": None}
+    assert Rope.plain(8).to_config(version=4) == {
+        "rope_parameters": None,
+        "longrope_n_hat": None,
+        "rope_theta": 1e4,
+        "rope_scaling": None,
+    }
+
+
+@pytest.mark.parametrize("n_hat", [0, 7, (0, 4)])
+@pytest.mark.parametrize("before", [4, 5])
+@pytest.mark.parametrize("version", [4, 5])
+def test_merged_into_a_config_of_another_rope(version: int, before: int, n_hat: Any) -> None:
+    old = Rope.longrope(LONG, LONG, 2048, 65536, n_hat=(3, 5), base=1e6)
+    sizes = {"head_dim": 6, "max_position_embeddings": 131072}
+    config = old.to_config(version=before, **sizes)
+    ropes = [Rope.longrope(SHORT, LONG, 4096, 131072, n_hat=n_hat)]
+    if not isinstance(n_hat, tuple):
+        ropes += [Rope.plain(6), scaling.linear(6, 2.0, n_hat=n_hat)]
+    for rope in ropes:
+        fields = rope.to_config(version=version, **sizes)
+        assert Rope.from_config({**config, **fields}) == rope
+        object_ = LlamaConfig(**copy.deepcopy(config), num_hidden_layers=1)
+        object_.update(copy.deepcopy(fields))
+        assert Rope.from_config(object_) == rope
 
 
 def test_unequal_attention_factors_are_the_mscales() -> None:
@@ -152,7 +178,7 @@ def test_a_published_config_is_written_as_it_was(name: str) -> None:
         head_dim=published["head_dim"],
         max_position_embeddings=published["max_position_embeddings"],
     )
-    assert fields == {field: published[field] for field in fields}
+    assert fields == {field: published.get(field) for field in fields}
 
 
 @pytest.mark.parametrize("n_hat", [0, 4, (0, 4)])

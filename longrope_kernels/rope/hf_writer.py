@@ -62,8 +62,7 @@ def write_config(
     if max_position_embeddings is not None:
         fields["max_position_embeddings"] = max_position_embeddings
     thresholds = [factor_set.n_hat for factor_set in sets]
-    if any(thresholds):
-        fields[N_HAT_KEY] = thresholds[0] if len(set(thresholds)) == 1 else thresholds
+    fields[N_HAT_KEY] = thresholds if len(set(thresholds)) > 1 else thresholds[0] or None
     return _placed(2 * len(long.factors), base, parameters, fields, version, head_dim)
 
 
@@ -75,7 +74,7 @@ def _placed(
     version: int,
     head_dim: int | None,
 ) -> dict[str, Any]:
-    """Each field where that version of transformers looks for it."""
+    """Each field where that version of transformers looks for it, and None where another would."""
     shared: dict[str, Any] = {"rope_theta": base}
     if head_dim is not None:
         fields["head_dim"] = head_dim
@@ -84,11 +83,12 @@ def _placed(
         if "original_max_position_embeddings" in fields:
             original = fields["original_max_position_embeddings"]
             parameters["original_max_position_embeddings"] = original
-        return {**fields, "rope_parameters": {**shared, **parameters}}
+        # First: objects of transformers 5 have one attribute for both, in which the last one stays.
+        return {"rope_scaling": None, **fields, "rope_parameters": {**shared, **parameters}}
     # Phi-3's own check in transformers 4 takes exactly "type" and the two lists.
     kind = parameters.pop("rope_type")
     scaling = None if kind == "default" else {"type": kind, **parameters}
-    return {**fields, **shared, "rope_scaling": scaling}
+    return {"rope_parameters": None, **fields, **shared, "rope_scaling": scaling}
 
 
 def _check_writable(sets: Sequence[FactorSet], interleaved: bool) -> None:

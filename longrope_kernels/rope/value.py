@@ -224,7 +224,8 @@ class Rope:
         One set without scaling is written as type default, one of equal factors as linear, all
         else as longrope; one set then stands in both lists. `from_config` reads the same rope
         from it (two equal sets in that last case). A threshold goes to ``longrope_n_hat``, which
-        transformers keeps and only this package reads.
+        transformers keeps and only this package reads. What would contradict these fields in the
+        config they are merged into is among them as None.
 
         Args:
             version: of transformers: 5 writes ``rope_parameters``, 4 ``rope_scaling``.

@@ -218,7 +218,8 @@ def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str |
     except ValueError as error:
         (folder / CONFIG).unlink(missing_ok=True)
         return str(error)
-    config = {k: v for k, v in source.of_text.items() if k not in _REPLACED} | fields
+    config = {k: v for k, v in source.of_text.items() if k not in _REPLACED}
+    config |= {k: v for k, v in fields.items() if v is not None}
     if hf_config.original_length(config) != source.original:
         config[ORIGINAL_KEY] = source.original
     _write_of_text(source, config, folder)
