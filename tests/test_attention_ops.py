@@ -119,6 +119,13 @@ def test_choice(device: str, dtype: torch.dtype, needs: str, name: str) -> None:
     assert backends.choose_attention(None, device, dtype, 128, needs) == name
 
 
+@pytest.mark.parametrize("device", ["xpu", "mps", "meta"])
+def test_devices_without_a_row_are_not_served_by_the_cpu(device: str) -> None:
+    """They take the row of the CPU, whose kernels read its own memory."""
+    chosen = backends.choose_attention(None, device, torch.float32, 64, "scored", own=True)
+    assert chosen == "reference"
+
+
 @pytest.mark.parametrize("trains", [False, True], ids=["", "trains"])
 @pytest.mark.parametrize(("major", "needs", "name", "without"), BY_CAPABILITY)
 def test_choice_by_capability(

@@ -15,7 +15,15 @@ from cases import NATIVE, REFERENCE, Target, factors, two_sets
 from tolerance import assert_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longrope_kernels import FactorSet, Rope, apply_rotary, attention, decode, rerotate_
+from longrope_kernels import (
+    FactorSet,
+    KVCache,
+    Rope,
+    apply_rotary,
+    attention,
+    decode,
+    rerotate_,
+)
 
 AT = torch.arange(100_000, 100_006)
 
@@ -95,6 +103,25 @@ def test_keys_first_rerotated_under_a_mode(name: str) -> None:
     wanted = truth.rotary(k, AT, new).ref64
     torch.testing.assert_close(keys.double(), wanted, rtol=0, atol=2e-6)
     keys.sum().backward()
+
+
+@pytest.mark.parametrize("check", ["0", "1"])
+def test_meta_tensors(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes alone, in the checking mode too: nothing has values or shares memory."""
+    monkeypatch.setenv("LONGROPE_CHECK", check)
+    with torch.device("meta"):
+        q, k, v = (torch.empty(2, 5, heads, 16) for heads in (4, 2, 2))
+        lens, at = torch.full((2,), 5), torch.arange(5)
+    rope = two_sets(8)
+    apply_rotary(q, k, at, rope, lengths=lens, inplace=True)
+    out, lse = attention(q, k, v, at, rope, lengths=lens, return_lse=True)
+    assert out.shape == q.shape
+    assert lse.shape == (2, 4, 5)
+    cache = KVCache(rope, 2, 8, 2, 16, dtype=torch.float32, device="meta", policy="switch")
+    cache.append(k, v)
+    decoded = cache.decode(q)
+    assert decoded.shape == q.shape
+    assert all(x.is_meta for x in (out, lse, decoded))
 
 
 # Triton's interpreter is of one thread: it patches Triton while a kernel runs.

@@ -225,7 +225,7 @@ def choose_attention(
                 libraries and _module("flash_attention").serves(name, capability, head_dim, trains)
             ):
                 continue
-            if name == "native" and not own:
+            if name == "native" and not (own and device == "cpu"):  # others take the table of cpu
                 continue
             served = dtype in _dtypes(name) and head_dim in _head_dims(name)
             if served and missing_products(name) is None:

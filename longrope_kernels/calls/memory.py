@@ -64,7 +64,7 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
     Views of one packed QKV tensor do not: they interleave. For a stride m that all larger strides
     of both are multiples of, x lies in one interval of addresses modulo m and y in another; where
     these are disjoint for some m, so are x and y. Anything else whose address ranges meet counts
-    as overlapping. Fake tensors and a graph being traced have no addresses, and never overlap.
+    as overlapping. Fake and meta tensors, and a graph being traced, have no addresses and never do.
     """
     if torch.compiler.is_compiling() or clearly_apart((x,), (y,)):
         return False
@@ -94,7 +94,7 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 def _has_address(x: torch.Tensor) -> bool:
-    return type(x) in (torch.Tensor, torch.nn.Parameter)
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta
 
 
 def _dims(x: torch.Tensor) -> list[tuple[int, int]]:

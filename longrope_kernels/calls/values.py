@@ -204,8 +204,8 @@ def check_factors(factors: torch.Tensor) -> None:
 def readable(x: torch.Tensor) -> bool:
     """Whether values may be read: on the host, or on a device under ``LONGROPE_CHECK=1``.
 
-    Never while a graph is traced, and never those of a fake tensor, which has none.
+    Never while a graph is traced, and never those of a fake or meta tensor, which has none.
     """
-    if torch.compiler.is_compiling() or not is_plain(x):
+    if torch.compiler.is_compiling() or not is_plain(x) or x.is_meta:
         return False
     return x.is_cpu or os.environ.get("LONGROPE_CHECK") == "1"
