@@ -276,6 +276,13 @@ def test_no_keys_at_all(backend: Backend) -> None:
             assert torch.equal(out.cpu(), torch.zeros_like(q))
 
 
+@every_forward
+def test_no_heads_at_all(backend: Backend) -> None:
+    none = torch.empty(2, 5, 0, 16, dtype=backend.dtypes[0])
+    out = backend.attend(none, none, none, torch.arange(5), Rope.plain(16))
+    assert out.shape == none.shape
+
+
 @pytest.mark.parametrize("layout", ["bshd", "bhsd", "thd"])
 @every_forward
 def test_views_of_packed_qkv(backend: Backend, layout: str) -> None:

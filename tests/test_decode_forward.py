@@ -268,6 +268,13 @@ def test_all_float8_numbers(backend: Backend, code: int) -> None:
 
 
 @every_backend
+def test_no_heads_at_all(backend: Backend) -> None:
+    none = torch.empty(2, 5, 0, 32, dtype=backend.dtypes[0])
+    out = backend.decode(none[:, :1], none, none, torch.tensor([1, 5]), Rope.plain(32))
+    assert out.shape == (2, 1, 0, 32)
+
+
+@every_backend
 def test_the_crossing_changes_all_keys(backend: Backend) -> None:
     """One token over the boundary: what the long set alone gives, for keys cached long before."""
     case = backend.nearest(Case((21, 21), 1, 2, 1, boundary=20))

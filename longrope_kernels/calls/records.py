@@ -106,7 +106,7 @@ class AttentionCall(NamedTuple):
     @property
     def groups(self) -> int:
         """Query heads that share a KV head."""
-        return self.q.shape[2] // self.keys.heads
+        return self.q.shape[2] // max(self.keys.heads, 1)
 
     def visible(self) -> torch.Tensor:
         """Which keys each query sees: (B, Sq, Sk) bool."""

@@ -43,15 +43,15 @@ def tables_of(
         on_host = factors.device.type == "cpu" and is_plain(factors)
     else:
         factors, on_host = _listed(factors), True
+    check_n_hat(n_hat)
+    check_base(base)
+    check_attention_factor(attention_factor)
     if on_host and not torch.compiler.is_compiling():
         rope = _rope_of(floats(factors), n_hat, base, interleaved, attention_factor)
         return rope.tables(device)
 
     if not isinstance(factors, torch.Tensor):
         factors = torch.tensor(factors, dtype=torch.float64, device="cpu")
-    check_n_hat(n_hat)
-    check_base(base)
-    check_attention_factor(attention_factor)
     inv_freq, steps = frequencies(factors, float(base))
     at = factors.device
     return Tables(
