@@ -141,10 +141,11 @@ def test_default_is_plain(config: Config) -> None:
         ({"hidden_size": 64, "num_attention_heads": 4, "rope_embedding_base": 1000000}, 16, 1e6),
         ({"head_dim": 64, "rotary_pct": 0.25, "rotary_emb_base": 25000}, 16, 25e3),
         ({"hidden_size": 7168, "num_attention_heads": 128, "qk_rope_head_dim": 64}, 64, 1e4),
-        ({"head_dim": 129, "rotary_dim": 98, "rope_theta": 5e6}, 98, 5e6),
-        ({"head_dim": 64, "rotary_dim": None, "rotary_pct": 1.0}, 64, 1e4),
+        ({"model_type": "minimax_m2", "head_dim": 129, "rotary_dim": 98}, 98, 1e4),
+        ({"model_type": "minimax_m3_vl_text", "head_dim": 128, "rotary_dim": 64}, 128, 1e4),
+        ({"hidden_size": 2048, "num_attention_heads": 32, "kv_channels": 128}, 128, 1e4),
     ],
-    ids=["phi-3-small", "gpt-neox", "deepseek", "minimax-m2", "gpt-j"],
+    ids=["phi-3-small", "gpt-neox", "deepseek", "minimax-m2", "minimax-m3", "jetmoe"],
 )
 @pytest.mark.parametrize("form", [dict, as_object], ids=["dict", "object"])
 def test_other_names_of_fields(config: Config, rotary_dim: int, base: float, form: Any) -> None:

@@ -293,7 +293,7 @@ def read_length(config: Any, name: str) -> int | None:
 
 
 def _rotary_dim(config: Any, partial: bool = True) -> int | None:
-    head_dim = _whole(config, "head_dim")
+    head_dim = _whole(config, "head_dim") or _whole(config, "kv_channels")  # JetMoe's name
     if head_dim is None:
         # Latent attention rotates a part of its own, of which files of DeepSeek's say no more.
         rotary_dim = _whole(config, "qk_rope_head_dim")
@@ -306,8 +306,8 @@ def _rotary_dim(config: Any, partial: bool = True) -> int | None:
     rotary_dim = head_dim
     if partial and _shared(config, "partial_rotary_factor") is not None:
         rotary_dim = int(head_dim * _share(config))
-    elif partial:
-        rotary_dim = _whole(config, "rotary_dim") or head_dim  # of MiniMax-M2's files
+    elif partial and _get(config, "model_type") == "minimax_m2":  # others have it and don't read it
+        rotary_dim = _whole(config, "rotary_dim") or head_dim
     if rotary_dim > _MOST_DIMENSIONS:
         raise ValueError(
             f"config: expected at most {_MOST_DIMENSIONS} rotary dimensions, got {rotary_dim} "
