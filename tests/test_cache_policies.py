@@ -94,6 +94,18 @@ def test_chunks_of_a_pinned_prompt_have_its_set(make: Maker, policy: str) -> Non
         assert cache.sets.tolist() == [0, 1, 0]
 
 
+@every_cache
+@pytest.mark.parametrize("policy", ["pin", "recompute"])
+@pytest.mark.parametrize("name", ["lengths", "sets"])
+def test_a_kept_set_is_not_said_anew(make: Maker, policy: str, name: str) -> None:
+    cache = make(ROPE, 1, 64, policy=policy)
+    cache.append(*tokens(3), [3])
+    q = torch.randn(1, 1, KV_HEADS, DIM, dtype=cache.dtype)
+    with pytest.raises(ValueError, match=rf"^{name}: .*'{policy}'.*call pin"):
+        cache.decode(q, **{name: torch.ones(1, dtype=torch.int32)})
+    assert torch.equal(cache.decode(q, **{name: None}), cache.decode(q))
+
+
 def test_pin_by_index() -> None:
     cache = dense(policy="pin")
     cache.pin(2, set_index=2)

@@ -265,6 +265,10 @@ class Cache(ABC):
             v_new: like k_new.
             **kwargs: to `longrope_kernels.decode`; what the cache knows (caches, lengths, rope,
                 block table, scales, and the sets of rows that stay on one) is given by it.
+
+        Raises:
+            ValueError, TypeError: as `longrope_kernels.decode` does; ``lengths`` or ``sets`` where
+                rows keep a set.
         """
         own: dict[str, Any] = {
             "block_table": self.block_table,
@@ -276,6 +280,12 @@ class Cache(ABC):
         elif k_new is not v_new:
             raise ValueError("k_new, v_new: expected both or neither, got one of them")
         if self.sets is not None:
+            for name in ("lengths", "sets"):
+                if kwargs.pop(name, None) is not None:
+                    raise ValueError(
+                        f"{name}: expected none under policy {self.policy!r}, where each row keeps "
+                        "its set, got some; call pin before the first tokens of a row come"
+                    )
             own["sets"] = self.sets
         return decode(q, self.k(layer), self.v(layer), self.lens, self.rope, **own, **kwargs)
 
