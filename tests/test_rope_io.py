@@ -204,14 +204,18 @@ def test_llama_keeps_what_is_written(tmp_path: Path) -> None:
     assert Rope.from_config(LlamaConfig.from_pretrained(tmp_path)) == rope
 
 
+ORIGINAL = "original_max_position_embeddings"
 BAD_CONFIGS: list[tuple[str, Rope, dict[str, Any]]] = [
     ("version", TWO, {"version": 3}),
     ("interleaved", Rope.plain(6, interleaved=True), {}),
     ("sets", Rope((FactorSet((1.0,), max_length=4), FactorSet((1.0,), max_length=8))), {}),
     ("sets", Rope(tuple(FactorSet((1.0,), max_length=n) for n in (4, 8, None))), {}),
     ("sets", scaling.dynamic_ntk(8, 2.0, 64, 128), {}),
-    ("original_max_position_embeddings", scaling.yarn(16, 4.0, 64), {}),
-    ("original_max_position_embeddings", TWO, {"original_max_position_embeddings": 4097}),
+    (ORIGINAL, scaling.yarn(16, 4.0, 64), {}),
+    (ORIGINAL, TWO, {ORIGINAL: 4097}),
+    *(("max_position_embeddings", TWO, {"max_position_embeddings": n}) for n in ("64", 0, 64.5)),
+    (ORIGINAL, scaling.yarn(16, 4.0, 64), {ORIGINAL: "64"}),
+    (ORIGINAL, scaling.yarn(16, 4.0, 64), {ORIGINAL: 0}),
     ("head_dim", TWO, {"head_dim": 4}),
     ("head_dim", TWO, {"head_dim": 8.0}),
 ]

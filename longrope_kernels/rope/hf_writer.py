@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import formulas
-from .factor_set import FactorSet
+from .factor_set import FactorSet, is_int
 from .hf_config import N_HAT_KEY
 
 
@@ -30,6 +30,12 @@ def write_config(
     if version not in (4, 5):
         raise ValueError(f"version: expected 4 or 5, of transformers, got {version!r}")
     _check_writable(sets, interleaved)
+    for name, length in (
+        ("original_max_position_embeddings", original_max_position_embeddings),
+        ("max_position_embeddings", max_position_embeddings),
+    ):
+        if length is not None and not (is_int(length) and length > 0):
+            raise ValueError(f"{name}: expected a whole number of tokens above 0, got {length!r}")
     original = original_max_position_embeddings
     short, long = sets[0], sets[-1]
     if len(sets) == 2:
