@@ -24,6 +24,8 @@ from transformers import (
     DynamicCache,
     GPTJConfig,
     GPTJForCausalLM,
+    HunYuanDenseV1Config,
+    HunYuanDenseV1ForCausalLM,
     PreTrainedTokenizerFast,
     StaticCache,
     pipeline,
@@ -94,6 +96,18 @@ def test_dynamic_scaling_is_refused():
     assert model.model.rotary_emb is rotary
     at_512 = Rope.from_config(model.config, length=512)
     assert enable(model, rope=at_512).model.rotary_emb.rope is at_512
+
+
+def test_dynamic_scaling_by_an_alpha_is_served():
+    """HunYuan's, which no length changes."""
+    scaling = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 16}
+    config = HunYuanDenseV1Config(
+        **sizes, num_key_value_heads=1, num_hidden_layers=2, vocab_size=128, rope_scaling=scaling
+    )
+    model = HunYuanDenseV1ForCausalLM(config).eval()
+    before = logits(model)
+    assert max_diff(logits(enable(model, cache="rotated")), before) < CLOSE
 
 
 def test_an_unknown_rope_type_is_named():

@@ -36,7 +36,8 @@ def rope_of(rotary: Any, kind: str | None, interleaved: bool, length: int | None
         ValueError: its config gives other frequencies than it has, or needs a length.
     """
     fields = _fields(rotary, kind)
-    if rope_type(fields) == "dynamic" and length is None:
+    fixed = fields["rope_parameters"].get("alpha")  # as in HunYuan, at any length
+    if rope_type(fields) == "dynamic" and length is None and not fixed:
         raise ValueError(
             "model: its rope type 'dynamic' has other factors at each length; give "
             "rope=Rope.from_config(model.config, length=...) for the longest sequence to come"
