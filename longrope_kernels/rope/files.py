@@ -20,6 +20,7 @@ _KEYS = {"format", "version", "base", "interleaved", "sets"}
 _SET_KEYS = {"factors", "n_hat", "attention_factor", "max_length"}
 
 FilePath = str | os.PathLike[str]
+_BEGINS_NUMBERS = "+-.0123456789"
 
 
 def write_sidecar(
@@ -89,7 +90,8 @@ def read_csv(path: FilePath) -> list[float]:
     """The numbers of one row, or of one column, of comma-separated values.
 
     Rows that repeat the first (Microsoft's files have one for each layer) count once. A first
-    line without any number is a header, and lines that begin with # are comments.
+    line in which nothing begins like a number is a header, and lines that begin with # are
+    comments.
 
     Raises:
         ValueError: naming the file, and the line that is no row of numbers, not finite or unlike
@@ -106,7 +108,8 @@ def read_csv(path: FilePath) -> list[float]:
             continue
         fields = [field.strip() for field in line.split(",")]
         values = [_number(field) for field in fields]
-        if header_allowed and all(value is None for value in values):
+        words = not any(field[:1] in _BEGINS_NUMBERS for field in fields if field)
+        if header_allowed and words and all(value is None for value in values):
             header_allowed = False
             continue
         header_allowed = False
