@@ -52,7 +52,8 @@ REFUSED = {
     "backend": ({"backend": "fast"}, "backend: expected one of .*got 'fast'"),
     "triton on a CPU": ({"backend": "triton"}, "triton"),
     "rope": ({"rope": [1.0]}, "rope: expected a Rope or None, got list"),
-    "wide rope": ({"rope": Rope.plain(64)}, "rope: expected at most 32 rotary dimensions.*got 64"),
+    "wide rope": ({"rope": Rope.plain(64)}, "rope: expected 32 rotary dimensions.*got 64"),
+    "narrow rope": ({"rope": Rope.plain(16)}, "rope: expected 32 rotary dimensions.*got 16"),
 }
 
 

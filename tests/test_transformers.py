@@ -288,7 +288,7 @@ def test_unsupported_models_are_named():
 
 def test_a_rope_wider_than_a_head_is_refused_and_nothing_changed():
     model = small_model()
-    with pytest.raises(ValueError, match=r"rope: expected at most 96 rotary dimensions.*got 128"):
+    with pytest.raises(ValueError, match=r"rope: expected 96 rotary dimensions.*got 128"):
         enable(model, rope=Rope.plain(128))
     with pytest.raises(TypeError, match="rope: expected a Rope or None, got dict"):
         enable(model, rope={"factors": [1.0]})

@@ -18,7 +18,7 @@ from .architectures import ROTATED_ALONE
 from .caches import fingerprint
 from .contacts import check_own, install
 from .parts import Slot, slots_of
-from .probe import UnfitError
+from .probe import UnfitError, frequencies
 from .ropes import given, head_dim
 from .settings import CACHES, Cache, Settings
 from .spread_loss import heads_of, put_loss, take_loss
@@ -70,9 +70,9 @@ def enable(
         ValueError: naming the argument: no model that is supported, or not with this cache, and
             why; a rotation or layers that another package has replaced; a config whose rotation
             this package does not know, or that needs a length (dynamic NTK); a rope that rotates
-            more dimensions than a head has; an unknown cache or backend, or a backend that does not
-            serve the model's device or dtype; with ``group`` a cache "rotated", or a head that is
-            not of a causal language model. Nothing is changed then.
+            more or fewer dimensions than the model does; an unknown cache or backend, or a backend
+            that does not serve the model's device or dtype; with ``group`` a cache "rotated", or a
+            head that is not of a causal language model. Nothing is changed then.
         TypeError: ``rope`` is not a `Rope`, or ``group`` is no group.
         RuntimeError: the named backend is not available; the installed transformers has not what
             this relies on.
@@ -155,7 +155,7 @@ def set_rope(model: Model, rope: Rope | Mapping[str, Rope]) -> Model:
         The same model.
 
     Raises:
-        ValueError: the model was not enabled; the rope rotates more dimensions than a head has.
+        ValueError: the model was not enabled; the rope rotates other dimensions than the model.
             Nothing is changed then.
         TypeError: ``rope`` is not a `Rope`.
     """
@@ -201,13 +201,14 @@ def _ropes(slot: Slot, rope: Rope | Mapping[str, Rope] | None) -> dict[str, Rope
 
 def _check(settings: Settings, slot: Slot) -> None:
     config = slot.original.config
-    dim = head_dim(slot.attentions[0], config)
-    for rope in settings.ropes.values():
-        if dim is not None and rope.rotary_dim > dim:
+    for kind, (place, layer_type) in slot.kinds.items():
+        rotated, rope = 2 * frequencies(place.original, layer_type).numel(), settings.ropes[kind]
+        if rope.rotary_dim != rotated:  # other dimensions would make a pair
             raise ValueError(
-                f"rope: expected at most {dim} rotary dimensions, the model's head_dim, "
-                f"got {rope.rotary_dim}"
+                f"rope: expected {rotated} rotary dimensions, which this model rotates, got "
+                f"{rope.rotary_dim}; is it another model's?"
             )
+    dim = head_dim(slot.attentions[0], config)
     dim = settings.rope.rotary_dim if dim is None else dim
     weight = next(slot.base.parameters())
     device, dtype = weight.device.type, weight.dtype
