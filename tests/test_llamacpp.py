@@ -101,6 +101,16 @@ def test_what_gguf_cannot_say_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("length", [None, CONTEXT - 1, float(LENGTH), np.int64(LENGTH), 2**32])
+def test_a_length_that_no_loader_reads_is_refused(
+    tmp_path: Path, source: Path, length: Any
+) -> None:
+    """A float would be written as one, which llama.cpp does not take for a length."""
+    with pytest.raises(ValueError, match=r"length: expected at least the 256 .* whole number"):
+        export(ROPE, source, tmp_path / "out.gguf", length=length)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_architecture_that_reads_no_factors_is_refused(tmp_path: Path) -> None:
     model = make_model()
     model.config.model_type = "qwen2"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ...rope.factor_files import to_arrays
+from ...rope.factor_set import is_int
 from ...rope.value import Rope
 from .gguf_file import GgufFile
 
@@ -99,10 +100,11 @@ def export(
     rope = _of_two_sets(rope, original or int(file[f"{architecture}.context_length"]))
     short, long = rope.sets
     assert short.max_length is not None
-    if length is None or length < short.max_length:
+    most = 2**32 - 1  # written as uint32
+    if length is None or not is_int(length) or not short.max_length <= length <= most:
         raise ValueError(
-            f"length: expected at least the {short.max_length} tokens of the short set, "
-            f"got {length}"
+            f"length: expected at least the {short.max_length} tokens of the short set, a whole "
+            f"number up to {most}, got {length!r}"
         )
     arrays = {name: np.asarray(x) for name, x in to_arrays(rope, numpy=True).items()}
     file.copy(
