@@ -224,7 +224,18 @@ def test_which_ropes_are_ours(tmp_path: Path) -> None:
     )
     rope.save(tmp_path)
     assert rope_of(config) == rope
-    assert rope_of(SimpleNamespace(model=folder, architectures=["GPT2LMHeadModel"])) is None
+    assert rope_of(SimpleNamespace(model=folder, architecture="GPT2LMHeadModel")) is None
+
+
+def test_a_model_that_is_not_our_class_is_vllms_own(folder: str, tmp_path: Path) -> None:
+    """Nobody would tell it of steps: one inside another, or vLLM's class for any of transformers'.
+
+    The first as vLLM's Phi-3-vision makes its Llama.
+    """
+    outer = config_of(save_model(tmp_path, "olmo"))
+    inner = outer.with_hf_config(outer.model_config.hf_config, ["LlamaForCausalLM"])
+    assert policies_of(inner) is policies_of(outer) is None
+    assert policies_of(config_of(folder, model_impl="transformers")) is None
 
 
 def test_the_families() -> None:

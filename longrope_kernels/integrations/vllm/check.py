@@ -99,10 +99,11 @@ def _served(folder: Path) -> tuple[Rope, Any]:
         raise ValueError(f"MODEL: expected the folder of a model, got {folder} without config.json")
     config = AutoConfig.from_pretrained(folder)
     architectures = config.architectures or []
-    given = SimpleNamespace(model=folder, architectures=architectures, hf_text_config=config)
+    first = next(iter(architectures), None)
+    given = SimpleNamespace(model=folder, architecture=first, hf_text_config=config)
     rope = rope_of(given)
     if rope is None:
-        if not FAMILIES.keys() & set(architectures):
+        if first not in FAMILIES:
             raise ValueError(
                 f"MODEL: expected one of {', '.join(FAMILIES)} in config.json, got "
                 f"{architectures}; vLLM serves it as ever"

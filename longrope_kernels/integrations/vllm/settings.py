@@ -65,9 +65,11 @@ def default_mode(vllm_config: Any) -> str:
 def rope_of(model_config: Any) -> Rope | None:
     """The rope of a model that we serve: a ``longrope.json`` beside it, else its config's.
 
-    None for other architectures, and for other ropes of a config, which stay vLLM's own.
+    None for other architectures, and for other ropes of a config, which stay vLLM's own. The
+    architecture is the one that vLLM builds: of a model inside another one it is the outer one's,
+    which tells nobody of steps.
     """
-    if not FAMILIES.keys() & set(model_config.architectures):
+    if model_config.architecture not in FAMILIES:
         return None
     folder = Path(model_config.model)
     if (folder / SIDECAR).is_file():
