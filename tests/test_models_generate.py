@@ -150,6 +150,21 @@ def test_drafts_across_the_switch(seed):
     assert max(counts[1:]) > 1
 
 
+def test_many_drafts_by_a_rope_for_the_final_length():
+    """Those that come with the prompt, or more than 16 of them, are all under one set there."""
+    model, helper = (enable(family_model("phi3")) for _ in range(2))
+    with torch.no_grad():
+        model.lm_head.weight[0] = helper.lm_head.weight[0] = 0
+        helper.lm_head.weight.mul_(20)  # sure of its drafts: it makes all it may
+    ids = tokens(1, SWITCH - 10)
+    set_rope(model, Rope.from_config(model.config).for_length(SWITCH + 20))
+    expected = generated(model, ids, max_new_tokens=30)
+    with counted(model) as counts:
+        actual = generated(model, ids, max_new_tokens=30, assistant_model=helper)
+    assert torch.equal(actual, expected)
+    assert counts[0] > SWITCH
+
+
 @pytest.mark.parametrize("padded_rows", [False, True])
 def test_only_the_new_tokens(padded_rows):
     """A turn whose ids are the new tokens alone, and whose mask is of all."""
