@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from model_cases import (
     SWITCH,
     family_config,
@@ -86,6 +87,16 @@ def test_keys_of_others_are_refused(other, kind):
     with torch.no_grad():
         model(tokens(1, 20), past_key_values=cache)
     assert goes_on(model, cache)
+
+
+def test_keys_of_another_offloaded_model_are_refused():
+    """Whose weights both show nothing."""
+    model, other = family_model("llama"), another_model()
+    for each in (model, disable(other)):
+        enable(cpu_offload(each, execution_device=torch.device("cpu")))
+    assert goes_on(model, filled(model))
+    with pytest.raises(ValueError, match=OTHERS), torch.no_grad():
+        other(tokens(1, 24)[:, 20:], past_key_values=filled(model))
 
 
 def test_a_cache_rotated_by_another_rope():

@@ -9,6 +9,7 @@ transformers has renamed the argument once.
 
 from __future__ import annotations
 
+import secrets
 import zlib
 from itertools import chain
 from typing import Any
@@ -60,14 +61,15 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 def fingerprint(attention: nn.Module) -> int:
     """Tells models apart whose keys have the same shape: of some of each weight beside them.
 
-    The same in copies, and in another process that loads the same weights.
+    The same in copies, and in another process that loads the same weights. Of weights that lie
+    elsewhere (accelerate's offloading), which show nothing, it is another number each time.
     """
     found = 0
     for weight in chain(attention.parameters(), attention.buffers()):  # what quantised layers have
         if not weight.is_meta:
             some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
             found = zlib.crc32(str(some.tolist()).encode(), found)
-    return found
+    return found or secrets.randbits(64)
 
 
 def _check_implementation(config: Any) -> None:
