@@ -83,7 +83,7 @@ def read_set(config: Any, length: int | None = None) -> dict[str, Any]:
     if length is not None:
         formulas.check_positive("length", length)
     kind, parameters, base = rope_type(config), _rope_parameters(config), read_base(config)
-    rotary_dim = _rotary_dim(config, partial=kind != "proportional")
+    rotary_dim = read_rotary_dim(config, partial=kind != "proportional")
     if rotary_dim is None:
         raise ValueError("config: expected head_dim, or hidden_size and num_attention_heads")
     if rotary_dim < 2 or rotary_dim % 2:
@@ -173,7 +173,7 @@ def read_longrope_config(config: Any) -> dict[str, Any]:
     """
     parameters = _rope_parameters(config)
     arguments: dict[str, Any] = {"base": read_base(config)}
-    rotary_dim = _rotary_dim(config)
+    rotary_dim = read_rotary_dim(config)
     for name in ("short_factor", "long_factor"):
         factors = parameters.get(name)
         if factors is None:
@@ -292,7 +292,11 @@ def read_length(config: Any, name: str) -> int | None:
     return int(value)
 
 
-def _rotary_dim(config: Any, partial: bool = True) -> int | None:
+def read_rotary_dim(config: Any, partial: bool = True) -> int | None:
+    """Dimensions of a head that the model rotates; None where the config does not say its heads'.
+
+    partial: whether that may be a part of them.
+    """
     head_dim = _whole(config, "head_dim") or _whole(config, "kv_channels")  # JetMoe's name
     if head_dim is None:
         # Latent attention rotates a part of its own, of which files of DeepSeek's say no more.

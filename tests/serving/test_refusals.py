@@ -224,6 +224,9 @@ def test_which_ropes_are_ours(tmp_path: Path) -> None:
     )
     rope.save(tmp_path)
     assert rope_of(config) == rope
+    Rope.plain(64).save(tmp_path)
+    with pytest.raises(ValueError, match=r"longrope.json: expected 96 rotary dimensions.*got 64"):
+        rope_of(config)
     assert rope_of(SimpleNamespace(model=folder, architecture="GPT2LMHeadModel")) is None
 
 

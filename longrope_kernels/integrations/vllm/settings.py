@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...rope.files import SIDECAR
-from ...rope.hf_config import LONGROPE_TYPES, rope_type
+from ...rope.hf_config import LONGROPE_TYPES, read_rotary_dim, rope_type
 from ...rope.value import Rope
 from .policies import POLICIES, Policies, check_policy
 
@@ -68,13 +68,21 @@ def rope_of(model_config: Any) -> Rope | None:
     None for other architectures, and for other ropes of a config, which stay vLLM's own. The
     architecture is the one that vLLM builds: of a model inside another one it is the outer one's,
     which tells nobody of steps.
+
+    Raises:
+        ValueError: the file's rope rotates other dimensions than the model.
     """
     if model_config.architecture not in FAMILIES:
         return None
-    folder = Path(model_config.model)
+    folder, config = Path(model_config.model), model_config.hf_text_config
     if (folder / SIDECAR).is_file():
-        return Rope.load(folder)
-    config = model_config.hf_text_config
+        rope, rotated = Rope.load(folder), read_rotary_dim(config)
+        if rotated is not None and rope.rotary_dim != rotated:
+            raise ValueError(
+                f"{folder / SIDECAR}: expected {rotated} rotary dimensions, which the model "
+                f"rotates, got {rope.rotary_dim}; is it another model's?"
+            )
+        return rope
     try:
         kind = rope_type(config)
     except ValueError:  # none that this package knows
