@@ -163,6 +163,19 @@ def test_a_mask_with_holes_is_refused():
         run(enable(family_model("phi3")), attention_mask=mask)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_mask_of_the_new_tokens_alone_is_refused(static):
+    """transformers takes what is missing for padding; here it was taken for tokens."""
+    model, ids = enable(family_model("llama")), tokens()
+    cache = DynamicCache(config=model.config)
+    if static:
+        cache = StaticCache(config=model.config, max_cache_len=40)
+    model(ids[:, :20], past_key_values=cache)
+    new = torch.ones(2, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"attention_mask: expected 21 tokens, .*, got 1"):
+        model(ids[:, 20:21], attention_mask=new, past_key_values=cache)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_dropout_in_training_is_refused(name):
     model = enable(family_model(name, attention_dropout=0.1))

@@ -59,7 +59,7 @@ def slots_of_mask(
         (batch, 1, 1, 5) int64, or None where all slots are filled by real tokens.
 
     Raises:
-        ValueError: a mask that is more than padding.
+        ValueError: a mask that is more than padding, or has not all tokens that came before.
     """
     if mask_function is not None and not torch.compiler.is_compiling():
         for name in _parts(mask_function):
@@ -72,17 +72,23 @@ def slots_of_mask(
     # It says False as well of a static cache's single token, and whatever it traces.
     packed = not allow_is_causal_skip and q_length == kv_length > 1
     packed = packed and not torch.compiler.is_compiling()
+    filled = q_offset + q_length
     if attention_mask is not None:
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
             raise ValueError(
                 f"attention_mask: expected shape ({batch_size}, tokens), "
                 f"got {tuple(attention_mask.shape)}"
             )
+        known = isinstance(filled, int) or readable(filled)
+        if known and not torch.compiler.is_compiling() and attention_mask.shape[1] < int(filled):
+            raise ValueError(
+                f"attention_mask: expected {int(filled)} tokens, those in the cache and the new "
+                f"ones, got {attention_mask.shape[1]}"
+            )
         attention_mask = attention_mask[:, : kv_offset + kv_length]
         # On a device this waits for it, as transformers' own masks do, but never for one token.
         if (readable(attention_mask) or _may_wait(q_length)) and bool(attention_mask.all()):
             attention_mask = None
-    filled = q_offset + q_length
     is_full = not isinstance(filled, torch.Tensor) and filled == kv_offset + kv_length
     if attention_mask is None and is_full and not packed:
         return None
