@@ -90,7 +90,7 @@ DECODING = [
 ]  # fmt: skip
 CACHES = [
     Mutation("a full row goes on", "cache/rows.py", "if length + count > self.limit:", "if length + count > self.limit + 1:", "test_cache.py test_cache_errors.py test_cache_policies.py"),
-    Mutation("pinned rows switch", "cache/base.py", "if self.sets is not None:\n            own", "if False:\n            own", "test_cache_policies.py test_cache.py"),
+    Mutation("pinned rows switch", "cache/base.py", 'own["sets"] = self.sets', "pass", "test_cache_policies.py test_cache.py"),
     Mutation("a cut row keeps its set", "cache/rows.py", "        if length == 0:\n            self.sets[row] = None", "        if length < 0:\n            self.sets[row] = None", "test_cache_policies.py test_cache_stateful.py"),
     Mutation("recompute that goes on", "cache/rows.py", 'if crossing and self.policy == "recompute":', "if False:", "test_cache_policies.py"),
 ]  # fmt: skip

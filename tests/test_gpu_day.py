@@ -269,8 +269,9 @@ def test_goals_are_told_with_their_file_or_as_not_measured() -> None:
     assert "| at most 200 us | 190 us | yes | call-1.json |" in unpadded(text)
 
 
-def test_goals_and_headlines_are_rows_of_the_benchmarks() -> None:
+def test_goals_and_headlines_are_rows_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the ids and groups that pytest collects where there is a GPU."""
+    monkeypatch.setattr(modules.attentions, "DTYPE", modules.parameters.bf16)
     prompt = modules.attentions.Shape(8192, 128, True)
     for name in ("composed", "triton prepass", goals.CUDNN, goals.K_ALONE):
         assert name in modules.attentions.NAMES
