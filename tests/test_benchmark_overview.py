@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmark_modules import decode_rows, measure, model_rows, overview, rotary_rows
 from table import Row
 
@@ -56,8 +57,10 @@ def test_what_was_left_out_is_two_lines() -> None:
     ]
 
 
-SMALL = "benchmarks/test_attention.py::test_attention[forward-S = 256, d = 96, causal, float32-"
-ROWS = [f"{SMALL}{name}]" for name in ("transformers eager, SDPA", "composed")]
+DTYPE = "" if torch.cuda.is_available() else ", float32"
+SMALL = f"S = 256, d = 96, causal{DTYPE}"
+TEST = f"benchmarks/test_attention.py::test_attention[forward-{SMALL}-"
+ROWS = [f"{TEST}{name}]" for name in ("transformers eager, SDPA", "composed")]
 
 
 def run(*options: str) -> Any:
@@ -71,10 +74,10 @@ def run(*options: str) -> Any:
 def test_a_measurement_ends_in_minutes_unless_told_otherwise() -> None:
     shown = run("--benchmark-only")
     assert shown.returncode == 0, shown.stdout
-    told = r"^ *\d+ s  +(\d+) s left  attention: forward-S = 256, d = 96, causal, float32$"
+    told = rf"^ *\d+ s  +(\d+) s left  attention: forward-{SMALL}$"
     (left,) = re.findall(told, shown.stdout, re.M)
     assert 200 <= int(left) <= 600
-    row = r"^prefill  S = 256, d = 96, causal, float32  composed +\d+ +\d+ +[\d.]+ +[\d.]+$"
+    row = rf"^prefill  {SMALL}  composed +\d+ +\d+ +[\d.]+ +[\d.]+$"
     assert re.search(row, shown.stdout, re.M), shown.stdout
     assert "Name (time in" not in shown.stdout
     verbose = run("--benchmark-only", "-v", "--budget=0")
