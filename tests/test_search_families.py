@@ -19,13 +19,13 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
 
-from longrope_kernels import Rope, cli
+from longrope_kernels import FactorSet, Rope, cli
 from longrope_kernels.integrations.transformers import enable
 from longrope_kernels.integrations.transformers.probe import tiny
 from longrope_kernels.integrations.transformers.shrunk import shrunk
 from longrope_kernels.search.model import TransformersLosses
 from longrope_kernels.search.needles import Needle
-from longrope_kernels.search.source import open_source
+from longrope_kernels.search.source import open_source, write_config
 
 LENGTH = 96
 IDS = torch.arange(3, 3 + ORIGINAL)[None] % 64
@@ -131,6 +131,31 @@ def test_a_config_of_few_fields_is_read_with_its_class(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(few), "utf-8")
     with pytest.raises(ValueError, match=r"model: .*max_position_embeddings"):
         open_source(folder)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("factor", [1.0, 3.0])  # of all pairs: neither default nor linear there
+def test_a_config_of_phimoe_has_the_fields_its_class_wants(
+    tmp_path: Path, version: int, factor: float
+) -> None:
+    model_of("phimoe").save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    if version == 4:
+        del config["rope_parameters"]
+        file.write_text(json.dumps(config), "utf-8")
+    source = open_source(tmp_path / "model")
+    for attention in (1.0, 1.25):
+        one = FactorSet((factor,) * source.rope.pairs, attention_factor=attention)
+        rope = Rope((one,), source.rope.base)
+        assert write_config(source, rope, LENGTH, tmp_path / "found") is None
+        read = AutoConfig.from_pretrained(tmp_path / "found")
+        got = Rope.from_config(read)
+        assert got.sets[-1] == one
+        assert got.base == rope.base
+        twin = AutoModelForCausalLM.from_config(read).eval()
+        logits = twin(input_ids=IDS.repeat(1, 2)).logits  # by transformers' own code
+        assert torch.allclose(enable(twin)(input_ids=IDS.repeat(1, 2)).logits, logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [*FIELDS, "llava"])

@@ -25,6 +25,7 @@ EVALUATION = "evaluation.json"
 # Of a config whose own field for it has the bound of a short set, which may be another, or none.
 ORIGINAL_KEY = "longrope_original_length"
 _TEXT = "text_config"  # of a multimodal config
+_PHIMOE = "phimoe"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -204,6 +205,10 @@ def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str |
     folder.mkdir(parents=True, exist_ok=True)
     save_rope(rope, folder)
     version = 5 if "rope_parameters" in source.of_text else 4
+    of_phimoe = source.of_text.get("model_type") == _PHIMOE
+    if of_phimoe and len(rope.sets) == 1:
+        (one,) = rope.sets  # twice, since its class reads no scaling but longrope
+        rope = replace(rope, sets=(replace(one, max_length=source.original), one))
     dim = _head_dim(source.read)
     named = "head_dim" in source.of_text or dim != rope.rotary_dim
     if families.interleaved(source.of_text.get("model_type")):
@@ -218,12 +223,23 @@ def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str |
     except ValueError as error:
         (folder / CONFIG).unlink(missing_ok=True)
         return str(error)
+    if of_phimoe:
+        _add_mscales(fields["rope_parameters" if version == 5 else "rope_scaling"], rope)
     config = {k: v for k, v in source.of_text.items() if k not in _REPLACED}
     config |= {k: v for k, v in fields.items() if v is not None}
     if hf_config.original_length(config) != source.original:
         config[ORIGINAL_KEY] = source.original
     _write_of_text(source, config, folder)
     return None
+
+
+def _add_mscales(parameters: dict[str, Any], rope: Rope) -> None:
+    """What PhiMoE's class wants beside the factors, in place of one attention factor."""
+    short, long = rope.sets
+    parameters.pop("attention_factor", None)
+    parameters["original_max_position_embeddings"] = short.max_length
+    for name, one in (("short", short), ("long", long)):
+        parameters[f"{name}_mscale"] = float(one.attention_factor)
 
 
 def write_lengths(source: Source, length: int, folder: Path) -> None:
