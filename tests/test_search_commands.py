@@ -276,6 +276,8 @@ def test_broken_files_are_one_line_too(work, searched, tmp_path):
     weights = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     make_model(small, vocab_size=64)
+    other = make_model(tmp_path / "other model", rms_norm_eps=0.1)  # of the same weights
+    shutil.copytree(searched, tmp_path / "searched")
     shutil.copytree(searched, started)
     state = json.loads((started / "state.json").read_text())
     del state["config_hash"]
@@ -286,6 +288,7 @@ def test_broken_files_are_one_line_too(work, searched, tmp_path):
         (cut, out, "expected whole weights"),
         (small, out, "--tokenizer: expected ids below 64, which the model knows"),
         (work / "model", started, "expected config, config_hash and state"),
+        (other, tmp_path / "searched", "the folder is another run's: context.config is "),
         (work / "model", work / "model", "--out: expected another folder than that of the model"),
     ):
         result = run("search", model, *texts, *flags(out=folder))

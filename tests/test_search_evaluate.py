@@ -13,6 +13,7 @@ from search_cases import (
     ORIGINAL,
     flags,
     given,
+    make_model,
     measured,
     one_thread,
     pictures,
@@ -97,6 +98,12 @@ def test_what_was_measured_is_not_measured_again(work, searched, tmp_path, monke
     before = len(measured)
     assert run(*command, "--out", tmp_path, "--last", 100).exit_code == 0
     assert len(measured) > before
+    # A config decides what the same weights say.
+    command[1] = make_model(tmp_path / "other", rms_norm_eps=0.1)
+    assert run(*command, "--out", tmp_path).exit_code == 0
+    own = "the model's own"
+    now = json.loads((tmp_path / "evaluation.json").read_bytes())["perplexity"][own]
+    assert now != json.loads(content)["perplexity"][own]
 
 
 def evaluated(work: Path, out: Path, *more: Any) -> tuple[dict[str, Any], str]:

@@ -20,7 +20,7 @@ from .options import LENGTHS, Given, Machine, Out, Upper
 from .ranks import is_main
 from .readjust import readjust
 from .settings import Options
-from .source import Source, baselines, fingerprint, read_json, write_config
+from .source import Source, baselines, identity, read_json, write_config
 from .space import SearchSpace, critical_dimension
 from .terminal import bars, draw, number, say, table
 
@@ -68,7 +68,7 @@ class Search:
                 *(losses, documents, space, options, self.out),
                 others=baselines(source, self.length),
                 encode=encode,
-                context={"weights": fingerprint(losses.model)},
+                context=identity(source, losses.model),
                 progress=watch("search", "search", 0),
                 say=say,
                 sharing=self.given.context_parallel,
@@ -158,7 +158,7 @@ class Readjust:
                 *(self.options, self.out),
                 upper=self.upper,
                 encode=encode,
-                context={"weights": fingerprint(losses.model)},
+                context=identity(source, losses.model),
                 progress=watch("search", "readjust", 0),
                 say=say,
                 sharing=self.given.context_parallel,

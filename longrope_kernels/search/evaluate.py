@@ -28,7 +28,7 @@ from .source import (
     baselines,
     digest,
     dynamic_ntk,
-    fingerprint,
+    identity,
     write_json,
 )
 from .terminal import draw, table
@@ -98,7 +98,7 @@ class Evaluate:
         ropes = self._ropes(source)
         needles = self._needles(encode)
         documents, losses = self.given.measured(encode, self.lengths[-1])
-        found = self._measure(ropes, documents, losses, needles, len(encode.start))
+        found = self._measure(source, ropes, documents, losses, needles, len(encode.start))
         if is_main():
             self._write(found, documents, source)
             self._print(found, len(documents))
@@ -138,6 +138,7 @@ class Evaluate:
 
     def _measure(
         self,
+        source: Source,
         ropes: Sequence[tuple[int, str, Rope]],
         documents: Sequence[Document],
         losses: TransformersLosses,
@@ -148,7 +149,7 @@ class Evaluate:
         from tqdm import tqdm
 
         decides: dict[str, Any] = {
-            "weights": fingerprint(losses.model),
+            **identity(source, losses.model),
             "dtype": str(losses.model.dtype),
             "documents": digest(documents),
             "needles": needles,

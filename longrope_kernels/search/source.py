@@ -19,6 +19,7 @@ from ..rope import FactorSet, Rope, hf_config, scaling
 from ..rope.files import SIDECAR
 from ..rope.value import check_device
 from .documents import Document
+from .state import config_hash
 
 CONFIG = "config.json"
 EVALUATION = "evaluation.json"
@@ -308,6 +309,11 @@ _REPLACED = (
     *("rope_parameters", "rope_scaling", "rope_theta"),
     *(hf_config.N_HAT_KEY, ORIGINAL_KEY),
 )
+
+
+def identity(source: Source, model: Any) -> dict[str, str]:
+    """What decides the losses of a model beside its rope, as JSON values: config and weights."""
+    return {"weights": fingerprint(model), "config": config_hash(source.config)}
 
 
 def fingerprint(model: Any) -> str:
