@@ -40,6 +40,13 @@ def test_bytes_are_those_of_utf8(folder):
     assert str(document.tokens.dtype) == "torch.int64"
 
 
+def test_ids_that_the_model_does_not_know_are_refused(folder):
+    encode = encoder("bytes", 110)
+    assert encode("mmm") == [109] * 3
+    with pytest.raises(ValueError, match=r"--tokenizer: expected ids below 110, .* got 110"):
+        encode("mmn")
+
+
 def test_the_tokenizer_of_a_folder_adds_nothing(tmp_path):
     plain = Tokenizer(models.WordLevel({"[U]": 0, "[B]": 1, "ab": 2, "c": 3}, "[U]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()

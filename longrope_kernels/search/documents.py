@@ -25,28 +25,40 @@ class Document:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Text to ids, without special tokens; ``start`` are those that stand before a document."""
+    """Text to ids, without special tokens; ``start`` are those that stand before a document.
+
+    Raises where a text has ids of ``known`` or more, which no embedding of the model is for.
+    """
 
     encode: Encode
     start: tuple[int, ...] = ()
+    known: int | None = None
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text."""
-        return self.encode(text)
+        ids = self.encode(text)
+        largest = max([*self.start, *ids], default=0)
+        if self.known is not None and largest >= self.known:
+            raise ValueError(
+                f"--tokenizer: expected ids below {self.known}, which the model knows, got "
+                f"{largest}"
+            )
+        return ids
 
 
-def encoder(tokenizer: str) -> Encoder:
+def encoder(tokenizer: str, known: int | None = None) -> Encoder:
     """The `Encoder` of a tokenizer.
 
     Args:
         tokenizer: "bytes" for the UTF-8 bytes of a text, of models with a vocabulary of 256, or a
             folder (or name) that ``AutoTokenizer.from_pretrained`` takes.
+        known: how many ids the model knows; None where it is not asked.
 
     Raises:
         ValueError: there is no tokenizer.
     """
     if tokenizer == BYTES:
-        return Encoder(lambda text: list(text.encode()))
+        return Encoder(lambda text: list(text.encode()), known=known)
     from transformers import AutoTokenizer
 
     try:
@@ -64,7 +76,7 @@ def encoder(tokenizer: str) -> Encoder:
 
     whole, plain = loaded.encode("a"), encode("a")
     ends = (i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain)
-    return Encoder(encode, tuple(whole[: next(ends, 0)]))
+    return Encoder(encode, tuple(whole[: next(ends, 0)]), known)
 
 
 def texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:

@@ -180,7 +180,7 @@ class Extension:
             )
         if max(plan.short, default=0) and plan.short[-1] > plan.stages[0].length:
             raise ValueError(f"short: expected at most the first stage's length: {plan.short[-1]}")
-        self.encode: Encode = encoder(plan.tokenizer or plan.model)
+        self.encode: Encode = encoder(plan.tokenizer or plan.model, self.source.read.vocab_size)
         # For all stages, since a later one would find them too short after hours.
         self._documents = read_documents(
             [Path(p) for p in plan.documents],
