@@ -23,6 +23,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "c.py").write_text("x = 1", "utf-8")
     (tmp_path / ".hidden").write_text("no", "utf-8")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "d.txt").write_text("no", "utf-8")
     return tmp_path
 
 
@@ -31,6 +33,9 @@ def test_files_lines_and_folders_are_documents_in_order(folder):
     expected = [("a.jsonl:1", "one\u2028"), ("a.jsonl:3", "two"), ("b.txt", "grün\n")]
     assert got == [*expected, ("inner/c.py", "x = 1")]
     assert [t for _, t in texts([folder / "b.txt", folder / "inner"])] == ["grün\n", "x = 1"]
+    assert [t for _, t in texts([folder / ".cache"])] == ["no"]  # named by the user
+    (folder / "a.jsonl").rename(folder / "a.JSONL")
+    assert [t for _, t in texts([folder / "a.JSONL"])] == ["one\u2028", "two"]
 
 
 def test_bytes_are_those_of_utf8(folder):
@@ -89,6 +94,7 @@ def test_a_short_document_is_named_with_its_tokens(folder):
         ('{"content": "x"}', r'bad\.jsonl:2: expected an object with "text"'),
         ('["text"]', r'bad\.jsonl:2: expected an object with "text"'),
         ('{"text": 3}', r'bad\.jsonl:2: expected an object with "text"'),
+        ('{"text": "\\ud800"}', r"bad\.jsonl:2: expected text that UTF-8 can say"),
     ],
 )
 def test_a_line_that_is_no_document_is_named(tmp_path, line, message):

@@ -92,7 +92,7 @@ def texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
     """
     for path in paths:
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
+            files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
             if not files:
                 raise ValueError(f"{path}: expected texts, got a folder without files")
         elif path.is_file():
@@ -104,10 +104,15 @@ def texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
                 content = file.read_text("utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file}: expected text in UTF-8, got {error}") from None
-            if file.suffix in JSON_LINES:
+            if file.suffix.lower() in JSON_LINES:
                 yield from _json_lines(file, content)
             else:
                 yield str(file), content
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    """Whether it, or a folder in ``folder`` that it is in, has a name with a dot in front."""
+    return any(part[0] == "." for part in file.relative_to(folder).parts)
 
 
 def _json_lines(file: Path, content: str) -> Iterator[tuple[str, str]]:
@@ -122,6 +127,10 @@ def _json_lines(file: Path, content: str) -> Iterator[tuple[str, str]]:
             raise ValueError(f"{name}: expected JSON, got {error}") from None
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise ValueError(f'{name}: expected an object with "text", got {line[:60]}')
+        try:
+            value["text"].encode()
+        except UnicodeEncodeError as error:  # JSON can name halves of characters
+            raise ValueError(f"{name}: expected text that UTF-8 can say, got {error}") from None
         yield name, value["text"]
 
 
