@@ -223,6 +223,8 @@ def test_readjust_writes_the_length_of_the_rope_it_is_given(work, tmp_path):
     command = ["readjust", work / "model", *texts, "--rope", tmp_path / "long.json"]
     wrong = run(*command, "--out", tmp_path / "none")
     assert "--rope-length: expected the tokens that --rope is for" in wrong.stderr
+    wrong = run(*command[:-2], "--rope-length", LENGTH, "--out", tmp_path / "none")
+    assert "--rope-length: expected none without --rope, got 96" in wrong.stderr
     result = run(*command, "--rope-length", LENGTH, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     written = open_source(tmp_path / "out")
@@ -254,6 +256,12 @@ ERRORS = {
     "dtype": ({}, {"dtype": "int8"}, "dtype: expected one of auto, float32"),
     "device": ({}, {"device": "cuda:99"}, "device: expected one that is here, got 'cuda:99'"),
     "original": ({}, {"original-length": 64}, "original length: expected 2 to 32 tokens"),
+    "no start": ({}, {"start-length": 64}, "--start-length: expected none without --start, got 64"),
+    "start of nothing": (
+        {},
+        {"start": "model", "start-length": 0},
+        "--start-length: expected the tokens that --start is for, got 0",
+    ),
 }
 
 

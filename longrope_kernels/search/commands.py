@@ -86,10 +86,9 @@ class Search:
 
     def _space(self, source: Source) -> SearchSpace:
         stage, reached = source.stage, source.trained
-        if self.start is not None:
-            if self.start_length is None:
-                raise ValueError("--start-length: expected the tokens that --start was for")
-            earlier, reached = Rope.load(self.start), self.start_length
+        given = _rope_given("start", self.start, self.start_length)
+        if given is not None:
+            earlier, reached = given
             one = earlier.sets[earlier.set_index(reached)]
             stage = Rope((FactorSet(one.factors),), earlier.base, earlier.interleaved)
         if self.length <= reached:
@@ -142,10 +141,9 @@ class Readjust:
         start_ranks()
         source, encode = self.given.open(self.out)
         present, reached = source.rope, source.trained
-        if self.rope is not None:
-            if self.rope_length is None:
-                raise ValueError("--rope-length: expected the tokens that --rope is for")
-            present, reached = Rope.load(self.rope), self.rope_length
+        given = _rope_given("rope", self.rope, self.rope_length)
+        if given is not None:
+            present, reached = given
         if max(self.lengths) >= reached:
             raise ValueError(
                 f"--length: expected less than the {reached} tokens that the rope is for, got "
@@ -243,6 +241,17 @@ class Plot:
 
     def run(self) -> None:
         draw(self.folder)
+
+
+def _rope_given(name: str, rope: Path | None, length: int | None) -> tuple[Rope, int] | None:
+    """What ``--name`` and ``--name-length`` say together; None where there is neither."""
+    if rope is None and length is None:
+        return None
+    if rope is None:
+        raise ValueError(f"--{name}-length: expected none without --{name}, got {length}")
+    if length is None or length < 1:
+        raise ValueError(f"--{name}-length: expected the tokens that --{name} is for, got {length}")
+    return Rope.load(rope), length
 
 
 def _tell(
