@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -23,7 +23,7 @@ from ..rope import FactorSet, Rope
 from ..rope.files import SIDECAR
 from .documents import Document, Encode, encoder, read_documents
 from .find import find
-from .model import TransformersLosses
+from .model import Losses, TransformersLosses
 from .options import Read, Texts, Upper, ascending, paths
 from .ranks import from_main, is_main, sequence_group
 from .readjust import readjust
@@ -189,8 +189,25 @@ class Extension:
             most=plan.samples,
         )
         self._training = self._read_training([x.length for x in plan.stages if x.steps])
+        self._check_searches()
         with self._alone():
             from_main(self._write_plan)
+
+    def _check_searches(self) -> None:
+        """What a later search would refuse after hours is refused now."""
+        plan, options = self.plan, self.plan.options
+        given = cast(Losses, None), self._documents  # of no model: nothing is measured here
+        stages = [(stage.length, None) for stage in plan.stages]
+        for length, upper in [*stages, *((length, plan.upper) for length in plan.short)]:
+            ratio = max(1.0, length / self.source.original)
+            options.space(
+                *(self.source.rope, self.source.original, length),
+                ratio=ratio,
+                upper=upper,
+                critical=None,
+            )
+            options.measure(*given, length, self.encode)
+            options.skipped(*given, length, self.encode)
 
     def _read_training(self, lengths: list[int]) -> list[Document]:
         """The texts of the shortest of these lengths or more; there is one of the longest."""
