@@ -251,6 +251,11 @@ ERRORS = {
     "not longer": ({}, {"length": 32}, "--length: expected more than the 32 tokens"),
     "attention": ({}, {"attention": "much"}, "--attention: expected fixed, searched or a number"),
     "fitness": ({}, {"fitness": "luck"}, "fitness: expected one of perplexity, needle, got 'luck'"),
+    "needle": (
+        {},
+        {"fitness": "needle", "last": 9, "length": 200},
+        "last, stride: expected none with fitness needle",
+    ),
     "optimizer": ({}, {"optimizer": "adam"}, "optimizer: expected one of evolution, cmaes"),
     "no tokenizer": ({}, {"tokenizer": "model"}, "tokenizer: found none in"),
     "dtype": ({}, {"dtype": "int8"}, "dtype: expected one of auto, float32"),

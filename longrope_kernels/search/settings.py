@@ -114,6 +114,8 @@ class Options(EvolutionSettings):
             raise ValueError(f"margin: expected 0 or more nats per token, got {self.margin}")
         if self.hours is not None and not 0 < self.hours < math.inf:
             raise ValueError(f"hours: expected a time above 0, got {self.hours}")
+        if self.fitness == "needle" and (self.last, self.stride) != (None, None):
+            raise ValueError("last, stride: expected none with fitness needle: answers are scored")
         if self.batch < 1:
             raise ValueError(f"batch: expected at least 1, got {self.batch}")
         super().__post_init__()
