@@ -31,7 +31,7 @@ from search_cases import (
     searched,
     work,
 )
-from transformers import AutoConfig, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from longrope_kernels import FactorSet, Rope
 from longrope_kernels.search.model import TransformersLosses
@@ -311,6 +311,15 @@ def test_broken_files_are_one_line_too(work, searched, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/result.json").write_text("{}")
     assert run("plot", tmp_path / "other").exit_code == 0
+
+
+def test_weights_that_are_not_finite_are_found_by_the_search(work, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(work / "model")
+    model.lm_head.weight.data[5, 5] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    texts = flags(documents=work / "texts", tokenizer="bytes", samples=2, length=LENGTH, **SMALL)
+    result = run("search", tmp_path / "model", *texts, *flags(out=tmp_path / "out"))
+    assert "no candidate has a finite loss" in result.stderr
 
 
 def test_models_that_cannot_be_searched_are_named(work, tmp_path):
