@@ -288,6 +288,8 @@ def test_broken_files_are_one_line_too(work, searched, tmp_path):
     shutil.copytree(work / "model", cut)
     weights = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    headless = tmp_path / "headless"
+    AutoModelForCausalLM.from_pretrained(work / "model").model.save_pretrained(headless)
     make_model(small, vocab_size=64)
     other = make_model(tmp_path / "other model", rms_norm_eps=0.1)  # of the same weights
     shutil.copytree(searched, tmp_path / "searched")
@@ -299,6 +301,7 @@ def test_broken_files_are_one_line_too(work, searched, tmp_path):
     out = tmp_path / "out"
     for model, folder, message in (
         (cut, out, "expected whole weights"),
+        (headless, out, "expected whole weights, got none for lm_head.weight"),
         (small, out, "--tokenizer: expected ids below 64, which the model knows"),
         (work / "model", started, "expected config, config_hash and state"),
         (other, tmp_path / "searched", "the folder is another run's: context.config is "),

@@ -138,14 +138,15 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
     given: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
         "local_files_only": True,
+        "output_loading_info": True,
     }
     try:
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, **given)
+            model, told = AutoModelForCausalLM.from_pretrained(folder, **given)
         except ValueError:
             if config.get_text_config() is config:
                 raise
-            model = AutoModelForImageTextToText.from_pretrained(folder, **given)
+            model, told = AutoModelForImageTextToText.from_pretrained(folder, **given)
     except SafetensorError as error:
         raise ValueError(f"{folder}: expected whole weights: {error}") from None
     except (OSError, ValueError, KeyError) as error:
@@ -153,6 +154,12 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
     finally:
         if shown:
             logging.enable_progress_bar()
+    missing = sorted(told["missing_keys"])
+    if missing:  # which transformers fills with random numbers, and warns
+        raise ValueError(
+            f"{folder}: expected whole weights, got none for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
+        )
     return model.to(device)
 
 
