@@ -37,6 +37,7 @@ if not torch.cuda.is_available():
 
 import codegen_cuda
 import codegen_pages
+import ranks
 from hypothesis import HealthCheck, settings
 
 # Derandomised: a red run is red again. No deadline: the interpreter is slow, and that is no bug.
@@ -92,6 +93,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if cannot_run(item)])
     items[:] = [item for item in items if not cannot_run(item)]
+
+
+def pytest_collection_finish() -> None:
+    """All modules of the tests are imported, and none has run."""
+    ranks.prepare()
 
 
 @pytest.fixture(autouse=True)

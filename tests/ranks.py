@@ -1,4 +1,8 @@
-"""Processes with a gloo group, forked once for many calls: they have the imports."""
+"""Processes with a gloo group, forked once for many calls: they have the imports.
+
+They are children of a process that was forked before any test ran. Autograd refuses to work in a
+child of one that has its threads, and torch's CUDA builds may start those without a GPU too.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,13 @@ import os
 import pickle
 import signal
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from typing import Any
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,6 +27,21 @@ GROUPS: dict[int, dist.ProcessGroup] = {}
 MESH: list[DeviceMesh] = []
 
 
+# To the process that forks them.
+ORDERS: list[Connection] = []
+
+
+def prepare() -> None:
+    """Fork the process that forks ranks, once; it ends with this one."""
+    if not ORDERS:
+        here, there = Pipe()
+        if not os.fork():
+            here.close()
+            _fork_to_order(there)
+        there.close()
+        ORDERS.append(here)
+
+
 class Ranks:
     """``size`` processes that run functions, all the same at a time; ``close`` ends them."""
 
@@ -30,17 +50,10 @@ class Ranks:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.pipes: list[Connection] = []
-        self.processes: list[int] = []
-        for rank in range(size):
-            here, there = Pipe()
-            process = os.fork()
-            if not process:
-                for pipe in (here, *self.pipes):
-                    pipe.close()
-                _serve(there, rank, size, port, timeout)
-            there.close()
-            self.pipes.append(here)
-            self.processes.append(process)
+        with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/pipe") as listener:
+            for rank in range(size):
+                ORDERS[0].send((listener.address, rank, size, port, timeout))
+                self.pipes.append(listener.accept())
         assert self("ready", ready) == list(range(size))
 
     def __call__(self, name: str, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -58,8 +71,6 @@ class Ranks:
     def close(self) -> None:
         for pipe in self.pipes:
             pipe.close()
-        for process in self.processes:
-            os.waitpid(process, 0)
 
 
 def check_survivors(found: list[Any]) -> None:
@@ -74,7 +85,20 @@ def ready() -> int:
     return dist.get_rank()
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int, timeout: float) -> None:
+def _fork_to_order(orders: Connection) -> NoReturn:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    try:
+        while True:
+            address, *about = orders.recv()
+            if not os.fork():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                orders.close()
+                _serve(Client(address), *about)
+    finally:
+        os._exit(0)
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int, timeout: float) -> NoReturn:
     signal.alarm(100)  # whatever happens, it ends
     try:
         torch.set_num_threads(1)
