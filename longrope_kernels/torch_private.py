@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import (
+    temporarily_clear_interpreter_stack,
+    temporarily_pop_interpreter_stack,
+)
+from torch._functorch.utils import enable_single_level_autograd_function
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_NO_LEVEL = -1
+_LEVEL = 0  # of forward-mode differentiation: torch has no other
 _forward_ad = torch.autograd.forward_ad
-_peek_transforms = torch._C._functorch.peek_interpreter_stack
+_peek_transforms = _functorch.peek_interpreter_stack
 _count_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 _profiler_enabled = torch._C._autograd._profiler_enabled
@@ -19,6 +28,20 @@ _profiler_enabled = torch._C._autograd._profiler_enabled
 def below_autograd() -> Any:
     """A context in which ops do not come to their autograd rule: inside that rule."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def below_function() -> AbstractContextManager[object]:
+    """`below_autograd` in the forward pass of a Function that `applied` calls.
+
+    torch records no gradients there, which is meant for one transform and not for those around it.
+    """
+    return below_autograd() if _peek_transforms() is None else _below_one_of_many()
+
+
+@contextmanager
+def _below_one_of_many() -> Iterator[None]:
+    with below_autograd(), torch.enable_grad(), _forward_ad._set_fwd_grad_enabled(True):
+        yield
 
 
 def expect(condition: torch.Tensor, message: str) -> None:
@@ -53,8 +76,15 @@ def fake_mode_of(x: torch.Tensor) -> Any:
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Whether x is torch's own class, which has data, and no stand-in such as a fake tensor."""
-    return type(x) in _PLAIN
+    """Whether x is torch's own class, which has data, and no stand-in such as a fake tensor.
+
+    What `torch.vmap` hands on stands for many tensors, and has no values that can be read.
+    """
+    return type(x) in _PLAIN and (
+        torch.compiler.is_compiling()
+        or _peek_transforms() is None
+        or not any(map(_functorch.is_batchedtensor, _wrapped(x)))
+    )
 
 
 def runs_now(*tensors: torch.Tensor) -> bool:
@@ -80,11 +110,102 @@ def _nothing_between() -> bool:
 
 
 def tangent_of(x: torch.Tensor) -> torch.Tensor | None:
-    """What forward-mode differentiation carries with x; None outside of it, and in graphs."""
-    if torch.compiler.is_compiling() or _forward_ad._current_level < 0:
+    """What forward-mode differentiation carries with x; None outside of it, and as dynamo traces.
+
+    Under the transforms of torch.func that of the innermost one alone, which is what an op's rule
+    is called for; see `has_tangent`.
+    """
+    # A graph enters the level without a word to `forward_ad`.
+    if torch.compiler.is_dynamo_compiling() or not (
+        _forward_ad._current_level >= 0 or _peek_transforms() is not None
+    ):
         return None
-    tangent: torch.Tensor | None = _forward_ad.unpack_dual(x).tangent
+    tangent: torch.Tensor | None = _forward_ad.unpack_dual(x, level=_LEVEL).tangent
     return tangent
+
+
+def primal_of(x: torch.Tensor) -> torch.Tensor:
+    """x without its tangent."""
+    primal: torch.Tensor = _forward_ad.unpack_dual(x, level=_LEVEL).primal
+    return primal
+
+
+def dual_of(primal: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+    """primal with a tangent, also in a graph."""
+    return _forward_ad.make_dual(primal, tangent, level=_LEVEL)  # type: ignore[no-any-return]
+
+
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether forward-mode differentiation carries something with x, by any transform around."""
+    if torch.compiler.is_compiling() or _forward_ad._current_level < 0:
+        return False
+    transform = _peek_transforms()
+    if transform is None:
+        return tangent_of(x) is not None
+    if transform.key() == _functorch.TransformType.Jvp and tangent_of(x) is not None:
+        return True
+    if _functorch.maybe_get_level(x) == transform.level():
+        x = _functorch.get_unwrapped(x)
+    with temporarily_pop_interpreter_stack():
+        return has_tangent(x)
+
+
+def requires_grad(x: torch.Tensor) -> bool:
+    """Whether x requires grad, by itself or by any transform of torch.func around."""
+    if torch.compiler.is_compiling() or _peek_transforms() is None:
+        return x.requires_grad
+    return any(y.requires_grad for y in _wrapped(x))
+
+
+def has_nested_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether torch.func takes the gradient of a gradient with respect to some of these."""
+    if torch.compiler.is_compiling() or _peek_transforms() is None:
+        return False
+    wrappers = (y for x in tensors for y in _wrapped(x) if y.requires_grad)
+    return len({_functorch.maybe_get_level(y) for y in wrappers} - {_NO_LEVEL}) > 1
+
+
+def innermost(x: torch.Tensor) -> torch.Tensor:
+    """What the transforms of torch.func have wrapped, whose memory it is."""
+    if torch.compiler.is_compiling() or _peek_transforms() is None:
+        return x
+    *_, found = _wrapped(x)
+    return found
+
+
+def _wrapped(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """x, and one after the other what the transforms of torch.func have wrapped."""
+    yield x
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+        yield x
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, which wraps what is made now."""
+    return not torch.compiler.is_compiling() and _peek_transforms() is not None
+
+
+@contextmanager
+def made_to_stay() -> Iterator[None]:
+    """What is made within may be kept for any later call, with or without a backward.
+
+    Else inference mode would mark it, and a transform of torch.func wrap it.
+    """
+    with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+        yield
+
+
+def applied(function: type[torch.autograd.Function], *flat: Any) -> Any:
+    """``function.apply`` in an op's rule for gradients.
+
+    A transform of torch.func has come to the rule by itself, then: one level is recorded here, and
+    the op that the function calls goes on to the next.
+    """
+    if _peek_transforms() is None:
+        return function.apply(*flat)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*flat)  # type: ignore[misc]
 
 
 def unwatched(*tensors: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from ..calls.masks import sequence_of_token
 from ..calls.records import AttentionCall
+from ..torch_private import requires_grad
 
 _ALL = frozenset(range(8, 257, 8))
 _TO_128 = frozenset(range(8, 129, 8))
@@ -120,7 +121,7 @@ def attend(
     """
     q, k, v = call.q, call.keys.k, call.keys.v
     borders, borders_k = call.selection.borders, call.keys.borders
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    trains = torch.is_grad_enabled() and any(map(requires_grad, (q, k, v)))
     if return_lse and trains:
         raise ValueError(
             f"return_lse: backend {name!r} serves no gradient of the log-sum-exp; expected "

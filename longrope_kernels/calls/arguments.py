@@ -11,7 +11,7 @@ import torch
 
 from ..rope.factor_set import is_number
 from ..rope.formulas import LARGEST
-from ..torch_private import tangent_of
+from ..torch_private import has_nested_gradients, has_tangent
 from .records import Scores, Selection
 
 Layout = Literal["bshd", "bhsd", "thd"]
@@ -38,11 +38,26 @@ def check_no_tangents(does: str, **given: torch.Tensor | None) -> None:
         NotImplementedError: naming what has a tangent.
     """
     for name, x in given.items():
-        if x is not None and tangent_of(x) is not None:
+        if x is not None and has_tangent(x):
             raise NotImplementedError(
                 f"{name}: {does} has no forward-mode derivative, got a tensor with a tangent; "
                 "expected attention or apply_rotary by backend='reference'"
             )
+
+
+def check_first_order(does: str, **given: torch.Tensor | None) -> None:
+    """``does``, the backend, has gradients, and no derivative of these or in forward mode.
+
+    Raises:
+        NotImplementedError: naming what has a tangent, or ``backend`` where torch.func
+            takes a gradient of a gradient.
+    """
+    check_no_tangents(does, **given)
+    if has_nested_gradients(*(x for x in given.values() if x is not None)):
+        raise NotImplementedError(
+            f"backend: {does} has no second derivative, got {' and '.join(given)} within two "
+            "gradients of torch.func; expected 'reference'"
+        )
 
 
 def check_layout(layout: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..torch_private import requires_grad
 from . import arguments
 
 FLOAT8 = torch.float8_e4m3fn
@@ -90,7 +91,7 @@ def check_no_gradients(does: str, **given: torch.Tensor) -> None:
     if not torch.is_grad_enabled():
         return
     for name, x in given.items():
-        if x.requires_grad:
+        if requires_grad(x):
             raise ValueError(
                 f"{name}: {does} has no gradient, got a tensor that requires grad; expected "
                 "torch.no_grad(), or longrope_kernels.attention"

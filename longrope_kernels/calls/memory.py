@@ -6,6 +6,8 @@ from itertools import combinations, product
 
 import torch
 
+from ..torch_private import innermost, transformed
+
 try:
     from .._native import clearly_apart as clearly_apart
 except ImportError:
@@ -41,6 +43,8 @@ def check_apart(written: dict[str, torch.Tensor], read: dict[str, torch.Tensor])
     """What a call writes shares no element with itself, or with what else it writes or reads."""
     if torch.compiler.is_compiling():  # there are no addresses yet
         return
+    if transformed():
+        written, read = ({n: innermost(x) for n, x in xs.items()} for xs in (written, read))
     if clearly_apart((*written.values(),), (*read.values(),)):
         return
     everything = written | read
@@ -66,7 +70,10 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
     these are disjoint for some m, so are x and y. Anything else whose address ranges meet counts
     as overlapping. Fake and meta tensors, and a graph being traced, have no addresses and never do.
     """
-    if torch.compiler.is_compiling() or clearly_apart((x,), (y,)):
+    if torch.compiler.is_compiling():
+        return False
+    x, y = innermost(x), innermost(y)
+    if clearly_apart((x,), (y,)):
         return False
     if not (_has_address(x) and _has_address(y)) or x.numel() == 0 or y.numel() == 0:
         return False

@@ -141,7 +141,7 @@ def _check_blocks(keys: Keys, last: int = 2**31) -> None:
 
 def _check_selection(tables: Tables, selection: Selection, tokens: int) -> None:
     lengths, sets, borders = selection
-    if lengths is not None:
+    if lengths is not None and is_plain(lengths):
         held = (lengths if lengths.dim() == 1 else lengths.flatten()).tolist()
         if held and (least := min(held)) < 0:
             raise ValueError(f"lengths: expected token counts from 0, got {least}")

@@ -234,3 +234,4 @@ def _start(call: AppendCall, backend: str) -> None:
 _append = library.define(
     "append", AppendCall, "()", _run, lambda *_: None, mutable=("cache_k", "cache_v")
 )
+library.without_derivatives(_append)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..backends import choose, reference
 from ..calls import arguments, autocast, schema, values
@@ -15,7 +14,16 @@ from ..calls.kinds import by_kind
 from ..calls.memory import device_type
 from ..calls.records import AttentionCall, Keys, RotaryCall, Scores, Selection
 from ..rope.value import Rope
-from ..torch_private import below_autograd, runs_now, tangent_of, unwatched
+from ..torch_private import (
+    applied,
+    below_autograd,
+    below_function,
+    has_nested_gradients,
+    has_tangent,
+    requires_grad,
+    runs_now,
+    unwatched,
+)
 from . import library
 from .factors import resolve
 from .rotary import no_heads, rotate, rotate_read
@@ -117,18 +125,18 @@ def attention(
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
     given = (q, k, v) if sinks is None else (q, k, v, arguments.check_tensor("sinks", sinks))
     direct = unwatched(*given)
-    dual = not direct and any(tangent_of(x) is not None for x in given)
-    if dual and backend is None:
+    beyond = not direct and (any(map(has_tangent, given)) or has_nested_gradients(*given))
+    if beyond and backend is None:
         backend = "reference"
-    recorded = not direct and any(x.requires_grad for x in given)
+    recorded = not direct and any(map(requires_grad, given))
     scores, count, name = _check_kind(
         *(q, k, v, positions, key_positions, cu_seqlens, cu_seqlens_k, kv_start, lengths, sets),
         *(sinks, tables.steps, layout, causal, softmax_scale, window, softcap, return_lse),
         *(backend, k_rotation, recorded and torch.is_grad_enabled()),
         backend is None and (direct or runs_now(*given)),
     )
-    if dual and name not in ("reference", "composed"):  # torch's own says what it lacks
-        arguments.check_no_tangents(f"backend {name!r}", q=q, k=k, v=v, sinks=sinks)
+    if beyond and name not in ("reference", "composed"):  # torch's own says what it lacks
+        arguments.check_first_order(f"backend {name!r}", q=q, k=k, v=v, sinks=sinks)
     if layout != "bshd":
         q, k, v = (arguments.as_bshd(x, layout) for x in (q, k, v))
     selection = arguments.select(count, lengths, sets, cu_seqlens)
@@ -357,13 +365,12 @@ _GRADIENTS = tuple(map(_FIELDS.index, ("q", "keys_k", "keys_v", "sinks")))
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        with below_autograd():
+        with below_function():
             out, lse = _attention(*flat)
         library.save(ctx, (out, lse, *flat))
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Any, d_lse: Any) -> tuple[Any, ...]:
         out, lse, *flat = library.saved(ctx)
         if d_out is None:
@@ -383,6 +390,21 @@ class _Attention(torch.autograd.Function):
         return tuple(grads)
 
 
+class _AttentionBackward(torch.autograd.Function):
+    """torch's own `once_differentiable` hands on constants where d_out alone has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *flat: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with below_function():
+            return _backward(*flat)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
+        raise NotImplementedError(
+            "backend: this one has no second derivative of attention; expected 'reference'"
+        )
+
+
 def _backward_of_sinks(
     sinks: torch.Tensor,
     d_out: torch.Tensor,
@@ -400,10 +422,23 @@ def _backward_of_sinks(
 
 def _differentiable(*flat: Any) -> Any:
     wanted = any(flat[i] is not None and flat[i].requires_grad for i in _GRADIENTS)
-    if torch.is_grad_enabled() and wanted:
-        return _Attention.apply(*flat)  # type: ignore[no-untyped-call]
+    recorded = torch.is_grad_enabled() and wanted
+    library.check_underivable(_attention, flat, recorded and flat[-1] in choose.WITHOUT_GRADIENTS)
+    if recorded:
+        return applied(_Attention, *flat)
     with below_autograd():
         return _attention(*flat)
 
 
+def _once_differentiable(*flat: Any) -> Any:
+    library.check_underivable(_backward, flat, gradients=False)
+    if torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in flat
+    ):
+        return applied(_AttentionBackward, *flat)
+    with below_autograd():
+        return _backward(*flat)
+
+
 library.LIBRARY.impl("attention", _differentiable, "Autograd")
+library.LIBRARY.impl("attention_backward", _once_differentiable, "Autograd")

@@ -265,3 +265,4 @@ def _start(call: DecodeCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 _decode = library.define("decode", DecodeCall, "(Tensor out, Tensor lse)", _run, _fake)
+library.without_derivatives(_decode)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..calls import schema
+from ..torch_private import below_autograd, tangent_of
 
 NAMESPACE = "longrope_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -55,6 +56,52 @@ def define(
         LIBRARY.impl(name, packed(run), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", packed(fake), lib=LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def check_underivable(op: Any, flat: Sequence[Any], gradients: bool = True) -> None:
+    """Refuse, in the op's rule for gradients, what torch would take for constant.
+
+    The public functions do that first, by their own names, and see all but a graph's transforms.
+
+    Args:
+        op: as `define` returns it.
+        flat: its arguments.
+        gradients: whether it has no gradients either, beside no forward-mode derivatives.
+
+    Raises:
+        NotImplementedError: naming the op's argument.
+    """
+    for argument, x in zip(op._schema.arguments, flat, strict=True):
+        if not isinstance(x, torch.Tensor):
+            continue
+        what = "forward-mode derivative" if tangent_of(x) is not None else ""
+        if gradients and torch.is_grad_enabled() and x.requires_grad:
+            what = "gradient"
+        if what:
+            raise NotImplementedError(
+                f"{argument.name}: {op._schema.name} has no {what} by this backend; expected "
+                "backend='reference'"
+            )
+
+
+def without_derivatives(op: Any) -> None:
+    """The rule for gradients of an op that has none.
+
+    Args:
+        op: as `define` returns it.
+    """
+    arguments = op._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+
+    def rule(*flat: Any) -> Any:
+        check_underivable(op, flat)
+        with below_autograd():
+            found = op(*flat)
+        if written:
+            torch.autograd.graph.increment_version([flat[i] for i in written])
+        return found
+
+    LIBRARY.impl(op._schema.name, rule, "Autograd")
 
 
 def made_like(x: torch.Tensor) -> torch.Tensor:

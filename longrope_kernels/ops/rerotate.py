@@ -11,7 +11,7 @@ from ..calls import arguments, values
 from ..calls.records import RotaryCall, Selection
 from ..rope.tables import UNBOUNDED, Tables
 from ..rope.value import Rope
-from ..torch_private import is_plain
+from ..torch_private import is_plain, made_to_stay
 from .factors import like
 from .rotary import check_writable, no_heads, rotate_
 
@@ -107,7 +107,7 @@ def _turns(old: Rope, new: Rope, k: torch.Tensor) -> tuple[Tables, ...]:
 
 @lru_cache(maxsize=64)
 def _kept_turns(old: Rope, new: Rope, device: torch.device) -> tuple[Tables, ...]:
-    with torch.inference_mode(False):
+    with made_to_stay():
         return _make_turns(old, new, torch.empty(0, device=device))
 
 

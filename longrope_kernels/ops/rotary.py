@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from ..backends import choose, reference
 from ..calls import arguments, autocast, schema, values
@@ -19,7 +18,16 @@ from ..calls.kinds import by_kind
 from ..calls.memory import device_type, overlap, overlaps_itself
 from ..calls.records import RotaryCall
 from ..rope.value import Rope
-from ..torch_private import below_autograd, tangent_of, unwatched
+from ..torch_private import (
+    applied,
+    below_autograd,
+    below_function,
+    dual_of,
+    primal_of,
+    tangent_of,
+    transformed,
+    unwatched,
+)
 from . import library
 from .factors import resolve
 
@@ -190,7 +198,7 @@ def rotate_(call: RotaryCall, backend: str) -> None:
         torch.autograd.graph.increment_version((q, k))
         return
     recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    dual = tangent_of(q) is not None or tangent_of(k) is not None
+    dual = transformed() or tangent_of(q) is not None or tangent_of(k) is not None
     if backend == "reference" or dual or (recorded and torch.compiler.is_compiling()):
         q_out, k_out = rotate(call, backend)
         q.copy_(q_out)
@@ -256,7 +264,7 @@ _rotary_ = library.define(
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        with below_autograd():
+        with below_function():
             out = _rotary(*flat)
         library.save(ctx, flat[2:])
         return out  # type: ignore[no-any-return]
@@ -302,7 +310,7 @@ def _differentiable(*flat: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if tangents != [None, None]:
         return _with_tangents(flat, tangents)
     if torch.is_grad_enabled() and (flat[0].requires_grad or flat[1].requires_grad):
-        return _Rotary.apply(*flat)  # type: ignore[no-any-return,no-untyped-call]
+        return applied(_Rotary, *flat)  # type: ignore[no-any-return]
     with below_autograd():
         return _rotary(*flat)  # type: ignore[no-any-return]
 
@@ -311,22 +319,16 @@ def _with_tangents(
     flat: tuple[Any, ...], tangents: list[torch.Tensor | None]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward mode: the rotation is linear, so that tangents are rotated as what they belong to."""
-    primals = [forward_ad.unpack_dual(x).primal for x in flat[:2]]
+    primals = [primal_of(x) for x in flat[:2]]
     found = _rotary(*primals, *flat[2:])
     turned = [
         x.new_zeros(x.shape) if t is None else t.contiguous()
         for x, t in zip(primals, tangents, strict=True)
     ]
     of_found = _rotary(*turned, *flat[2:])
-    q, k = (forward_ad.make_dual(*pair) for pair in zip(found, of_found, strict=True))
+    q, k = (dual_of(*pair) for pair in zip(found, of_found, strict=True))
     return q, k
 
 
-def _versioned(*flat: Any) -> None:
-    with below_autograd():
-        _rotary_(*flat)
-    torch.autograd.graph.increment_version(flat[:2])
-
-
 library.LIBRARY.impl("rotary", _differentiable, "Autograd")
-library.LIBRARY.impl("rotary_", _versioned, "Autograd")
+library.without_derivatives(_rotary_)

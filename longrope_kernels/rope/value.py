@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..torch_private import static_in_graphs
+from ..torch_private import made_to_stay, static_in_graphs
 from . import files, hf_config, hf_writer
 from .checks import warn_about
 from .factor_set import FASTEST, FactorSet, as_factors, is_int, is_number
@@ -343,7 +343,7 @@ class Rope:
                 f"factors: this Rope has no tables on {device} yet and a CUDA graph is being "
                 f"captured; call rope.to({str(device)!r}) before the capture"
             )
-        with torch.inference_mode(False):  # what is kept may be saved for a backward later
+        with made_to_stay():
             tables = self._tables_on(device)
         if type(tables.steps) is torch.Tensor:
             for table in tables[:-1]:

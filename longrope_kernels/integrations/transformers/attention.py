@@ -12,6 +12,7 @@ from ...ops.attention import attention as attend
 from ...ops.decode import decode
 from ...ops.rotary import apply_rotary
 from ...rope.value import Rope
+from ...torch_private import requires_grad
 from .masks import ANY_MASK, is_slots
 from .ropes import still
 from .sequences import Call, Memory, in_a_row
@@ -152,7 +153,7 @@ def longrope_attention(
         return attend_spread(q, k, v, call, rope, settings, longrope_spread, rest), None
     rest["sinks"] = s_aux
     differentiable = (x for x in (query, key, value, s_aux) if x is not None)
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+    recorded = torch.is_grad_enabled() and any(map(requires_grad, differentiable))
     if call.cache_lens is not None and queries <= FEW_QUERIES and not recorded:
         out: Any = decode(
             *(q, k, v, call.cache_lens, rope),
