@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from benchmark_modules import (
@@ -25,8 +23,6 @@ from benchmark_modules import (
     rotary_rows,
     rotations,
 )
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_copies_exceed_the_cache_within_a_share_of_the_memory(
@@ -89,11 +85,9 @@ def _outputs(result: Any) -> list[torch.Tensor]:
 
 def test_rows_say_how_many_copies_there_are(tmp_path: Path) -> None:
     out = tmp_path / "benchmarks.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_rotary.py", "--cache-mb=4"]
-    command += ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={out}"]
-    command += ["-k", "forward and S4096 and bfloat16 and reference and not Phi and not Qwen"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    chosen = "forward and S4096 and bfloat16 and reference and not Phi and not Qwen"
+    options = ("-q", "--cache-mb=4", f"--benchmark-json={out}")
+    assert forked.run("benchmarks/test_rotary.py", *options, "-k", chosen)[0] == 0
     rows = json.loads(out.read_text())["benchmarks"]
     # 128 tokens of 32 and 8 heads of 128, 2 bytes each.
     found = [row["extra_info"]["copies"] for row in rows]

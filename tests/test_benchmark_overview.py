@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
+import forked
 import pytest
 import torch
 from benchmark_modules import decode_rows, measure, model_rows, overview, rotary_rows
 from table import Row
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_the_fastest_of_ours_stands_beside_stock_rope(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,26 +57,18 @@ TEST = f"benchmarks/test_attention.py::test_attention[forward-{SMALL}-"
 ROWS = [f"{TEST}{name}]" for name in ("transformers eager, SDPA", "composed")]
 
 
-def run(*options: str) -> Any:
-    command = [sys.executable, "-m", "pytest", *ROWS]
-    command += ["-p", "no:cacheprovider", "-p", "no:xdist", *options]
-    # Not those of the pytest around this one: under xdist it would refuse to time.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 def test_a_measurement_ends_in_minutes_unless_told_otherwise() -> None:
-    shown = run("--benchmark-only")
-    assert shown.returncode == 0, shown.stdout
+    status, shown = forked.run(*ROWS, "--benchmark-only")
+    assert status == 0, shown
     told = rf"^ *\d+ s  +(\d+) s left  attention: forward-{SMALL}$"
-    (left,) = re.findall(told, shown.stdout, re.M)
+    (left,) = re.findall(told, shown, re.M)
     assert 200 <= int(left) <= 600
     row = rf"^prefill  {SMALL}  composed +\d+ +\d+ +[\d.]+ +[\d.]+$"
-    assert re.search(row, shown.stdout, re.M), shown.stdout
-    assert "Name (time in" not in shown.stdout
-    verbose = run("--benchmark-only", "-v", "--budget=0")
-    assert "Name (time in" in verbose.stdout
-    assert " s left" not in verbose.stdout
-    wrong = run("--budget=-1")
-    assert wrong.returncode == 4
-    assert "--budget: expected seconds, 0 for no end, got -1" in wrong.stderr + wrong.stdout
+    assert re.search(row, shown, re.M), shown
+    assert "Name (time in" not in shown
+    _, verbose = forked.run(*ROWS, "--benchmark-only", "-v", "--budget=0")
+    assert "Name (time in" in verbose
+    assert " s left" not in verbose
+    status, wrong = forked.run(*ROWS, "--budget=-1")
+    assert status == 4
+    assert "--budget: expected seconds, 0 for no end, got -1" in wrong

@@ -5,14 +5,11 @@ from __future__ import annotations
 import gc
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 from benchmark_modules import (
@@ -31,8 +28,6 @@ from benchmark_modules import (
 from torch.nn.attention import SDPBackend
 
 from longrope_kernels.rope.published import published_configs
-
-ROOT = Path(__file__).parents[1]
 
 # ------------------------------------------------------------------------------------------- turns
 
@@ -375,14 +370,9 @@ KINDS = ("ceilings", "rotary", "decode", "attention")
 
 
 def test_the_least_important_rows_come_last() -> None:
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q"]
-    command += ["--benchmark-only", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    # Not those of the pytest around this one: under xdist it would refuse to time.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    rows = [line for line in done.stdout.splitlines() if "::" in line]
+    status, told = forked.run("benchmarks", "--collect-only", "-q", "--benchmark-only")
+    assert status == 0
+    rows = [line for line in told.splitlines() if "::" in line]
     assert all("test_ceilings" in row for row in rows[:2])
     other = [i for i, row in enumerate(rows) if any(x.name in row for x in parameters.OTHERS)]
     usual = [i for i, row in enumerate(rows) if "forward-S4096-bfloat16-clone" in row]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import benchmark_modules  # noqa: F401  whose folder has the report
+import forked
 import pytest
 from report import build, facts, make, page, results, runs
 from report.__main__ import BUDGET, main
@@ -59,8 +59,9 @@ def test_rows(benchmark, request, size, name):
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With this repository's benchmarks, and tests/ that has none."""
+    monkeypatch.setattr(runs, "subprocess", forked.processes())
     root = tmp_path / "checkout"
     (root / "tests").mkdir(parents=True)
     ignored = shutil.ignore_patterns("__pycache__")
@@ -140,14 +141,14 @@ def test_a_row_that_does_not_end_is_stopped(
 ) -> None:
     waited: list[float | None] = []
 
-    class Impatient(subprocess.Popen):  # type: ignore[type-arg]
-        def wait(self, timeout: float | None = None) -> int:
+    class Impatient(forked.Popen):  # type: ignore[misc]
+        def wait(self, timeout: float | None = None) -> Any:
             waited.append(timeout)
             while timeout == runs.CEILINGS and not (checkout / "benchmarks/hangs").exists():
                 time.sleep(0.1)
             return super().wait(0 if timeout == runs.CEILINGS else timeout)
 
-    monkeypatch.setattr(runs.subprocess, "Popen", Impatient)
+    monkeypatch.setattr(runs, "subprocess", forked.processes(Impatient))
     write(checkout, ("1", "right"), ("2", "hang"), ("3", "right"))
     # With a budget that is spent; the first row is of a file whose rows are measured still.
     shutil.copy(checkout / "benchmarks" / "test_rows.py", checkout / "benchmarks/test_ceilings.py")
