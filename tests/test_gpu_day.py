@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from gpu_day import __main__ as program
 from gpu_day.calls import calls
 from gpu_day.measured import HEADLINES
 from gpu_day.schedule import Step, kept, run_all
+
+from longrope_kernels.kernels.launch import Launch
 
 PASSES = "import sys; open(sys.argv[1], 'a').write('{\"ran\": true}\\n')"
 # What may go wrong in a process: its code, and what is told of it.
@@ -70,32 +73,27 @@ def test_later_steps_run_whatever_one_does(tmp_path: Path, injury: str) -> None:
     assert why in text
 
 
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_crash_in_each_step_of_a_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+def test_a_crash_of_every_other_step_of_a_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, first: int
 ) -> None:
     """By the command itself, with its own list of steps."""
-    of_call = calls(True)[number]
-    for crashing in of_call:
-        steps = [
-            x._replace(
-                needs="",
-                before=(),
-                files={},
-                command=("-c", INJURIES["crash"][0] if x is crashing else PASSES, "{into}"),
-            )
-            for x in of_call
-        ]
-        monkeypatch.setattr(program, "calls", lambda small, steps=steps: {number: steps})
-        out = tmp_path / crashing.name.replace(" ", "-")
-        arguments = ["--rehearse", "--call", str(number), "--state", str(out)]
-        assert program.main(arguments) == 1
-        results = json.loads((out / f"results/call-{number}.json").read_text())["results"]
-        outcomes = {x["step"]: x["outcome"] for x in results}
-        expected = {x.name: "crashed" if x is crashing else "passed" for x in of_call}
-        assert outcomes == expected
-        text = (out / f"results/call-{number}.md").read_text()
-        assert f"| {crashing.name} | crashed |" in unpadded(text)
+    codes = itertools.cycle([INJURIES["crash"][0], PASSES][:: -1 if first else 1])
+    steps = [
+        x._replace(needs="", before=(), files={}, command=("-c", code, "{into}"))
+        for x, code in zip(calls(True)[number], codes, strict=False)
+    ]
+    names = [x.name for x in steps]
+    crashing = names[first::2]
+    monkeypatch.setattr(program, "calls", lambda small: {number: steps})
+    monkeypatch.setattr(program, "_commit", lambda: "abc")
+    assert program.main(["--rehearse", "--call", str(number), "--state", str(tmp_path)]) == 1
+    results = json.loads((tmp_path / f"results/call-{number}.json").read_text())["results"]
+    outcomes = {x["step"]: x["outcome"] for x in results}
+    assert outcomes == {name: "crashed" if name in crashing else "passed" for name in names}
+    text = unpadded((tmp_path / f"results/call-{number}.md").read_text())
+    assert all(f"| {name} | crashed |" in text for name in crashing)
 
 
 def test_what_a_stopped_step_started_is_stopped_too(tmp_path: Path) -> None:
@@ -361,18 +359,13 @@ def test_a_failing_canary_is_tried_again_with_what_may_mend_it(
     assert "- failed: bad: one stage: " in text
 
 
-def test_one_stage_is_that_of_every_launch() -> None:
-    code = (
-        "from benchmarks.gpu_day import canaries\n"
-        "from longrope_kernels.kernels.launch import Launch\n"
-        "fields = [f'a {name}' for name in Launch._fields]\n"
-        "assert [*Launch(*fields)] == fields\n"
-        "canaries.one_stage()\n"
-        "assert [*Launch(*fields)] == [x if x != 'a stages' else 1 for x in fields]\n"
-        "assert Launch(**dict(zip(Launch._fields, fields))).stages == 1\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
+def test_one_stage_is_that_of_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Launch, "__new__", Launch.__new__)
+    fields = [f"a {name}" for name in Launch._fields]
+    assert [*Launch(*fields)] == fields
+    canaries.one_stage()
+    assert [*Launch(*fields)] == [x if x != "a stages" else 1 for x in fields]
+    assert Launch(**dict(zip(Launch._fields, fields, strict=True))).stages == 1
 
 
 def test_what_the_sanitizer_finds_fails_by_name(
