@@ -139,8 +139,10 @@ def test_two_times_two_ranks_decide_as_one_process(
 
 
 def test_evaluate_shares_out_what_it_measures(work: Path, four: Ranks, tmp_path: Path) -> None:
-    arguments = ["--length", "320", "--retrieval"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
+    Rope((FactorSet(factors(8, 2.0), 0, 1.1),)).save(tmp_path / "other.json")
+    arguments = ["--length", "320", "--retrieval", "--no-baselines"]
+    arguments += ["--rope", str(tmp_path / "other.json")]
     assert run(command(work, "evaluate", alone, *arguments, length=48))[0] == 0
     arguments += ["--context-parallel", "2"]
     found = all_of(four, run, command(work, "evaluate", shared, *arguments, length=48))
