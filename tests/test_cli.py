@@ -102,7 +102,7 @@ def test_a_search_without_its_packages_is_one_line_naming_the_extra(monkeypatch,
 def test_the_command_line_imports_no_optional_package():
     code = (
         "import sys, longrope_kernels.cli;"
-        "assert not {'transformers', 'matplotlib'} & set(sys.modules)"
+        "assert not {'transformers', 'matplotlib', 'cmaes'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -55,12 +55,11 @@ def test_without_triton_and_transformers_the_reference_runs() -> None:
 
 def test_without_anything_compiled_the_default_is_the_reference() -> None:
     names = ("triton", "transformers", "longrope_kernels._native")
-    run(ROTATE, names, backend=None)
-    run(
+    code = (
         "from longrope_kernels.backends import choose\n"
-        "assert choose.choose_rotary(None, 'cpu', False) == 'reference'\n",
-        names,
+        "assert choose.choose_rotary(None, 'cpu', False) == 'reference'\n"
     )
+    run(ROTATE + code, names, backend=None)
 
 
 def test_a_missing_backend_says_how_to_get_it() -> None:
