@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -47,32 +49,37 @@ def test_small_run_and_a_second_one(tmp_path: Path) -> None:
     assert (tmp_path / "results.md").read_text("utf-8") == page
 
 
-def test_the_committed_page_is_of_the_committed_results(tmp_path: Path) -> None:
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the folder of the example, whose files import one another by their names."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    for path in EXAMPLE.glob("*.py"):
+        monkeypatch.setitem(sys.modules, path.stem, None)  # what is there comes back afterwards
+        del sys.modules[path.stem]
+
+
+def test_the_committed_page_is_of_the_committed_results(
+    tmp_path: Path, beside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "results.json").write_bytes((RESULTS / "results.json").read_bytes())
-    subprocess.run([sys.executable, str(EXAMPLE / "page.py"), str(tmp_path)], check=True)
+    monkeypatch.setattr(sys, "argv", ["page.py", str(tmp_path)])
+    runpy.run_path(str(EXAMPLE / "page.py"), run_name="__main__")
     assert (tmp_path / "results.md").read_text("utf-8") == (RESULTS / "results.md").read_text(
         "utf-8"
     )
 
 
-def test_the_committed_page_of_windows_is_of_its_results() -> None:
+def test_the_committed_page_of_windows_is_of_its_results(beside: None) -> None:
+    coarse = importlib.import_module("coarse")
     folder = ROOT / "reports/search_coarse"
-    code = "import coarse, json, sys; print(coarse.page(json.load(open(sys.argv[1]))))"
-    command = [sys.executable, "-c", code, str(folder / "coarse.json")]
-    done = subprocess.run(command, cwd=EXAMPLE, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == (folder / "coarse.md").read_text("utf-8").strip()
+    page = coarse.page(json.loads((folder / "coarse.json").read_text("utf-8")))
+    assert page.strip() == (folder / "coarse.md").read_text("utf-8").strip()
 
 
-def test_windows_with_keys() -> None:
-    code = (
-        "import text\n"
-        "windows = text.Windows(text.read_corpus(), 256, seed=0, with_keys=0.5)\n"
-        "for row in windows.batch(8): print(bytes(row.tolist()).hex())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=EXAMPLE
-    )
-    rows = [bytes.fromhex(line) for line in done.stdout.split()]
+def test_windows_with_keys(beside: None) -> None:
+    text = importlib.import_module("text")
+    windows = text.Windows(text.read_corpus(), 256, seed=0, with_keys=0.5)
+    rows = [bytes(row.tolist()) for row in windows.batch(8)]
     assert [len(row) for row in rows] == [256] * 8
     for row in rows[:4]:
         keys = dict(re.findall(rb"\nKEY_([A-Z]) = (\d{5})\n", row))
