@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,11 +34,7 @@ APPEND = torch.ops.longrope_kernels.append.default
 every_decoder = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def op_arguments(backend: Target, case: Case) -> tuple[Any, ...]:

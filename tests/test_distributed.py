@@ -7,7 +7,6 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,6 @@ from longrope_kernels.distributed.ring import Plan
 from longrope_kernels.distributed.shards import spans_of
 
 AXIS = {"bshd": 1, "bhsd": 2, "thd": 0}
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    pool = Ranks(4)
-    yield pool
-    pool.close()
 
 
 def slots_of(tokens: int, rank: int, size: int, order: str) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +18,6 @@ from tolerance import assert_close
 
 from longrope_kernels import CacheFullError, FactorSet, KVCache, PagedKVCache, Rope
 from longrope_kernels.distributed import SpreadCache, decode, shard
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    pool = Ranks(4)
-    yield pool
-    pool.close()
 
 
 @dataclass(frozen=True)

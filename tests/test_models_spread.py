@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,6 @@ from longrope_kernels.integrations.transformers.probe import tiny
 
 CLOSE = 2e-5
 PHI3, LLAMA = "phi3", "llama"
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    pool = Ranks(4)
-    yield pool
-    pool.close()
 
 
 def group_of(size: int) -> Any:
