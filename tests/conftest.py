@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -146,10 +145,8 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def four() -> Iterator[Any]:
-    """Four processes with a group, see ranks.py."""
-    import ranks
-
+def four() -> Iterator[ranks.Ranks]:
+    """Four processes with a group."""
     pool = ranks.Ranks(4)
     yield pool
     pool.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from typer.testing import CliRunner
 from longrope_kernels import FactorSet, Rope, cli
 from longrope_kernels.integrations.transformers import enable
 from longrope_kernels.integrations.transformers.probe import tiny
+from longrope_kernels.integrations.transformers.settings import Cache
 from longrope_kernels.integrations.transformers.shrunk import shrunk
+from longrope_kernels.search.documents import Document
 from longrope_kernels.search.model import TransformersLosses
 from longrope_kernels.search.needles import Needle
 from longrope_kernels.search.source import open_source, write_config
+from longrope_kernels.search.tune import TuneSettings, tune
 
 LENGTH = 96
 IDS = torch.arange(3, 3 + ORIGINAL)[None] % 64
@@ -36,11 +40,20 @@ FIELDS: dict[str, dict[str, Any]] = {
     "glm4": {},
     "cohere": {},
     "gemma2": {},
+    "granite": {"logits_scaling": 8.0},
     "gpt_neox": {},
     "mixtral": {"sliding_window": None},
     "gpt_oss": {"rope_parameters": PLAIN},
+    "deepseek_v3": {},
+    "falcon": {"alibi": False},
+    "hunyuan_v1_dense": {},
 }
-INTERLEAVED = ("glm4", "cohere")
+INTERLEAVED = ("glm4", "cohere", "deepseek_v3")
+ROTATED = (
+    "deepseek_v3",
+    "falcon",
+    "hunyuan_v1_dense",
+)  # alone: latent keys, another interface, norms
 __all__ = ["one_thread"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,9 +117,45 @@ def test_a_search_from_a_folder(name: str, tmp_path: Path) -> None:
     assert {key for key in written if "rope" in key} <= {key for key in of_text if "rope" in key}
     twin.load_state_dict(model.state_dict())
     ids = torch.arange(LENGTH)[None] % 64
+    cache: Cache = "rotated" if name in ROTATED else "unrotated"
     with torch.no_grad():
-        expected = enable(model, rope=found)(input_ids=ids).logits
-        assert torch.allclose(enable(twin)(input_ids=ids).logits, expected, atol=1e-4)
+        expected = enable(model, rope=found, cache=cache)(input_ids=ids).logits
+        assert torch.allclose(enable(twin, cache=cache)(input_ids=ids).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_rows_of_models_with_rotated_keys_alone(name: str) -> None:
+    """Each has its own rope, and positions that jump are one sequence: as the model alone says."""
+    model, ids = model_of(name), IDS.expand(2, -1)
+    positions = torch.arange(ORIGINAL)[None] + 40 * (torch.arange(ORIGINAL) > 20)
+    given = {"position_ids": positions, "attention_mask": torch.ones_like(IDS)}
+    with torch.no_grad():
+        logits = model(input_ids=IDS, use_cache=False, **given).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.mT, IDS[:, 1:], reduction="none")
+    losses = TransformersLosses(model, batch_tokens=10 * ORIGINAL)
+    other = replace(losses.rope, sets=(FactorSet((3.0,) * losses.rope.pairs),))
+    found = losses([losses.rope, other], ids, positions=positions.expand(2, -1))
+    torch.testing.assert_close(found[:1], expected, rtol=0, atol=1e-4)
+    alone = losses(other, IDS, positions=positions)
+    assert torch.equal(found[1:], alone)
+    assert not torch.allclose(alone, expected, atol=1e-3)
+    needle = Needle((), tuple(IDS[0, :3].tolist()), tuple(IDS[0, 3:5].tolist()))
+    (answer,) = losses.answers(losses.rope, IDS[0], [needle], length=ORIGINAL + 5)
+    whole = torch.cat([IDS[0], torch.tensor([*needle.question, *needle.answer])])[None]
+    torch.testing.assert_close(answer.losses, losses(losses.rope, whole, last=2)[0])
+
+
+@pytest.mark.parametrize("name", ["cohere", "gemma2", "granite", "deepseek_v3"])
+def test_fine_tuning_begins_at_the_loss_of_the_model(name: str, tmp_path: Path) -> None:
+    """Logits that are scaled or capped behind the head, and rotated keys alone."""
+    model = model_of(name)
+    with torch.no_grad():
+        expected = model(input_ids=IDS, labels=IDS).loss
+    rope = Rope.from_config(model.config, interleaved=name in INTERLEAVED)
+    document = Document("text", IDS[0])
+    tune(model, rope, [document], ORIGINAL, 1, TuneSettings(rows=1), tmp_path, device="cpu")
+    (row,) = map(json.loads, (tmp_path / "tuning.jsonl").read_text().splitlines())
+    assert row["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_config_of_few_fields_is_read_with_its_class(tmp_path: Path) -> None:
@@ -131,6 +180,24 @@ def test_a_config_of_few_fields_is_read_with_its_class(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(few), "utf-8")
     with pytest.raises(ValueError, match=r"model: .*max_position_embeddings"):
         open_source(folder)
+
+
+def test_no_config_where_scores_are_scaled_by_the_old_rope(tmp_path: Path) -> None:
+    model_of("deepseek_v3").save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+    for all_dim, written in ((None, True), (1.0, False)):
+        config["rope_parameters"] |= {**yarn, "mscale": 1.0, "mscale_all_dim": all_dim}
+        file.write_text(json.dumps(config), "utf-8")
+        source = open_source(tmp_path / "model")
+        found = FactorSet((3.0,) * source.rope.pairs)
+        rope = replace(source.rope, sets=(found,))
+        note = write_config(source, rope, LENGTH, tmp_path / "found")
+        assert (tmp_path / "found" / "config.json").exists() == written
+        assert written == (note is None)
+    assert note is not None
+    assert "mscale_all_dim" in note
 
 
 @pytest.mark.parametrize("version", [4, 5])

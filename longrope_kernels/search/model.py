@@ -16,6 +16,7 @@ from .needles import Needle
 from .own_tokens import OwnTokens
 
 Ropes = Rope | Sequence[Rope]
+Head = Callable[[torch.Tensor], torch.Tensor]  # hidden states to logits
 CHUNK_NUMBERS = 2**24  # of logits in memory at a time: 64 MB in float32
 
 
@@ -78,7 +79,8 @@ class TransformersLosses:
 
     A rope is put into the enabled model (`set_rope`): no weight, table or kernel is made anew.
     Rows that share a forward may have different ropes: each is a factor set of one `Rope`, pinned
-    to its row. Logits exist for a chunk of the scored positions at a time.
+    to its row. Models that `enable` serves with rotated keys alone have a forward for each row.
+    Logits exist for a chunk of the scored positions at a time.
 
     Attributes:
         model: the model, enabled; ``disable(model)`` gives it back as it was.
@@ -96,7 +98,7 @@ class TransformersLosses:
         """Enable ``model`` and put it into eval mode.
 
         Args:
-            model: with a language-model head, of those that `enable` serves with unrotated keys.
+            model: with a language-model head, of those that `enable` serves.
             backend: as in `enable`.
             batch_tokens: how many tokens a forward has at most, where it has more than one row;
                 by default 32768 on a GPU, and one row at a time on a CPU. A forward that does not
@@ -109,6 +111,7 @@ class TransformersLosses:
                 several for layers of several kinds; ``batch_tokens`` is not positive.
         """
         from ..integrations.transformers import disable, enable
+        from ..integrations.transformers.models import cache_of
 
         if getattr(model, "get_output_embeddings", lambda: None)() is None:
             raise ValueError(
@@ -117,12 +120,14 @@ class TransformersLosses:
             )
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
-        self.model = enable(model.eval(), backend=backend)
+        cache = cache_of(model)
+        self._row_by_row = cache == "rotated"
+        self.model = enable(model.eval(), cache=cache, backend=backend)
         try:
             self.rope = _only_rope(self.model)
-            self._head = _head_of(self.model)
+            self._head = head_of(self.model)
             if group is not None:  # the head was tried on whole sequences
-                enable(model, backend=backend, group=group)
+                enable(model, cache=cache, backend=backend, group=group)
         except Exception:
             disable(model)
             raise
@@ -204,7 +209,7 @@ class TransformersLosses:
             raise ValueError(f"ropes: expected one, or one for each of {rows} rows: {len(ropes)}")
         for rope in {id(rope): rope for rope in ropes}.values():
             self._check_rope(rope)
-        step = max(self._batch_tokens // length, 1)
+        step = 1 if self._row_by_row else max(self._batch_tokens // length, 1)
         parts = [
             self._in_halves(ropes[part], tokens[part], last, _of(positions, part))
             for part in (slice(at, at + step) for at in range(0, rows, step))
@@ -289,7 +294,7 @@ class TransformersLosses:
                 raise ValueError(f"rope: expected {name} = {wanted} as in the model, got {got}")
 
 
-def _head_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def head_of(model: Any) -> Head:
     """From hidden states to logits, as the model does it: its head, which some scale or cap.
 
     Raises:

@@ -228,6 +228,7 @@ def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str |
             original_max_position_embeddings=source.original if len(rope.sets) == 1 else None,
             max_position_embeddings=length,
         )
+        _check_scores(source.read)
     except ValueError as error:
         (folder / CONFIG).unlink(missing_ok=True)
         return str(error)
@@ -239,6 +240,16 @@ def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str |
         config[ORIGINAL_KEY] = source.original
     _write_of_text(source, config, folder)
     return None
+
+
+def _check_scores(config: Any) -> None:
+    """Latent attention is made with a scale by YaRN's parameters, beside the rotation's own."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if hasattr(config, "qk_rope_head_dim") and parameters.get("mscale_all_dim"):
+        raise ValueError(
+            "the model scales its scores by mscale_all_dim of its type yarn, which transformers "
+            "does by no other type; enable(model, rope=...) leaves the scale as it is"
+        )
 
 
 def _add_mscales(parameters: dict[str, Any], rope: Rope) -> None:

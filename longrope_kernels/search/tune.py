@@ -20,7 +20,7 @@ from ..distributed.ranks import Group, agree, ranks_of
 from ..distributed.sums import whole_sum
 from ..rope.value import Rope
 from .documents import Document
-from .model import CHUNK_NUMBERS
+from .model import CHUNK_NUMBERS, Head, head_of
 from .own_tokens import OwnTokens
 from .readjust import as_json
 from .source import digest, fingerprint, read_json, write_json
@@ -116,13 +116,15 @@ def tune(
         `sharding.whole_weights` has them.
 
     Raises:
-        ValueError: a document is too short, the model has no layers to be sharded, an argument
-            is not the same on all processes, or the last checkpoint is of another fine-tuning.
+        ValueError: a document is too short, the model has no layers to be sharded, its logits are
+            not what its head gives, scaled or capped, an argument is not the same on all
+            processes, or the last checkpoint is of another fine-tuning.
         RuntimeError: the loss is not finite; the last checkpoint is from before it.
     """
     from accelerate import Accelerator
 
-    from ..integrations.transformers import enable
+    from ..integrations.transformers import disable, enable
+    from ..integrations.transformers.models import cache_of
     from .sharding import share_weights
 
     for document in documents:
@@ -141,10 +143,11 @@ def tune(
         agree(ranks_of(None), shared, accelerator.device)
     told = fields | {"settings": asdict(settings), "rope": as_json(rope)}
     told = json.loads(json.dumps(told | {"weights": fingerprint(model)}))  # as it reads back
-    enable(model, rope=rope, group=group)
+    head = head_of(disable(model).eval())
+    enable(model, rope=rope, cache=cache_of(model), group=group)
     if settings.recompute:
         _checkpointing(model, "enable")
-    module: Any = _Loss(model, group)
+    module: Any = _Loss(model, head, group)
     shard = shard and accelerator.num_processes > 1
     if shard:
         share_weights(module, kind)
@@ -201,9 +204,10 @@ class _Loss(nn.Module):
     The logits of a long window are made, and made again in the backward pass, in pieces.
     """
 
-    def __init__(self, model: Any, group: Group) -> None:
+    def __init__(self, model: Any, head: Head, group: Group) -> None:
         super().__init__()
         self.model = model
+        self._head = head
         self._group = group
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -224,7 +228,7 @@ class _Loss(nn.Module):
         return total if self._group is None else whole_sum(total, ranks_of(self._group))
 
     def _sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = self.model.get_output_embeddings()(hidden).float()
+        logits = self._head(hidden).float()
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 

@@ -178,6 +178,12 @@ def set_rope(model: Model, rope: Rope | Mapping[str, Rope]) -> Model:
     return model
 
 
+def cache_of(model: nn.Module) -> Cache:
+    """With which cache `enable` serves a model: "unrotated" where it can."""
+    alone = any(slot.architecture.unrotated for slot in _slots(model, probing=True))
+    return "rotated" if alone else "unrotated"
+
+
 def _slots(model: nn.Module, *, probing: bool = False) -> list[Slot]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected {SUPPORTED}, got {type(model).__name__}")
