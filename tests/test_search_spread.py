@@ -223,7 +223,7 @@ def whole_of(x: Any) -> torch.Tensor:
 
 
 class Held:
-    """What a process holds of the numbers of a model, at most, while a layer runs; and of AdamW."""
+    """What a process holds of the numbers of a model, at most, while a layer trains; of AdamW."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.most = model, 0
@@ -233,7 +233,8 @@ class Held:
             layer.mlp.register_forward_pre_hook(self.count)
 
     def count(self, *_: Any) -> None:
-        self.most = max(self.most, sum(own_count(x) for x in self.model.parameters()))
+        if self.model.training:  # before that its head is tried
+            self.most = max(self.most, sum(own_count(x) for x in self.model.parameters()))
 
     def __enter__(self) -> None:
         self.made = torch.optim.AdamW
