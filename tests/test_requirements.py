@@ -32,7 +32,7 @@ LOCKS = {
     ],
     "vllm": [GROUPS["build"], GROUPS["vllm"]],
 }
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 SYSTEMS = (("linux", "x86_64"), ("darwin", "arm64"))
 
 
