@@ -25,8 +25,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 # Of the process: the groups of the first ranks, by how many, and a mesh of two times two.
 GROUPS: dict[int, dist.ProcessGroup] = {}
 MESH: list[DeviceMesh] = []
-
-
 # To the process that forks them.
 ORDERS: list[Connection] = []
 

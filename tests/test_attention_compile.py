@@ -30,13 +30,14 @@ def compiled(function: Any, backend: Any = "aot_eager") -> Any:
     return torch.compile(function, fullgraph=True, backend=backend)
 
 
-# Without masks and packed in one length: the tests below.
 CASES = [
+    Case(2, 19),
     Case(2, 9, 20, lengths=(5, 5000), layout="bhsd", dtype=bf16),
     Case(2, window=5, kv_start=(0, 4), dtype=bf16),
     Case(2, 9, causal=False, window=3, pairs=9),
     Case(2, 20, 9, layout="bhsd"),
     Case(1, 19, layout="thd"),
+    Case(counts=(5, 0, 14), layout="thd"),
     Case(counts=(3, 5), counts_k=(9, 7), kv_start=(2, 0), sets=(1, 0), layout="thd", dtype=bf16),
     Case(2, softcap=2.0, return_lse=True),
 ]

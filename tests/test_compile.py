@@ -177,11 +177,13 @@ def test_sequence_lengths_do_not_recompile_each_time(target: Target) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("batches", [(5, 3, 4), (2, 3, 4)], ids=["any", "as-many-as-sets"])
 @every_graph
-def test_dynamic_shapes_equal_eager(target: Target) -> None:
+def test_dynamic_shapes_equal_eager(target: Target, batches: tuple[int, int, int]) -> None:
     """One graph for all; a batch of two and a Rope of two sets are no reason for another."""
     # No two sizes of a call are equal: torch would take equal ones for one symbol.
-    shapes = [Shape(2, 7, 9, 6, 16), Shape(3, 19, 7, 2, 16), Shape(5, 11, 10, 4, 16)]
+    sizes = [(7, 9, 6, 16), (19, 7, 2, 16), (11, 10, 5, 16)]
+    shapes = [Shape(batch, *rest) for batch, rest in zip(batches, sizes, strict=True)]
     rope = two_sets(8).to(target.device)
 
     def call(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, n: torch.Tensor) -> Any:

@@ -295,8 +295,8 @@ def test_a_graph_that_ends_between_rotation_and_attention():
 COMPILED = [
     ("unrotated", None),
     ("unrotated", True),
+    ("rotated", None),
     ("rotated", False),
-    pytest.param("rotated", None, marks=pytest.mark.full),
     pytest.param("unrotated", False, marks=pytest.mark.full),
     pytest.param("rotated", True, marks=pytest.mark.full),
 ]

@@ -220,8 +220,7 @@ def test_a_gpu_runs_many_tests_at_once_and_none_that_takes_long_without_it(
 ) -> None:
     assert torch.cuda.is_available() or runs.options_here() == ()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert str(min(os.cpu_count() or 1, 16)) in runs.options_here()
-    monkeypatch.setattr(runs, "MOST_PROCESSES", 1)
+    monkeypatch.setattr(runs, "MOST_PROCESSES", 2)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    slow\n")
     (tmp_path / "test_it.py").write_text(
         "import os, pytest\n"
@@ -231,7 +230,8 @@ def test_a_gpu_runs_many_tests_at_once_and_none_that_takes_long_without_it(
         "@pytest.mark.gpu\n"
         "def test_slow_on_it(): pass\n"
         "def test_workers():\n"
-        "    assert os.environ['PYTEST_XDIST_WORKER_COUNT'] == '1'\n"
+        "    workers = int(os.environ['PYTEST_XDIST_WORKER_COUNT'])\n"
+        "    assert workers == min(os.cpu_count(), 2)\n"
         "    assert os.environ['OMP_NUM_THREADS'] == '1'\n"
     )
     options = (*runs.options_here(), "-p", "no:cacheprovider", str(tmp_path))

@@ -104,6 +104,47 @@ def test_below_autograd() -> None:
     assert flags == [False, True]
 
 
+def test_transforms_are_seen_through() -> None:
+    """Gradients, tangents and memory by any transform around, not the innermost alone."""
+    base, seen = torch.ones(3), []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        ours = torch_private
+        assert ours.transformed()
+        same = ours.innermost(x).data_ptr() == base.data_ptr()
+        nested = ours.has_nested_gradients(x)
+        seen.append((ours.requires_grad(x), ours.has_tangent(x), nested, same))
+        return (x**3).sum()
+
+    grad, vmap = torch.func.grad, torch.vmap
+    grad(look)(base)
+    grad(lambda x: grad(look)(x).sum())(base)
+    torch.func.jvp(grad(look), (base,), (base,))
+    vmap(lambda _: look(base))(torch.ones(2))
+    assert seen[:2] == [(True, False, False, True), (True, False, True, True)]
+    assert seen[2][:3] == (True, True, False)
+    assert seen[3] == (False, False, False, True)
+    assert not torch_private.transformed()
+
+
+def test_what_is_made_to_stay_is_of_no_transform() -> None:
+    kept = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        with torch_private.made_to_stay():
+            kept.append(torch.zeros(3) + 1)
+        assert not torch_private.is_plain(x)
+        return x + kept[-1]
+
+    with torch.inference_mode():
+        torch.vmap(look)(torch.zeros(2, 3))
+        torch.func.functionalize(torch.vmap(look))(torch.zeros(2, 3))
+    for x in kept:
+        assert torch_private.is_plain(x)
+        assert not x.is_inference()
+        assert torch_private.innermost(x) is x
+
+
 def test_constants_and_static_sizes_in_graphs() -> None:
     """A marked function is called once, while tracing; a marked tensor has no symbolic size."""
     calls = []
