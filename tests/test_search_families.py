@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from search_cases import ORIGINAL, flags, make_texts, one_thread
 from transformers import (
     AutoConfig,
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 
 from longrope_kernels import FactorSet, Rope, cli
 from longrope_kernels.integrations.transformers import enable
+from longrope_kernels.integrations.transformers.models import cache_of
 from longrope_kernels.integrations.transformers.probe import tiny
 from longrope_kernels.integrations.transformers.settings import Cache
 from longrope_kernels.integrations.transformers.shrunk import shrunk
@@ -145,6 +147,15 @@ def test_rows_of_models_with_rotated_keys_alone(name: str) -> None:
     torch.testing.assert_close(answer.losses, losses(losses.rope, whole, last=2)[0])
 
 
+@pytest.mark.parametrize("name", ["hunyuan_v1_dense", "llama"])
+def test_the_cache_of_a_version_that_nobody_tried(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm behind the rotation, which no probe shows, and a trial does."""
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    assert cache_of(model_of(name)) == ("unrotated" if name == "llama" else "rotated")
+
+
 @pytest.mark.parametrize("name", ["cohere", "gemma2", "granite", "deepseek_v3"])
 def test_fine_tuning_begins_at_the_loss_of_the_model(name: str, tmp_path: Path) -> None:
     """Logits that are scaled or capped behind the head, and rotated keys alone."""
@@ -191,11 +202,14 @@ def test_no_config_where_scores_are_scaled_by_the_old_rope(tmp_path: Path) -> No
         config["rope_parameters"] |= {**yarn, "mscale": 1.0, "mscale_all_dim": all_dim}
         file.write_text(json.dumps(config), "utf-8")
         source = open_source(tmp_path / "model")
-        found = FactorSet((3.0,) * source.rope.pairs)
+        found = FactorSet((2.0, *(3.0,) * (source.rope.pairs - 1)))
         rope = replace(source.rope, sets=(found,))
         note = write_config(source, rope, LENGTH, tmp_path / "found")
         assert (tmp_path / "found" / "config.json").exists() == written
         assert written == (note is None)
+        if written:  # which older versions read whatever the type
+            new = json.loads((tmp_path / "found" / "config.json").read_text("utf-8"))
+            assert new["rope_parameters"]["factor"] == LENGTH / ORIGINAL
     assert note is not None
     assert "mscale_all_dim" in note
 

@@ -232,8 +232,11 @@ def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str |
     except ValueError as error:
         (folder / CONFIG).unlink(missing_ok=True)
         return str(error)
+    parameters = fields["rope_parameters" if version == 5 else "rope_scaling"]
     if of_phimoe:
-        _add_mscales(fields["rope_parameters" if version == 5 else "rope_scaling"], rope)
+        _add_mscales(parameters, rope)
+    if hasattr(source.read, "qk_rope_head_dim") and "long_factor" in (parameters or {}):
+        parameters["factor"] = length / source.original  # that attention of older versions reads
     config = {k: v for k, v in source.of_text.items() if k not in _REPLACED}
     config |= {k: v for k, v in fields.items() if v is not None}
     if hf_config.original_length(config) != source.original:

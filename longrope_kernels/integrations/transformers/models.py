@@ -16,7 +16,7 @@ from ...distributed.shards import Order, check_order
 from ...rope.value import Rope
 from .architectures import ROTATED_ALONE
 from .caches import fingerprint
-from .contacts import check_own, install
+from .contacts import MissingError, check_own, install
 from .parts import Slot, slots_of
 from .probe import UnfitError, frequencies
 from .ropes import given, head_dim
@@ -112,8 +112,7 @@ def enable(
         _check(settings, slot)
         chosen.append(settings)
     for slot in slots:
-        install(slot.architecture)
-        check_contacts(slot.architecture, type(slot.base), slot.base.config, cache)
+        _try(slot, cache)
     disable(model)
     slots = _slots(model, probing=True)
     for slot, settings in zip(slots, chosen, strict=True):
@@ -179,9 +178,20 @@ def set_rope(model: Model, rope: Rope | Mapping[str, Rope]) -> Model:
 
 
 def cache_of(model: nn.Module) -> Cache:
-    """With which cache `enable` serves a model: "unrotated" where it can."""
-    alone = any(slot.architecture.unrotated for slot in _slots(model, probing=True))
-    return "rotated" if alone else "unrotated"
+    """With which cache `enable` serves a model: "unrotated" where it can, known or tried."""
+    for slot in _slots(model, probing=True):
+        if slot.architecture.unrotated:
+            return "rotated"
+        try:
+            _try(slot, "unrotated")
+        except MissingError:
+            return "rotated"
+    return "unrotated"
+
+
+def _try(slot: Slot, cache: Cache) -> None:
+    install(slot.architecture)
+    check_contacts(slot.architecture, type(slot.base), slot.base.config, cache)
 
 
 def _slots(model: nn.Module, *, probing: bool = False) -> list[Slot]:

@@ -92,6 +92,7 @@ def shrunk(config: Any, most_layers: int = 8) -> Any:
         if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
             fields[name] = {key: one for key, one in value.items() if int(key) < kept}
     fields["pad_token_id"] = 0
+    fields.pop("qk_head_dim", None)  # older configs of latent attention keep the sum of two sizes
     for name in _ENCODERS:
         if isinstance(fields.get(name), dict):
             small = _SIZE_OF | dict.fromkeys(_LAYERS, 2)
