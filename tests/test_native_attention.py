@@ -32,11 +32,20 @@ def test_against_the_truth(case: Case) -> None:
     check(NATIVE, case)
 
 
-def test_each_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, kernel = Case(2, 130, 0, 4, 2, 64, window=50, dtype=bf16), native.decode
-    for name in native.instruction_sets():
-        monkeypatch.setattr(native, "decode", lambda *a, name=name: kernel(*a, name))
-        check(NATIVE, case)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 130, 0, 4, 2, 64, window=50, dtype=bf16),
+        Case(1, 97, 0, 3, 3, 48, 16, dtype=bf16),  # an odd number of vectors
+        Case(1, 70, 0, 2, 1, 40, dtype=bf16, softcap=3.0, return_lse=True, interleaved=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", native.instruction_sets())
+def test_each_instruction_set(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = native.decode
+    monkeypatch.setattr(native, "decode", lambda *a: kernel(*a, name))
+    check(NATIVE, case)
 
 
 def arguments(case: Case) -> dict[str, Any]:

@@ -14,5 +14,6 @@ using DecodeFunction = void (*)(const DecodeCall& call, int threads);
 void decode_baseline(const DecodeCall& call, int threads);
 void decode_avx2(const DecodeCall& call, int threads);
 void decode_avx512(const DecodeCall& call, int threads);
+void decode_avx512_bf16(const DecodeCall& call, int threads);
 
 }  // namespace longrope_cpu

@@ -7,8 +7,9 @@
 // work stays near the time that memory takes to deliver keys and values. Queries of one sequence
 // that take different factor sets are parts of their own, each with its keys, and so are some tens
 // of the queries of a prompt: they meet the keys of a tile head by head, each head's keys rotated
-// for all of them, so that products outweigh everything else. All arithmetic is in float32. Splits
-// depend on the lengths alone and are combined in order: the number of threads changes no bit of
+// for all of them, so that products outweigh everything else. All arithmetic is in float32, but
+// for the products of such prompts in bfloat16 where the processor has instructions for them, which
+// sum in float32. Splits depend on the lengths alone and are combined in order: the number of threads changes no bit of
 // the result.
 #pragma once
 
@@ -17,6 +18,7 @@
 #include <memory>
 #include <vector>
 
+#include "decode_pairs.h"
 #include "decode_parts.h"
 #include "decode_tile.h"
 #include "key_angles.h"
@@ -29,18 +31,11 @@ using longrope_calls::ElementType;
 constexpr int64_t kWidened = 16;     // keys whose values are widened before they are summed up
 constexpr int kKeyRows = 8;          // of a KV head, at most, where keys are rotated in registers
 
-// Calls the function with std::integral_constant<int, min(n, kMost)>, n from 1.
-template <int kMost, typename Function>
-inline void with_constant(int64_t n, const Function& function) {
-  if constexpr (kMost > 1) {
-    if (n < kMost) return with_constant<kMost - 1>(n, function);
-  }
-  function(std::integral_constant<int, kMost>());
-}
-
 // One thread's scratch memory, and the work that it does in it.
 template <bool kInterleaved, typename T>
 class Worker {
+  static constexpr bool kPairs = kMultipliesPairs<T>;
+
  public:
   Worker(const DecodeCall& a, const Layout& layout)
       : a_(a),
@@ -55,14 +50,16 @@ class Worker {
         cos_((many_ ? kTile : kGroup) * layout.row),
         sin_((many_ ? kTile : kGroup) * layout.row),
         turned_((many_ ? kTile : kGroup) * layout.padded),
-        columns_(many_ ? kTile * layout.padded : 0),
+        columns_(many_ && !kPairs ? kTile * layout.padded : 0),
         scores_((many_ ? groups_ : a.heads) * most_queries(a) * kTile),
         sum_(layout.values),
-        widened_(widens_values(groups_ * most_queries(a)) ? kWidened * layout.values : 0) {
+        widened_(widens_values(groups_ * most_queries(a)) ? kWidened * layout.values : 0),
+        pairs_(layout, many_ ? a.heads * most_queries(a) : 0,
+               many_ ? groups_ * most_queries(a) : 0) {
     // The padding of these meets that of keys, and 0 times NaN is NaN.
     for (Floats* x : {&cos_, &sin_, &turned_}) x->fill(0.0f);
     for (int64_t j = 0; j < kWidened; ++j) widened_rows_[j] = widened_.at(j * layout.values);
-    for (int64_t c = 0; many_ && c < layout.padded; ++c) {
+    for (int64_t c = 0; many_ && !kPairs && c < layout.padded; ++c) {
       columns_rows_.push_back(columns_.at(c * kTile));
     }
   }
@@ -87,6 +84,9 @@ class Worker {
     std::fill(sums, sums + rows * layout_.values, 0.0f);
     std::fill(states, states + rows, Softmax{-kInfinity, 0.0f});
     angles_.forget();
+    if constexpr (kPairs) {
+      if (many_) pairs_.take_queries(q, rows);
+    }
     for (int64_t begin = item.begin; begin < item.end; begin += kTile) {
       const int64_t keys = std::min(kTile, item.end - begin);
       known_ = std::min(kTile + kGroup, item.end - begin);
@@ -196,10 +196,20 @@ class Worker {
                                cos_.at(j * layout_.row), sin_.at(j * layout_.row), layout_);
       }
       const int64_t first = h * group_rows_;
-      score_columns(q + first * padded);
+      if constexpr (kPairs) {
+        pairs_.take_keys(turned_.at(0));
+        pairs_.score(first, group_rows_, scores_.at(0));
+      } else {
+        score_columns(q + first * padded);
+      }
       for (int64_t row = 0; row < group_rows_; ++row) {
-        weigh_row(s, begin, keys, row, scores_.at(row * kTile),
-                  sums + (first + row) * layout_.values, states[first + row]);
+        float* const of_row = sums + (first + row) * layout_.values;
+        weigh_row<kTile>(s, begin, keys, row, scores_.at(row * kTile), of_row, states[first + row]);
+      }
+      if constexpr (kPairs) {
+        pairs_.take_values(values_, h * a_.keys.v.strides[2], keys, a_.dim);
+        pairs_.add_values(scores_.at(0), group_rows_, sums + first * layout_.values);
+        continue;
       }
       for (int64_t g = 0; g < keys; g += most) {
         add_values(h, g, std::min(most, keys - g), scores_.at(g), sums);
@@ -219,15 +229,7 @@ class Worker {
       }
     }
     std::fill(scores_.at(0), scores_.at(group_rows_ * kTile), 0.0f);
-    for (int64_t row = 0; row < group_rows_; row += kRowBlock) {
-      with_constant<kRowBlock>(group_rows_ - row, [&](auto rows) {
-        for (int64_t j = 0; j < kTile; j += kVecBlock * kWidth) {
-          add_block<rows(), std::min<int>(kVecBlock, kTile / kWidth)>(
-              columns_rows_.data(), j, 0, padded, q + row * padded, padded,
-              scores_.at(row * kTile + j), kTile);
-        }
-      });
-    }
+    add_rows(columns_rows_.data(), 0, 0, padded, q, padded, group_rows_, scores_.at(0), kTile);
   }
 
   // The cosines and sines of count <= kGroup keys from a slot on, from row `at`.
@@ -343,25 +345,10 @@ class Worker {
         if (ahead != 0) prefetch_row<2>(value + ahead, a_.dim);
         widen_row(value, a_.dim, widened_.at(j * layout_.values));
       }
-      add_rows(widened_rows_, 0, 0, count, weights, group_sums);
+      add_rows(widened_rows_, 0, 0, count, weights, kTile, group_rows_, group_sums, layout_.values);
     } else {
-      add_rows(values_ + g, offset, ahead, count, weights, group_sums);
-    }
-  }
-
-  template <typename Element>
-  void add_rows(const Element* const* values, int64_t offset, int64_t ahead, int64_t keys,
-                const float* weights, float* sums) {
-    const int64_t width = layout_.values;
-    for (int64_t c = 0; c < width; c += kVecBlock * kWidth) {
-      with_constant<kVecBlock>((width - c) / kWidth, [&](auto vecs) {
-        for (int64_t row = 0; row < group_rows_; row += kRowBlock) {
-          with_constant<kRowBlock>(group_rows_ - row, [&](auto rows) {
-            add_block<rows(), vecs()>(values, offset + c, row == 0 ? ahead : 0, keys,
-                                      weights + row * kTile, kTile, sums + row * width + c, width);
-          });
-        }
-      });
+      add_rows(values_ + g, offset, ahead, count, weights, kTile, group_rows_, group_sums,
+               layout_.values);
     }
   }
 
@@ -379,6 +366,7 @@ class Worker {
   Floats sum_;         // (values,)
   Floats widened_;     // (kWidened, values), or nothing
   const float* widened_rows_[kWidened];
+  std::conditional_t<kPairs, PairTile<Pair>, NoTile> pairs_;
   std::vector<const float*> columns_rows_;  // of columns_
   // Of the part.
   int64_t group_rows_;  // of a KV head

@@ -73,8 +73,8 @@ inline bool with_fixed(const Layout& layout, const Function& function) {
 template <typename T>
 constexpr bool kEvenOdd = std::is_same<T, BFloat16>::value;
 
-template <typename T>
-inline void load_two(const T* p, Vec& first, Vec& second) {
+template <typename T, typename AnyVec>
+inline void load_two(const T* p, AnyVec& first, AnyVec& second) {
   if constexpr (kEvenOdd<T>) {
     load_pairs(p, first, second);
   } else {
@@ -246,31 +246,31 @@ LONGROPE_UNROLL
   for (int r = 0; r < kRows; ++r) store_sums(scores + r * kTile, sums[r]);
 }
 
-template <int kVecs, typename T>
-inline void load_vectors(const T* p, Vec (&x)[kVecs]) {
+template <int kVecs, typename T, typename AnyVec>
+inline void load_vectors(const T* p, AnyVec (&x)[kVecs]) {
 LONGROPE_UNROLL
   for (int c = 0; c + 1 < kVecs; c += 2) load_two(p + c * kWidth, x[c], x[c + 1]);
   if constexpr (kVecs % 2 == 1) x[kVecs - 1] = load(p + (kVecs - 1) * kWidth);
 }
 
 // The weighted sum of values over the keys of a tile, for kRows queries, whose weights are
-// `weight_stride` apart, and kVecs vectors. Asks for what lies so many elements ahead meanwhile,
-// unless that is 0.
-template <int kRows, int kVecs, typename T>
+// `weight_stride` apart, and kVecs vectors; weights are of float32, or pairs as the values. Asks for
+// what lies so many elements ahead meanwhile, unless that is 0.
+template <int kRows, int kVecs, typename T, typename Weight>
 inline void add_block(const T* const* values, int64_t offset, int64_t ahead, int64_t keys,
-                      const float* weights, int64_t weight_stride, float* sums, int64_t stride) {
+                      const Weight* weights, int64_t weight_stride, float* sums, int64_t stride) {
   Vec sum[kRows][kVecs];
 LONGROPE_UNROLL
   for (int r = 0; r < kRows; ++r)
 LONGROPE_UNROLL
     for (int c = 0; c < kVecs; ++c) sum[r][c] = load(sums + r * stride + c * kWidth);
   for (int64_t j = 0; j < keys; ++j) {
-    Vec x[kVecs];
+    decltype(splat(*weights)) x[kVecs];
     load_vectors(values[j] + offset, x);
     if (ahead != 0) prefetch_row<2>(values[j] + offset + ahead, kVecs * kWidth);
 LONGROPE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec w = splat(weights[r * weight_stride + j]);
+      const auto w = splat(weights[r * weight_stride + j]);
 LONGROPE_UNROLL
       for (int c = 0; c < kVecs; ++c) sum[r][c] = multiply_add(x[c], w, sum[r][c]);
     }
@@ -279,6 +279,33 @@ LONGROPE_UNROLL
   for (int r = 0; r < kRows; ++r)
 LONGROPE_UNROLL
     for (int c = 0; c < kVecs; ++c) store(sums + r * stride + c * kWidth, sum[r][c]);
+}
+
+// Calls the function with std::integral_constant<int, min(n, kMost)>, n from 1.
+template <int kMost, typename Function>
+inline void with_constant(int64_t n, const Function& function) {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return with_constant<kMost - 1>(n, function);
+  }
+  function(std::integral_constant<int, kMost>());
+}
+
+// The same for any number of rows and `width` elements; the first rows ask for what lies ahead.
+template <typename T, typename Weight>
+inline void add_rows(const T* const* values, int64_t offset, int64_t ahead, int64_t keys,
+                     const Weight* weights, int64_t weight_stride, int64_t count, float* sums,
+                     int64_t width) {
+  for (int64_t c = 0; c < width; c += kVecBlock * kWidth) {
+    with_constant<kVecBlock>((width - c) / kWidth, [&](auto vecs) {
+      for (int64_t row = 0; row < count; row += kRowBlock) {
+        with_constant<kRowBlock>(count - row, [&](auto rows) {
+          add_block<rows(), vecs()>(values, offset + c, row == 0 ? ahead : 0, keys,
+                                    weights + row * weight_stride, weight_stride,
+                                    sums + row * width + c, width);
+        });
+      }
+    });
+  }
 }
 
 }  // namespace longrope

@@ -16,6 +16,15 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Two of them, the first in the lower half, for instructions that multiply both with two others.
+struct Pair {
+  uint32_t bits;
+};
+
+// Whether the instruction set has such products of a type, in sums of float32.
+template <typename T>
+constexpr bool kMultipliesPairs = false;
+
 inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

@@ -6,7 +6,7 @@ namespace longrope_cpu {
 namespace {
 
 struct Available {
-  InstructionSet sets[3];
+  InstructionSet sets[4];
   int count = 0;
 
   void add(const InstructionSet& set) { sets[count++] = set; }
@@ -16,6 +16,11 @@ struct Available {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#if defined(LONGROPE_HAS_AVX512_BF16)
+      if (__builtin_cpu_supports("avx512bf16")) {
+        add({"avx512_bf16", rotary_avx512, decode_avx512_bf16});
+      }
+#endif
       add({"avx512", rotary_avx512, decode_avx512});
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
