@@ -14,6 +14,7 @@ from model_cases import (
     max_diff,
     tokens,
 )
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -191,6 +192,54 @@ def test_trainer_follows_the_untouched_model(tmp_path):
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+# ------------------------------------------------------------------------ layers that others change
+
+
+def deepened(model):
+    """The first layer once more on top, as where models are grown in depth."""
+    layer = copy.deepcopy(model.model.layers[0])
+    layer.self_attn.layer_idx = len(model.model.layers)
+    model.model.layers.append(layer)
+    model.config.num_hidden_layers += 1
+    return model
+
+
+def trained_whole(model):
+    """PEFT trains a copy of each of these modules in its place."""
+    return get_peft_model(
+        model, LoraConfig(target_modules=["down_proj"], modules_to_save=["self_attn"])
+    )
+
+
+@pytest.mark.parametrize("first", ["change", "enable"])
+@pytest.mark.parametrize("change", [deepened, trained_whole])
+def test_layers_that_are_copied_rotate(change, first):
+    """Each copy has a config of its own, with an attention implementation of its own."""
+    ids, model = tokens(2, 40), change(family_model("phi3"))
+    expected = logits(model, ids=ids)
+    model = enable(model) if first == "change" else change(enable(family_model("phi3")))
+    assert max_diff(logits(model, ids=ids), expected) < 2e-5
+    assert torch.equal(logits(disable(model), ids=ids), expected)
+
+
+def test_a_copy_that_trains_in_the_place_of_the_first_attention_sees_its_cache():
+    """PEFT keeps the original beside it, of which no forward comes to."""
+    model = enable(trained_whole(family_model("phi3")))
+    with torch.no_grad():
+        keys_of_others = family_model("phi3")(tokens()).past_key_values
+        with pytest.raises(ValueError, match="past_key_values: expected keys unrotated"):
+            model(tokens(), past_key_values=keys_of_others)
+
+
+def test_a_layer_that_came_later_is_enabled_again():
+    """It came from a model that was not enabled."""
+    model, ids = family_model("phi3"), tokens(2, 40)
+    expected = logits(model, ids=ids)
+    enable(model).model.layers[1] = family_model("phi3").model.layers[1]
+    assert max_diff(logits(enable(model), ids=ids), expected) < 2e-5
+    assert torch.equal(logits(disable(model), ids=ids), expected)
 
 
 # ----------------------------------------------------------------------------------------- disable

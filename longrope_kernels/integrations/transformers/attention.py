@@ -15,7 +15,7 @@ from ...rope.value import Rope
 from ...torch_private import requires_grad
 from .masks import ANY_MASK, is_slots
 from .ropes import still
-from .sequences import Call, Memory, in_a_row
+from .sequences import MEMORY, Call, in_a_row
 from .settings import Settings
 from .spread import Spread
 from .spread import attend as attend_spread
@@ -29,7 +29,6 @@ class Enabled(NamedTuple):
     """What `enable` leaves at a base model and its attention modules, as ``module.longrope``."""
 
     settings: Settings
-    memory: Memory
     window: int | None = None  # of layers that do not hand theirs to the attention function
 
 
@@ -125,7 +124,7 @@ def longrope_attention(
             "attention_mask: expected the padding mask (batch, tokens), got an attention bias of "
             f"shape {tuple(attention_mask.shape)}, {attention_mask.dtype}; {ANY_MASK}"
         )
-    rope, positions = enabled.memory.take()
+    rope, positions = MEMORY.take()
     if position_ids is None:  # some layers keep them from their attention
         position_ids = positions
     if position_ids is None:
@@ -137,9 +136,7 @@ def longrope_attention(
         queries, keys = position_ids.shape[-1], longrope_spread.total
     if cu_seq_lens_q is not None:
         _check_borders(cu_seq_lens_q, cu_seq_lens_k, batch * queries)
-    call = enabled.memory.call(
-        settings.chooses, position_ids, attention_mask, batch, keys, cu_seq_lens_q
-    )
+    call = MEMORY.call(settings.chooses, position_ids, attention_mask, batch, keys, cu_seq_lens_q)
     rest: dict[str, Any] = {
         "softmax_scale": scaling,
         "window": enabled.window if sliding_window is None else sliding_window,

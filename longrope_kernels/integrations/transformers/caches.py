@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from .attention import NAME, Enabled
+from .sequences import MEMORY
 from .settings import Settings
 
 # Their slots lie in the order of tokens, and hold what was put into them.
@@ -46,7 +47,7 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     enabled: Enabled = module.longrope  # type: ignore[assignment]
     settings = enabled.settings
     if not torch.compiler.is_compiling():
-        enabled.memory.forget()
+        MEMORY.forget()
     if settings.cache == "unrotated":
         _check_implementation(module.config)
     everything = (*args, *kwargs.values())

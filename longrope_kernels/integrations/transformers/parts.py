@@ -15,7 +15,6 @@ from .contacts import contact, install
 from .probe import UnfitError, has_frequencies, probed
 from .ropes import kinds, rope_of
 from .rotary import ExactRotaryEmbedding
-from .sequences import Memory
 from .settings import Settings
 from .spread import put_hooks
 
@@ -94,7 +93,7 @@ class Slot(NamedTuple):
 
     def put(self, settings: Settings) -> None:
         """Hand rotation, attention and caches over to this package."""
-        base, memory, former = self.base, Memory(), None
+        base, former = self.base, None
         install(self.architecture)
         if settings.cache == "unrotated":
             former = base.config._attn_implementation
@@ -102,19 +101,24 @@ class Slot(NamedTuple):
         replacements = []
         for place in self.places:
             replacement = ExactRotaryEmbedding(
-                place.module, self.architecture, settings, memory, self.kind_of(place)
+                place.module, self.architecture, settings, self.kind_of(place)
             )
             replacements.append(replacement)
             # Who shares the config object may have been enabled before, and puts back what was.
             replacement.former_attention = None if former == NAME else former
             setattr(place.owner, place.name, replacement)
-        enabled = Enabled(settings, memory)
+        enabled = Enabled(settings)
         base.longrope = enabled
         if not self.architecture.hands_on_window:
             enabled = enabled._replace(window=getattr(base.config, "sliding_window", None))
+        first = self.attentions[0]
         for module in self.attentions:
             module.longrope = enabled
-        self.attentions[0].register_forward_pre_hook(before_attention, with_kwargs=True)
+            if former is not None and module.config is not base.config:  # of a copied layer
+                module.config._attn_implementation = NAME
+            # Not only of the first: PEFT keeps the original beside the copy that it trains.
+            if getattr(module, "layer_idx", None) == getattr(first, "layer_idx", None):
+                module.register_forward_pre_hook(before_attention, with_kwargs=True)
         if settings.group is not None:
             replacements[0].hooks = put_hooks(base)
 
@@ -129,17 +133,19 @@ class Slot(NamedTuple):
         """Undo `put`."""
         for place in self.places:
             setattr(place.owner, place.name, place.module.original)
+        former = self.module.former_attention
         for part in (self.base, *self.attentions):
-            del part.longrope
-        first = self.attentions[0]
-        for key, hook in list(first._forward_pre_hooks.items()):
-            if hook is before_attention:
-                del first._forward_pre_hooks[key]
-                first._forward_pre_hooks_with_kwargs.pop(key, None)
+            vars(part).pop("longrope", None)  # a layer may have come later
+            for key, hook in list(part._forward_pre_hooks.items()):
+                if hook is before_attention:
+                    del part._forward_pre_hooks[key]
+                    part._forward_pre_hooks_with_kwargs.pop(key, None)
+            if former is not None and part.config is not self.base.config:
+                part.config._attn_implementation = former
         for hook in self.module.hooks:
             hook.remove()
-        if self.module.former_attention is not None:
-            self.base.set_attn_implementation({"": self.module.former_attention})
+        if former is not None:
+            self.base.set_attn_implementation({"": former})
 
 
 def slots_of(model: nn.Module, *, probing: bool = False) -> list[Slot]:

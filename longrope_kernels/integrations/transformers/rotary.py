@@ -19,21 +19,20 @@ from ...torch_private import in_context_parallel
 from .architectures import Architecture
 from .contacts import install
 from .markers import Rotated, Unrotated
-from .sequences import Memory, in_a_row
+from .sequences import MEMORY, in_a_row
 from .settings import Settings
 
 
 class Turn:
     """What layers of one kind rotate by; bound methods of it travel in the markers."""
 
-    def __init__(self, rope: Rope, backend: str | None, memory: Memory) -> None:
+    def __init__(self, rope: Rope, backend: str | None) -> None:
         self.rope = rope
         self.backend = backend
-        self.memory = memory
 
     def note(self, positions: torch.Tensor) -> None:
         """Tell the attention function of the layer that asks."""
-        self.memory.note(self.rope, positions)
+        MEMORY.note(self.rope, positions)
 
     def rotate(
         self,
@@ -68,14 +67,12 @@ class ExactRotaryEmbedding(nn.Module):
         original: nn.Module,
         architecture: Architecture,
         settings: Settings,
-        memory: Memory | None = None,
         kind: str = "",
     ) -> None:
         super().__init__()
         self.original = original
         self.architecture = architecture
         self.settings = settings
-        self.memory = Memory() if memory is None else memory
         self.kind = kind  # of the layers, where they do not say theirs
         # For `disable`: the attention implementation (None: left as is), and hooks of the base.
         self.former_attention: str | None = None
@@ -100,9 +97,7 @@ class ExactRotaryEmbedding(nn.Module):
     def use(self, settings: Settings) -> None:
         """Take other settings; on the devices where the old ones had their tables."""
         self.settings = settings
-        self.turns = {
-            kind: Turn(rope, settings.backend, self.memory) for kind, rope in settings.ropes.items()
-        }
+        self.turns = {kind: Turn(rope, settings.backend) for kind, rope in settings.ropes.items()}
         self._make_ready()
 
     def forward(

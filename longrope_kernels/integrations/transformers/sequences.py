@@ -209,7 +209,7 @@ def in_a_row(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# By the ids of mask and borders, rows and slots; with the mask and the borders.
+# By the ids of mask and borders, rows and slots, and whether lengths are wanted; with both tensors.
 _Calls = dict[tuple[int, ...], tuple[Call, Any, Any]]
 
 
@@ -232,8 +232,10 @@ class _OfThread(threading.local):
 class Memory:
     """The `Call` of the forward that is going on, derived once for all layers of a kind.
 
-    Threads may call one model at once: each has its own rope and positions. They share calls,
-    which a backward pass in autograd's thread takes from the forward, and find by the tensors.
+    One for all models: a layer that is copied, or taken from another model, finds what the rotary
+    module of its new one says. Threads may call models at once: each has its own rope and
+    positions. They share calls, which a backward pass in autograd's thread takes from the forward,
+    and find by the tensors.
     """
 
     def __init__(self) -> None:
@@ -281,11 +283,11 @@ class Memory:
         of, calls = self._calls
         if of is not positions:
             calls = self._begin(positions)
-        key = (id(mask), id(borders), batch, keys)
+        key = (id(mask), id(borders), batch, keys, chooses)
         if key not in calls:
             call = call_of(chooses, positions, mask, batch, keys, borders)
             calls[key] = call, mask, borders  # which, held here, keep their ids
         return calls[key][0]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Memory, ()  # a copy of a model is not in the middle of a forward
+
+MEMORY = Memory()
