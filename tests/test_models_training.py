@@ -194,6 +194,25 @@ def test_trainer_follows_the_untouched_model(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("cache", ["unrotated", "rotated"])
+def test_positions_written_in_place_before_a_backward(cache, checkpointed):
+    """As into the one buffer of a loader; what is run again reads those of its own forward."""
+    found = []
+    for model in (family_model("phi3"), enable(family_model("phi3"), cache=cache)):
+        model.train()
+        if checkpointed:
+            checkpoint(model, use_reentrant=False)
+        positions = torch.arange(24)[None]
+        first = model(tokens(), position_ids=positions, labels=tokens()).loss
+        positions.mul_(7)
+        first.backward()
+        found.append([p.grad for p in model.parameters()])
+    scale = max(float(e.abs().max()) for e in found[0])
+    for e, a in zip(*found, strict=True):
+        assert max_diff(a, e) <= 1e-5 * scale
+
+
 # ------------------------------------------------------------------------ layers that others change
 
 

@@ -125,9 +125,9 @@ def longrope_attention(
             f"shape {tuple(attention_mask.shape)}, {attention_mask.dtype}; {ANY_MASK}"
         )
     rope, positions = MEMORY.take()
-    if position_ids is None:  # some layers keep them from their attention
+    if positions is not None:
         position_ids = positions
-    if position_ids is None:
+    if position_ids is None:  # some layers keep them from their attention
         raise ValueError("position_ids: expected them from the decoder layer, got None")
     settings: Settings = enabled.settings
     rope = still(query.shape[-1]) if rope is None else rope

@@ -113,6 +113,9 @@ class ExactRotaryEmbedding(nn.Module):
         if in_context_parallel():
             self._check_shard()
         turn = self.turns[self.kind if layer_type is None else layer_type]
+        if torch.is_grad_enabled():
+            # The caller may write those of the next forward there before a backward pass.
+            position_ids = position_ids.clone()
         if self.settings.cache == "unrotated":
             return position_ids, Unrotated(position_ids, turn.note)
         return position_ids, Rotated(position_ids.max() + 1, turn.rotate)

@@ -209,8 +209,10 @@ def in_a_row(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# By the ids of mask and borders, rows and slots, and whether lengths are wanted; with both tensors.
-_Calls = dict[tuple[int, ...], tuple[Call, Any, Any]]
+# By the ids of positions, mask and borders, rows and slots, and whether lengths are wanted; with the
+# tensors, which keep their ids so.
+_Calls = dict[tuple[int, ...], tuple[Call, Any, Any, Any]]
+_MOST = 8  # calls of a forward: layers may be of several kinds, and sit on several devices
 
 
 class _Noted:
@@ -260,12 +262,7 @@ class Memory:
         That may have ended between a rotation and its attention, by an exception.
         """
         self.note(None, None)
-        self._begin(None)
-
-    def _begin(self, positions: torch.Tensor | None) -> _Calls:
-        calls: _Calls = {}
-        self._calls = positions, calls  # at once, for other threads
-        return calls
+        self._calls: _Calls = {}
 
     def call(
         self,
@@ -280,13 +277,13 @@ class Memory:
         # A traced graph finds by itself what repeats, and must not leave its tensors here.
         if torch.compiler.is_compiling():
             return call_of(chooses, positions, mask, batch, keys, borders)
-        of, calls = self._calls
-        if of is not positions:
-            calls = self._begin(positions)
-        key = (id(mask), id(borders), batch, keys, chooses)
+        calls = self._calls  # other threads may begin anew
+        key = (id(positions), id(mask), id(borders), batch, keys, chooses)
         if key not in calls:
+            if len(calls) >= _MOST:
+                calls = self._calls = {}
             call = call_of(chooses, positions, mask, batch, keys, borders)
-            calls[key] = call, mask, borders  # which, held here, keep their ids
+            calls[key] = call, positions, mask, borders
         return calls[key][0]
 
 
