@@ -213,6 +213,17 @@ def test_positions_written_in_place_before_a_backward(cache, checkpointed):
         assert max_diff(a, e) <= 1e-5 * scale
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_checkpointing_that_drops_a_cache_is_refused(count):
+    """transformers' layers do, and each token would attend to those of its own forward alone."""
+    model, cache = enable(family_model("phi3")), DynamicCache()
+    with torch.no_grad():
+        model(tokens(), past_key_values=cache)
+    checkpoint(model.train(), use_reentrant=False)
+    with pytest.raises(ValueError, match=r"past_key_values: .*checkpointing.*eval\(\)"):
+        model(tokens(2, count), past_key_values=cache)
+
+
 # ------------------------------------------------------------------------ layers that others change
 
 

@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from .attention import NAME, Enabled
+from .masks import of_thread
 from .sequences import MEMORY
 from .settings import Settings
 
@@ -46,17 +47,18 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     """A forward pre-hook of a base model's first attention module, before it writes keys."""
     enabled: Enabled = module.longrope  # type: ignore[assignment]
     settings = enabled.settings
+    everything = (*args, *kwargs.values())
+    caches = [given for given in everything if isinstance(given, Cache)]
     if not torch.compiler.is_compiling():
         MEMORY.forget()
+        _check_given(caches)
     if settings.cache == "unrotated":
         _check_implementation(module.config)
-    everything = (*args, *kwargs.values())
     queries = next(x.shape[1] for x in everything if isinstance(x, torch.Tensor))
-    for given in everything:
-        if isinstance(given, Cache):
-            if settings.cache == "unrotated" and settings.group is None:
-                _check_layers(given, module.config, queries)
-            _check_keys(given, settings)
+    for cache in caches:
+        if settings.cache == "unrotated" and settings.group is None:
+            _check_layers(cache, module.config, queries)
+        _check_keys(cache, settings)
 
 
 def fingerprint(attention: nn.Module) -> int:
@@ -80,6 +82,16 @@ def _check_implementation(config: Any) -> None:
             f"attn_implementation: expected {NAME!r}, which enable(model) has set, got "
             f"{config._attn_implementation!r}; disable(model) before choosing another, or "
             "enable(model, cache='rotated'), which goes with any"
+        )
+
+
+def _check_given(caches: list[Cache]) -> None:
+    """A cache that the model was given comes to its layers."""
+    has_cache, of_thread.has_cache = of_thread.has_cache, False  # not of a layer that is run again
+    if has_cache and not caches:
+        raise ValueError(
+            "past_key_values: expected None in training with activation checkpointing, whose "
+            "layers drop the cache, got one with keys; model.eval(), or no checkpointing"
         )
 
 

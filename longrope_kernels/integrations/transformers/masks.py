@@ -7,6 +7,7 @@ of it untouched, also where ``generate()`` prepares masks for a static cache.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,15 @@ from ...calls.values import readable
 # Parts of a mask that show a query what causal attention hides, or hide in chunks.
 _MORE_THAN_CAUSAL = ("or_masks", "chunked", "bidirectional", "blockwise")
 ANY_MASK = "enable(model, cache='rotated') takes any mask"
+
+
+class _OfThread(threading.local):
+    """Of the forward that is going on, from its mask to its first attention module."""
+
+    has_cache = False  # whether there are slots beside those of its own tokens
+
+
+of_thread = _OfThread()
 
 
 class Slots(NamedTuple):
@@ -61,6 +71,8 @@ def slots_of_mask(
     Raises:
         ValueError: a mask that is more than padding, or has not all tokens that came before.
     """
+    if not torch.compiler.is_compiling():
+        of_thread.has_cache = kv_length > q_length
     if mask_function is not None and not torch.compiler.is_compiling():
         for name in _parts(mask_function):
             if any(one in name for one in _MORE_THAN_CAUSAL):
