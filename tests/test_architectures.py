@@ -232,6 +232,18 @@ def test_another_rotation_in_the_place_is_named(monkeypatch):
     assert not hasattr(model.model, "longrope")
 
 
+@pytest.mark.parametrize("cache", ["unrotated", "rotated"])
+def test_another_rotation_put_there_since_is_named(monkeypatch, cache):
+    """As Trainer(use_liger_kernel=True) does with the model that it is given."""
+    model = enable(family_model("llama"), cache=cache)
+    other = foreign("liger_kernel.rope").fast_rotation
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
+    with pytest.raises(ValueError, match=r"got liger_kernel\.rope\.fast_rotation, .*rope=False"):
+        logits(model)
+    monkeypatch.undo()
+    logits(model)
+
+
 def test_another_layer_in_the_place_is_named(monkeypatch):
     monkeypatch.setattr(
         modeling_llama.LlamaAttention, "forward", foreign("unsloth.models").fast_forward

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from model_cases import (
     FAMILIES,
     SWITCH,
@@ -34,7 +35,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from longrope_kernels import Rope
 from longrope_kernels.integrations import transformers as integration
-from longrope_kernels.integrations.transformers import disable, enable
+from longrope_kernels.integrations.transformers import disable, enable, trial
 
 CLOSE = 2e-5
 
@@ -123,6 +124,16 @@ def test_bidirectional_attention_is_refused():
     model.config.is_causal = False
     with pytest.raises(ValueError, match="model: expected causal attention"):
         enable(model)
+
+
+def test_weights_that_are_kept_from_being_made(monkeypatch):
+    """A tiny model has none there either."""
+    monkeypatch.setattr(trial, "passed", set())
+    model = family_model("llama")
+    with init_empty_weights(), pytest.raises(ValueError, match=r"init_empty_weights.*outside"):
+        enable(model)
+    assert not hasattr(model.model, "longrope")
+    logits(enable(model))
 
 
 def test_weights_that_are_buffers():

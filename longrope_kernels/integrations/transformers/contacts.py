@@ -117,6 +117,13 @@ def check_own(architecture: Architecture) -> None:
             )
 
 
+def check_dispatch(architecture: Architecture) -> None:
+    """Refuse, as `check_own`, a rotation that another package has put there since `enable`."""
+    if not getattr(contact(architecture.module, architecture.function), _OURS, False):
+        check_own(architecture)
+        install(architecture)
+
+
 def _keep_cache(model: Any) -> None:
     original = vars(model).get("prepare_inputs_for_generation")
     if original is None or getattr(original, _OURS, False):

@@ -35,6 +35,16 @@ class UnfitError(ValueError):
     """Why a decoder can't be enabled."""
 
 
+class UnmadeError(ValueError):
+    """Where no tiny model can be made of any config."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "model: expected weights that can be made, got meta ones alone, as within accelerate's "
+            "init_empty_weights; call enable outside of it"
+        )
+
+
 @dataclass
 class Seen:
     """What a forward called, in order."""
@@ -57,6 +67,8 @@ def tiny(base: type, config: Any) -> Any:
         except ValueError:  # one that has no other
             small._attn_implementation = "eager"
             model = base(small)
+        if any(weight.is_meta for weight in model.parameters()):
+            raise UnmadeError
         model = model.float().eval()
         for weight in model.parameters():
             # Norms with a weight of 1 each would not show what they do to a rotated key.
@@ -118,6 +130,8 @@ def probe(base: type, config: Any) -> Architecture:
         )
     try:
         model = tiny(base, config)
+    except UnmadeError:
+        raise
     except Exception as error:
         raise UnfitError(f"a tiny {base.__name__} can't be made: {on_one_line(error)}") from error
     with on_the_cpu():

@@ -17,7 +17,7 @@ from ...ops.rotary import apply_rotary
 from ...rope.value import Rope
 from ...torch_private import in_context_parallel
 from .architectures import Architecture
-from .contacts import install
+from .contacts import check_dispatch, install
 from .markers import Rotated, Unrotated
 from .sequences import MEMORY, in_a_row
 from .settings import Settings
@@ -112,6 +112,8 @@ class ExactRotaryEmbedding(nn.Module):
         """
         if in_context_parallel():
             self._check_shard()
+        if not torch.compiler.is_compiling():
+            check_dispatch(self.architecture)
         turn = self.turns[self.kind if layer_type is None else layer_type]
         if torch.is_grad_enabled():
             # The caller may write those of the next forward there before a backward pass.

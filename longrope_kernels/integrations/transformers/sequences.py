@@ -209,8 +209,8 @@ def in_a_row(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# By the ids of positions, mask and borders, rows and slots, and whether lengths are wanted; with the
-# tensors, which keep their ids so.
+# By the ids of positions, mask and borders, rows and slots, and whether lengths are wanted; with
+# the tensors, which keep their ids so.
 _Calls = dict[tuple[int, ...], tuple[Call, Any, Any, Any]]
 _MOST = 8  # calls of a forward: layers may be of several kinds, and sit on several devices
 

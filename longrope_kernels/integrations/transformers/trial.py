@@ -17,7 +17,7 @@ from ...rope.scaling import FactorWarning
 from .architectures import Architecture
 from .contacts import MissingError
 from .parts import Slot, slots_of
-from .probe import TOKENS, on_one_line, on_the_cpu, tiny
+from .probe import TOKENS, UnmadeError, on_one_line, on_the_cpu, tiny
 from .settings import Settings
 
 _MOST = 1e-3  # of hidden states of about 1
@@ -31,6 +31,8 @@ def check_contacts(architecture: Architecture, base: type, config: Any, cache: A
         return
     try:
         model = tiny(base, config)
+    except UnmadeError:
+        raise
     except Exception as error:
         raise MissingError(f"{architecture.name}: a tiny {base.__name__} fails: {error}") from error
     with on_the_cpu():
