@@ -20,6 +20,12 @@ from model_cases import (
     tokens,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -367,3 +373,25 @@ def test_one_set_is_rotated_under_torchs_context_parallel(one_rank):
     positions = torch.arange(tokens().shape[1])[None]
     with context_parallel(one_rank, buffers=[positions], buffer_seq_dims=[1]):
         model.model.rotary_emb(None, positions)
+
+
+def sharded(model, mesh):
+    """As `fully_shard` does, the layers and then what is around them."""
+    for layer in (*model.model.layers, model):
+        fully_shard(layer, mesh=mesh)
+
+
+def split(model, mesh):
+    """As transformers' own tensor parallelism does."""
+    for layer in model.model.layers:
+        parallelize_module(
+            layer.self_attn, mesh, {"qkv_proj": ColwiseParallel(), "o_proj": RowwiseParallel()}
+        )
+
+
+@pytest.mark.parametrize("change", [sharded, split])
+def test_weights_that_are_spread_before(change, one_rank):
+    model = family_model("phi3")
+    expected = logits(model)
+    change(model, one_rank)
+    assert max_diff(logits(enable(model)), expected) < CLOSE

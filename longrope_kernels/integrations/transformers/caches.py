@@ -70,6 +70,8 @@ def fingerprint(attention: nn.Module) -> int:
     found = 0
     for weight in chain(attention.parameters(), attention.buffers()):  # what quantised layers have
         if not weight.is_meta:
+            if hasattr(weight, "to_local"):  # a DTensor: what this rank has of it
+                weight = weight.to_local()
             some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
             found = zlib.crc32(str(some.tolist()).encode(), found)
     return found or secrets.randbits(64)
