@@ -224,6 +224,11 @@ def unwatched(*tensors: torch.Tensor) -> bool:
     return _nothing_between() and not _profiler_enabled()
 
 
+def in_backward() -> bool:
+    """Whether a backward pass runs in this thread, as where a checkpoint runs layers again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 @constant_in_graphs
 def in_context_parallel() -> bool:
     """Whether torch's own ``context_parallel`` is in force, which puts its attention in the place.

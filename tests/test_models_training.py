@@ -1,6 +1,7 @@
 """Training enabled models, and what `disable` puts back."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,11 @@ from model_cases import (
     tokens,
 )
 from peft import LoraConfig, get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -222,6 +228,25 @@ def test_checkpointing_that_drops_a_cache_is_refused(count):
     checkpoint(model.train(), use_reentrant=False)
     with pytest.raises(ValueError, match=r"past_key_values: .*checkpointing.*eval\(\)"):
         model(tokens(2, count), past_key_values=cache)
+
+
+@pytest.mark.parametrize("way", list(CheckpointImpl))
+def test_a_cache_that_is_written_again_in_the_backward_is_refused(way):
+    """By torch's own checkpointing, which knows of no caches; by itself a model makes one."""
+    found = []
+    for model in (family_model("phi3"), enable(family_model("phi3"))):
+        model.train().enable_input_require_grads()
+        apply_activation_checkpointing(
+            model,
+            checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=way),
+            check_fn=lambda module: hasattr(module, "self_attn"),
+        )
+        model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    scale = max(float(e.abs().max()) for e in found[0])
+    assert all(max_diff(a, e) <= 1e-5 * scale for e, a in zip(*found, strict=True))
+    with pytest.raises(ValueError, match=r"past_key_values: .*use_cache=False"):
+        model(tokens(), labels=tokens()).loss.backward()
 
 
 # ------------------------------------------------------------------------ layers that others change

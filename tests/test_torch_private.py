@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from longrope_kernels import Rope, apply_rotary, torch_private
 from longrope_kernels.torch_private import runs_now, unwatched
@@ -174,6 +175,20 @@ def test_constants_and_static_sizes_in_graphs() -> None:
     compiled(torch.zeros(5), table)
     assert len(calls) == 1
     assert [[isinstance(n, int) for n in size] for size in sizes] == [[False], [True, True]]
+
+
+def test_a_backward_pass_is_seen() -> None:
+    """Also within a checkpoint's second run, which records gradients."""
+    seen: list[bool] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch_private.in_backward())
+        return x.sin()
+
+    x = torch.zeros(2, requires_grad=True)
+    checkpoint(function, x, use_reentrant=False).sum().backward()
+    assert seen == [False, True]
+    assert not torch_private.in_backward()
 
 
 def test_fake_mode() -> None:

@@ -12,7 +12,7 @@ from ...ops.attention import attention as attend
 from ...ops.decode import decode
 from ...ops.rotary import apply_rotary
 from ...rope.value import Rope
-from ...torch_private import requires_grad
+from ...torch_private import in_backward, requires_grad
 from .masks import ANY_MASK, is_slots
 from .ropes import still
 from .sequences import MEMORY, Call, in_a_row
@@ -134,6 +134,12 @@ def longrope_attention(
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if longrope_spread is not None:
         queries, keys = position_ids.shape[-1], longrope_spread.total
+    elif keys > queries and in_backward() and int(position_ids.max()) + 1 < keys:
+        raise ValueError(
+            "past_key_values: expected None where a checkpoint runs layers again in the backward "
+            f"pass, got a cache of {keys} keys that this has written to a second time; call the "
+            "model with use_cache=False"
+        )
     if cu_seq_lens_q is not None:
         _check_borders(cu_seq_lens_q, cu_seq_lens_k, batch * queries)
     call = MEMORY.call(settings.chooses, position_ids, attention_mask, batch, keys, cu_seq_lens_q)
