@@ -44,9 +44,15 @@ def test_a_search_that_judges_by_windows_first(work, tmp_path):
     assert [row["formula"] for row in rows[:4]] == ["no scaling", "PI", "NTK", "YaRN"]
     assert stages.count("coarse") == 6 + 2 * 5
     assert stages.count("full") == content["evaluations"] < 16
-    assert content["windows"] == {"tokens": 24, "chunks": 2, "windows": 1}
+    assert content["windows"] == {"tokens": 24, "chunks": 2, "windows": 1, "attention": 100}
     assert content["coarse"] is True
     assert len(rows[stages.index("coarse")]["details"]["losses"]) == 2
+    by_factors: dict[str, set[float]] = {}  # whatever the attention factor: that takes all keys
+    for row in rows:
+        if row["stage"] == "coarse":
+            by_factors.setdefault(str((row["factors"], row["n_hat"])), set()).add(row["fitness"])
+    assert len(by_factors) < stages.count("coarse")
+    assert all(len(found) == 1 for found in by_factors.values())
     best = content["best"]["fitness"]
     assert best == min(row["fitness"] for row in rows if row["stage"] == "full" and row["complete"])
     assert best == pytest.approx(measured(work, Rope.load(tmp_path)), rel=1e-5)
@@ -95,8 +101,8 @@ def test_short_lengths_have_windows_only_where_told(work, tmp_path, coarse, toke
     judged = [json.loads(s) for s in (out / "32" / "evaluations.jsonl").read_text().splitlines()]
     stages = {row["stage"] for row in judged}
     assert stages == {"formulas", "full"} | ({"coarse"} if tokens else set())
-    windows = {"tokens": tokens, "chunks": 2, "windows": 1} if tokens else None
-    assert content["windows"] == windows
+    windows = {"tokens": tokens, "chunks": 2, "windows": 1, "attention": None}
+    assert content["windows"] == (windows if tokens else None)
     rope, before = Rope.load(out), Rope.load(extended)
     assert measured(work, rope, ORIGINAL) <= measured(work, before, ORIGINAL)
 

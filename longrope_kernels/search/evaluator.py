@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from ..rope.value import Rope
@@ -29,6 +30,7 @@ class Evaluator:
         margin: as in `Race`, of a search that races; None gives up on what has lost for certain
             alone, so that the search ends with the same result as one that does not race.
         formulas: the ropes that a `Formula` names.
+        attention: in place of a candidate's own searched attention factor, in hundredths.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class Evaluator:
         fitness: Fitness,
         margin: float | None = None,
         formulas: Mapping[str, Rope] | None = None,
+        attention: int | None = None,
     ) -> None:
         self.space, self.fitness, self.margin = space, fitness, margin
-        self.formulas = dict(formulas or {})
+        self.formulas, self.attention = dict(formulas or {}), attention
         self._best: Measured | None = None
 
     def __call__(
@@ -70,4 +73,6 @@ class Evaluator:
     def _rope(self, candidate: Candidate) -> Rope:
         if isinstance(candidate, Formula):
             return self.formulas[candidate.name]
+        if self.attention is not None and candidate.attention is not None:
+            candidate = replace(candidate, attention=self.attention)
         return self.space.rope(candidate)

@@ -89,12 +89,17 @@ def find(
         options, sieve, text = _within(options, *wanted)
         if say is not None and is_main():
             say(text)
+    # Few keys want a small attention factor, whatever the length wants: windows judge by one alone.
+    attention = None if space.attention_bounds is None else space.attention_bounds[0]
+    windows = None
+    if skipped is not None:
+        windows = options.coarse.describe(length) | {"attention": attention}
     whole = {
         **(context or {}),
         "documents": digest(documents),
         "fitness": {name: getattr(options, name) for name in ("fitness", "last", "stride")},
         "margin": options.margin if options.race else None,  # else the result is the same
-        "windows": None if skipped is None else options.coarse.describe(length),
+        "windows": windows,
     }
     opened: list[Search] = []
 
@@ -108,13 +113,13 @@ def find(
         "space": space.describe(),
         "options": asdict(options),
         "documents": [document.name for document in documents],
-        "windows": whole["windows"],
+        "windows": windows,
     }
     note = _Note(folder, content, progress)
     evaluate = Evaluator(space, fitness, options.margin, ropes)
     arguments: dict[str, Any] = {"batch": options.batch, "racing": options.race}
     if skipped is not None:
-        arguments["coarse"] = Evaluator(space, skipped)
+        arguments["coarse"] = Evaluator(space, skipped, attention=attention)
     try:
         if is_shared():
             best = run_distributed(make, evaluate, note, sharing=sharing, **arguments)
