@@ -9,8 +9,8 @@
 // of the queries of a prompt: they meet the keys of a tile head by head, each head's keys rotated
 // for all of them, so that products outweigh everything else. All arithmetic is in float32, but
 // for the products of such prompts in bfloat16 where the processor has instructions for them, which
-// sum in float32. Splits depend on the lengths alone and are combined in order: the number of threads changes no bit of
-// the result.
+// sum in float32. Splits depend on the lengths alone and are combined in order: the number of
+// threads changes no bit of the result.
 #pragma once
 
 #include <cmath>

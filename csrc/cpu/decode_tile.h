@@ -290,7 +290,7 @@ inline void with_constant(int64_t n, const Function& function) {
   function(std::integral_constant<int, kMost>());
 }
 
-// The same for any number of rows and `width` elements; the first rows ask for what lies ahead.
+// `add_block` for any number of rows and vectors; the first rows ask for what lies ahead.
 template <typename T, typename Weight>
 inline void add_rows(const T* const* values, int64_t offset, int64_t ahead, int64_t keys,
                      const Weight* weights, int64_t weight_stride, int64_t count, float* sums,
