@@ -31,7 +31,7 @@ def missing() -> str | None:
 
 
 def instruction_sets() -> list[str]:
-    """What this processor runs of what was built ("avx512", "avx2", "baseline"), best first."""
+    """What this processor runs of what was built ("avx512_bf16", ..., "baseline"), best first."""
     assert _native is not None
     return list(_native.instruction_sets())
 
