@@ -243,6 +243,23 @@ def host_time() -> str:
     )
 
 
+def bfloat16_products() -> str:
+    """Attention's seconds are its share of a forward's; the first row is of the kernel before."""
+    before, after = read("reports/cpu-2-cores/2026-11-30/forward_amd.json")
+    forwards = [statistics.median(row["ratios"]) for row in (before, after)]
+    was, now = (
+        forward * row["transformers_s"] * row["shares"]["ours"]["longrope_kernels::attention"]
+        for forward, row in zip(forwards, (before, after), strict=True)
+    )
+    name = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    of_torch = after["transformers_s"] * after["shares"]["transformers"][name]
+    return (
+        f"attention is {was / now:.1f} times as fast as by the kernel before, and "
+        f"{of_torch / now:.1f} times as torch's; the whole forward takes {forwards[1]:.2f} of "
+        f"transformers' time on that processor, where it took {forwards[0]:.2f}"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decode-cpu": decode_cpu,
     "switch-crossing": switch_crossing,
@@ -259,4 +276,5 @@ def sentences() -> Iterator[tuple[str, str]]:
     """(page, text) of those with numbers."""
     yield from spread_times()
     yield "docs/performance.md", host_time()
+    yield "docs/performance.md", bfloat16_products()
     yield "docs/performance.md", decode_goals()
