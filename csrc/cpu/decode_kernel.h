@@ -221,13 +221,7 @@ class Worker {
   // the columns of the keys, which wants no sum within a vector.
   void score_columns(const float* q) {
     const int64_t padded = layout_.padded;
-    for (int64_t j = 0; j < kTile; j += kWidth) {
-      for (int64_t c = 0; c < padded; c += kWidth) {
-        Vec rows[kWidth];
-        for (int i = 0; i < kWidth; ++i) rows[i] = load(turned_.at((j + i) * padded + c));
-        store_columns(columns_.at(c * kTile + j), kTile, rows);
-      }
-    }
+    transpose_tile(turned_.at(0), padded, columns_.at(0));
     std::fill(scores_.at(0), scores_.at(group_rows_ * kTile), 0.0f);
     add_rows(columns_rows_.data(), 0, 0, padded, q, padded, group_rows_, scores_.at(0), kTile);
   }

@@ -3,6 +3,7 @@
 // weights are rounded to bfloat16 for them, as on a GPU.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -45,18 +46,14 @@ class PairTile {
     for (int64_t j = 0; j < kTile; ++j) {
       pair_row(rows + j * layout_.padded, layout_.padded, keys_.at(j * width_));
     }
-    for (int64_t j = 0; j < kTile; j += kWidth) {
-      for (int64_t c = 0; c < width_; c += kWidth) {
-        Vec lanes[kWidth];  // a pair is as wide as a float32
-        for (int i = 0; i < kWidth; ++i) lanes[i] = as_floats(load(keys_.at((j + i) * width_ + c)));
-        store_columns(reinterpret_cast<float*>(columns_.at(c * kTile + j)), kTile, lanes);
-      }
-    }
+    // A pair is as wide as a float32, and moves as one.
+    transpose_tile(reinterpret_cast<const float*>(keys_.at(0)), width_,
+                   reinterpret_cast<float*>(columns_.at(0)));
   }
 
   // The scores (count, kTile) of the queries from row `first` on.
   void score(int64_t first, int64_t count, float* scores) {
-    for (int64_t i = 0; i < count * kTile; ++i) scores[i] = 0.0f;
+    std::fill(scores, scores + count * kTile, 0.0f);
     add_rows(column_rows_.data(), 0, 0, width_, queries_.at(first * width_), width_, count, scores,
              kTile);
   }

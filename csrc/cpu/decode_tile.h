@@ -246,6 +246,17 @@ LONGROPE_UNROLL
   for (int r = 0; r < kRows; ++r) store_sums(scores + r * kTile, sums[r]);
 }
 
+// The columns (width, kTile) of rows (kTile, width), whole vectors.
+inline void transpose_tile(const float* rows, int64_t width, float* columns) {
+  for (int64_t j = 0; j < kTile; j += kWidth) {
+    for (int64_t c = 0; c < width; c += kWidth) {
+      Vec lanes[kWidth];
+      for (int i = 0; i < kWidth; ++i) lanes[i] = load(rows + (j + i) * width + c);
+      store_columns(columns + c * kTile + j, kTile, lanes);
+    }
+  }
+}
+
 template <int kVecs, typename T, typename AnyVec>
 inline void load_vectors(const T* p, AnyVec (&x)[kVecs]) {
 LONGROPE_UNROLL

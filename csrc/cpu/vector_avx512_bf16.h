@@ -25,8 +25,6 @@ inline void store_rounded(Pair* p, Vec first, Vec second) {
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(in_order, halves));
 }
 
-inline Vec as_floats(PairVec v) { return _mm512_castsi512_ps((__m512i)v); }  // the same bits
-
 // c + the products of both elements.
 inline Vec multiply_add(PairVec a, PairVec b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
 
