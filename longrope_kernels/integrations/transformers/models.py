@@ -16,7 +16,7 @@ from ...distributed.shards import Order, check_order
 from ...rope.value import Rope
 from .architectures import ROTATED_ALONE
 from .caches import fingerprint
-from .contacts import MissingError, check_own, install
+from .contacts import MissingError, check_own
 from .parts import Slot, slots_of
 from .probe import UnfitError, frequencies
 from .ropes import given, head_dim
@@ -112,7 +112,7 @@ def enable(
         _check(settings, slot)
         chosen.append(settings)
     for slot in slots:
-        _try(slot, cache)
+        check_contacts(slot.architecture, type(slot.base), slot.base.config, cache)
     disable(model)
     slots = _slots(model, probing=True)
     for slot, settings in zip(slots, chosen, strict=True):
@@ -183,15 +183,10 @@ def cache_of(model: nn.Module) -> Cache:
         if slot.architecture.unrotated:
             return "rotated"
         try:
-            _try(slot, "unrotated")
+            check_contacts(slot.architecture, type(slot.base), slot.base.config, "unrotated")
         except MissingError:
             return "rotated"
     return "unrotated"
-
-
-def _try(slot: Slot, cache: Cache) -> None:
-    install(slot.architecture)
-    check_contacts(slot.architecture, type(slot.base), slot.base.config, cache)
 
 
 def _slots(model: nn.Module, *, probing: bool = False) -> list[Slot]:
