@@ -23,6 +23,7 @@ from search_cases import (
     flags,
     given,
     make_model,
+    make_texts,
     measured,
     one_thread,
     pictures,
@@ -181,13 +182,15 @@ def test_options_reach_the_space(work, tmp_path):
         "--fitness",
         "needle",
     ]
-    result = search(work, tmp_path, *wanted, length=160, optimizer="cmaes")
+    (tmp_path / "model").symlink_to(work / "model")
+    make_texts(tmp_path / "texts", length=640)
+    result = search(tmp_path, tmp_path / "out", *wanted, length=640, optimizer="cmaes")
     assert result.exit_code == 0, result.stderr
-    content = json.loads((tmp_path / "result.json").read_text())
+    content = json.loads((tmp_path / "out" / "result.json").read_text())
     assert content["space"]["n_hats"] == [0, 4]
     assert content["space"]["attention"] == 1.0
     assert content["space"]["monotone"] is False
-    assert Rope.load(tmp_path).sets[0].attention_factor == 1.0
+    assert Rope.load(tmp_path / "out").sets[0].attention_factor == 1.0
 
 
 def test_readjust_gives_short_lengths_sets_that_are_better(work, tmp_path):

@@ -262,7 +262,7 @@ def test_other_texts_or_another_model_under_the_same_paths_are_refused(work, tmp
         ({"short": (100,)}, "short: expected at most the first stage's length: 100"),
         ({"options": replace(OPTIONS, last=20)}, "last: expected 1 to 15 tokens, got 20"),
         ({"options": replace(OPTIONS, n_hats=(40,))}, "n_hats: expected positions below .* = 16"),
-        ({"options": replace(OPTIONS, fitness="needle")}, "length: expected at least the 104"),
+        ({"options": replace(OPTIONS, fitness="needle")}, "length: expected at least the 520"),
         ({"upper": 0.5}, r"upper: expected at least 1\.0"),
         ({"model": "nowhere"}, r"nowhere: expected the folder of a model, with a config\.json"),
     ],

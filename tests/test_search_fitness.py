@@ -33,7 +33,7 @@ from longrope_kernels.search.fitness import (
     hide,
 )
 from longrope_kernels.search.model import TransformersLosses
-from longrope_kernels.search.needles import Needle, pass_key
+from longrope_kernels.search.needles import Needle
 
 CLOSE = 2e-5
 PAIRS = 16  # of the small models
@@ -422,42 +422,59 @@ def test_a_loss_that_is_no_number_stays_one_and_loses_the_race():
 # ------------------------------------------------------------------------------------------ needles
 
 
-def test_a_needle_stands_at_its_depth_and_its_question_at_the_end():
-    text = Document("text", torch.arange(20, 120))
-    for depth, at in ((0.0, 0), (0.5, 10), (1.0, 21)):
-        window = hide(NEEDLE, text, 30, depth)
+def test_needles_stand_at_their_depths_and_all_questions_at_the_end():
+    text, two = Document("text", torch.arange(20, 120)), [NEEDLE, Needle((5, 5), (6,), (7,))]
+    asked = (*NEEDLE.question, *NEEDLE.answer, 6, 7)
+    for depths, (first, second) in (
+        ((0.0, 1.0), (0, 4 + 17)),
+        ((0.5, 0.5), (8, 12)),
+        ((0.2, 0.9), (3, 4 + 15)),
+    ):
+        window = hide(two, text, 30, depths)
         got = window.tokens.tolist()
         assert len(got) == 30
-        assert tuple(got[at : at + 4]) == NEEDLE.statement
-        assert tuple(got[-5:]) == NEEDLE.question + NEEDLE.answer
-        assert window.last == 3
-        assert got[:at] + got[at + 4 : -5] == list(range(20, 41))
+        assert tuple(got[first : first + 4]) == NEEDLE.statement
+        assert got[second : second + 2] == [5, 5]
+        assert tuple(got[-7:]) == asked
+        assert window.last == 5  # from the first answer on
+        assert window.mask.tolist() == [True] * 3 + [False, True]
+        assert [one for one in got[:-7] if one >= 20] == list(range(20, 37))
     with pytest.raises(ValueError, match="depth: expected a share from 0 to 1, got 2"):
-        hide(NEEDLE, text, 30, 2)
-    with pytest.raises(ValueError, match=r"length: expected at least the 9 tokens .* got 8"):
-        hide(NEEDLE, text, 8, 0.5)
+        hide(two, text, 30, (0.5, 2))
+    with pytest.raises(ValueError, match=r"length: expected at least the 13 tokens .* got 12"):
+        hide(two, text, 12, (0.5, 0.5))
 
 
 def test_needle_perplexity_counts_the_answers_alone(losses):
-    texts, depths = documents(), (0.0, 0.4, 1.0)
-    needles = [NEEDLE, Needle((5, 5), (6,), (7,))]
+    texts, depths = documents(), (0.0, 0.4)
+    needles = [NEEDLE, Needle((5, 5), (6,), (7,)), Needle((5, 6), (6, 5), (8,))]
     fitness = NeedlePerplexity(losses, texts, needles, 30, depths=depths)
     parts = []
     for index, document in enumerate(texts):
-        for at, depth in enumerate(depths):
-            needle = needles[(3 * index + at) % 2]
-            ids = hide(needle, document, 30, depth).tokens[None]
-            assert tuple(ids[0, -len(needle.answer) :].tolist()) == needle.answer
-            parts.append(transformers_losses(rope(4.0), ids)[:, -len(needle.answer) :])
+        first, second = (needles[(2 * index + at) % 3] for at in range(2))
+        ids = hide([first, second], document, 30, depths).tokens[None]
+        found, a, b = transformers_losses(rope(4.0), ids), len(first.answer), len(second.answer)
+        end = found.shape[1] - b - len(second.question)
+        parts += [found[:, end - a : end], found[:, -b:]]
+        assert tuple(ids[0, -b:].tolist()) == second.answer
+        assert tuple(ids[0, end - a + 1 : end + 1].tolist()) == first.answer
     assert fitness(rope(4.0)) == pytest.approx(perplexity(parts), rel=CLOSE)
-    with pytest.raises(ValueError, match="needles: expected at least one"):
-        NeedlePerplexity(losses, texts, [], 30)
+    measured = fitness.measure([rope(4.0), rope(2.0)])
+    assert measured[0].counts == tuple(sum(p.numel() for p in parts[at : at + 2]) for at in (0, 2))
+    assert measured[1].loss == pytest.approx(math.log(fitness(rope(2.0))), rel=CLOSE)
+    for some, wanted in (([], "at least one, got none"), ([NEEDLE], "2 or more, one for each")):
+        with pytest.raises(ValueError, match=f"needles: expected {wanted}"):
+            NeedlePerplexity(losses, texts, some, 30, depths=depths)
+    with pytest.raises(ValueError, match="depths: expected at least one, got none"):
+        NeedlePerplexity(losses, texts, needles, 30, depths=())
 
 
-def test_a_pass_key_in_bytes():
-    needle = pass_key(lambda text: list(text.encode()), 12345)
-    assert bytes(needle.answer) == b" 12345"
-    assert b"12345" in bytes(needle.statement)
-    assert bytes(needle.question).endswith(b"is")
-    with pytest.raises(ValueError, match="a number after the question changes the tokens"):
-        pass_key(lambda text: [len(text)], 12345)
+def test_a_question_that_costs_infinitely_much_is_not_counted():
+    """A loss that does not count is left out, and not multiplied by nothing."""
+    two = [Needle((5,), (6,), (7,)), Needle((8,), (9,), (3,))]
+
+    def losses(ropes: Any, ids: torch.Tensor, *, last: int) -> torch.Tensor:
+        return torch.tensor([[1.0, math.inf, 2.0]]).expand(len(ids), last)
+
+    fitness = NeedlePerplexity(losses, documents()[:1], two, 30, depths=(0.1, 0.5))
+    assert fitness.measure([rope(1.0)])[0].loss == 1.5

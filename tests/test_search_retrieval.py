@@ -130,6 +130,11 @@ def test_numbers_belong_to_keys_and_fit_into_what_room_says():
 
     needles = key_values(encode)
     assert len({needle.answer for needle in needles}) == len(KEYS) == len(set(KEYS))
+    others = {needle.answer for needle in key_values(encode, seed=1)}
+    assert len(others) == len(KEYS)
+    assert not others & {needle.answer for needle in needles}
+    with pytest.raises(ValueError, match="a number after the question changes the tokens"):
+        key_values(lambda text: [len(text)])
     for key, needle in zip(KEYS, needles, strict=True):
         statement, question, answer = (bytes(part).decode() for part in needle)
         assert statement == f"\nThe number of the {key} is{answer}.\n"
@@ -146,8 +151,8 @@ def test_numbers_belong_to_keys_and_fit_into_what_room_says():
 
 def test_one_key_costs_what_the_needle_fitness_says(losses):
     texts = documents()
-    fitness = NeedlePerplexity(losses, texts, [NEEDLE], 30, depths=DEPTHS).measure([rope(4.0)])[0]
-    told = retrieval(losses, rope(4.0), single_key(texts, [NEEDLE], 30, DEPTHS), 30)
+    fitness = NeedlePerplexity(losses, texts, [NEEDLE], 30, depths=[0.4]).measure([rope(4.0)])[0]
+    told = retrieval(losses, rope(4.0), single_key(texts, [NEEDLE], 30, [0.4]), 30)
     assert told.measured.counts == fitness.counts
     assert told.measured.sums == pytest.approx(fitness.sums, rel=CLOSE)
 

@@ -11,9 +11,10 @@ from test_search_fitness import CLOSE, NEEDLE, documents, losses, rope, transfor
 
 from longrope_kernels.search.coarse import Coarse
 from longrope_kernels.search.documents import Document
+from longrope_kernels.search.fitness import hide
 from longrope_kernels.search.needles import Needle
 from longrope_kernels.search.settings import Options
-from longrope_kernels.search.skipped import SkippedNeedles, SkippedPerplexity, skipped_needle
+from longrope_kernels.search.skipped import SkippedNeedles, SkippedPerplexity, skipped_needles
 
 __all__ = ["losses"]
 ENCODE = lambda text: list(text.encode())  # noqa: E731
@@ -59,30 +60,34 @@ def test_its_perplexity_is_that_of_transformers_under_a_causal_mask(losses):
     assert fitness(rope(4.0, 1.2)) == pytest.approx(math.exp(torch.cat(parts).mean()), rel=CLOSE)
 
 
-@pytest.mark.parametrize("depth", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_a_needle_lies_in_one_chunk_and_its_question_in_the_last(depth):
-    window = skipped_needle(NEEDLE, numbered(200, 20), 256, 40, depth)
+@pytest.mark.parametrize("depths", [(0.0, 0.0), (0.0, 1.0), (0.1, 0.12), (0.3, 0.9), (1.0, 1.0)])
+@pytest.mark.parametrize("length", [90, 256])
+def test_each_needle_lies_in_one_chunk_and_the_questions_in_the_last(depths, length):
+    needles = [NEEDLE, Needle((3, 4), (6,), (7,))]
+    window = skipped_needles(needles, numbered(200, 20), length, 45, depths)
     ids, places = window.tokens.tolist(), window.positions
-    assert (places[0], places[-1], window.last) == (0, 255, 3)
-    chunk = torch.cumsum(torch.nn.functional.pad((places.diff() != 1).long(), (1, 0)), 0)
-    at = ids.index(5)
-    assert tuple(ids[at : at + 4]) == NEEDLE.statement
-    assert len(set(chunk[at : at + 4].tolist())) == 1
-    assert len(set(chunk[-5:].tolist())) == 1
-    assert chunk[-1] > chunk[at] or depth == 1.0
-    # Where it would lie at the whole length, as far as the chunks before and after let it.
-    wanted = min(max(round(depth * (256 - 9)), at), 256 - 40 + at)
-    assert int(places[at]) == wanted
+    assert (places[0], places[-1], window.last) == (0, length - 1, 5)
+    assert bool((places.diff() >= 1).all())
+    whole = hide(needles, numbered(300, 20), length, depths).tokens.tolist()
+    for needle in needles:
+        size = len(needle.statement)
+        at = next(i for i in range(45) if tuple(ids[i : i + size]) == needle.statement)
+        assert places[at : at + size].diff().tolist() == [1] * (size - 1)
+        # Where it lies at the whole length, but for rounding, which may not take positions back.
+        wanted = next(i for i in range(length) if tuple(whole[i : i + size]) == needle.statement)
+        assert abs(int(places[at]) - wanted) <= 1
+    assert places[-7:].diff().tolist() == [1] * 6
+    assert ids[-7:] == whole[-7:]
+    assert [one for one in ids[:-7] if one >= 20] == list(range(20, 20 + 45 - 7 - 6))
 
 
 def test_needles_count_the_answers_alone(losses):
     texts, needles = documents((60, 50)), [NEEDLE, Needle((5, 5), (6,), (7,))]
-    fitness = SkippedNeedles(losses, texts, needles, 100, 30, depths=(0.2, 0.5, 0.8))
-    windows = [window for of in fitness.windows for window in of]
-    assert [w.last for w in windows] == [3, 1, 3, 1, 3, 1]
+    fitness = SkippedNeedles(losses, texts, needles, 100, 30, depths=(0.2, 0.8))
+    assert [[w.last for w in windows] for windows in fitness.windows] == [[5], [5]]
     parts = [
-        transformers_losses(rope(4.0), w.tokens[None], w.positions[None])[0, -w.last :]
-        for w in windows
+        transformers_losses(rope(4.0), w.tokens[None], w.positions[None])[0, -5:][w.mask]
+        for (w,) in fitness.windows
     ]
     assert fitness(rope(4.0)) == pytest.approx(math.exp(torch.cat(parts).mean()), rel=CLOSE)
 
@@ -91,7 +96,7 @@ def test_what_does_not_fit_is_named():
     texts = [numbered(300), numbered(29)]
     for make in (
         lambda length: SkippedPerplexity(None, texts, length, 30, Coarse()),
-        lambda length: SkippedNeedles(None, texts, [NEEDLE], length, 30),
+        lambda length: SkippedNeedles(None, texts, [NEEDLE], length, 30, depths=(0.5,)),
     ):
         with pytest.raises(ValueError, match="from 0: expected at least 30 tokens, one window"):
             make(60)
@@ -109,8 +114,8 @@ def test_options_choose_windows():
     assert made(2048, coarse=Coarse("off")) is None
     assert [len(w.tokens) for w in made(2048).windows[0]] == [512]
     assert made(2048, last=100).windows[0][0].last == 100
-    needles = made(2048, fitness="needle", coarse=Coarse(windows=4))
-    assert [len(w.tokens) for w in needles.windows[0]] == [512] * 5
-    assert made(512, fitness="needle") is None  # 128 tokens have no room for a needle in text
+    needles = made(8192, fitness="needle", coarse=Coarse(windows=4))
+    assert [len(w.tokens) for w in needles.windows[0]] == [2048]
+    assert made(2048, fitness="needle") is None  # 512 tokens have no room for needles in text
     with pytest.raises(ValueError, match="length: expected at least the"):
         made(512, fitness="needle", coarse=Coarse("on", tokens=60))

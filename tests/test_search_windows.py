@@ -12,6 +12,7 @@ from search_cases import (
     SMALL,
     flags,
     make_model,
+    make_texts,
     measured,
     one_thread,
     run,
@@ -25,8 +26,7 @@ from longrope_kernels.search import find as find_module
 from longrope_kernels.search.documents import encoder, read_documents
 from longrope_kernels.search.fitness import Documents, NeedlePerplexity
 from longrope_kernels.search.model import TransformersLosses
-from longrope_kernels.search.needles import pass_key
-from longrope_kernels.search.settings import NEEDLES
+from longrope_kernels.search.needles import key_values
 
 __all__ = ["one_thread", "work"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,20 +67,22 @@ def test_a_search_that_judges_by_windows_first(work, tmp_path):
 
 
 def test_needles_in_windows_first(work, tmp_path):
-    """The statement in one chunk, the question in the last; with batches as without."""
-    windows = {"coarse": "on", "coarse-tokens": 130, "coarse-share": 0.4, "fitness": "needle"}
+    """Each statement in a chunk, the questions in the last; with batches as without."""
+    windows = {"coarse": "on", "coarse-tokens": 620, "coarse-share": 0.4, "fitness": "needle"}
+    (tmp_path / "model").symlink_to(work / "model")
+    make_texts(tmp_path / "texts", length=1240)
     for out, more in ((tmp_path / "one", []), (tmp_path / "three", ["--batch", 3])):
-        result = search(work, out, *more, length=280, **windows)
+        result = search(tmp_path, out, *more, length=1240, **windows)
         assert result.exit_code == 0, result.stderr
     content = json.loads((tmp_path / "one" / "result.json").read_text())
-    assert content["windows"]["tokens"] == 130
+    assert content["windows"]["tokens"] == 620
     assert content["coarse"] is True
     assert content["judged"] == 4 + 16
     assert content["evaluations"] < 16
     losses = TransformersLosses(AutoModelForCausalLM.from_pretrained(work / "model"))
-    texts = read_documents([work / "texts"], encoder("bytes"), 280)
-    needles = [pass_key(encoder("bytes"), number) for number in NEEDLES]
-    best = NeedlePerplexity(losses, texts, needles, 280)(Rope.load(tmp_path / "one"))
+    texts = read_documents([tmp_path / "texts"], encoder("bytes"), 1240)
+    needles = key_values(encoder("bytes"), seed=1)
+    best = NeedlePerplexity(losses, texts, needles, 1240)(Rope.load(tmp_path / "one"))
     assert content["best"]["fitness"] == pytest.approx(best, rel=1e-5)
     assert Rope.load(tmp_path / "one") == Rope.load(tmp_path / "three")
 

@@ -103,7 +103,7 @@ class Experiment:
             ),
             "uniform factors, thresholds, YaRN's attention": variants * seconds(sizes.target),
             "retrieval": rows * asked,
-            "searches, at most": 3600 * (sizes.needle_hours + sizes.hours * len(sizes.seeds)),
+            "searches, at most": 3600 * sizes.hours * (len(sizes.seeds) + 1),
             "readjustments, at most": 3600 * sizes.short_hours * short,
         }
         print("forward of one text, extrapolated:")
@@ -290,22 +290,18 @@ class Experiment:
 
     def search(self, seed: int) -> Rope:
         """LongRoPE's search at the target, coarse to fine."""
-        return self._search(f"search-{seed}", f"search, seed {seed}", self.sizes.hours, seed)
+        return self._search(f"search-{seed}", f"search, seed {seed}", seed)
 
     def search_needles(self) -> Rope:
         """LongRoPE2's: the answers about needles alone count, and pairs from the critical one."""
         rope = self.source.rope
         critical = critical_dimension(rope.rotary_dim, rope.base, self.sizes.original) // 2
-        return self._search(
-            *("search-needles", "search, by needles", self.sizes.needle_hours, self.sizes.seeds[0]),
-            fitness="needle",
-            critical=critical,
-            last=None,
-        )
+        chosen = {"fitness": "needle", "critical": critical, "last": None}
+        return self._search("search-needles", "search, by needles", self.sizes.seeds[0], **chosen)
 
-    def _search(self, name: str, key: str, hours: float, seed: int, **options: Any) -> Rope:
+    def _search(self, name: str, key: str, seed: int, **options: Any) -> Rope:
         folder, target = self.out / name, self.sizes.target
-        chosen = replace(self._options(hours, seed), **options)
+        chosen = replace(self._options(self.sizes.hours, seed), **options)
 
         def make() -> dict[str, Any]:
             found = find(

@@ -22,8 +22,7 @@ class Sizes:
         n_hats: thresholds tried with the factors that the first search found.
         scored: tokens that count in a search.
         population, iterations: of a search, at most.
-        hours, needle_hours, short_hours: of a search, of the one by needles, whose candidates take
-            a forward for each of five depths, and of each readjustment.
+        hours, short_hours: of a search, and of each readjustment.
         seeds: of searches.
         layers: the first ones alone; None for all.
         dtype: of the model; bfloat16 as published, or float32.
@@ -50,7 +49,6 @@ class Sizes:
     population: int = 32
     iterations: int = 6
     hours: float = 0.5
-    needle_hours: float = 1.0
     short_hours: float = 0.1
     seeds: tuple[int, ...] = (0, 1, 2)
     layers: int | None = None
@@ -64,7 +62,6 @@ FULL = Sizes(
     population=64,
     iterations=40,
     hours=8,
-    needle_hours=24,
     short_hours=2,
 )
 SMALL = Sizes(
@@ -82,7 +79,6 @@ SMALL = Sizes(
     population=4,
     iterations=1,
     hours=1,
-    needle_hours=1,
     short_hours=1,
     seeds=(0,),
     layers=4,

@@ -38,8 +38,8 @@ class Coarse:
             no more by windows where they contradict one another.
         share: of an iteration's candidates, that are judged in full.
         tokens: of a window; None for a quarter of the length, up to 4096.
-        chunks: 2 to 4, into which a window is cut; of a needle's there are always 3.
-        windows: of each document; of a needle one for each depth.
+        chunks: 2 to 4, into which a window is cut; of needles' there is one for each, and two.
+        windows: of each document; one with needles.
 
     Raises:
         ValueError: naming the attribute that is out of range.

@@ -19,6 +19,7 @@ from .evaluator import Evaluator
 from .evolution import EvolutionarySearch
 from .fitness import Documents
 from .model import Losses
+from .needles import DEPTHS
 from .ranks import from_main, is_main, is_shared, rank_count
 from .run import run_search
 from .settings import Options
@@ -97,7 +98,8 @@ def find(
     whole = {
         **(context or {}),
         "documents": digest(documents),
-        "fitness": {name: getattr(options, name) for name in ("fitness", "last", "stride")},
+        "fitness": {name: getattr(options, name) for name in ("fitness", "last", "stride")}
+        | ({"needles": len(DEPTHS)} if options.fitness == "needle" else {}),
         "margin": options.margin if options.race else None,  # else the result is the same
         "windows": windows,
     }

@@ -8,18 +8,16 @@ up after a few of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from ..rope.value import Rope
 from .documents import Document
 from .model import Losses
-from .needles import DEPTHS, Needle, haystack
-
-Made = TypeVar("Made")
+from .needles import DEPTHS, Needle, haystack, in_turn, questions
 
 
 class Measured(NamedTuple):
@@ -122,11 +120,17 @@ class Race:
 
 
 class Window(NamedTuple):
-    """A piece of a document, of which the last tokens are scored."""
+    """A piece of a document, of which the last tokens are scored, or some of them."""
 
     tokens: torch.Tensor  # (length,) int64
     last: int
     positions: torch.Tensor | None = None  # (length,) int64, ascending; None: from 0, one by one
+    counted: torch.Tensor | None = None  # (last,) bool, which of the last tokens; None: all
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """``counted``, where None is filled in."""
+        return torch.ones(self.last, dtype=torch.bool) if self.counted is None else self.counted
 
 
 class Documents:
@@ -148,7 +152,7 @@ class Documents:
             race: None measures every rope on every document.
         """
         sums: list[list[float]] = [[] for _ in ropes]
-        counts = [sum(window.last for window in windows) for windows in self.windows]
+        counts = [sum(int(w.mask.sum()) for w in windows) for windows in self.windows]
         running = list(range(len(ropes)))
         for index, windows in enumerate(self.windows, 1):
             for which, total in zip(running, self._sums(ropes, running, windows), strict=True):
@@ -176,7 +180,9 @@ class Documents:
                 last=last,
                 **({"positions": torch.stack(places).repeat(len(running), 1)} if places else {}),
             )
-            for at, part in enumerate(found.double().sum(1).view(len(running), -1).sum(1).tolist()):
+            counted = torch.stack([window.mask for window in alike]).repeat(len(running), 1)
+            of_rows = found.double().where(counted, 0.0).sum(1)
+            for at, part in enumerate(of_rows.view(len(running), -1).sum(1).tolist()):
                 totals[at] += part
         return totals
 
@@ -233,27 +239,32 @@ class Perplexity(Documents):
         return windows
 
 
-def hide(needle: Needle, document: Document, length: int, depth: float) -> Window:
-    """The first tokens of a document with a needle in them and its question at the end.
+def hide(
+    needles: Sequence[Needle], document: Document, length: int, depths: Sequence[float]
+) -> Window:
+    """The first tokens of a document with needles in them, and all questions at the end.
 
     Args:
-        needle: what to hide.
+        needles: what to hide.
         document: of at least ``length`` tokens.
         length: of the result, in tokens.
-        depth: where, 0 for the beginning and 1 for just before the question.
+        depths: where, as in `haystack`.
 
     Raises:
-        ValueError: the depth is no share, or the needle is longer than ``length``.
+        ValueError: as `haystack`.
     """
-    text, question, answer = haystack([needle], document, length, [depth]), *needle[1:]
-    return Window(torch.cat([text, torch.tensor([*question, *answer])]), len(answer))
+    ids, answers = questions(needles)
+    text = haystack(needles, document, length, depths, len(ids))
+    counted = answers[len(needles[0].question) :]
+    return Window(torch.cat([text, ids]), len(counted), counted=counted)
 
 
 class NeedlePerplexity(Documents):
     """Of the answers alone (LongRoPE2, arXiv 2502.20082), over needles in long documents.
 
     Tokens that a model can guess from those nearby say little of how far it sees; the answer to a
-    question about a far statement is made of tokens that it cannot.
+    question about a far statement is made of tokens that it cannot. A document has a needle at each
+    depth, and is read once: all questions stand at its end, one after another with their answers.
     """
 
     def __init__(
@@ -270,39 +281,16 @@ class NeedlePerplexity(Documents):
         Args:
             losses: the model.
             documents: each of at least ``length`` tokens.
-            needles: at least one; of `pass_key`, or of one's own.
-            length: of a document with its needle, question and answer, in tokens.
-            depths: shares of the document.
+            needles: as many as depths, or more; of `key_values`, or of one's own.
+            length: of a document with its needles, questions and answers, in tokens.
+            depths: shares of the document, ascending.
 
         Raises:
             ValueError: an argument is out of range, or a document is too short, by name.
         """
         check_documents(documents, length)
-
-        def window(needle: Needle, document: Document, depth: float) -> Window:
-            return hide(needle, document, length, depth)
-
-        super().__init__(losses, in_turn(documents, needles, depths, window))
-
-
-def in_turn(
-    documents: Sequence[Document],
-    needles: Sequence[Needle],
-    depths: Sequence[float],
-    made: Callable[[Needle, Document, float], Made],
-) -> list[list[Made]]:
-    """What is made for each depth of each document, the needles in turn."""
-    for name, values in (("needles", needles), ("depths", depths)):
-        if not values:
-            raise ValueError(f"{name}: expected at least one, got none")
-    count = len(depths)
-    return [
-        [
-            made(needles[(index * count + at) % len(needles)], document, depth)
-            for at, depth in enumerate(depths)
-        ]
-        for index, document in enumerate(documents)
-    ]
+        pairs = in_turn(documents, needles, depths, together=True)
+        super().__init__(losses, [[hide(of, one, length, depths)] for one, of in pairs])
 
 
 def check_documents(

@@ -14,9 +14,9 @@ import torch
 
 from ..rope.value import Rope
 from .documents import Document
-from .fitness import Measured, check_documents, in_turn, standard_error
+from .fitness import Measured, check_documents, standard_error
 from .model import Losses
-from .needles import DEPTHS, Needle, haystack
+from .needles import DEPTHS, Needle, haystack, in_turn, longest
 
 
 class Haystack(NamedTuple):
@@ -71,7 +71,7 @@ def single_key(
 
     Args:
         documents: each of at least ``length`` tokens.
-        needles: at least one; of `needles.key_value`, `needles.pass_key`, or of one's own.
+        needles: at least one; of `needles.key_values`, or of one's own.
         length: of a text with its longest question and answer, in tokens.
         depths: shares of the document.
 
@@ -80,10 +80,13 @@ def single_key(
     """
     check_documents(documents, length)
 
-    def text(needle: Needle, document: Document, depth: float) -> Haystack:
-        return Haystack(haystack([needle], document, length, [depth]), (needle,))
-
-    return in_turn(documents, needles, depths, text)
+    return [
+        [
+            Haystack(haystack([needle], document, length, [depth]), (needle,))
+            for needle, depth in zip(of, depths, strict=True)
+        ]
+        for document, of in in_turn(documents, needles, depths, together=False)
+    ]
 
 
 def several_keys(
@@ -102,14 +105,9 @@ def several_keys(
         ValueError: as `single_key`, and there are too few needles.
     """
     check_documents(documents, length)
-    if len(needles) < len(depths):
-        raise ValueError(
-            f"needles: expected {len(depths)} or more, one for each depth, got {len(needles)}"
-        )
-    chosen = in_turn(documents, needles, depths, lambda needle, *_: needle)
     return [
-        [Haystack(haystack(of, document, length, depths), tuple(of))]
-        for of, document in zip(chosen, documents, strict=True)
+        [Haystack(haystack(of, document, length, depths), of)]
+        for document, of in in_turn(documents, needles, depths, together=True)
     ]
 
 
@@ -118,9 +116,7 @@ KINDS = {"one key": single_key, "several keys": several_keys}
 
 def room_for(needles: Sequence[Needle], depths: Sequence[float] = DEPTHS) -> int:
     """The fewest tokens that each kind of text takes, whatever needles share it."""
-    statement = max(len(needle.statement) for needle in needles)
-    asked = max(len(needle.question) + len(needle.answer) for needle in needles)
-    return len(depths) * statement + asked
+    return len(depths) * max(len(needle.statement) for needle in needles) + longest(needles)
 
 
 def retrieval(

@@ -9,15 +9,16 @@ decide nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from random import Random
 
 import torch
 
 from .coarse import Coarse
 from .documents import Document
-from .fitness import Documents, Window, check_documents, hide, in_turn
+from .fitness import Documents, Window, check_documents, hide
 from .model import Losses
-from .needles import DEPTHS, Needle
+from .needles import DEPTHS, Needle, in_turn, questions, starts
 
 _SEED = 0  # of where windows lie: all searches of the same documents have the same
 
@@ -65,7 +66,7 @@ class SkippedPerplexity(Documents):
 
 
 class SkippedNeedles(Documents):
-    """Of the answers alone: the statement lies in the middle chunk, the question in the last."""
+    """Of the answers alone: each statement has a chunk of its own, the questions the last one."""
 
     def __init__(
         self,
@@ -84,34 +85,39 @@ class SkippedNeedles(Documents):
             documents: each of at least ``tokens`` tokens.
             needles: as in `NeedlePerplexity`.
             length: whose positions windows are spread over.
-            tokens: of a window, at most half of ``length``, with room for a needle.
+            tokens: of a window, at most half of ``length``, with room for the needles.
             depths: shares of ``length``, where the statements' positions are.
 
         Raises:
             ValueError: an argument is out of range, or a document is too short, by name.
         """
         _check(documents, length, tokens)
+        pairs = in_turn(documents, needles, depths, together=True)
+        super().__init__(
+            losses, [[skipped_needles(of, one, length, tokens, depths)] for one, of in pairs]
+        )
 
-        def window(needle: Needle, document: Document, depth: float) -> Window:
-            return skipped_needle(needle, document, length, tokens, depth)
 
-        super().__init__(losses, in_turn(documents, needles, depths, window))
-
-
-def skipped_needle(
-    needle: Needle, document: Document, length: int, tokens: int, depth: float
+def skipped_needles(
+    needles: Sequence[Needle],
+    document: Document,
+    length: int,
+    tokens: int,
+    depths: Sequence[float],
 ) -> Window:
-    """A window of three chunks: the beginning, the statement within text, text and the question."""
-    one = hide(needle, document, tokens, 0.5)
-    room = tokens - sum(map(len, needle))
-    at, behind = round(0.5 * room), round(0.5 * room) + len(needle.statement)
-    left = at // 2
-    right = behind + (room - at) // 2
-    wanted = round(depth * (length - sum(map(len, needle))))
-    jump = min(max(wanted - at, 0), length - tokens)
-    return one._replace(
-        positions=_spread([0, jump, length - tokens], [left, right - left, tokens - right])
-    )
+    """A window with the beginning, each statement within text, and text before the questions.
+
+    Positions of statements are those at ``length`` tokens. Chunks meet halfway between statements.
+    """
+    asked = len(questions(needles)[0])
+    begins = starts(needles, tokens, depths, asked)
+    ends = [at + len(needle.statement) for at, needle in zip(begins, needles, strict=True)]
+    cuts = [(a + b) // 2 for a, b in zip([0, *ends], [*begins, tokens - asked], strict=True)]
+    sizes = [b - a for a, b in pairwise([0, *cuts, tokens])]
+    whole = starts(needles, length, depths, asked)
+    jumps = accumulate((b - a for a, b in zip(begins, whole, strict=True)), max)
+    positions = _spread([0, *jumps, length - tokens], sizes)
+    return hide(needles, document, tokens, depths)._replace(positions=positions)
 
 
 def _spread(jumps: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
