@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from search_cases import (
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from longrope_kernels import FactorSet, Rope
+from longrope_kernels.search import commands, find
 from longrope_kernels.search.model import TransformersLosses
 from longrope_kernels.search.source import open_source
 
@@ -191,6 +193,18 @@ def test_options_reach_the_space(work, tmp_path):
     assert content["space"]["attention"] == 1.0
     assert content["space"]["monotone"] is False
     assert Rope.load(tmp_path / "out").sets[0].attention_factor == 1.0
+
+
+@pytest.mark.parametrize("best", [1.0, 1e9])
+def test_a_search_that_finds_nothing_better_than_a_formula_says_so(
+    work, tmp_path, monkeypatch, best
+):
+    def with_formulas(*arguments: Any, **more: Any) -> find.Found:
+        return replace(find.find(*arguments, **more), others={"PI": 1e9, "YaRN": best})
+
+    monkeypatch.setattr(commands, "find", with_formulas)
+    told = search(work, tmp_path).stdout
+    assert ("found nothing better than YaRN, which is a formula" in told) == (best == 1.0)
 
 
 def test_readjust_gives_short_lengths_sets_that_are_better(work, tmp_path):

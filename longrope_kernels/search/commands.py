@@ -6,6 +6,7 @@ A field that is `Annotated` by Typer is an option, as in options.py; its default
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -83,6 +84,9 @@ class Search:
             _tell(header, rows, self.out, note)
             if found.descent is not None:
                 typer.echo(in_words(found.descent))
+            name, least = min(found.others.items(), key=itemgetter(1))
+            if not found.best.fitness < least:
+                typer.echo(f"found nothing better than {name}, which is a formula")
 
     def _space(self, source: Source) -> SearchSpace:
         stage, reached = source.stage, source.trained
