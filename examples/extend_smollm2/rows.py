@@ -9,6 +9,7 @@ from typing import Any
 FORMULAS = ("no scaling", "PI", "NTK", "dynamic NTK", "YaRN")
 BEST_YARN, SEARCH, READJUSTED = "YaRN, best attention factor", "LongRoPE", "LongRoPE, readjusted"
 NEEDLES = "LongRoPE2's search"
+LONGER = "LongRoPE, a longer search"  # at the target alone, of `--rope`
 ROWS = (*FORMULAS, BEST_YARN, SEARCH, READJUSTED, NEEDLES)
 AGAIN = "YaRN again, on another machine"  # less what the first one gave, by length
 UNIFORM, N_HAT = "uniform lambda", f"{SEARCH}, n_hat"  # at the target alone

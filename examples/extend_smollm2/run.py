@@ -22,7 +22,17 @@ from typing import Any
 
 import torch
 from fetch import documents, model_folder
-from rows import AGAIN, BEST_YARN, FORMULAS, N_HAT, NEEDLES, READJUSTED, SEARCH, UNIFORM
+from rows import (
+    AGAIN,
+    BEST_YARN,
+    FORMULAS,
+    LONGER,
+    N_HAT,
+    NEEDLES,
+    READJUSTED,
+    SEARCH,
+    UNIFORM,
+)
 from sizes import FULL, SMALL, Sizes
 from table import write_page
 
@@ -134,9 +144,14 @@ class Experiment:
 
     # ----------------------------------------------------------------------------------------- all
 
-    def run(self) -> None:
-        """All steps; the ones that say most come first."""
+    def run(self, longer: Path | None = None) -> None:
+        """All steps; the ones that say most come first.
+
+        ``longer`` is the folder of a search by the command line, a row at the target.
+        """
         sizes = self.sizes
+        if longer is not None:
+            self.table({LONGER: Rope.load(longer)}, self.judged, only=sizes.target)
         some = self.judged[: sizes.asked]
         formulas = self.formulas()
         self.look(formulas, some[0])
@@ -385,6 +400,9 @@ def main() -> None:
         action="store_true",
         help="for processors that multiply no bfloat16, as those with AVX2 alone",
     )
+    parser.add_argument(
+        "--rope", type=Path, help="folder of a `longrope search` for the target, as one more row"
+    )
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -393,7 +411,7 @@ def main() -> None:
         sizes = replace(sizes, dtype="float32")
     experiment = Experiment(sizes, chosen.out)
     experiment.plan()
-    experiment.run()
+    experiment.run(chosen.rope)
     print(f"{chosen.out / 'results.md'} and the pictures beside it")
 
 
