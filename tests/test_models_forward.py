@@ -19,8 +19,10 @@ from model_cases import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from longrope_kernels import FactorSet, Rope
-from longrope_kernels.integrations.transformers import enable
+from longrope_kernels import FactorSet, Rope, decode
+from longrope_kernels.backends import choose
+from longrope_kernels.calls.records import FEW_QUERIES
+from longrope_kernels.integrations.transformers import attention, enable
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 CLOSE = 2e-5  # float32, logits up to 3
@@ -158,6 +160,14 @@ def test_right_padding_counts_real_tokens(positions):
         assert max_diff(of_row[: len(row)], logits(family_model("phi3"), ids=row[None])[0]) < CLOSE
 
 
+@pytest.fixture(params=["AMD", None])
+def maker(request, monkeypatch):
+    """Of the processor, which decides what serves chunks."""
+    monkeypatch.setattr(choose, "capability_of", lambda device: request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("maker")
 @pytest.mark.parametrize("positions", RIGHT_POSITIONS.values(), ids=RIGHT_POSITIONS.keys())
 @pytest.mark.parametrize("static", [False, True])
 def test_right_padded_rows_in_chunks(positions, static):
@@ -182,9 +192,10 @@ def test_right_padded_rows_in_chunks(positions, static):
         assert max_diff(of_row[: len(row)], logits(family_model("phi3"), ids=row[None])[0]) < CLOSE
 
 
-CHUNKS = (5, 1, 20, 4)  # by decode and, more than 16 at once, by attention
+CHUNKS = (5, 1, 20, 4)  # by decode and, more than 16 at once, on some processors by attention
 
 
+@pytest.mark.usefixtures("maker")
 @every_family
 def test_chunks_into_a_cache_equal_one_forward(name):
     ids = tokens(2, sum(CHUNKS))
@@ -198,6 +209,24 @@ def test_chunks_into_a_cache_equal_one_forward(name):
     assert max_diff(torch.cat(parts, 1), expected) < CLOSE
 
 
+def test_what_serves_a_chunk(maker, monkeypatch):
+    decoded, ids = [], tokens(1, 20 + 2 * FEW_QUERIES)
+
+    def counted(q, *others, **more):
+        decoded.append(q.shape[1])
+        return decode(q, *others, **more)
+
+    monkeypatch.setattr(attention, "decode", counted)
+    model = enable(family_model("llama", num_hidden_layers=1))
+    cache = DynamicCache()
+    with torch.no_grad():
+        for part in ids.split([20, FEW_QUERIES, FEW_QUERIES], 1):
+            model(part, past_key_values=cache)
+        model(ids[:, : FEW_QUERIES + 1], past_key_values=cache)
+    assert decoded == [FEW_QUERIES] * 2 + [FEW_QUERIES + 1] * (maker == "AMD")
+
+
+@pytest.mark.usefixtures("maker")
 @pytest.mark.parametrize("name", ["phi3", "mistral sliding", "qwen2 sliding"])
 def test_chunks_of_left_padded_rows(name):
     rows = [tokens(1, n, seed=n)[0] for n in (12, 30)]

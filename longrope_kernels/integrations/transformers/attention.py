@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...backends import choose
 from ...calls.records import FEW_QUERIES, AttentionCall, Keys, Scores, Selection
 from ...calls.values import readable
 from ...ops.attention import attention as attend
@@ -157,10 +158,11 @@ def longrope_attention(
     rest["sinks"] = s_aux
     differentiable = (x for x in (query, key, value, s_aux) if x is not None)
     recorded = torch.is_grad_enabled() and any(map(requires_grad, differentiable))
-    if call.cache_lens is not None and queries <= FEW_QUERIES and not recorded:
+    few = queries <= FEW_QUERIES
+    if call.cache_lens is not None and not recorded and (few or _decodes_chunks(settings, q)):
         out: Any = decode(
             *(q, k, v, call.cache_lens, rope),
-            lengths=call.query_lengths,
+            lengths=call.query_lengths if few else call.lengths,
             kv_start=call.kv_start,
             key_positions=call.key_positions,
             backend=settings.decode_backend,
@@ -197,6 +199,15 @@ def longrope_attention(
     if call.cu_seqlens is not None:
         out = out.unflatten(0, (batch, queries))
     return out.contiguous(), None  # as transformers' own do, which some layers take a view of
+
+
+def _decodes_chunks(settings: Settings, q: torch.Tensor) -> bool:
+    """Whether chunks go through the kernel that serves prompts where keys are not in a cache."""
+    if settings.backend is not None or q.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    kind = q.device.type, q.dtype, q.shape[-1], "plain"
+    maker = choose.capability_of(q.device)
+    return choose.choose_attention(None, *kind, capability=maker, own=True) == "native"
 
 
 def _check_borders(borders: torch.Tensor, of_keys: torch.Tensor | None, tokens: int) -> None:
