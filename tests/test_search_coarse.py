@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -23,13 +24,13 @@ SPACE = small_space(attention="searched")
 FORMULAS = ("no scaling", "YaRN")
 
 
-def near(candidates: Sequence[Candidate]) -> list[Evaluation]:
+def near(candidates: Sequence[Candidate], reference: Any = None) -> list[Evaluation]:
     """A coarse fitness that ranks about as `distance` does."""
     noise = (0.05 * math.sin(sum(c.factors) + c.n_hat) for c in candidates)
     return [Evaluation(c, distance(c) * (1 + x)) for c, x in zip(candidates, noise, strict=True)]
 
 
-def against(candidates: Sequence[Candidate]) -> list[Evaluation]:
+def against(candidates: Sequence[Candidate], reference: Any = None) -> list[Evaluation]:
     """One that says the contrary."""
     return [Evaluation(c, -distance(c)) for c in candidates]
 
@@ -203,7 +204,7 @@ def test_a_good_one_finds_as_much_with_less() -> None:
 def test_noise_among_the_best_switches_nothing_off() -> None:
     """The best lie within a percent; windows tell them from bad ones, and not from one another."""
 
-    def rough(candidates: Sequence[Candidate]) -> list[Evaluation]:
+    def rough(candidates: Sequence[Candidate], reference: Any) -> list[Evaluation]:
         seeds = (sum((i + 1) * x for i, x in enumerate(c.factors)) + c.n_hat for c in candidates)
         noise = (Random(seed).uniform(0.8, 1.25) for seed in seeds)
         return [Evaluation(c, distance(c) * x) for c, x in zip(candidates, noise, strict=True)]
@@ -241,6 +242,37 @@ def test_a_sieve_needs_a_coarse_fitness() -> None:
 
 
 # --------------------------------------------------------------------------------- resuming
+
+
+def test_what_comes_before_is_read_under_the_best_before_an_iteration(tmp_path: Path) -> None:
+    """The same for all of its candidates, also where a search goes on within them."""
+
+    def judged(folder: Path, limit: float = math.inf) -> list[Candidate]:
+        references = []
+
+        def watched(candidates: Sequence[Candidate], reference: Candidate) -> list[Evaluation]:
+            if len(references) >= limit:
+                raise InterruptedError
+            references.append(reference)
+            return near(candidates)
+
+        with contextlib.suppress(InterruptedError):
+            finish(evolution(folder), watched)
+        return references
+
+    whole = judged(tmp_path / "whole")
+    with evolution(tmp_path / "whole") as search:
+        counts, history = list(map(len, search._asked)), search.history
+        best = [one.best for one in history]
+        formula = search.compared[FORMULAS[0]].candidate
+    assert whole[: counts[0]] == [formula] * counts[0]
+    at = counts[0]
+    for count, before in zip(counts[1:-1], best, strict=False):
+        assert len({*whole[at : at + count]}) == 1
+        assert distance(whole[at]) == before
+        at += count
+    parts = judged(tmp_path / "parts", at // 2)
+    assert parts + judged(tmp_path / "parts") == whole
 
 
 @pytest.mark.parametrize("make", [evolution, cma_es])

@@ -26,7 +26,7 @@ from longrope_kernels.search.coarse import Sieve
 from longrope_kernels.search.distributed import run_distributed, start_ranks
 
 
-def near(candidates: Sequence[Candidate]) -> list[Evaluation]:
+def near(candidates: Sequence[Candidate], reference: Candidate) -> list[Evaluation]:
     """A coarse fitness that ranks about as the full one does, from one space to the next."""
     return [Evaluation(c, distance(c) + 0.02 * (sum(c.factors) % 7)) for c in candidates]
 

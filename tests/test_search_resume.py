@@ -63,7 +63,7 @@ BOTH = pytest.mark.parametrize("make", [evolution, cma_es])
 
 def finish(make: Make, folder: Path | None) -> Search:
     with make(folder) as search:
-        run_search(search, measure, coarse=measure, batch=3)
+        run_search(search, measure, coarse=lambda cs, _: measure(cs), batch=3)
     return search
 
 
@@ -107,7 +107,8 @@ def test_killed_at_random_moments(make: Make, tmp_path: Path) -> None:
 
     def work() -> None:
         with make(tmp_path) as search:
-            run_search(search, lambda cs: (time.sleep(1e-3), measure(cs))[1], coarse=measure)
+            slow = lambda cs, *_: (time.sleep(1e-3), measure(cs))[1]  # noqa: E731
+            run_search(search, slow, coarse=slow)
 
     for _ in range(20):
         status = forked(work, kill_after=rng.uniform(0, 0.1))

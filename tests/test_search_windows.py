@@ -35,6 +35,30 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 COARSE = flags(**{"coarse": "on", "coarse-tokens": 24, "coarse-share": 0.4})
 
 
+@pytest.fixture
+def windows(monkeypatch):
+    """As for a model whose caches hold what can't be rotated anew."""
+    monkeypatch.setattr(TransformersLosses, "keeps", False)
+
+
+def test_a_search_that_judges_behind_a_prefix_first(work, tmp_path):
+    result = search(work, tmp_path, *COARSE, attention="searched")
+    assert result.exit_code == 0, result.stderr
+    content = json.loads((tmp_path / "result.json").read_text())
+    rows = [json.loads(s) for s in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    stages = [row["stage"] for row in rows]
+    assert stages.count("coarse") == 6 + 2 * 5
+    assert stages.count("full") == content["evaluations"] < 16
+    assert content["windows"] == {"behind": "a prefix", "tokens": 24}
+    assert content["coarse"] is True
+    best = content["best"]["fitness"]
+    assert best == pytest.approx(measured(work, Rope.load(tmp_path)), rel=1e-5)
+    batches = search(work, tmp_path / "batches", *COARSE, "--batch", 3, attention="searched")
+    assert batches.exit_code == 0, batches.stderr
+    assert Rope.load(tmp_path / "batches") == Rope.load(tmp_path)
+
+
+@pytest.mark.usefixtures("windows")
 def test_a_search_that_judges_by_windows_first(work, tmp_path):
     result = search(work, tmp_path, *COARSE, attention="searched")
     assert result.exit_code == 0, result.stderr
@@ -66,8 +90,11 @@ def test_a_search_that_judges_by_windows_first(work, tmp_path):
     assert Rope.load(tmp_path / "batches") == Rope.load(tmp_path)
 
 
-def test_needles_in_windows_first(work, tmp_path):
+@pytest.mark.parametrize("kind", ["prefix", "windows"])
+def test_needles_first(work, tmp_path, request, kind):
     """Each statement in a chunk, the questions in the last; with batches as without."""
+    if kind == "windows":
+        request.getfixturevalue(kind)
     windows = {"coarse": "on", "coarse-tokens": 620, "coarse-share": 0.4, "fitness": "needle"}
     (tmp_path / "model").symlink_to(work / "model")
     make_texts(tmp_path / "texts", length=1240)
@@ -75,14 +102,16 @@ def test_needles_in_windows_first(work, tmp_path):
         result = search(tmp_path, out, *more, length=1240, **windows)
         assert result.exit_code == 0, result.stderr
     content = json.loads((tmp_path / "one" / "result.json").read_text())
-    assert content["windows"]["tokens"] == 620
     assert content["coarse"] is True
     assert content["judged"] == 4 + 16
     assert content["evaluations"] < 16
     losses = TransformersLosses(AutoModelForCausalLM.from_pretrained(work / "model"))
     texts = read_documents([tmp_path / "texts"], encoder("bytes"), 1240)
     needles = key_values(encoder("bytes"), seed=1)
-    best = NeedlePerplexity(losses, texts, needles, 1240)(Rope.load(tmp_path / "one"))
+    fitness = NeedlePerplexity(losses, texts, needles, 1240)
+    tokens = 620 if kind == "windows" else fitness.windows[0][0].last
+    assert content["windows"]["tokens"] == tokens
+    best = fitness(Rope.load(tmp_path / "one"))
     assert content["best"]["fitness"] == pytest.approx(best, rel=1e-5)
     assert Rope.load(tmp_path / "one") == Rope.load(tmp_path / "three")
 
@@ -103,8 +132,7 @@ def test_short_lengths_have_windows_only_where_told(work, tmp_path, coarse, toke
     judged = [json.loads(s) for s in (out / "32" / "evaluations.jsonl").read_text().splitlines()]
     stages = {row["stage"] for row in judged}
     assert stages == {"formulas", "full"} | ({"coarse"} if tokens else set())
-    windows = {"tokens": tokens, "chunks": 2, "windows": 1, "attention": None}
-    assert content["windows"] == (windows if tokens else None)
+    assert content["windows"] == ({"behind": "a prefix", "tokens": tokens} if tokens else None)
     rope, before = Rope.load(out), Rope.load(extended)
     assert measured(work, rope, ORIGINAL) <= measured(work, before, ORIGINAL)
 
@@ -125,6 +153,7 @@ def test_what_windows_cannot_be_is_named(work, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("windows")
 def test_a_search_within_hours_goes_on_with_what_was_chosen(work, tmp_path, monkeypatch):
     seconds = iter([1.0, 10.0])  # of a candidate: by windows, and at the full length
     monkeypatch.setattr(find_module, "seconds_of", lambda work: next(seconds))

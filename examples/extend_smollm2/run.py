@@ -37,6 +37,7 @@ from sizes import FULL, SMALL, Sizes
 from table import write_page
 
 from longrope_kernels import FactorSet, Rope
+from longrope_kernels.search.coarse import Coarse
 from longrope_kernels.search.documents import Document, encoder, tails
 from longrope_kernels.search.find import Options, find
 from longrope_kernels.search.fitness import Perplexity
@@ -44,6 +45,7 @@ from longrope_kernels.search.model import TransformersLosses
 from longrope_kernels.search.needles import key_values
 from longrope_kernels.search.readjust import readjust
 from longrope_kernels.search.retrieval import retrieval, several_keys, single_key
+from longrope_kernels.search.skipped import SkippedPerplexity
 from longrope_kernels.search.source import (
     baselines,
     digest,
@@ -182,10 +184,9 @@ class Experiment:
 
     def look(self, ropes: Ropes, document: Document) -> None:
         """Each by a short window at the positions of the target, which takes a minute."""
-        options, target = self._options(self.sizes.hours, 0), self.sizes.target
+        target, last = self.sizes.target, self.sizes.scored
         end = tails([document], self.sizes.longest, target)
-        fitness = options.skipped(self.losses, end, target, None)
-        assert fitness is not None
+        fitness = SkippedPerplexity(self.losses, end, target, target // 4, Coarse(), last=last)
         for name, rope in ropes.items():
             one = rope or dynamic_ntk(self.source, target)
             self._get(f"{name}, a window, {document.name}", lambda one=one: math.log(fitness(one)))

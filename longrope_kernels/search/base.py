@@ -128,6 +128,15 @@ class Search(ABC):
         return self._best
 
     @property
+    def reference(self) -> Candidate:
+        """The best before this iteration, or before all the best formula: candidates are near it.
+
+        It is the same for a whole iteration, also where a search goes on.
+        """
+        near = self._best_before or _lowest(self._compared.values())
+        return self.space.starts()[0] if near is None else near.candidate
+
+    @property
     def iteration(self) -> int:
         """The iterations asked for so far."""
         return len(self._asked)

@@ -101,8 +101,8 @@ def _lead(
         while candidates := search.ask():
             width = batch * (dist.get_world_size() // sharing)
             for start in range(0, len(candidates), width):
-                judge, threshold = judge_of(search, evaluate, coarse, racing)
-                _round(search, judge, candidates[start : start + width], threshold, sharing)
+                judge, given = judge_of(search, evaluate, coarse, racing)
+                _round(search, judge, candidates[start : start + width], given, sharing)
                 if progress is not None:
                     progress(search)
     except _RankError:
@@ -130,14 +130,14 @@ def _round(
     search: Search,
     judge: Evaluate,
     candidates: list[Candidate],
-    threshold: float | None,
+    given: Any,
     sharing: int,
 ) -> None:
     """Rank 0's part: split, evaluate its own, gather, tell."""
     groups = dist.get_world_size() // sharing
     shares = [candidates[group::groups] for group in range(groups)]
-    _broadcast(("evaluate", search.stage, shares, threshold))
-    own = _attempt(judge, shares[0], threshold)
+    _broadcast(("evaluate", search.stage, shares, given))
+    own = _attempt(judge, shares[0], given)
     try:
         answers = _gather(own)
     except _RankError:
@@ -159,19 +159,19 @@ def _follow(evaluate: Evaluate, coarse: Evaluate | None, sharing: int) -> Evalua
             return best
         if message[0] == "failed":
             raise _RankError(f"{message[1]}; {_RESUME}")
-        _, stage, shares, threshold = message
+        _, stage, shares, given = message
         judge = coarse if stage == "coarse" and coarse is not None else evaluate
-        _gather(_attempt(judge, shares[dist.get_rank() // sharing], threshold))
+        _gather(_attempt(judge, shares[dist.get_rank() // sharing], given))
 
 
 def _attempt(
-    evaluate: Evaluate, candidates: list[Candidate], threshold: float | None
+    evaluate: Evaluate, candidates: list[Candidate], given: Any
 ) -> tuple[list[Evaluation], str]:
     """The evaluations, and an error's text instead of an error."""
     if not candidates:
         return [], ""
     try:
-        return evaluated(evaluate, candidates, threshold), ""
+        return evaluated(evaluate, candidates, given), ""
     except Exception as error:
         return [], f"{type(error).__name__}: {error}"
 

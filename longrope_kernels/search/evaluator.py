@@ -20,6 +20,10 @@ class Fitness(Protocol):
         """A result for each rope."""
         ...
 
+    def under(self, reference: Rope) -> None:
+        """As `Documents.under`."""
+        ...
+
 
 class Evaluator:
     """What `run_search` calls: the ropes of candidates, measured in one batch.
@@ -69,6 +73,19 @@ class Evaluator:
             if complete and measured.loss < (math.inf if self._best is None else self._best.loss):
                 self._best = measured
         return found
+
+    def coarse(
+        self, candidates: Sequence[Candidate], reference: Candidate | None = None
+    ) -> list[Evaluation]:
+        """The same by a fitness that orders candidates of an iteration alone.
+
+        Args:
+            candidates: of the space.
+            reference: `Search.reference`, under which what stands before windows may be read.
+        """
+        if reference is not None:
+            self.fitness.under(self._rope(reference))
+        return self(candidates)
 
     def _rope(self, candidate: Candidate) -> Rope:
         if isinstance(candidate, Formula):

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..rope.value import Rope
 from .base import Search
+from .behind import BehindPrefix
 from .budget import BUDGET, Costs, planned, seconds_of
 from .candidate import Evaluation
 from .coarse import Sieve
@@ -83,17 +84,19 @@ def find(
     """
     length, ropes = space.target_length, others or {}
     fitness = options.measure(losses, documents, length, encode)
-    skipped = options.skipped(losses, documents, length, encode)
-    sieve = None if skipped is None else options.coarse.sieve
+    first = options.measure_first(losses, documents, length, encode)
+    sieve = None if first is None else options.coarse.sieve
     if options.hours is not None:
-        wanted = options.hours, folder, space, fitness, skipped, len(ropes), sharing
+        wanted = options.hours, folder, space, fitness, first, len(ropes), sharing
         options, sieve, text = _within(options, *wanted)
         if say is not None and is_main():
             say(text)
-    # Few keys want a small attention factor, whatever the length wants: windows judge by one alone.
-    attention = None if space.attention_bounds is None else space.attention_bounds[0]
-    windows = None
-    if skipped is not None:
+    windows, attention = None, None
+    if isinstance(first, BehindPrefix):
+        windows = {"behind": "a prefix", "tokens": first.windows[0][0].last}
+    elif first is not None:
+        # Few keys want a small attention factor, whatever the length wants: one alone for all.
+        attention = None if space.attention_bounds is None else space.attention_bounds[0]
         windows = options.coarse.describe(length) | {"attention": attention}
     whole = {
         **(context or {}),
@@ -120,8 +123,8 @@ def find(
     note = _Note(folder, content, progress)
     evaluate = Evaluator(space, fitness, options.margin, ropes)
     arguments: dict[str, Any] = {"batch": options.batch, "racing": options.race}
-    if skipped is not None:
-        arguments["coarse"] = Evaluator(space, skipped, attention=attention)
+    if first is not None:
+        arguments["coarse"] = Evaluator(space, first, None, ropes, attention).coarse
     try:
         if is_shared():
             best = run_distributed(make, evaluate, note, sharing=sharing, **arguments)
@@ -142,7 +145,7 @@ def _within(
     folder: Path,
     space: SearchSpace,
     fitness: Documents,
-    skipped: Documents | None,
+    first: Documents | None,
     formulas: int,
     sharing: int,
 ) -> tuple[Options, Sieve | None, str]:
@@ -152,9 +155,14 @@ def _within(
     def measure() -> Costs:
         each = options.batch * (rank_count() // sharing)
         coarse = None
-        if skipped is not None:
-            coarse = seconds_of(lambda: skipped.measure(ropes)) / each
-        return Costs(seconds_of(lambda: fitness.measure(ropes)) / each, coarse, formulas)
+        if first is not None:
+            first.under(ropes[0])
+            first.measure(ropes)  # reads what stands before windows, which an iteration does once
+            coarse = seconds_of(lambda: first.measure(ropes)) / each
+        full = seconds_of(lambda: fitness.measure(ropes)) / each
+        if coarse is not None and isinstance(first, BehindPrefix):
+            coarse += full / max(options.mutants + options.crossovers, 1)
+        return Costs(full, coarse, formulas)
 
     if sharing > 1 and not from_main((folder / BUDGET).exists):  # all of them are needed for it
         costs = measure()

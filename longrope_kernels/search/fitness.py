@@ -140,6 +140,9 @@ class Documents:
         self.losses = losses
         self.windows = windows
 
+    def under(self, reference: Rope) -> None:
+        """What stands before windows may be read under this rope; here there is no such."""
+
     def __call__(self, rope: Rope, *, race: Race | None = None) -> float:
         """The perplexity of one rope; a lower bound of it where a race gave it up."""
         return self.measure([rope], race=race)[0].perplexity

@@ -57,6 +57,35 @@ class Losses(Protocol):
         """
         ...
 
+    @property
+    def keeps(self) -> bool:
+        """Whether there are `read` and `behind`: caches hold keys that no rope has rotated."""
+        ...
+
+    def read(self, rope: Rope, text: torch.Tensor, *, length: int) -> Any:
+        """Keys and values of a text, for `behind`.
+
+        Args:
+            rope: under which it is read; of several sets, that of ``length``.
+            text: (tokens,) int64.
+            length: in tokens, for which the factor set is chosen.
+        """
+        ...
+
+    def behind(self, rope: Rope, text: Any, tokens: torch.Tensor, *, length: int) -> torch.Tensor:
+        """Cross entropy of tokens behind a text, each but the first, in nats.
+
+        Args:
+            rope: which rotates the text's keys too; of several sets, that of ``length``.
+            text: of `read`, maybe under another rope. It is as before when this ends.
+            tokens: (tokens,) int64, which follow the text.
+            length: in tokens, for which the factor set is chosen.
+
+        Returns:
+            (tokens - 1,) float32 on the host.
+        """
+        ...
+
     def answers(
         self, rope: Rope, text: torch.Tensor, needles: Sequence[Needle], *, length: int
     ) -> list[Answer]:
@@ -153,6 +182,36 @@ class TransformersLosses:
         count = tokens.shape[-1] - 1 if last is None else last
         return self._rows(ropes, tokens, count, positions)
 
+    @property
+    def keeps(self) -> bool:
+        """As `Losses`: not over ranks, nor where layers keep states or rotated keys."""
+        alone = self._group is None and not self._row_by_row
+        return alone and _cache_of_keys(self.model) is not None
+
+    @torch.no_grad()
+    def read(self, rope: Rope, text: torch.Tensor, *, length: int) -> Any:
+        """As `Losses`.
+
+        Raises:
+            ValueError, TypeError: naming the argument that does not fit the model.
+        """
+        self._put(rope, length)
+        cache = _cache_of_keys(self.model)
+        self._hidden(text[None], cache)
+        return cache
+
+    @torch.no_grad()
+    def behind(self, rope: Rope, text: Any, tokens: torch.Tensor, *, length: int) -> torch.Tensor:
+        """As `Losses`.
+
+        Raises:
+            ValueError, TypeError: naming the argument that does not fit the model.
+        """
+        self._put(rope, length)
+        hidden = self._hidden(tokens[None, :-1], text)
+        text.crop(1 - len(tokens))
+        return self._scored(hidden, tokens[None, 1:])[0].cpu()
+
     @torch.no_grad()
     def answers(
         self, rope: Rope, text: torch.Tensor, needles: Sequence[Needle], *, length: int
@@ -164,34 +223,48 @@ class TransformersLosses:
         Raises:
             ValueError, TypeError: naming the argument that does not fit the model.
         """
-        from ..integrations.transformers import set_rope
-
-        self._check_rope(rope)
         _check_answers(text, needles, length)
-        set_rope(self.model, merged([rope], [length])[0])
+        self._put(rope, length)
         cache = _cache_of_keys(self.model)
-        kept = {} if cache is None else {_name_of_cache(self.model.base_model): cache}
-
-        def read(ids: torch.Tensor) -> torch.Tensor:
-            ids = ids.to(self.model.device)
-            out: Any = self.model.base_model(input_ids=ids, use_cache=cache is not None, **kept)
-            hidden: torch.Tensor = out.last_hidden_state
-            return hidden
-
         if cache is not None:
-            read(text[None])
+            self._hidden(text[None], cache)
         found = []
         for _, question, answer in needles:
             # Nothing is asked after the last token.
             asked = torch.tensor([[*question, *answer[:-1]]])
             whole = asked if cache is not None else torch.cat([text[None], asked], 1)
-            logits = self._head(read(whole)[:, -len(answer) :])
+            logits = self._head(self._hidden(whole, cache)[:, -len(answer) :])
             if cache is not None:
                 cache.crop(-asked.shape[1])
             right = torch.tensor([answer], device=logits.device)
             losses, likeliest = _cross_entropy(logits, right), logits.argmax(-1) == right
             found.append(Answer(losses[0].cpu(), likeliest[0].cpu()))
         return found
+
+    def _put(self, rope: Rope, length: int) -> None:
+        """The set of one rope for a length, into the model."""
+        from ..integrations.transformers import set_rope
+
+        self._check_rope(rope)
+        set_rope(self.model, merged([rope], [length])[0])
+
+    def _hidden(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Of tokens behind those of a cache, which keeps them too; None for none."""
+        kept = {} if cache is None else {_name_of_cache(self.model.base_model): cache}
+        ids = ids.to(self.model.device)
+        out: Any = self.model.base_model(input_ids=ids, use_cache=cache is not None, **kept)
+        hidden: torch.Tensor = out.last_hidden_state
+        return hidden
+
+    def _scored(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The losses of targets, (rows, targets), each by the hidden state before it."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        step = max(CHUNK_NUMBERS // (vocabulary * len(targets)), 1)
+        parts = []
+        for at in range(0, max(hidden.shape[1], 1), step):
+            logits = self._head(hidden[:, at : at + step])
+            parts.append(_cross_entropy(logits, targets[:, at : at + step].to(logits.device)))
+        return torch.cat(parts, 1)
 
     def _rows(
         self,
@@ -265,13 +338,7 @@ class TransformersLosses:
             hidden, targets = hidden[:, -last - 1 : -1], tokens[:, -last:]
         else:
             hidden, targets = own.of(hidden, tokens)
-        vocabulary = self.model.config.get_text_config().vocab_size
-        step = max(CHUNK_NUMBERS // (vocabulary * len(tokens)), 1)
-        parts = []
-        for at in range(0, max(hidden.shape[1], 1), step):
-            logits = self._head(hidden[:, at : at + step])
-            parts.append(_cross_entropy(logits, targets[:, at : at + step].to(logits.device)))
-        found = torch.cat(parts, 1)
+        found = self._scored(hidden, targets)
         return (found if own is None else own.of_all(found)).cpu()
 
     def _check_tokens(self, tokens: torch.Tensor, last: int) -> None:

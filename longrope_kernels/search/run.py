@@ -33,7 +33,8 @@ def run_search(
             ``evaluate(candidates, threshold)``, and may give up on a candidate whose fitness is
             certain to be above the threshold (`Evaluation.complete` False). Where it never gives
             up on one that would have come out lower, the search ends with the same result.
-        coarse: the same by the coarse fitness, for a search that has a sieve; it never races.
+        coarse: ``coarse(candidates, reference)`` by the coarse fitness, for a search that has a
+            sieve; it never races. The second is `Search.reference`.
         progress: called with the search at the start and after every evaluation told.
         batch: candidates per call; as many are lost when the process is killed.
         racing: off for exact reproduction by evaluators that only guess.
@@ -53,8 +54,8 @@ def run_search(
     while candidates := search.ask():
         for start in range(0, len(candidates), batch):
             part = candidates[start : start + batch]
-            judge, threshold = judge_of(search, evaluate, coarse, racing)
-            search.tell(evaluated(judge, part, threshold))
+            judge, given = judge_of(search, evaluate, coarse, racing)
+            search.tell(evaluated(judge, part, given))
             if progress is not None:
                 progress(search)
     return search.best
@@ -62,28 +63,25 @@ def run_search(
 
 def judge_of(
     search: Search, evaluate: Evaluate, coarse: Evaluate | None, racing: bool
-) -> tuple[Evaluate, float | None]:
-    """What judges the candidates of a search's stage, and the threshold in a race."""
+) -> tuple[Evaluate, Any]:
+    """What judges the candidates of a search's stage, and what it is given beside them."""
     if search.stage != "coarse":
         return evaluate, search.threshold if racing else None
     if coarse is None:
         raise ValueError("coarse: expected an evaluator, since the search has a sieve, got None")
-    return coarse, None
+    return coarse, search.reference
 
 
-def evaluated(
-    evaluate: Evaluate, candidates: list[Candidate], threshold: float | None
-) -> list[Evaluation]:
+def evaluated(evaluate: Evaluate, candidates: list[Candidate], given: Any) -> list[Evaluation]:
     """The evaluations of ``evaluate``, checked, and timed where it did not time them.
 
     Args:
         evaluate: as in `run_search`.
         candidates: what to evaluate.
-        threshold: None outside of a race.
+        given: a second argument: the threshold in a race, a reference; None for none.
     """
     begin = time.perf_counter()
-    arguments: tuple[Any, ...] = () if threshold is None else (threshold,)
-    found = list(evaluate(candidates, *arguments))
+    found = list(evaluate(candidates, *(() if given is None else (given,))))
     seconds = (time.perf_counter() - begin) / max(len(candidates), 1)
     if [one.candidate for one in found] != candidates:
         raise ValueError(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Annotated, Any
 
 import typer
 
 from ..rope.value import Rope
+from .behind import BehindPrefix
 from .coarse import Coarse
 from .documents import Document, Encode
 from .evolution import EvolutionSettings
-from .fitness import NeedlePerplexity, Perplexity
+from .fitness import Documents, NeedlePerplexity, Perplexity
 from .model import Losses
 from .needles import DEPTHS, Needle, in_turn, key_values
 from .options import Last, Read, Stride, ascending
@@ -145,13 +146,20 @@ class Options(EvolutionSettings):
             return Perplexity(losses, documents, length, last=self.last, stride=self.stride)
         return NeedlePerplexity(losses, documents, _needles(encode), length)
 
-    def skipped(
+    def measure_first(
         self, losses: Losses, documents: Sequence[Document], length: int, encode: Encode | None
-    ) -> SkippedPerplexity | SkippedNeedles | None:
-        """The coarse fitness for a length; None where there is none (`Coarse.window`)."""
+    ) -> Documents | None:
+        """The coarse fitness for a length; None where there is none (`Coarse.window`).
+
+        It is `BehindPrefix` where the model has it, and else of skipped windows.
+        """
         tokens = self.coarse.window(length)
         if tokens is None:
             return None
+        if losses.keeps:
+            last = min(tokens, length - 2, self.last or tokens)
+            chosen = replace(self, stride=None, last=last) if self.fitness == "perplexity" else self
+            return BehindPrefix(losses, chosen.measure(losses, documents, length, encode).windows)
         if self.fitness == "perplexity":
             return SkippedPerplexity(losses, documents, length, tokens, self.coarse, last=self.last)
         needles = _needles(encode)
