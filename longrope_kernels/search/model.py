@@ -33,7 +33,10 @@ class Answer(NamedTuple):
 
 
 class Losses(Protocol):
-    """What the fitness functions ask of a model. A row is one sequence under one rope."""
+    """What the fitness functions ask of a model. A row is one sequence under one rope.
+
+    Without ``keeps``, `read` and `behind` a search judges by skipped windows first.
+    """
 
     def __call__(
         self,

@@ -156,7 +156,7 @@ class Options(EvolutionSettings):
         tokens = self.coarse.window(length)
         if tokens is None:
             return None
-        if losses.keeps:
+        if getattr(losses, "keeps", False):  # callables of other libraries may have no such
             last = min(tokens, length - 2, self.last or tokens)
             chosen = replace(self, stride=None, last=last) if self.fitness == "perplexity" else self
             return BehindPrefix(losses, chosen.measure(losses, documents, length, encode).windows)
