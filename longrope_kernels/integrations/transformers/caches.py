@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import secrets
 import zlib
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -70,11 +71,21 @@ def fingerprint(attention: nn.Module) -> int:
     found = 0
     for weight in chain(attention.parameters(), attention.buffers()):  # what quantised layers have
         if not weight.is_meta:
-            if hasattr(weight, "to_local"):  # a DTensor: what this rank has of it
-                weight = weight.to_local()
-            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
-            found = zlib.crc32(str(some.tolist()).encode(), found)
+            for part in _plain(weight):
+                some = part.detach().flatten()[:: max(1, part.numel() // 64)]
+                found = zlib.crc32(str(some.tolist()).encode(), found)
     return found or secrets.randbits(64)
+
+
+def _plain(weight: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a weight is made of: quantised ones (torchao's) may have no views."""
+    if hasattr(weight, "to_local"):  # a DTensor: what this rank has of it
+        weight = weight.to_local()
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield weight
+        return
+    for name in weight.__tensor_flatten__()[0]:
+        yield from _plain(getattr(weight, name))
 
 
 def _check_implementation(config: Any) -> None:
