@@ -4,13 +4,41 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from model_cases import family_model, logits, max_diff
 from torch import nn
 
-from longrope_kernels.integrations.transformers import enable
+from longrope_kernels.integrations.transformers import disable, enable
 
 CLOSE = 2e-5
 both_caches = pytest.mark.parametrize("cache", ["unrotated", "rotated"])
+
+
+# ------------------------------------------------------------------------------------- accelerate
+
+
+def offloaded(model: Any) -> Any:
+    return cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+
+
+@both_caches
+def test_offloaded_again_once_enabled(cache):
+    """As PEFT does where it loads adapters into an offloaded model."""
+    model = enable(offloaded(family_model("phi3")), cache=cache)
+    for _ in range(2):
+        add_hook_to_module(model.model.rotary_emb, ModelHook())
+        assert isinstance(model.model.rotary_emb(None, torch.arange(4)[None])[1], tuple)
+        assert max_diff(logits(model), logits(family_model("phi3"))) < CLOSE
+        remove_hook_from_submodules(model)
+        model.load_state_dict(family_model("phi3").state_dict(), assign=True)
+    assert torch.equal(logits(disable(model)), logits(family_model("phi3")))
+
+
+def test_an_offloaded_model_takes_the_backend_of_where_it_runs():
+    model = offloaded(family_model("llama"))
+    expected = logits(family_model("llama"))
+    assert max_diff(logits(enable(model, backend="native")), expected) < CLOSE
 
 
 # ------------------------------------------------------------------------------ quantised weights

@@ -221,8 +221,7 @@ def _check(settings: Settings, slot: Slot) -> None:
             )
     dim = head_dim(slot.attentions[0], config)
     dim = settings.rope.rotary_dim if dim is None else dim
-    weight = next(slot.base.parameters())
-    device, dtype = weight.device.type, weight.dtype
+    device, dtype = _device(slot.base), next(slot.base.parameters()).dtype
     if settings.cache == "rotated":
         if settings.backend is not None:
             backends.choose_rotary(settings.backend, device, dtype == torch.float64)
@@ -239,3 +238,14 @@ def _check(settings: Settings, slot: Slot) -> None:
         backends.choose_attention(settings.attention_backend, device, dtype, dim, "masked")
     if settings.decode_backend is not None:
         backends.choose_decode(settings.decode_backend, device, dtype, dtype, dim)
+
+
+def _device(base: nn.Module) -> str:
+    """Where it runs: accelerate's offloading keeps weights elsewhere until then."""
+    weight = next(base.parameters())
+    if weight.is_meta:
+        for module in base.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device).type
+    return weight.device.type

@@ -86,11 +86,14 @@ class ExactRotaryEmbedding(nn.Module):
         return self.settings.rope
 
     def __getattr__(self, name: str) -> Any:
-        """What some models read of the original: its config, its types of layers."""
+        """What some models read of the original: its config, its types of layers.
+
+        Nothing private: what accelerate's hooks keep there (``_hf_hook``) is of that module alone.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "original":
+            if name == "original" or name.startswith("_"):
                 raise
             return getattr(self.original, name)
 
