@@ -1,15 +1,24 @@
 """Models that others load, move, wrap and change around `enable`."""
 
+import types
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
-from model_cases import family_model, logits, max_diff
+from model_cases import family_config, family_model, logits, max_diff, tokens
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaPreTrainedModel,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
 from longrope_kernels.integrations.transformers import disable, enable
+from longrope_kernels.integrations.transformers.markers import Rotated
 
 CLOSE = 2e-5
 both_caches = pytest.mark.parametrize("cache", ["unrotated", "rotated"])
@@ -78,3 +87,157 @@ def test_weights_that_have_no_views():
         assert max_diff(logits(enable(model)), expected) < CLOSE
         found.append(model.model.longrope.settings.fingerprint)
     assert found[0] == found[2] != found[1]
+
+
+# ----------------------------------------------------------------------- rotary modules changed
+
+
+@both_caches
+def test_a_hook_that_moves_positions_is_honoured(cache):
+    model = family_model("llama")
+
+    def stretched(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "position_ids": 4 * kwargs["position_ids"]}
+
+    hook = model.model.rotary_emb.register_forward_pre_hook(stretched, with_kwargs=True)
+    expected = logits(model)
+    assert max_diff(expected, logits(family_model("llama"))) > 0.1
+    assert max_diff(logits(enable(model, cache=cache)), expected) < CLOSE
+    hook.remove()
+    assert max_diff(logits(model), logits(family_model("llama"))) < CLOSE
+    model.model.rotary_emb.register_forward_pre_hook(stretched, with_kwargs=True)
+    assert torch.equal(logits(disable(model)), expected)
+
+
+def with_a_hook(rotary: Any) -> None:
+    rotary.register_forward_hook(lambda module, args, out: (out[0] * 1.5, out[1] * 1.5))
+
+
+def with_its_own_forward(rotary: Any) -> None:
+    forward = rotary.forward
+    rotary.forward = lambda x, position_ids: forward(x, 3 * position_ids)
+
+
+@both_caches
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("change", [with_a_hook, with_its_own_forward])
+def test_a_rotary_module_whose_tables_are_changed_is_refused(change, family, cache):
+    model = family_model(family)
+    change(model.model.rotary_emb)
+    with pytest.raises(ValueError, match=r"model: expected .*RotaryEmbedding .*forward"):
+        enable(model, cache=cache)
+    assert not hasattr(model.model, "longrope")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "llama yarn"])
+@pytest.mark.parametrize("field", ["inv_freq", "attention_scaling"])
+def test_frequencies_that_the_config_does_not_say(field, family):
+    model = family_model(family)
+    rotary = model.model.rotary_emb
+    setattr(rotary, field, 2.0 * getattr(rotary, field))
+    with pytest.raises(ValueError, match=r"model: its .*RotaryEmbedding .*its config"):
+        enable(model)
+
+
+def test_either_set_may_be_in_the_rotary_module():
+    """transformers keeps that of its last forward."""
+    model = family_model("phi3")
+    logits(model, 100)
+    expected = logits(model, 100)
+    assert max_diff(logits(enable(model), 100), expected) < CLOSE
+
+
+# ----------------------------------------------------------------------- attention of one's own
+
+
+def attend(self: Any, hidden_states: Any, position_embeddings: Any = None, **_: Any) -> Any:
+    """By torch's attention, past transformers' interface."""
+    heads = (*hidden_states.shape[:2], -1, self.head_dim)
+    q, k, v = (
+        projection(hidden_states).view(heads).transpose(1, 2)
+        for projection in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+class Foreign(nn.Module):
+    forward = attend
+
+    def __init__(self, config: Any, layer_idx: int = 0) -> None:
+        super().__init__()
+        dim, kv_heads = config.hidden_size, config.num_key_value_heads
+        self.head_dim = dim // config.num_attention_heads
+        self.q_proj, self.o_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.k_proj, self.v_proj = (nn.Linear(dim, kv_heads * self.head_dim) for _ in range(2))
+
+
+def by_method(model: Any) -> None:
+    attention = model.model.layers[1].self_attn
+    attention.forward = types.MethodType(attend, attention)
+
+
+def by_subclass(model: Any) -> None:
+    own = type("OwnAttention", (LlamaAttention,), {"forward": attend})
+    model.model.layers[1].self_attn.__class__ = own
+
+
+def by_module(model: Any) -> None:
+    model.model.layers[1].self_attn = Foreign(model.config)
+
+
+@pytest.mark.parametrize("change", [by_method, by_subclass, by_module])
+def test_attention_that_is_not_transformers(change):
+    """It asks for a rotation, and attends itself: unrotated it would attend without any."""
+    model = family_model("llama")
+    change(model)
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"model: expected LlamaAttention.*layers\.1\.self_attn"):
+        enable(model)
+    assert max_diff(logits(enable(model, cache="rotated")), expected) < CLOSE
+
+
+def test_a_forward_that_is_wrapped_is_transformers():
+    model = family_model("llama")
+    for layer in model.model.layers:
+        add_hook_to_module(layer.self_attn, ModelHook())
+    assert max_diff(logits(enable(model)), logits(family_model("llama"))) < CLOSE
+
+
+@both_caches
+def test_no_attention_of_transformers_at_all(cache):
+    model = family_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn = Foreign(model.config)
+    with pytest.raises(ValueError, match=r"model: expected LlamaAttention.* in LlamaModel"):
+        enable(model, cache=cache)
+
+
+class OwnModel(LlamaPreTrainedModel):
+    """Code of a model's own repository around the rotary module of transformers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Foreign(config, i) for i in range(config.num_hidden_layers))
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        states = self.embed_tokens(input_ids)
+        turn = self.rotary_emb(states, position_ids=torch.arange(states.shape[1])[None])
+        for layer in self.layers:
+            states = states + layer(states, position_embeddings=turn)[0]
+        return BaseModelOutputWithPast(last_hidden_state=states)
+
+
+@torch.no_grad()
+def test_a_model_of_its_own_around_a_known_rotary_module():
+    model = OwnModel(family_config("llama")).eval()
+    expected = model(tokens())[0]
+    with pytest.raises(ValueError, match=r"Foreign does not call transformers' attention"):
+        enable(model)
+    enable(model, cache="rotated")
+    assert isinstance(model.rotary_emb(None, torch.arange(4)[None])[1], Rotated)
+    assert max_diff(model(tokens())[0], expected) < CLOSE

@@ -102,7 +102,7 @@ def check_own(architecture: Architecture) -> None:
     met = [(f"{module.__name__}.{name}", contact(module, name))]
     met += [
         (f"{cls.__module__}.{cls.__name__}.forward", contact(cls, "forward"))
-        for cls in architecture.attention
+        for cls in (architecture.rotary, *architecture.attention)
     ]
     for place, function in met:
         function = inspect.unwrap(function)

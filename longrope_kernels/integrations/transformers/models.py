@@ -103,6 +103,7 @@ def enable(
     chosen = []
     for slot in slots:
         check_own(slot.architecture)
+        slot.check_layers(cache)
         if cache == "unrotated" and slot.architecture.unrotated:
             raise ValueError(
                 f"cache: {type(slot.base).__name__} {ROTATED_ALONE}: {slot.architecture.unrotated}"

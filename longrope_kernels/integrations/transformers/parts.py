@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from .contacts import contact, install
 from .probe import UnfitError, has_frequencies, probed
 from .ropes import kinds, rope_of
 from .rotary import ExactRotaryEmbedding
-from .settings import Settings
+from .settings import Cache, Settings
 from .spread import put_hooks
 
 
@@ -90,6 +91,59 @@ class Slot(NamedTuple):
         if len(alike) == len(self.places):
             return ""
         return next(str(n) for n, m in self.base.named_modules() if m is alike[0].module)
+
+    def check_layers(self, cache: Cache) -> None:
+        """Refuse what others have put in the place of parts that this model's class makes.
+
+        Raises:
+            ValueError: a rotary module whose tables are changed; no attention that is known, or,
+                where keys lie unrotated, one beside those that may rotate or attend otherwise.
+        """
+        for place in self.places:
+            rotary = place.original
+            if rotary._forward_hooks or not _runs_own_forward(rotary, (type(rotary),)):
+                raise ValueError(
+                    f"model: expected a {type(rotary).__name__} without hooks behind its forward "
+                    "and with that of its class, got another, whose cosines and sines no enabled "
+                    "model makes; give what it does as rope=, or in hooks before its forward"
+                )
+        names = " or ".join(cls.__name__ for cls in self.architecture.attention)
+        if not self.attentions:
+            raise ValueError(f"model: expected {names} in {type(self.base).__name__}, got none")
+        other = next(self._others(), None) if cache == "unrotated" else None
+        if other is not None:
+            path, module = other
+            raise ValueError(
+                f"model: expected {names} and its own forward at {path}, got a "
+                f"{type(module).__name__} that may rotate or attend otherwise; "
+                "enable(model, cache='rotated')"
+            )
+
+    def _others(self) -> Iterator[tuple[str, nn.Module]]:
+        """Where other layers have a known attention module: those with another forward, and others.
+
+        Modules of the same file (hybrids have states there) and wrappers around one may be there.
+        """
+        known_ones = self.architecture.attention
+        owners = {
+            (type(owner), name)
+            for owner in self.base.modules()
+            for name, child in owner.named_children()
+            if isinstance(child, known_ones)
+        }
+        for path, module in self.base.named_modules():
+            if isinstance(module, known_ones):
+                if not _runs_own_forward(module, known_ones):
+                    yield path, module
+                continue
+            if type(module).__module__.startswith("torch."):  # a list, whose names say nothing
+                continue
+            for name, child in module.named_children():
+                same_place = (type(module), name) in owners
+                same_file = type(child).__module__ == known_ones[0].__module__
+                holds_one = any(isinstance(part, known_ones) for part in child.modules())
+                if same_place and not same_file and not holds_one:
+                    yield f"{path}.{name}".lstrip("."), child
 
     def put(self, settings: Settings) -> None:
         """Hand rotation, attention and caches over to this package."""
@@ -166,6 +220,10 @@ def slots_of(model: nn.Module, *, probing: bool = False) -> list[Slot]:
                 one: Architecture | None = place.module.architecture
             else:
                 one = known(type(place.module))
+                if one is not None and not any(
+                    isinstance(module, one.attention) for module in base.modules()
+                ):
+                    one = None  # layers of its own around a rotary module that is known
                 if one is None and probing:
                     try:
                         one = probed(type(base), type(place.module), base.config)
@@ -191,3 +249,10 @@ def _places(base: nn.Module) -> Iterator[Place]:
                 yield Place(owner, name, module)
             elif not isinstance(module, PreTrainedModel):
                 pending.append(module)
+
+
+def _runs_own_forward(module: nn.Module, classes: tuple[type, ...]) -> bool:
+    """Whether that of one of its classes, wrapped or not (accelerate's hooks, torch.compile)."""
+    ours = {inspect.unwrap(cls.forward) for cls in classes if isinstance(module, cls)}
+    found: Any = inspect.unwrap(module.forward)
+    return getattr(found, "__func__", found) in ours

@@ -46,17 +46,32 @@ def rope_of(rotary: Any, kind: str | None, interleaved: bool, length: int | None
     has = frequencies(rotary, kind)
     if has.is_meta:
         return rope
-    first = rope.sets[0]
-    pairs = range(len(first.factors))
-    gives = [rope.base ** (-i / len(pairs)) / first.factors[i] for i in pairs]
-    for i, (own, given) in enumerate(zip(has.double().tolist(), gives, strict=True)):
-        # Of two sets transformers may hold either, whichever its last forward took.
-        if abs(own - given) > _CLOSE * given + 1e-6 and len(rope.sets) == 1:
-            raise ValueError(
-                f"model: its {type(rotary).__name__} turns pair {i} by {own:.6g} a token, where "
-                f"its config gives {given:.6g}; expected a rotation that its config says"
-            )
+    scale = None
+    if "short_mscale" not in fields["rope_parameters"]:  # PhiMoE's, which its forward reads
+        prefix = "" if kind is None else f"{kind}_"
+        scale = getattr(rotary, f"{prefix}attention_scaling", None)
+    # Of two sets transformers may hold either, whichever its last forward took.
+    found = [_differs(rope.base, one, has.double().tolist(), scale) for one in rope.sets]
+    if all(found):
+        raise ValueError(
+            f"model: its {type(rotary).__name__} {found[0]}; expected a rotation that its config "
+            "says"
+        )
     return rope
+
+
+def _differs(base: float, one: FactorSet, has: list[float], scale: float | None) -> str:
+    """What a rotary module does that a set does not say; "" where they agree."""
+    pairs = len(one.factors)
+    gives = [base ** (-i / pairs) / factor for i, factor in enumerate(one.factors)]
+    for i, (own, given) in enumerate(zip(has, gives, strict=True)):
+        if abs(own - given) > _CLOSE * given + 1e-6:
+            return f"turns pair {i} by {own:.6g} a token, where its config gives {given:.6g}"
+    if scale is not None and abs(scale - one.attention_factor) > _CLOSE * one.attention_factor:
+        return (
+            f"has attention_scaling {scale:.6g}, where its config gives {one.attention_factor:.6g}"
+        )
+    return ""
 
 
 def _fields(rotary: Any, kind: str | None) -> dict[str, Any]:

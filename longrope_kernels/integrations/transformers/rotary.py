@@ -77,6 +77,10 @@ class ExactRotaryEmbedding(nn.Module):
         # For `disable`: the attention implementation (None: left as is), and hooks of the base.
         self.former_attention: str | None = None
         self.hooks: Sequence[RemovableHandle] = ()
+        # Hooks before its forward, which may move positions, run here as they did there; who holds
+        # the handle of one removes it from both.
+        self._forward_pre_hooks = original._forward_pre_hooks
+        self._forward_pre_hooks_with_kwargs = original._forward_pre_hooks_with_kwargs
         self.train(original.training)
         self.use(settings)
 
