@@ -241,3 +241,27 @@ def test_a_model_of_its_own_around_a_known_rotary_module():
     enable(model, cache="rotated")
     assert isinstance(model.rotary_emb(None, torch.arange(4)[None])[1], Rotated)
     assert max_diff(model(tokens())[0], expected) < CLOSE
+
+
+# ------------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.parametrize("window", [4, None])
+@pytest.mark.parametrize("family", ["phi3 sliding", "phimoe sliding", "mistral sliding"])
+def test_a_window_that_is_changed_in_the_config(family, window):
+    model, untouched = enable(family_model(family)), family_model(family)
+    model.config.sliding_window = untouched.config.sliding_window = window
+    assert max_diff(logits(model), logits(untouched)) < CLOSE
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_window_that_layers_keep(when):
+    """transformers' masks take that of the config, and layers hand on the one they were made by."""
+    model, untouched = family_model("qwen2 sliding"), family_model("qwen2 sliding")
+    for one in (model, untouched):
+        if one is model and when == "after":
+            enable(model)
+        one.config.sliding_window = 4
+    with pytest.raises(ValueError, match=r"sliding_window: expected 8 in the config.* got 4"):
+        logits(enable(model) if when == "before" else model)
+    assert max_diff(logits(enable(model, cache="rotated")), logits(untouched)) < CLOSE

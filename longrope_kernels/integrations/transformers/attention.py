@@ -30,7 +30,7 @@ class Enabled(NamedTuple):
     """What `enable` leaves at a base model and its attention modules, as ``module.longrope``."""
 
     settings: Settings
-    window: int | None = None  # of layers that do not hand theirs to the attention function
+    reads_window: bool = False  # of the config: layers do not hand theirs to this function
 
 
 def longrope_attention(
@@ -144,9 +144,10 @@ def longrope_attention(
     if cu_seq_lens_q is not None:
         _check_borders(cu_seq_lens_q, cu_seq_lens_k, batch * queries)
     call = MEMORY.call(settings.chooses, position_ids, attention_mask, batch, keys, cu_seq_lens_q)
+    window = _window(module, enabled, sliding_window)
     rest: dict[str, Any] = {
         "softmax_scale": scaling,
-        "window": enabled.window if sliding_window is None else sliding_window,
+        "window": window,
         "softcap": softcap,
         "sets": longrope_sets,
     }
@@ -208,6 +209,20 @@ def _decodes_chunks(settings: Settings, q: torch.Tensor) -> bool:
     kind = q.device.type, q.dtype, q.shape[-1], "plain"
     maker = choose.capability_of(q.device)
     return choose.choose_attention(None, *kind, capability=maker, own=True) == "native"
+
+
+def _window(module: Any, enabled: Enabled, handed_on: int | None) -> int | None:
+    """That of the config, read in each forward as transformers' masks do."""
+    said = getattr(module.config, "sliding_window", handed_on)
+    if handed_on is None:
+        return said if enabled.reads_window else None
+    if handed_on != said:
+        raise ValueError(
+            f"sliding_window: expected {handed_on} in the config, by which "
+            f"{type(module).__name__} was made, got {said}; change it before the model is made, "
+            "or enable(model, cache='rotated')"
+        )
+    return handed_on
 
 
 def _check_borders(borders: torch.Tensor, of_keys: torch.Tensor | None, tokens: int) -> None:

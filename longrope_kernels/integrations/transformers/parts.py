@@ -164,7 +164,7 @@ class Slot(NamedTuple):
         enabled = Enabled(settings)
         base.longrope = enabled
         if not self.architecture.hands_on_window:
-            enabled = enabled._replace(window=getattr(base.config, "sliding_window", None))
+            enabled = enabled._replace(reads_window=True)
         first = self.attentions[0]
         for module in self.attentions:
             module.longrope = enabled
