@@ -147,6 +147,13 @@ def test_either_set_may_be_in_the_rotary_module():
     assert max_diff(logits(enable(model), 100), expected) < CLOSE
 
 
+@both_caches
+def test_positions_between_tokens_are_named(cache):
+    model = enable(family_model("phi3"), cache=cache)
+    with pytest.raises(TypeError, match=r"position_ids: expected int32 or int64, got torch.float"):
+        model(tokens(), position_ids=torch.arange(24)[None] / 2)
+
+
 # ----------------------------------------------------------------------- attention of one's own
 
 
@@ -265,3 +272,28 @@ def test_a_window_that_layers_keep(when):
     with pytest.raises(ValueError, match=r"sliding_window: expected 8 in the config.* got 4"):
         logits(enable(model) if when == "before" else model)
     assert max_diff(logits(enable(model, cache="rotated")), logits(untouched)) < CLOSE
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_jit_trace_is_refused(family):
+    """Its graph keeps what the mask of the example said, for any other."""
+
+    class Logits(nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, attention_mask=mask, use_cache=False).logits
+
+    ids, mask = tokens(), torch.ones_like(tokens())
+    model = enable(family_model(family))
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace: .*torch\.export"):
+        torch.jit.trace(Logits(model), (ids, mask), check_trace=False)
+    expected = logits(family_model(family), ids=ids)
+    assert max_diff(logits(model, ids=ids), expected) < CLOSE
+    traced = torch.jit.trace(Logits(enable(model, cache="rotated")), (ids, mask), check_trace=False)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        expected = family_model(family)(ids, attention_mask=mask).logits
+        assert max_diff(traced(ids, mask)[mask.bool()], expected[mask.bool()]) < CLOSE

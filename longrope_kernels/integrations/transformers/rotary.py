@@ -121,6 +121,9 @@ class ExactRotaryEmbedding(nn.Module):
             self._check_shard()
         if not torch.compiler.is_compiling():
             check_dispatch(self.architecture)
+            self._check_trace()
+        if position_ids.is_floating_point():
+            raise TypeError(f"position_ids: expected int32 or int64, got {position_ids.dtype}")
         turn = self.turns[self.kind if layer_type is None else layer_type]
         if torch.is_grad_enabled():
             # The caller may write those of the next forward there before a backward pass.
@@ -138,6 +141,14 @@ class ExactRotaryEmbedding(nn.Module):
             "its factor set by it; expected enable(model, group=...) without that context, or "
             "enable(..., cache='rotated') with a Rope of one set"
         )
+
+    def _check_trace(self) -> None:
+        """What a mask and positions say is read, which such a graph would keep for any others."""
+        if self.settings.cache == "unrotated" and torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace: its graph would keep where the padding of this example lies; "
+                "expected torch.export, torch.compile, or enable(model, cache='rotated')"
+            )
 
     def extra_repr(self) -> str:
         shown = []
