@@ -173,6 +173,21 @@ def test_attention_bias_is_refused():
             run(model, attention_mask=torch.ones(2, 1, 24, 24, dtype=dtype))
 
 
+def test_an_attention_bias_of_five_keys_is_refused():
+    """Where the mask of an enabled model has as many numbers a sequence."""
+    model, ids = enable(family_model("phi3")), tokens()
+    cache = DynamicCache(config=model.config)
+    run(model, input_ids=ids[:, :4], past_key_values=cache)
+    bias = torch.tensor([0, 0, 1, 1, 1]).expand(2, 1, 1, 5)
+    with pytest.raises(ValueError, match=r"attention_mask: .*bias of shape \(2, 1, 1, 5\)"):
+        run(model, input_ids=ids[:, 4:5], attention_mask=bias, past_key_values=cache)
+
+
+def test_a_mask_of_more_tokens_than_there_are_is_refused():
+    with pytest.raises(ValueError, match=r"attention_mask: expected as many tokens .* got 30"):
+        run(enable(family_model("phi3")), attention_mask=torch.ones(2, 30), use_cache=False)
+
+
 def test_a_mask_with_holes_is_refused():
     mask = torch.ones(2, 24, dtype=torch.int64)
     mask[1, 7] = 0

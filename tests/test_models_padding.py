@@ -57,23 +57,29 @@ def test_a_threshold_counts_real_tokens(side):
     [
         ("phi3", "dynamic"),
         ("phi3", "static"),
+        ("phi3", "static, all slots in the mask"),
         ("phi3 sliding", "dynamic"),
         ("qwen2 sliding", "dynamic"),
     ],
 )
 def test_steps_by_a_mask_alone(name, kind, n_hat):
-    """Behind left padding, where transformers counts positions by slots; windows drop some."""
+    """Behind left padding, where transformers counts positions by slots; windows drop some.
+
+    A mask of all slots of a static cache, for shapes that stay, calls tokens to come real.
+    """
     rope = Rope.from_config(family_config(name), n_hat=n_hat)
     ids, mask = batch("left", 50)
     model, parts, seen = enable(family_model(name), rope=rope), [], 0
     cache = DynamicCache(config=model.config)
-    if kind == "static":
+    if kind.startswith("static"):
         cache = StaticCache(config=model.config, max_cache_len=64)
+    of_all_slots = torch.nn.functional.pad(mask, (0, 14), value=1)
     for size in (44, 1, 3, 1, 1):
         at = slice(seen, seen + size)
         seen += size
+        given = of_all_slots if kind.endswith("mask") else mask[:, :seen]
         with torch.no_grad():
-            out = model(ids[:, at], attention_mask=mask[:, :seen], past_key_values=cache)
+            out = model(ids[:, at], attention_mask=given, past_key_values=cache)
         parts.append(out.logits)
     # The last row is long from the first chunk on, the others are short to the end.
     for of_row, real, expected in zip(

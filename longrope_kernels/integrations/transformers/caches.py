@@ -52,7 +52,7 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     caches = [given for given in everything if isinstance(given, Cache)]
     if not torch.compiler.is_compiling():
         MEMORY.forget()
-        _check_given(caches)
+        _check_given(caches, module.training)
     if settings.cache == "unrotated":
         _check_implementation(module.config)
     queries = next(x.shape[1] for x in everything if isinstance(x, torch.Tensor))
@@ -98,10 +98,15 @@ def _check_implementation(config: Any) -> None:
         )
 
 
-def _check_given(caches: list[Cache]) -> None:
+def _check_given(caches: list[Cache], training: bool) -> None:
     """A cache that the model was given comes to its layers."""
-    has_cache, of_thread.has_cache = of_thread.has_cache, False  # not of a layer that is run again
-    if has_cache and not caches:
+    slots, of_thread.slots = of_thread.slots, 0  # not of a layer that is run again
+    if slots and not caches:
+        if not training:  # without a cache, transformers takes the slots for those of the mask
+            raise ValueError(
+                "attention_mask: expected as many tokens as input_ids has, since there is no "
+                f"cache, got {slots}"
+            )
         raise ValueError(
             "past_key_values: expected None in training with activation checkpointing, whose "
             "layers drop the cache, got one with keys; model.eval(), or no checkpointing"

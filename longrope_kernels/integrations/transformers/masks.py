@@ -24,7 +24,7 @@ ANY_MASK = "enable(model, cache='rotated') takes any mask"
 class _OfThread(threading.local):
     """Of the forward that is going on, from its mask to its first attention module."""
 
-    has_cache = False  # whether there are slots beside those of its own tokens
+    slots = 0  # how many there are, where it is more than its own tokens
 
 
 of_thread = _OfThread()
@@ -66,13 +66,14 @@ def slots_of_mask(
         mask_function: of transformers, made of functions for each thing that hides a key.
 
     Returns:
-        (batch, 1, 1, 5) int64, or None where all slots are filled by real tokens.
+        (batch, 1, 5, 1) int64, or None where all slots are filled by real tokens. More queries than
+        keys, which no causal mask of transformers has.
 
     Raises:
         ValueError: a mask that is more than padding, or has not all tokens that came before.
     """
     if not torch.compiler.is_compiling():
-        of_thread.has_cache = kv_length > q_length
+        of_thread.slots = kv_length if kv_length > q_length else 0
     if mask_function is not None and not torch.compiler.is_compiling():
         for name in _parts(mask_function):
             if any(one in name for one in _MORE_THAN_CAUSAL):
@@ -97,7 +98,7 @@ def slots_of_mask(
                 f"attention_mask: expected {int(filled)} tokens, those in the cache and the new "
                 f"ones, got {attention_mask.shape[1]}"
             )
-        attention_mask = attention_mask[:, : kv_offset + kv_length]
+        attention_mask = _of_tokens_so_far(attention_mask[:, : kv_offset + kv_length], filled)
         # On a device this waits for it, as transformers' own masks do, but never for one token.
         if (readable(attention_mask) or _may_wait(q_length)) and bool(attention_mask.all()):
             attention_mask = None
@@ -112,7 +113,7 @@ def slots_of_mask(
         real = attention_mask.to(torch.uint8)
         width = real.shape[1]
         some = attention_mask.any(1)
-        start = torch.where(some, real.argmax(1), width)
+        start = torch.where(some, real.argmax(1), filled)
         end = torch.where(some, width - real.flip(1).argmax(1), 0)
         if readable(attention_mask) and not torch.equal(real.sum(1), (end - start).clamp(min=0)):
             raise ValueError(
@@ -120,7 +121,14 @@ def slots_of_mask(
                 f"padding between its tokens; {ANY_MASK}"
             )
         result[:, 0], result[:, 1] = start, end
-    return result[:, None, None]
+    return result[:, None, :, None]
+
+
+def _of_tokens_so_far(mask: torch.Tensor, filled: int | torch.Tensor) -> torch.Tensor:
+    """Without what it says of tokens to come, as a mask of a static cache's whole length does."""
+    if isinstance(filled, int):
+        return mask[:, :filled]
+    return mask & (torch.arange(mask.shape[1], device=mask.device) < filled)
 
 
 def _parts(function: Callable[..., Any]) -> set[str]:
@@ -136,13 +144,13 @@ def _parts(function: Callable[..., Any]) -> set[str]:
 
 def is_slots(mask: torch.Tensor) -> bool:
     """Whether a mask is what `slots_of_mask` returns."""
-    of_ours = (1, 1, len(Slots._fields))
+    of_ours = (1, len(Slots._fields), 1)
     return mask.dtype == torch.int64 and mask.dim() == 4 and mask.shape[1:] == of_ours
 
 
 def read_slots(mask: torch.Tensor, *, columns: bool = False) -> Slots:
     """What `slots_of_mask` wrote: each (B,), or (B, 1) as ``columns``."""
-    return Slots(*(mask[:, 0] if columns else mask[:, 0, 0]).unbind(-1))
+    return Slots(*(mask[:, 0] if columns else mask[:, 0, :, 0]).unbind(1))
 
 
 def _may_wait(q_length: int) -> bool:
