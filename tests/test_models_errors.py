@@ -188,6 +188,26 @@ def test_a_mask_of_more_tokens_than_there_are_is_refused():
         run(enable(family_model("phi3")), attention_mask=torch.ones(2, 30), use_cache=False)
 
 
+POSITIONS = {
+    "of one token": torch.zeros(1, 1, dtype=torch.int64),
+    "of fewer": torch.arange(12)[None],
+    "of more": torch.arange(30)[None],
+    "of other rows": torch.arange(24).expand(3, -1),
+    "without rows": torch.arange(24),
+}
+
+
+@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS.keys())
+def test_positions_of_another_shape_are_refused(positions):
+    model, says = enable(family_model("llama")), "position_ids: expected shape .2, {0}. or .1, {0}."
+    with pytest.raises(ValueError, match=says.format(24)):
+        run(model, position_ids=positions)
+    cache = DynamicCache(config=model.config)
+    run(model, past_key_values=cache)
+    with pytest.raises(ValueError, match=says.format(3)):
+        run(model, input_ids=tokens(2, 3), position_ids=positions, past_key_values=cache)
+
+
 def test_a_mask_with_holes_is_refused():
     mask = torch.ones(2, 24, dtype=torch.int64)
     mask[1, 7] = 0

@@ -135,12 +135,9 @@ def longrope_attention(
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if longrope_spread is not None:
         queries, keys = position_ids.shape[-1], longrope_spread.total
-    elif keys > queries and in_backward() and int(position_ids.max()) + 1 < keys:
-        raise ValueError(
-            "past_key_values: expected None where a checkpoint runs layers again in the backward "
-            f"pass, got a cache of {keys} keys that this has written to a second time; call the "
-            "model with use_cache=False"
-        )
+    else:
+        _check_positions(position_ids, batch, queries)
+        _check_not_again(position_ids, queries, keys)
     if cu_seq_lens_q is not None:
         _check_borders(cu_seq_lens_q, cu_seq_lens_k, batch * queries)
     call = MEMORY.call(settings.chooses, position_ids, attention_mask, batch, keys, cu_seq_lens_q)
@@ -223,6 +220,25 @@ def _window(module: Any, enabled: Enabled, handed_on: int | None) -> int | None:
             "or enable(model, cache='rotated')"
         )
     return handed_on
+
+
+def _check_positions(positions: torch.Tensor, batch: int, queries: int) -> None:
+    shape = positions.shape
+    # "in" is false of traced sizes
+    if not (shape == (batch, queries) or shape == (1, queries)):
+        raise ValueError(
+            f"position_ids: expected shape ({batch}, {queries}) or (1, {queries}), "
+            f"got {tuple(shape)}"
+        )
+
+
+def _check_not_again(positions: torch.Tensor, queries: int, keys: int) -> None:
+    if keys > queries and in_backward() and int(positions.max()) + 1 < keys:
+        raise ValueError(
+            "past_key_values: expected None where a checkpoint runs layers again in the backward "
+            f"pass, got a cache of {keys} keys that this has written to a second time; call the "
+            "model with use_cache=False"
+        )
 
 
 def _check_borders(borders: torch.Tensor, of_keys: torch.Tensor | None, tokens: int) -> None:
