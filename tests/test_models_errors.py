@@ -300,6 +300,12 @@ def test_a_copied_config_of_an_enabled_model():
 def test_attention_weights_cannot_be_had():
     with pytest.raises(ValueError, match="output_attentions: expected False"):
         run(enable(family_model("phi3")), output_attentions=True)
+    model = family_model("phi3")
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match=r"model: expected config\.output_attentions=False"):
+        enable(model)
+    assert len(enable(model, cache="rotated")(tokens()).attentions) == 2
 
 
 # ---------------------------------------------------------------------------- copying and saving

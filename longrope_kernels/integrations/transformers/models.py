@@ -229,6 +229,11 @@ def _check(settings: Settings, slot: Slot) -> None:
         return
     if not getattr(config, "is_causal", True):
         raise ValueError("model: expected causal attention, got a config with is_causal=False")
+    if getattr(config, "output_attentions", False):
+        raise ValueError(
+            "model: expected config.output_attentions=False, got True; fused attention has no "
+            "weights to show, enable(model, cache='rotated')"
+        )
     if settings.group is not None:
         if settings.attention_backend not in (None, *SPREAD_BACKENDS):
             raise ValueError(
