@@ -108,7 +108,7 @@ def test_options_choose_windows():
     texts = [Document("text", tokens(1, 3000)[0])]
 
     def made(length: int, **changes):
-        return Options(**changes).skipped(None, texts, length, ENCODE)
+        return Options(**changes).measure_first(None, texts, length, ENCODE)
 
     assert made(256) is None
     assert made(2048, coarse=Coarse("off")) is None

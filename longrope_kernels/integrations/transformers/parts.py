@@ -124,7 +124,7 @@ class Slot(NamedTuple):
 
         Modules of the same file (hybrids have states there) and wrappers around one may be there.
         """
-        known_ones = self.architecture.attention
+        known_ones: tuple[Any, ...] = self.architecture.attention
         owners = {
             (type(owner), name)
             for owner in self.base.modules()
@@ -251,7 +251,7 @@ def _places(base: nn.Module) -> Iterator[Place]:
                 pending.append(module)
 
 
-def _runs_own_forward(module: nn.Module, classes: tuple[type, ...]) -> bool:
+def _runs_own_forward(module: nn.Module, classes: tuple[Any, ...]) -> bool:
     """Whether that of one of its classes, wrapped or not (accelerate's hooks, torch.compile)."""
     ours = {inspect.unwrap(cls.forward) for cls in classes if isinstance(module, cls)}
     found: Any = inspect.unwrap(module.forward)

@@ -144,7 +144,8 @@ class ExactRotaryEmbedding(nn.Module):
 
     def _check_trace(self) -> None:
         """What a mask and positions say is read, which such a graph would keep for any others."""
-        if self.settings.cache == "unrotated" and torch.jit.is_tracing():
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if self.settings.cache == "unrotated" and tracing:
             raise RuntimeError(
                 "torch.jit.trace: its graph would keep where the padding of this example lies; "
                 "expected torch.export, torch.compile, or enable(model, cache='rotated')"
