@@ -58,20 +58,17 @@ def judged(model: Path, search: Path, texts: Path, most: int) -> Rows:
 
 
 def told(rows: Rows) -> str:
-    """Rank correlations with the full fitness, over the best ones and the better half of them."""
-    lines = []
-    for count in (len(rows), len(rows) // 2):
-        some = rows[:count]
-        for kind in ("behind", "window"):
-            both = [
-                tuple(Evaluation(Candidate(()), row[name]) for name in (kind, "full"))
-                for row in some
-            ]
-            rho = correlation(both, [1.0] * count)  # type: ignore[arg-type]
-            spread = some[-1]["full"] - some[0]["full"]
-            shown = "none" if rho is None else f"{rho:.2f}"
-            lines.append(f"best {count}, within {spread:.4f} nats: {kind} {shown}")
+    """Rank correlations with the full fitness."""
+    lines = [f"{len(rows)} candidates within {rows[-1]['full'] - rows[0]['full']:.4f} nats"]
+    for kind in ("behind", "window"):
+        both = [(_told(row, kind), _told(row, "full")) for row in rows]
+        rho = correlation(both, [1.0] * len(rows))
+        lines.append(f"{kind}: " + ("too few" if rho is None else f"{rho:.2f}"))
     return "\n".join(lines)
+
+
+def _told(row: dict[str, Any], kind: str) -> Evaluation:
+    return Evaluation(Candidate(()), row[kind])
 
 
 def main() -> None:
