@@ -288,6 +288,12 @@ def test_jit_trace_is_refused(family):
 
     ids, mask = tokens(), torch.ones_like(tokens())
     model = enable(family_model(family))
+    try:
+        torch.jit.trace(Logits(family_model(family)), (ids, mask), check_trace=False)
+    except IndexError:  # an older transformers traces no masks at all
+        with pytest.raises((IndexError, RuntimeError)):
+            torch.jit.trace(Logits(model), (ids, mask), check_trace=False)
+        return
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace: .*torch\.export"):
         torch.jit.trace(Logits(model), (ids, mask), check_trace=False)
     expected = logits(family_model(family), ids=ids)
