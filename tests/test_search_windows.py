@@ -1,4 +1,4 @@
-"""Searches that judge by windows first, and within hours, from the command line."""
+"""Searches that judge coarsely first, and within hours, from the command line."""
 
 from __future__ import annotations
 
@@ -41,25 +41,15 @@ def windows(monkeypatch):
     monkeypatch.setattr(TransformersLosses, "keeps", False)
 
 
-def test_a_search_that_judges_behind_a_prefix_first(work, tmp_path):
-    result = search(work, tmp_path, *COARSE, attention="searched")
-    assert result.exit_code == 0, result.stderr
-    content = json.loads((tmp_path / "result.json").read_text())
-    rows = [json.loads(s) for s in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
-    stages = [row["stage"] for row in rows]
-    assert stages.count("coarse") == 6 + 2 * 5
-    assert stages.count("full") == content["evaluations"] < 16
-    assert content["windows"] == {"behind": "a prefix", "tokens": 24}
-    assert content["coarse"] is True
-    best = content["best"]["fitness"]
-    assert best == pytest.approx(measured(work, Rope.load(tmp_path)), rel=1e-5)
-    batches = search(work, tmp_path / "batches", *COARSE, "--batch", 3, attention="searched")
-    assert batches.exit_code == 0, batches.stderr
-    assert Rope.load(tmp_path / "batches") == Rope.load(tmp_path)
+@pytest.fixture(params=["prefix", "windows"])
+def kind(request):
+    """Of the coarse fitness."""
+    if request.param == "windows":
+        request.getfixturevalue("windows")
+    return request.param
 
 
-@pytest.mark.usefixtures("windows")
-def test_a_search_that_judges_by_windows_first(work, tmp_path):
+def test_a_search_that_judges_coarsely_first(work, tmp_path, kind):
     result = search(work, tmp_path, *COARSE, attention="searched")
     assert result.exit_code == 0, result.stderr
     content = json.loads((tmp_path / "result.json").read_text())
@@ -68,15 +58,18 @@ def test_a_search_that_judges_by_windows_first(work, tmp_path):
     assert [row["formula"] for row in rows[:4]] == ["no scaling", "PI", "NTK", "YaRN"]
     assert stages.count("coarse") == 6 + 2 * 5
     assert stages.count("full") == content["evaluations"] < 16
-    assert content["windows"] == {"tokens": 24, "chunks": 2, "windows": 1, "attention": 100}
+    windows = {"tokens": 24, "chunks": 2, "windows": 1, "attention": 100}
+    prefix = {"behind": "a prefix", "tokens": 24}
+    assert content["windows"] == (windows if kind == "windows" else prefix)
     assert content["coarse"] is True
     assert len(rows[stages.index("coarse")]["details"]["losses"]) == 2
-    by_factors: dict[str, set[float]] = {}  # whatever the attention factor: that takes all keys
+    by_factors: dict[str, set[float]] = {}
     for row in rows:
         if row["stage"] == "coarse":
             by_factors.setdefault(str((row["factors"], row["n_hat"])), set()).add(row["fitness"])
     assert len(by_factors) < stages.count("coarse")
-    assert all(len(found) == 1 for found in by_factors.values())
+    # By windows whatever the attention factor: that takes all keys.
+    assert all(len(found) == 1 for found in by_factors.values()) == (kind == "windows")
     best = content["best"]["fitness"]
     assert best == min(row["fitness"] for row in rows if row["stage"] == "full" and row["complete"])
     assert best == pytest.approx(measured(work, Rope.load(tmp_path)), rel=1e-5)
@@ -90,11 +83,8 @@ def test_a_search_that_judges_by_windows_first(work, tmp_path):
     assert Rope.load(tmp_path / "batches") == Rope.load(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["prefix", "windows"])
-def test_needles_first(work, tmp_path, request, kind):
+def test_needles_first(work, tmp_path, kind):
     """Each statement in a chunk, the questions in the last; with batches as without."""
-    if kind == "windows":
-        request.getfixturevalue(kind)
     windows = {"coarse": "on", "coarse-tokens": 620, "coarse-share": 0.4, "fitness": "needle"}
     (tmp_path / "model").symlink_to(work / "model")
     make_texts(tmp_path / "texts", length=1240)

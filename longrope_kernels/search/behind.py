@@ -61,6 +61,7 @@ class BehindPrefix(Documents):
                 if not self._read:
                     raise
                 self._read = {}
+        # Not within the handler, whose traceback holds the tensors that were too many.
         return self._read[key] if key in self._read else self._text(window)
 
     @staticmethod

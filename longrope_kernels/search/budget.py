@@ -84,7 +84,7 @@ def planned(
     if seconds["coarse"] is None:
         return chosen, None, f"{text}, {seconds['full']:.3g} s each"
     text += f" ({seconds['coarse']:.3g} s each), {share:g} of them at the full length"
-    # Where more than that share are, or all of them and none by windows, it ends earlier. The first
+    # Where more than that share are, or all of them and none coarsely, it ends earlier. The first
     # iteration has some beyond its share: each formula, and as many as a correlation takes.
     most = math.ceil(chosen.candidates * (share + seconds["coarse"] / seconds["full"])) + ENOUGH
     return chosen, Sieve(share, adapts, most), f"{text} ({seconds['full']:.3g} s each)"

@@ -30,14 +30,14 @@ Both = tuple[Evaluation, Evaluation]
 
 @dataclass(frozen=True)
 class Coarse:
-    """How candidates are judged before the full fitness: by short windows at far positions.
+    """How candidates are judged before the full fitness: behind a prefix, or by skipped windows.
 
     Attributes:
         mode: "on"; "off"; or "auto", which is off where windows would be short, judges more
             candidates in full where the two fitnesses rank them differently (`Sieve.adapts`), and
             no more by windows where they contradict one another.
         share: of an iteration's candidates, that are judged in full.
-        tokens: of a window; None for a quarter of the length, up to 4096.
+        tokens: behind a prefix, or of a window; None for a quarter of the length, up to 4096.
         chunks: 2 to 4, into which a window is cut; of needles' there is one for each, and two.
         windows: of each document; one with needles.
 
@@ -49,8 +49,9 @@ class Coarse:
         str,
         typer.Option(
             "--coarse",
-            help="Judge candidates by short windows at far positions first: on, off, or auto, as "
-            "long as these rank them as the full length does.",
+            help="Judge candidates by the last tokens behind a prefix first, or by short windows "
+            "at far positions: on, off, or auto, as long as that ranks them as the full length "
+            "does.",
         ),
     ] = "auto"
     share: Annotated[
@@ -60,11 +61,11 @@ class Coarse:
         int | None,
         typer.Option(
             "--coarse-tokens",
-            help="Of such a window. [default: a quarter of the length, up to 4096]",
+            help="To judge by. [default: a quarter of the length, up to 4096]",
         ),
     ] = None
     chunks: Annotated[
-        int, typer.Option("--coarse-chunks", min=2, max=4, help="Into which a window is cut.")
+        int, typer.Option("--coarse-chunks", min=2, max=4, help="Into which a short window is cut.")
     ] = 2
     windows: Annotated[int, typer.Option("--coarse-windows", min=1, help="Of each document.")] = 1
 

@@ -207,7 +207,7 @@ class Extension:
                 critical=None,
             )
             options.measure(*given, length, self.encode)
-            options.coarse.window(length)
+            options.measure_first(*given, length, self.encode)
 
     def _read_training(self, lengths: list[int]) -> list[Document]:
         """The texts of the shortest of these lengths or more; there is one of the longest."""

@@ -1,9 +1,9 @@
-"""The coarse fitness: short windows whose positions are spread over the length to extend to.
+"""The coarse fitness without a prefix: short windows at positions spread over the whole length.
 
 A window is cut into chunks, and the positions jump from one to the next, so that far fewer tokens
 have distances of the whole length between them (as PoSE, arXiv 2309.10400, does in training). It
-is one sequence all the same. Such windows order candidates about as the full length does, and
-decide nothing.
+is one sequence all the same. Such windows tell bad candidates from good ones, good ones hardly from
+one another, and decide nothing.
 """
 
 from __future__ import annotations

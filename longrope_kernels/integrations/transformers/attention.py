@@ -141,10 +141,9 @@ def longrope_attention(
     if cu_seq_lens_q is not None:
         _check_borders(cu_seq_lens_q, cu_seq_lens_k, batch * queries)
     call = MEMORY.call(settings.chooses, position_ids, attention_mask, batch, keys, cu_seq_lens_q)
-    window = _window(module, enabled, sliding_window)
     rest: dict[str, Any] = {
         "softmax_scale": scaling,
-        "window": window,
+        "window": _window(module, enabled, sliding_window),
         "softcap": softcap,
         "sets": longrope_sets,
     }
