@@ -23,11 +23,14 @@ from transformers import (
     DynamicCache,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MoshiForCausalLM,
     StaticCache,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from longrope_kernels import Rope
 from longrope_kernels.integrations.transformers import caches, disable, enable, set_rope
+from longrope_kernels.integrations.transformers.probe import tiny
 
 CLOSE = 2e-5
 OTHERS = r"past_key_values: expected keys .* got a cache of keys"
@@ -107,6 +110,39 @@ def test_a_cache_rotated_by_another_rope():
         goes_on(model, cache)
     set_rope(model, Rope.from_config(model.config))
     assert goes_on(model, cache)
+
+
+# Of layers that are given what comes of positions, and of those with rotary modules of their own.
+@pytest.mark.parametrize("name", ["phi3", "llama", "moshi"])
+def test_rotated_keys_take_no_other_set(name):
+    """Where a sequence grows over the switch, or is cut back below it."""
+    if name == "moshi":
+        model = tiny(MoshiForCausalLM, CONFIG_MAPPING["moshi"]())
+    else:
+        model = family_model(name)
+    pairs = Rope.from_config(model.config).rotary_dim // 2
+    rope = Rope.longrope([1.0] * pairs, [3.0] * pairs, SWITCH, 4 * SWITCH)
+    ids, cache = tokens(1, SWITCH + 4) % 60, DynamicCache()  # without windows
+    enable(model, rope=rope, cache="rotated")
+    with torch.no_grad():
+        model(ids[:, :-5], past_key_values=cache)
+        model(ids[:, -5:-4], past_key_values=cache)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"factor set 1, that of 33 tokens.* by set 0"):
+                model(ids[:, -4:-3], past_key_values=cache)
+        assert cache.get_seq_length() == SWITCH
+        cache.crop(-SWITCH)
+        model(ids, past_key_values=cache)
+        cache.crop(-5)
+        with pytest.raises(ValueError, match=r"factor set 0, that of 32 tokens.* by set 1"):
+            model(ids[:, -5:-4], past_key_values=cache)
+
+
+def test_phi3_generates_over_the_switch_from_rotated_keys():
+    """Its `generate()` prefills again there, as untouched."""
+    model, ids = family_model("phi3"), tokens(2, SWITCH - 3)
+    expected = generated(model, ids)
+    assert torch.equal(generated(enable(model, cache="rotated"), ids), expected)
 
 
 def test_an_unrotated_cache_takes_another_rope():

@@ -27,6 +27,7 @@ from transformers.cache_utils import (
 )
 
 from .attention import NAME, Enabled
+from .markers import Rotated
 from .masks import of_thread
 from .sequences import MEMORY
 from .settings import Settings
@@ -42,6 +43,7 @@ _OF_HYBRIDS = (
 )
 _STATES = tuple(getattr(cache_utils, name, None) for name in _OF_HYBRIDS)
 _MARK = "longrope_keys"
+_SETS = "longrope_rotated_sets"
 
 
 def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -60,6 +62,8 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         if settings.cache == "unrotated" and settings.group is None:
             _check_layers(cache, module.config, queries)
         _check_keys(cache, settings)
+        if settings.cache == "rotated" and settings.chooses and not torch.compiler.is_compiling():
+            _check_sets(cache, settings, _length(everything, kwargs.get("position_ids")))
 
 
 def fingerprint(attention: nn.Module) -> int:
@@ -145,6 +149,7 @@ def _check_layers(cache: Any, config: Any, queries: int) -> None:
 
 
 def _check_keys(cache: Any, settings: Settings) -> None:
+    """Mark a cache that is empty, and refuse one of other keys."""
     held, own = getattr(cache, _MARK, None), settings.keys
     if held is own or held == own:
         return
@@ -159,6 +164,32 @@ def _check_keys(cache: Any, settings: Settings) -> None:
             + ("" if rotated else ", or enable(model, cache='rotated')")
         )
     setattr(cache, _MARK, own)
+
+
+def _check_sets(cache: Any, settings: Settings, length: int) -> None:
+    """Rotated keys keep the factor set of their forward, and queries of another do not fit them."""
+    own = {kind: rope.set_index(length) for kind, rope in settings.ropes.items()}
+    held = getattr(cache, _SETS, own)
+    if held != own and not _is_empty(cache):
+        kind = next(kind for kind in own if held[kind] != own[kind])
+        raise ValueError(
+            f"past_key_values: expected keys rotated by factor set {own[kind]}, that of {length} "
+            f"tokens, got a cache of keys rotated by set {held[kind]}; prefill an empty cache, or "
+            "give rope=rope.for_length(n) of the final length, or enable(model), whose unrotated "
+            "keys take any set"
+        )
+    setattr(cache, _SETS, own)
+
+
+def _length(given: tuple[Any, ...], positions: torch.Tensor | None) -> int:
+    """By which the layers choose their set; waits for the device, which holds the positions.
+
+    Layers that have rotary modules of their own are given positions, others what comes of them.
+    """
+    for one in given:
+        if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Rotated):
+            return int(one[1].length)
+    return 0 if positions is None else int(positions.max()) + 1
 
 
 def _is_empty(cache: Any) -> bool:
