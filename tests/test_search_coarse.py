@@ -17,7 +17,7 @@ from space_cases import SMALL, distance, measure, small_space
 
 from longrope_kernels.search import Candidate, Evaluation, EvolutionarySearch, Search, run_search
 from longrope_kernels.search.cmaes import CmaEsSearch, CmaEsSettings
-from longrope_kernels.search.coarse import Coarse, Sieve, correlation, standing
+from longrope_kernels.search.coarse import BEHIND, Coarse, Sieve, correlation, standing
 from longrope_kernels.search.descent import best_attention, descent
 
 SPACE = small_space(attention="searched")
@@ -376,5 +376,8 @@ def test_windows_by_length() -> None:
     assert Coarse(mode="on").window(256) == 64
     assert Coarse(mode="off").window(131072) is None
     assert Coarse(tokens=100).window(199) is None
+    behind = {n: Coarse().window(n, BEHIND) for n in (131072, 16384, 2048, 512, 256)}
+    assert behind == {131072: 4096, 16384: 2048, 2048: 256, 512: 128, 256: None}
+    assert Coarse(tokens=100).window(2048, BEHIND) == 100
     with pytest.raises(ValueError, match="coarse-tokens: expected at most 99, since 199 tokens"):
         Coarse(mode="on", tokens=100).window(199)

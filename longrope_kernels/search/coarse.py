@@ -20,8 +20,9 @@ GOOD, LEAST = 0.75, 0.7
 # So many candidates with both before a correlation means anything.
 ENOUGH = 8
 
-# Tokens of a window by default: a quarter of the length, but not more than these; where that comes
-# to fewer than those, `auto` has no coarse fitness.
+# Tokens by default: this part of the length behind a prefix, that part in a window, but not more than
+# so many; where a quarter comes to fewer than the last, `auto` has no coarse fitness.
+BEHIND, IN_WINDOWS = 8, 4
 _MOST, _FEWEST = 4096, 128
 MODES = ("auto", "on", "off")
 
@@ -37,7 +38,8 @@ class Coarse:
             candidates in full where the two fitnesses rank them differently (`Sieve.adapts`), and
             no more by windows where they contradict one another.
         share: of an iteration's candidates, that are judged in full.
-        tokens: behind a prefix, or of a window; None for a quarter of the length, up to 4096.
+        tokens: behind a prefix, None for an eighth of the length, up to 4096; or of a window, None
+            for a quarter, up to 4096.
         chunks: 2 to 4, into which a window is cut; of needles' there is one for each, and two.
         windows: of each document; one with needles.
 
@@ -61,7 +63,8 @@ class Coarse:
         int | None,
         typer.Option(
             "--coarse-tokens",
-            help="To judge by. [default: a quarter of the length, up to 4096]",
+            help="To judge by. [default: an eighth of the length behind a prefix, a quarter in "
+            "windows, up to 4096]",
         ),
     ] = None
     chunks: Annotated[
@@ -83,13 +86,19 @@ class Coarse:
                 end = f"to {most}" if most < math.inf else "or more"
                 raise ValueError(f"coarse-{name}: expected {least} {end}, got {value}")
 
-    def window(self, length: int) -> int | None:
-        """The tokens of a window for sequences of a length, or None for no coarse fitness.
+    def window(self, length: int, part: int = IN_WINDOWS) -> int | None:
+        """The tokens to judge by for sequences of a length, or None for no coarse fitness.
+
+        Args:
+            length: in tokens.
+            part: of the length, by default; `BEHIND` or `IN_WINDOWS`.
 
         Raises:
             ValueError: it is on, and the length has no room for two windows.
         """
-        tokens = min(length // 4, _MOST) if self.tokens is None else self.tokens
+        tokens = self.tokens
+        if tokens is None:
+            tokens = min(max(length // part, min(length // IN_WINDOWS, _FEWEST)), _MOST)
         if self.mode == "off" or (self.mode == "auto" and tokens < _FEWEST and not self.tokens):
             return None
         tokens = max(tokens, 2 * self.chunks)

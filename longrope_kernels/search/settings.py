@@ -12,7 +12,7 @@ import typer
 
 from ..rope.value import Rope
 from .behind import BehindPrefix
-from .coarse import Coarse
+from .coarse import BEHIND, IN_WINDOWS, Coarse
 from .documents import Document, Encode
 from .evolution import EvolutionSettings
 from .fitness import Documents, NeedlePerplexity, Perplexity
@@ -153,10 +153,11 @@ class Options(EvolutionSettings):
 
         It is `BehindPrefix` where the model has it, and else of skipped windows.
         """
-        tokens = self.coarse.window(length)
+        keeps = getattr(losses, "keeps", False)  # callables of other libraries may have no such
+        tokens = self.coarse.window(length, BEHIND if keeps else IN_WINDOWS)
         if tokens is None:
             return None
-        if getattr(losses, "keeps", False):  # callables of other libraries may have no such
+        if keeps:
             last = min(tokens, length - 2, self.last or tokens)
             chosen = replace(self, stride=None, last=last) if self.fitness == "perplexity" else self
             return BehindPrefix(losses, chosen.measure(losses, documents, length, encode).windows)
