@@ -20,8 +20,8 @@ GOOD, LEAST = 0.75, 0.7
 # So many candidates with both before a correlation means anything.
 ENOUGH = 8
 
-# Tokens by default: this part of the length behind a prefix, that part in a window, but not more than
-# so many; where a quarter comes to fewer than the last, `auto` has no coarse fitness.
+# Tokens by default: an eighth of the length behind a prefix, a quarter in a window, but not more
+# than so many; where a quarter comes to fewer than the last, `auto` has no coarse fitness.
 BEHIND, IN_WINDOWS = 8, 4
 _MOST, _FEWEST = 4096, 128
 MODES = ("auto", "on", "off")
