@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples/extend_smollm2"
 RESULTS = ROOT / "reports/extend_smollm2"
 sys.path.append(str(EXAMPLE))
-from fetch import documents  # noqa: E402
+from fetch import documents, text_of  # noqa: E402
 
 
-def start(out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(EXAMPLE / "run.py"), "--small", "--out", str(out)]
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(EXAMPLE / "run.py"), "--small", "--out", str(out), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -91,6 +91,23 @@ def test_killed_at_steps_it_goes_on_and_its_numbers_are_the_models(tmp_path: Pat
         truth += float(cross_entropy(logits, torch.tensor(answer), reduction="sum"))
     (told,) = found["no scaling, 512 tokens: several keys"]["sums"]
     assert math.isclose(told, truth, rel_tol=0, abs_tol=1e-3 * len(hidden.needles))
+
+    # A search of one's own as one more row, and how the coarse fitnesses order its best.
+    running = start(tmp_path, "--rope", str(tmp_path / "search-0"))
+    out, errors = running.communicate(timeout=300)
+    assert running.returncode == 0, errors
+    row = "LongRoPE, 1024 tokens, prose: Jeremiah"
+    found = results(tmp_path)
+    assert found[row.replace(",", ", a longer search,", 1)] == found[row]
+
+    (tmp_path / "genesis.txt").write_text(text_of("prose", "Genesis", tmp_path), "utf-8")
+    command = [sys.executable, EXAMPLE / "order.py", "--model", model, "--most", "2"]
+    command += ["--search", tmp_path / "search-0", "--documents", tmp_path / "genesis.txt"]
+    for _ in range(2):  # the second time from what is written
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert told.splitlines()[1:] == ["behind: too few", "window: too few"]
+    rows = (tmp_path / "search-0/order.jsonl").read_text().splitlines()
+    assert [set(json.loads(row)) >= {"full", "behind", "window"} for row in rows] == [True, True]
 
 
 def test_the_committed_page_is_of_the_committed_results(tmp_path: Path) -> None:

@@ -73,14 +73,15 @@ def documents(out: Path, names: Sequence[str], tokens: int) -> list[Document]:
     tokenizer = AutoTokenizer.from_pretrained(next(out.glob("model*/tokenizer.json")).parent)
     found = []
     for name in names:
-        ids = tokenizer.encode(_text(*name.split(": "), out), add_special_tokens=False)
+        ids = tokenizer.encode(text_of(*name.split(": "), out), add_special_tokens=False)
         if len(ids) < tokens:
             raise ValueError(f"{name}: expected {tokens} tokens, got {len(ids)}")
         found.append(Document(name, torch.tensor(ids[:tokens])))
     return found
 
 
-def _text(kind: str, name: str, out: Path) -> str:
+def text_of(kind: str, name: str, out: Path) -> str:
+    """Of one book, play or source file."""
     if kind == "code":
         return (Path(sysconfig.get_path("stdlib")) / name).read_text("utf-8")
     if kind == "drama":

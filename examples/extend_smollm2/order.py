@@ -1,11 +1,11 @@
 """How the coarse fitnesses order the candidates of a search that got the full one.
 
-    python examples/extend_smollm2/order.py --out extend-smollm2-output --search FOLDER \\
+    python examples/extend_smollm2/order.py --model extend-smollm2-output/model --search FOLDER \\
         --documents genesis.txt
 
-FOLDER is one of `longrope search` on that output's model, with one document. Its best candidates
-are judged by the last tokens behind a prefix, read under the best of them, and by a window. Each is
-a line of order.jsonl in FOLDER; stopped, the same command goes on.
+FOLDER is one of `longrope search` on that model, with one document. Its best candidates are judged
+by the last tokens behind a prefix, read under the best of them, and by a window. Each is a line of
+order.jsonl in FOLDER; stopped, the same command goes on.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="that run.py has made")
+    parser.add_argument("--model", type=Path, required=True, help="a folder that run.py has made")
     parser.add_argument("--search", type=Path, required=True)
     parser.add_argument("--documents", type=Path, required=True, help="of that search")
     parser.add_argument("--most", type=int, default=24, help="candidates")
     chosen = parser.parse_args()
-    print(told(judged(chosen.out / "model", chosen.search, chosen.documents, chosen.most)))
+    print(told(judged(chosen.model, chosen.search, chosen.documents, chosen.most)))
 
 
 if __name__ == "__main__":
