@@ -1,7 +1,7 @@
 """Searches with and without the coarse fitness: what they find, and how many forwards they take.
 
     python examples/extend_tiny/coarse.py --out coarse-output
-    python examples/extend_tiny/coarse.py --out coarse-output --ratio 32
+    python examples/extend_tiny/coarse.py --out coarse-output --ratio 32 --tokens 256
 
 Stopped at any moment, the same command goes on. The folder gets coarse.json and coarse.md.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from longrope_kernels.search.source import read_json, write_json
 
 # Three layers, trained in half of the steps: there are six searches to do.
 RECIPE = Recipe(hidden=192, layers=3, heads=3, rows=16, steps=1000)
+FULL = "full length"
 WAYS = {
-    "full length": Coarse("off"),
+    FULL: Coarse("off"),
     "coarse first": Coarse(),
     # Less in full than the default's quarter.
     "coarse first, an eighth": Coarse(share=1 / 8),
     "coarse first, a sixteenth": Coarse(share=1 / 16),
 }
-TWO = ("full length", "coarse first")
+TWO = (FULL, "coarse first")
 
 
 def compare(
@@ -38,8 +40,12 @@ def compare(
     seeds: Sequence[int],
     until: int = RECIPE.steps,
     ways: Sequence[str] = TWO,
+    tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Each search and what it took, in coarse.json as soon as it is done."""
+    """Each search and what it took, in coarse.json as soon as it is done.
+
+    ``tokens`` are what the coarse fitness judges by, None for its default.
+    """
     experiment = Experiment(Sizes(recipe=RECIPE), out, until)
     length = experiment.context * ratio
     path = out / "coarse.json"
@@ -57,10 +63,11 @@ def compare(
         )}  # fmt: skip
     for seed in seeds:
         for way in ways:
-            name = f"{way} at {length}, seed {seed}"
+            by = "" if tokens is None or way == FULL else f" by {tokens} tokens"
+            name = f"{way}{by} at {length}, seed {seed}"
             if name in known["searches"]:
                 continue
-            rope = experiment.search(name, length, seed=seed, coarse=WAYS[way])
+            rope = experiment.search(name, length, seed=seed, coarse=replace(WAYS[way], tokens=tokens))
             kept = experiment.book.content["results"][f"search: {name}"]
             folder = out / name.replace(" ", "-")
             known["searches"][name] = {
@@ -144,10 +151,13 @@ def main() -> None:
     parser.add_argument("--ratio", type=int, default=8, help="target length over 256 bytes")
     parser.add_argument("--until", type=int, default=RECIPE.steps, help="step to end training at")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, help="that the coarse fitness judges by")
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=TWO)
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    known = compare(chosen.out, chosen.ratio, chosen.seeds, chosen.until, chosen.ways)
+    known = compare(
+        chosen.out, chosen.ratio, chosen.seeds, chosen.until, chosen.ways, chosen.tokens
+    )
     (chosen.out / "coarse.md").write_text(page(known), "utf-8")
     print(chosen.out / "coarse.md")
 
