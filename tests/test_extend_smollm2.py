@@ -101,8 +101,9 @@ def test_killed_at_steps_it_goes_on_and_its_numbers_are_the_models(tmp_path: Pat
     assert found[row.replace(",", ", a longer search,", 1)] == found[row]
 
     (tmp_path / "genesis.txt").write_text(text_of("prose", "Genesis", tmp_path), "utf-8")
-    command = [sys.executable, EXAMPLE / "order.py", "--model", model, "--most", "2"]
-    command += ["--search", tmp_path / "search-0", "--documents", tmp_path / "genesis.txt"]
+    given = ["--documents", tmp_path / "genesis.txt", "--original", "512", "--most", "2"]
+    given += ["--model", model, "--search", tmp_path / "search-0"]
+    command = [sys.executable, EXAMPLE / "order.py", *given]
     for _ in range(2):  # the second time from what is written
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert told.splitlines()[1:] == ["behind: too few", "window: too few"]

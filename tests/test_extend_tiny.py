@@ -69,9 +69,10 @@ def test_the_committed_page_is_of_the_committed_results(
     )
 
 
-def test_the_committed_page_of_windows_is_of_its_results(beside: None) -> None:
+@pytest.mark.parametrize("kind", ["prefix", "windows"])
+def test_the_committed_page_of_a_coarse_fitness_is_of_its_results(kind: str, beside: None) -> None:
     coarse = importlib.import_module("coarse")
-    folder = ROOT / "reports/search_coarse"
+    folder = ROOT / "reports/search_coarse" / kind
     page = coarse.page(json.loads((folder / "coarse.json").read_text("utf-8")))
     assert page.strip() == (folder / "coarse.md").read_text("utf-8").strip()
 

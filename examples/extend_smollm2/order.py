@@ -28,11 +28,11 @@ from longrope_kernels.search.source import load_model, open_source, read_json
 Rows = list[dict[str, Any]]
 
 
-def judged(model: Path, search: Path, texts: Path, most: int) -> Rows:
+def judged(model: Path, search: Path, texts: Path, most: int, original: int | None) -> Rows:
     """The best candidates, each with its three losses in nats per token."""
     path = search / "order.jsonl"
     rows: Rows = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-    result, source = read_json(search / "result.json"), open_source(model)
+    result, source = read_json(search / "result.json"), open_source(model, original)
     length, given = result["length"], result["options"]
     options = Options(**{**given, "coarse": Coarse(**given["coarse"])})
     space = options.space(source.rope, source.original, length)
@@ -78,9 +78,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a folder that run.py has made")
     parser.add_argument("--search", type=Path, required=True)
     parser.add_argument("--documents", type=Path, required=True, help="of that search")
+    parser.add_argument("--original", type=int, help="as in `longrope search`")
     parser.add_argument("--most", type=int, default=24, help="candidates")
     chosen = parser.parse_args()
-    print(told(judged(chosen.model, chosen.search, chosen.documents, chosen.most)))
+    given = chosen.model, chosen.search, chosen.documents, chosen.most, chosen.original
+    print(told(judged(*given)))
 
 
 if __name__ == "__main__":

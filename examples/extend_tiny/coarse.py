@@ -67,7 +67,9 @@ def compare(
             name = f"{way}{by} at {length}, seed {seed}"
             if name in known["searches"]:
                 continue
-            rope = experiment.search(name, length, seed=seed, coarse=replace(WAYS[way], tokens=tokens))
+            rope = experiment.search(
+                name, length, seed=seed, coarse=replace(WAYS[way], tokens=tokens)
+            )
             kept = experiment.book.content["results"][f"search: {name}"]
             folder = out / name.replace(" ", "-")
             known["searches"][name] = {
