@@ -222,6 +222,30 @@ def test_noise_among_the_best_switches_nothing_off() -> None:
     assert search.sifts
 
 
+def test_a_few_that_rank_otherwise_do_not_have_all_judged() -> None:
+    """Of 32 candidates the first eight have a correlation below 0.7, and sixteen of 0.8."""
+
+    def rough(candidates: Sequence[Candidate], reference: Any) -> list[Evaluation]:
+        seeds = (f"63 {c.factors} {c.n_hat} {c.attention}" for c in candidates)
+        noise = (Random(seed).uniform(0.3, 3.3) for seed in seeds)
+        return [Evaluation(c, distance(c) * x) for c, x in zip(candidates, noise, strict=True)]
+
+    settings = replace(SMALL, population=32, iterations=1)
+    found: list[float | None] = []
+
+    def watched(candidates: Sequence[Candidate], threshold: Any = None) -> list[Evaluation]:
+        found.append(search.correlation)
+        return full(candidates, threshold)
+
+    with EvolutionarySearch(SPACE, settings, None, {}, FORMULAS, Sieve()) as search:
+        run_search(search, watched, coarse=rough)
+    low = [one for one in found if one is not None and one < 0.7]
+    assert low
+    assert search.history[0].evaluations == 16
+    assert search.correlation is not None
+    assert search.correlation > 0.75
+
+
 def test_with_no_time_left_no_iteration_begins(tmp_path: Path) -> None:
     """Where windows are switched off, each candidate takes the full length."""
     whole = finish(evolution(), against)

@@ -335,6 +335,8 @@ class Search(ABC):
         order = list(dict.fromkeys(order))
         while all(candidate in self._results for candidate in self._chosen):
             count = self.sieve.wanted(len(asked), self.correlation)
+            if self._chosen:  # in steps, since a correlation of a few is a guess
+                count = min(count, 2 * len(self._chosen))
             more = order[len(self._chosen) : max(count, len(own))]
             if not more:
                 return

@@ -128,7 +128,8 @@ class Sieve:
     Attributes:
         share: of the candidates; above 0, up to 1.
         adapts: more of them where the two fitnesses rank candidates differently: twice the share
-            below a rank correlation of 0.75, all of them and no coarse fitness any more below 0.7.
+            below a rank correlation of 0.75; below 0.7 all of them, twice as many at a time, and no
+            coarse fitness in iterations that begin so.
         most: evaluations by the full fitness, after which no iteration begins; None for no end.
 
     Raises:
