@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -213,9 +214,12 @@ def prove(model: Any, kind: str) -> list[str]:
         tried = False
         for name, ropes, count in cases:
             undo = with_truth(model, ropes, alone=kind == "unrotated")
-            single = check is padding and not finite64
+            single, run = check is padding and not finite64, check
             try:
-                expected = check(model.float() if single else model.double(), count)
+                if check is cache and kind == "rotated" and counts_anew(model.double(), count):
+                    # Its own count puts a token behind the long set's keys at 0, under the short.
+                    run = partial(cache, names_positions=True)
+                expected = run(model.float() if single else model.double(), count)
                 if check is padding and not bool(expected.isfinite().all()):
                     # Rows that see nothing are not numbers where float64 masks meet float32 sums.
                     single, finite64 = True, False
@@ -229,7 +233,7 @@ def prove(model: Any, kind: str) -> list[str]:
             tried = True
             enable(model, rope=ropes, cache=kind)
             try:
-                found = differs(check(model, count), expected)
+                found = differs(run(model, count), expected)
             except Exception as error:
                 raise AssertionError(f"{check.__name__}, {name}: {on_one_line(error)}") from error
             finally:
