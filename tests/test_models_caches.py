@@ -138,6 +138,17 @@ def test_rotated_keys_take_no_other_set(name):
             model(ids[:, -5:-4], past_key_values=cache)
 
 
+def test_a_captured_graph_reads_no_positions(monkeypatch):
+    """Where the host may not wait for a device, the sets are not compared."""
+    model = enable(family_model("phi3"), cache="rotated")
+    ids, cache = tokens(1, SWITCH + 1), DynamicCache()
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+        monkeypatch.setattr(caches, "can_wait", lambda: False)
+        monkeypatch.setattr(caches, "_length", None)
+        model(ids[:, -1:], past_key_values=cache)
+
+
 def test_phi3_generates_over_the_switch_from_rotated_keys():
     """Its `generate()` prefills again there, as untouched."""
     model, ids = family_model("phi3"), tokens(2, SWITCH - 3)

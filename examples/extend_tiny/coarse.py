@@ -1,7 +1,8 @@
 """Searches with and without the coarse fitness: what they find, and how many forwards they take.
 
     python examples/extend_tiny/coarse.py --out coarse-output
-    python examples/extend_tiny/coarse.py --out coarse-output --ratio 32 --tokens 256
+    python examples/extend_tiny/coarse.py --out coarse-output --ratio 32 --tokens 128 \\
+        --ways "full length" "coarse first, a sixteenth"
 
 Stopped at any moment, the same command goes on. The folder gets coarse.json and coarse.md.
 """

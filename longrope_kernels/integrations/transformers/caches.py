@@ -28,7 +28,7 @@ from transformers.cache_utils import (
 
 from .attention import NAME, Enabled
 from .markers import Rotated
-from .masks import of_thread
+from .masks import can_wait, of_thread
 from .sequences import MEMORY
 from .settings import Settings
 
@@ -62,7 +62,7 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         if settings.cache == "unrotated" and settings.group is None:
             _check_layers(cache, module.config, queries)
         _check_keys(cache, settings)
-        if settings.cache == "rotated" and settings.chooses and not torch.compiler.is_compiling():
+        if settings.cache == "rotated" and settings.chooses and can_wait():
             _check_sets(cache, settings, _length(everything, kwargs.get("position_ids")))
 
 
@@ -184,7 +184,8 @@ def _check_sets(cache: Any, settings: Settings, length: int) -> None:
 def _length(given: tuple[Any, ...], positions: torch.Tensor | None) -> int:
     """By which the layers choose their set; waits for the device, which holds the positions.
 
-    Layers that have rotary modules of their own are given positions, others what comes of them.
+    Layers that have rotary modules of their own are given positions, others what comes of them; 0,
+    which is of the first set always, where a layer is given neither.
     """
     for one in given:
         if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Rotated):
