@@ -108,6 +108,21 @@ def test_all_are_judged_coarsely_and_the_best_share_in_full() -> None:
     }
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_parents_are_fewer_by_as_much_as_candidates_in_full(share: float) -> None:
+    search, seen = evolution(sieve=Sieve(share, adapts=False)), 0
+    while candidates := search.ask():
+        if search.stage == "coarse" and search.iteration > seen:
+            told = sorted(search.evaluations, key=lambda one: one.fitness)
+            asked = SMALL.population + (seen - 1) * SMALL.children if seen else 0
+            count = max(math.ceil(SMALL.parents * len(told) / max(asked, 1)), 2)
+            assert search.parents == told[:count]
+            assert search.threshold == (told[count - 1].fitness if seen else math.inf)
+            seen += 1
+        search.tell((near if search.stage == "coarse" else full)(candidates))
+    assert seen == SMALL.iterations
+
+
 def test_one_from_the_middle_is_among_those_judged_in_full() -> None:
     judged = [Evaluation(Candidate((100 + i,)), float(i)) for i in range(9)]
     order = [one.fitness for one in Sieve().order(judged[::-1])]
@@ -268,8 +283,17 @@ def test_a_sieve_needs_a_coarse_fitness() -> None:
 # --------------------------------------------------------------------------------- resuming
 
 
-def test_what_comes_before_is_read_under_the_best_before_an_iteration(tmp_path: Path) -> None:
-    """The same for all of its candidates, also where a search goes on within them."""
+def test_what_comes_before_is_read_under_a_rope_near_the_best(tmp_path: Path) -> None:
+    """The same for all candidates of an iteration, also where a search goes on within them.
+
+    It is another one where the best before the iteration is better by 2%.
+    """
+
+    def flat(candidate: Candidate) -> float:
+        return 2 + distance(candidate) if candidate.factors else 9.0
+
+    def flatter(candidates: Sequence[Candidate], threshold: Any = None) -> list[Evaluation]:
+        return [Evaluation(one, flat(one)) for one in candidates]
 
     def judged(folder: Path, limit: float = math.inf) -> list[Candidate]:
         references = []
@@ -280,21 +304,27 @@ def test_what_comes_before_is_read_under_the_best_before_an_iteration(tmp_path: 
             references.append(reference)
             return near(candidates)
 
-        with contextlib.suppress(InterruptedError):
-            finish(evolution(folder), watched)
+        with contextlib.suppress(InterruptedError), evolution(folder) as search:
+            run_search(search, flatter, coarse=watched)
         return references
 
     whole = judged(tmp_path / "whole")
     with evolution(tmp_path / "whole") as search:
         counts, history = list(map(len, search._asked)), search.history
         best = [one.best for one in history]
-        formula = search.compared[FORMULAS[0]].candidate
-    assert whole[: counts[0]] == [formula] * counts[0]
-    at = counts[0]
+        formula = search.compared[FORMULAS[0]]
+    assert whole[: counts[0]] == [formula.candidate] * counts[0]
+    at, near_to, stayed = counts[0], formula.fitness, 0
     for count, before in zip(counts[1:-1], best, strict=False):
         assert len({*whole[at : at + count]}) == 1
-        assert distance(whole[at]) == before
+        if before < 0.98 * near_to:
+            near_to = before
+            assert flat(whole[at]) == before
+        else:
+            stayed += flat(whole[at]) == near_to > before
+            assert whole[at] == whole[at - 1]
         at += count
+    assert stayed
     parts = judged(tmp_path / "parts", at // 2)
     assert parts + judged(tmp_path / "parts") == whole
 

@@ -305,8 +305,8 @@ def damage(folder: Path, name: str, change: Callable[[str], str]) -> None:
         (state.STATE, lambda text: "{}", 'expected "format": "longrope_kernels.search"'),
         (
             state.STATE,
-            lambda text: text.replace('"version": 3', '"version": 2'),
-            "expected version 3, got 2",
+            lambda text: text.replace('"version": 4', '"version": 3'),
+            "expected version 4, got 3",
         ),
         (state.JOURNAL, lambda text: "x" + text, "evaluations.jsonl, line 1: expected JSON"),
         (

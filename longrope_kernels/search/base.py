@@ -23,6 +23,9 @@ from .state import JOURNAL, STATE, SearchFolder
 
 Stage = Literal["formulas", "coarse", "full"]
 
+# What stands before coarse windows is read anew under the best once its fitness is so much lower.
+_CLOSER = 0.98
+
 
 @dataclass(frozen=True)
 class Iteration:
@@ -82,6 +85,7 @@ class Search(ABC):
         self._results: dict[Candidate, Evaluation] = {}
         self._best: Evaluation | None = None
         self._best_before: Evaluation | None = None
+        self._reference: Evaluation | None = None
         self._history: list[Iteration] = []
         self._exhausted = self._closing = self._saved = False
         self._proposal: list[Candidate] | None = None
@@ -129,11 +133,12 @@ class Search(ABC):
 
     @property
     def reference(self) -> Candidate:
-        """The best before this iteration, or before all the best formula: candidates are near it.
+        """One that candidates are near to: the best formula, or the best before this iteration.
 
-        It is the same for a whole iteration, also where a search goes on.
+        The best takes the place of a reference that it is better than by 2%. It is the same for a
+        whole iteration, also where a search goes on.
         """
-        near = self._best_before or _lowest(self._compared.values())
+        near = self._near
         return self.space.starts()[0] if near is None else near.candidate
 
     @property
@@ -263,6 +268,10 @@ class Search(ABC):
         self.close()
 
     @property
+    def _near(self) -> Evaluation | None:
+        return self._reference or _lowest(self._compared.values())
+
+    @property
     def _ended(self) -> bool:
         spent = self.sieve is not None and self.sieve.spent(len(self._results))
         return self._exhausted or self._closing or spent or len(self._asked) >= self._limit
@@ -350,7 +359,9 @@ class Search(ABC):
         coarse = (self._coarse[c] for c in self._asked[-1] if c in self._coarse)
         seconds = sum(one.seconds for one in (*told, *coarse))
         self._history.append(Iteration(best, median, len(told), seconds))
-        self._best_before = self._best
+        self._best_before, near = self._best, self._near
+        if self._best and (near is None or self._best.fitness < _CLOSER * near.fitness):
+            self._reference = self._best
 
     def _rank(self, candidate: Candidate) -> tuple[int, float]:
         """By the full fitness; behind all of these, those that have the coarse one alone."""

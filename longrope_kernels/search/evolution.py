@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +30,8 @@ class EvolutionSettings:
         mutants: of the parents, in every later iteration.
         crossovers: of the parents, likewise.
         probability: p, by which a gene is drawn again.
-        parents: the best so far, of which mutants and crossovers are made.
+        parents: the best so far, of which mutants and crossovers are made; where a `Sieve` has a
+            part of the candidates judged in full, that part of the number.
         moves: "mixed" or "paper", as in `SearchSpace.mutate`.
         seed: of all random choices.
 
@@ -106,13 +108,24 @@ class EvolutionarySearch(Search):
 
         A NaN or infinite one only where there is no other.
         """
-        ranked = sorted(self._finished(), key=lambda evaluation: evaluation.rank)
+        told = [self._results[c] for c in self._finished() if c in self._results]
+        ranked = sorted(told, key=lambda evaluation: evaluation.rank)
         finite = [one for one in ranked if one.rank[0] < 2]
-        return (finite or ranked)[: self.settings.parents]
+        return (finite or ranked)[: self._wanted]
 
-    def _finished(self) -> list[Evaluation]:
-        finished = self._asked[: len(self._history)]
-        return [self._results[c] for asked in finished for c in asked if c in self._results]
+    @property
+    def _wanted(self) -> int:
+        """How many parents: as many as settings say, where all candidates have the full fitness.
+
+        Where a part of them has, that part of the number, and two at least: a search whose parents
+        are all that it judged in full selects nothing.
+        """
+        finished, whole = self._finished(), self.settings.parents
+        told = sum(candidate in self._results for candidate in finished)
+        return max(math.ceil(whole * told / max(len(finished), 1)), min(whole, 2))
+
+    def _finished(self) -> list[Candidate]:
+        return [candidate for asked in self._asked[: len(self._history)] for candidate in asked]
 
     def _propose(self) -> list[Candidate]:
         one, rng, space = self.settings, self._rng, self.space
@@ -166,5 +179,5 @@ class EvolutionarySearch(Search):
     def _new_threshold(self) -> float:
         """The fitness of the last parent: what is above it cannot become one."""
         parents = self.parents
-        full = len(parents) == self.settings.parents and parents[-1].rank[0] == 0
-        return parents[-1].fitness if full else float("inf")
+        full = len(parents) == self._wanted and parents[-1].rank[0] == 0
+        return parents[-1].fitness if full else math.inf

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 JOURNAL, STATE = "evaluations.jsonl", "state.json"
-_FORMAT, _VERSION = "longrope_kernels.search", 3
+_FORMAT, _VERSION = "longrope_kernels.search", 4
 
 
 class SearchFolder:
