@@ -127,6 +127,7 @@ else:
         *((0, ((n,), dtype, LLAMA)) for n in (4096, 32768) for dtype in (bf16, fp32)),
         (0, ((300, 4096, 4097, 8000), bf16, LLAMA)),
         *((1, ((2048,), dtype, LLAMA, 512)) for dtype in (bf16, fp32)),  # chunks of a prompt
+        (1, ((8192,), fp32, LLAMA, 128)),
         *((2, ((4096,), bf16, geometry)) for geometry in OTHERS),
         *((2, ((tokens,), bf16, LLAMA)) for tokens in (1024, 131072)),
     ]

@@ -164,6 +164,7 @@ def test_right_padding_counts_real_tokens(positions):
 def maker(request, monkeypatch):
     """Of the processor, which decides what serves chunks."""
     monkeypatch.setattr(choose, "capability_of", lambda device: request.param)
+    monkeypatch.setattr(choose, "wide_vectors", lambda: False)
     return request.param
 
 
@@ -209,21 +210,26 @@ def test_chunks_into_a_cache_equal_one_forward(name):
     assert max_diff(torch.cat(parts, 1), expected) < CLOSE
 
 
-def test_what_serves_a_chunk(maker, monkeypatch):
-    decoded, ids = [], tokens(1, 20 + 2 * FEW_QUERIES)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_serves_a_chunk(maker, wide, dtype, monkeypatch):
+    """Short ones in float32 the kernel that decodes, where it has 512-bit vectors."""
+    monkeypatch.setattr(choose, "wide_vectors", lambda: wide)
+    few, short = FEW_QUERIES, choose.SHORT_CHUNK
+    decoded = []
 
     def counted(q, *others, **more):
         decoded.append(q.shape[1])
         return decode(q, *others, **more)
 
     monkeypatch.setattr(attention, "decode", counted)
-    model = enable(family_model("llama", num_hidden_layers=1))
-    cache = DynamicCache()
+    model = enable(family_model("llama", num_hidden_layers=1, max_position_embeddings=512)).to(dtype)
+    cache, lengths = DynamicCache(), [20, few, few, few + 1, short, short + 1]
     with torch.no_grad():
-        for part in ids.split([20, FEW_QUERIES, FEW_QUERIES], 1):
-            model(part, past_key_values=cache)
-        model(ids[:, : FEW_QUERIES + 1], past_key_values=cache)
-    assert decoded == [FEW_QUERIES] * 2 + [FEW_QUERIES + 1] * (maker == "AMD")
+        for length in lengths:
+            model(tokens(1, length), past_key_values=cache)
+    most = max(lengths) if maker == "AMD" else short if wide and dtype == torch.float32 else few
+    assert decoded == [length for length in lengths[1:] if length <= most]
 
 
 @pytest.mark.usefixtures("maker")

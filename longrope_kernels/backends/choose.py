@@ -61,6 +61,9 @@ ATTENTION_CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 WIDE = 128  # the largest head_dim that is not
+# Queries of a chunk behind a cache, up to which SDPA's mask costs more than its products gain over
+# `native`, where that has 512-bit vectors: measured in float32.
+SHORT_CHUNK = 128
 # Over a cache of unrotated keys; the reference serves the rest.
 DECODE_CHOICE: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", "reference"),
@@ -289,6 +292,13 @@ def capability_of(device: torch.device) -> int | str | None:
 def _maker() -> str | None:
     """Whose the processor is, where that makes a difference."""
     return None if missing("native") else part("native", "device").maker()
+
+
+@cache
+def wide_vectors() -> bool:
+    """Whether `native` has kernels of 512-bit vectors for this processor."""
+    device = None if missing("native") else part("native", "device")
+    return device is not None and device.instruction_sets()[0].startswith("avx512")
 
 
 def _dtypes(backend: str) -> tuple[torch.dtype, ...]:

@@ -199,9 +199,11 @@ def longrope_attention(
 
 
 def _decodes_chunks(settings: Settings, q: torch.Tensor) -> bool:
-    """Whether chunks go through the kernel that serves prompts where keys are not in a cache."""
+    """Whether a chunk goes through `native`: a short one, or where that serves whole prompts."""
     if settings.backend is not None or q.device.type != "cpu" or torch.compiler.is_compiling():
         return False
+    if q.shape[1] <= choose.SHORT_CHUNK and q.dtype == torch.float32 and choose.wide_vectors():
+        return True
     kind = q.device.type, q.dtype, q.shape[-1], "plain"
     maker = choose.capability_of(q.device)
     return choose.choose_attention(None, *kind, capability=maker, own=True) == "native"
