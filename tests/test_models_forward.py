@@ -223,7 +223,9 @@ def test_what_serves_a_chunk(maker, wide, dtype, monkeypatch):
         return decode(q, *others, **more)
 
     monkeypatch.setattr(attention, "decode", counted)
-    model = enable(family_model("llama", num_hidden_layers=1, max_position_embeddings=512)).to(dtype)
+    model = enable(family_model("llama", num_hidden_layers=1, max_position_embeddings=512)).to(
+        dtype
+    )
     cache, lengths = DynamicCache(), [20, few, few, few + 1, short, short + 1]
     with torch.no_grad():
         for length in lengths:

@@ -360,7 +360,7 @@ def timeless(line: bytes) -> dict[str, Any]:
 
 def test_a_search_with_another_sieve_is_another_one(tmp_path: Path) -> None:
     finish(evolution(tmp_path))
-    with pytest.raises(ValueError, match=r"sieve\.share is 0\.25 there and 0\.5 here"):
+    with pytest.raises(ValueError, match=r"sieve\.share is 0\.125 there and 0\.5 here"):
         evolution(tmp_path, Sieve(0.5))
     with pytest.raises(ValueError, match="another run's: sieve"):
         evolution(tmp_path, None)

@@ -28,8 +28,8 @@ FULL = "full length"
 WAYS = {
     FULL: Coarse("off"),
     "coarse first": Coarse(),
-    # Less in full than the default's quarter.
-    "coarse first, an eighth": Coarse(share=1 / 8),
+    # More in full than the default's eighth, and less.
+    "coarse first, a quarter": Coarse(share=1 / 4),
     "coarse first, a sixteenth": Coarse(share=1 / 16),
 }
 TWO = (FULL, "coarse first")

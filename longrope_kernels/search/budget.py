@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .coarse import ENOUGH, Sieve
+from .coarse import ENOUGH, SHARE, Sieve
 from .evolution import EvolutionSettings
 from .source import read_json, write_json
 from .state import JOURNAL, differences, locked
 
 BUDGET = "budget.json"
 # Shares of candidates in full, of which the largest is taken that leaves time for all candidates.
-_SHARES = (0.5, 0.25, 0.125)
+_SHARES = (4 * SHARE, 2 * SHARE, SHARE)
 # With fewer candidates a search is not worth its name.
 _FEWEST = 16
 # A measurement of less is made again: the first one loads and compiles.

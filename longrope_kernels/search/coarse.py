@@ -15,6 +15,8 @@ import typer
 
 from .candidate import Evaluation
 
+# Of an iteration's candidates in full, by default.
+SHARE = 0.125
 # Rank correlations: `auto` doubles the share below the first, and takes all below the second.
 GOOD, LEAST = 0.75, 0.7
 # So many candidates with both before a correlation means anything.
@@ -58,7 +60,7 @@ class Coarse:
     ] = "auto"
     share: Annotated[
         float, typer.Option("--coarse-share", help="Of them, to be judged at the full length.")
-    ] = 0.25
+    ] = SHARE
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -136,7 +138,7 @@ class Sieve:
         ValueError: a share out of range.
     """
 
-    share: float = 0.25
+    share: float = SHARE
     adapts: bool = True
     most: int | None = None
 
