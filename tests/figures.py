@@ -17,6 +17,7 @@ from typing import Any
 
 import figures_codegen as codegen
 import figures_rotation as rotation
+import figures_search as search
 import figures_speed as speed
 from report_files import ROOT, markdown, read
 
@@ -89,6 +90,7 @@ def rotated_alone() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **rotation.TABLES,
     **speed.TABLES,
+    **search.TABLES,
     **codegen.TABLES,
     "models": models,
     "models-rotated-alone": rotated_alone,

@@ -11,13 +11,14 @@ from report_files import markdown, read
 
 # ----------------------------------------------------------------------------------------- decoding
 
+SDPA = "SDPA, rotated keys"
 DECODE = "reports/cpu-2-cores/2026-11-23/decode.json"
 
 
-def decode_rows() -> dict[str, dict[str, dict[str, Any]]]:
+def decode_rows(path: str = DECODE) -> dict[str, dict[str, dict[str, Any]]]:
     """By group and name."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
-    for benchmark in read(DECODE)["benchmarks"]:
+    for benchmark in read(path)["benchmarks"]:
         if benchmark["group"].startswith("decode, "):
             group = rows.setdefault(benchmark["group"].removeprefix("decode, "), {})
             group[benchmark["params"]["name"]] = benchmark
@@ -46,9 +47,9 @@ def decode_goals() -> str:
 def decode_cpu() -> str:
     lines = []
     for group, of in decode_rows().items():
-        if not {"SDPA, rotated keys", *DECODED} <= of.keys():
+        if not {SDPA, *DECODED} <= of.keys():
             continue  # the budget cut it off
-        times = (of[name]["stats"]["median"] for name in ("SDPA, rotated keys", *DECODED))
+        times = (of[name]["stats"]["median"] for name in (SDPA, *DECODED))
         infos = [of[name]["extra_info"] for name in DECODED]
         lines.append(
             [
@@ -64,6 +65,15 @@ def decode_cpu() -> str:
 
 
 DECODED = ("native", "native, paged")
+
+
+def chunks() -> str:
+    """Some queries a sequence, beside SDPA over keys that were rotated before."""
+    rows = [
+        [group, *(f"{1e3 * of[name]['stats']['median']:.0f}" for name in (SDPA, "native"))]
+        for group, of in decode_rows("reports/cpu-2-cores/2026-11-30/chunks.json").items()
+    ]
+    return markdown(["", "SDPA, ms", "`native`, ms"], rows)
 
 
 # --------------------------------------------------------------------------------------- the switch
@@ -262,6 +272,7 @@ def bfloat16_products() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "decode-cpu": decode_cpu,
+    "chunks": chunks,
     "switch-crossing": switch_crossing,
     "switch-batch": switch_batch,
     "switch-forward": switch_forward,

@@ -69,10 +69,9 @@ def test_the_committed_page_is_of_the_committed_results(
     )
 
 
-@pytest.mark.parametrize("kind", ["prefix", "windows"])
-def test_the_committed_page_of_a_coarse_fitness_is_of_its_results(kind: str, beside: None) -> None:
+def test_the_committed_page_of_coarse_searches_is_of_their_results(beside: None) -> None:
     coarse = importlib.import_module("coarse")
-    folder = ROOT / "reports/search_coarse" / kind
+    folder = ROOT / "reports/search_coarse"
     page = coarse.page(json.loads((folder / "coarse.json").read_text("utf-8")))
     assert page.strip() == (folder / "coarse.md").read_text("utf-8").strip()
 

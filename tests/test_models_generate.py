@@ -17,7 +17,12 @@ from model_cases import (
     padded,
     tokens,
 )
-from transformers import DynamicCache, StaticCache
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+)
 
 from longrope_kernels import Rope
 from longrope_kernels.integrations.transformers import enable, set_rope
@@ -305,3 +310,23 @@ def test_compiled_prefill_of_a_static_cache():
     for row, count in enumerate((20, 30)):
         expected = logits(family_model("phi3"), ids=tokens(1, count, seed=count))[0]
         assert max_diff(actual[row, -count:], expected) < CLOSE
+
+
+def test_continuous_batching_with_one_factor_set():
+    """Sequences in one forward share its set, and their keys stay: several sets are refused."""
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in (5, SWITCH - 2)]
+    settings = ContinuousBatchingConfig(num_blocks=16, block_size=32, max_batch_tokens=64)
+
+    def batched(model: Any) -> list[Any]:
+        arguments = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        config = GenerationConfig(eos_token_id=-1, **arguments)
+        out = model.generate_batch(prompts, config, settings, warmup=False)
+        return [out[name] for name in sorted(out)]
+
+    one = enable(family_model("llama"), cache="rotated")
+    alone = [generated(one, torch.tensor([prompt]), max_new_tokens=6)[0] for prompt in prompts]
+    for prompt, whole, found in zip(prompts, alone, batched(one), strict=True):
+        assert found.generated_tokens == whole[len(prompt) :].tolist()
+    for found in batched(enable(family_model("phi3"), cache="rotated")):
+        assert not found.generated_tokens
+        assert "generate_batch: expected a rope of one factor set" in found.error

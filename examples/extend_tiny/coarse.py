@@ -3,6 +3,7 @@
     python examples/extend_tiny/coarse.py --out coarse-output
     python examples/extend_tiny/coarse.py --out coarse-output --ratio 32 --tokens 128 \\
         --ways "full length" "coarse first, a sixteenth"
+    python examples/extend_tiny/coarse.py --out coarse-output --ways "full length" "windows first"
 
 Stopped at any moment, the same command goes on. The folder gets coarse.json and coarse.md.
 """
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from base import Recipe
+from judge import Judge
 from run import Experiment, Sizes, rope_of
 
 from longrope_kernels.search.coarse import Coarse
+from longrope_kernels.search.model import TransformersLosses
 from longrope_kernels.search.source import read_json, write_json
 
 # Three layers, trained in half of the steps: there are six searches to do.
@@ -32,7 +35,18 @@ WAYS = {
     "coarse first, a quarter": Coarse(share=1 / 4),
     "coarse first, a sixteenth": Coarse(share=1 / 16),
 }
+# The same as of a model that can't keep unrotated keys.
+WINDOWS = {
+    f"windows {way.removeprefix('coarse ')}": one for way, one in WAYS.items() if way != FULL
+}
+WAYS |= WINDOWS
 TWO = (FULL, "coarse first")
+
+
+class ByWindows(TransformersLosses):
+    """Losses by which a search can't read the last tokens behind a prefix alone."""
+
+    keeps = False
 
 
 def compare(
@@ -68,9 +82,11 @@ def compare(
             name = f"{way}{by} at {length}, seed {seed}"
             if name in known["searches"]:
                 continue
-            rope = experiment.search(
-                name, length, seed=seed, coarse=replace(WAYS[way], tokens=tokens)
-            )
+            judge = Judge(experiment.model, experiment.judged, experiment.sizes.last)
+            if way in WINDOWS:
+                judge.losses = ByWindows(experiment.model)
+            chosen = replace(WAYS[way], tokens=tokens)
+            rope = experiment.search(name, length, judge, seed=seed, coarse=chosen)
             kept = experiment.book.content["results"][f"search: {name}"]
             folder = out / name.replace(" ", "-")
             known["searches"][name] = {
@@ -80,6 +96,7 @@ def compare(
                 "seed": seed,
                 "way": way,
                 "processor_seconds": kept["processor_seconds"],
+                "commit": experiment.book.content["commits"][f"search: {name}"],
             }
             write_json(path, known)
             assert rope_of(kept) == rope
@@ -139,9 +156,9 @@ def page(known: dict[str, Any]) -> str:
         '(`examples/extend_tiny/coarse.py`). "Judged" is the perplexity of the second half of '
         'texts that no search saw, "its texts" that of those it minimised. A forward is one '
         "document at the full length; races give candidates up after some of them, in both ways. "
-        "Tokens are those of the coarse fitness too, without prefixes, which are read once in an "
-        "iteration. Processor seconds are of one thread, on a machine that did other work as "
-        "well.\n\n"
+        "Tokens are those of the coarse fitness too, without prefixes, which are read again where "
+        "the best has moved. Processor seconds are of one thread, on a machine that did other "
+        "work as well.\n\n"
         f"{table}\n"
     )  # fmt: skip
 

@@ -57,6 +57,8 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         _check_given(caches, module.training)
     if settings.cache == "unrotated":
         _check_implementation(module.config)
+    elif settings.chooses:
+        _check_alone(everything)
     queries = next(x.shape[1] for x in everything if isinstance(x, torch.Tensor))
     for cache in caches:
         if settings.cache == "unrotated" and settings.group is None:
@@ -99,6 +101,16 @@ def _check_implementation(config: Any) -> None:
             f"attn_implementation: expected {NAME!r}, which enable(model) has set, got "
             f"{config._attn_implementation!r}; disable(model) before choosing another, or "
             "enable(model, cache='rotated'), which goes with any"
+        )
+
+
+def _check_alone(given: tuple[Any, ...]) -> None:
+    """Continuous batching: a factor set is that of all its sequences, and their keys stay."""
+    if any(type(one).__name__ == "PagedAttentionCache" for one in given):
+        raise ValueError(
+            "generate_batch: expected a rope of one factor set, got one that chooses by length, "
+            "and sequences of several lengths share a forward; give rope=rope.for_length(n) of the "
+            "longest, or generate()"
         )
 
 
