@@ -109,7 +109,7 @@ SEARCH = [
     Mutation("a journal that is not waited for", "search/state.py", "            os.fsync(self._journal)\n        except", "        except", "test_search_resume.py"),
     Mutation("a child out of order", "search/moves.py", "return raised(child) if monotone else child", "return child", "test_search_space.py test_search_evolution.py"),
     Mutation("worse parents first", "search/evolution.py", "key=lambda evaluation: evaluation.rank)", "key=lambda evaluation: evaluation.rank, reverse=True)", "test_search_evolution.py"),
-    Mutation("parents of all that were judged in full", "search/evolution.py", "max(math.ceil(whole * told / max(len(finished), 1)), min(whole, 2))", "whole", "test_search_coarse.py -k parents"),
+    Mutation("parents of all that were judged in full", "search/evolution.py", "max(math.ceil(whole * told / max(len(finished) + more, 1)), min(whole, 2))", "whole", "test_search_coarse.py -k parents"),
     Mutation("a prefix read anew for each better rope", "search/base.py", "_CLOSER = 0.98", "_CLOSER = 1.0", "test_search_coarse.py -k read"),
     Mutation("a race that stops too early", "search/fitness.py", "if not total / sum(counts) <= limit:", "if not total / sum(counts[: len(sums)]) <= limit:", "test_search_fitness.py"),
     Mutation("skipped windows taken for packed sequences", "search/model.py", ', "attention_mask": mask}', "}", "test_search_fitness.py"),

@@ -110,14 +110,18 @@ def test_all_are_judged_coarsely_and_the_best_share_in_full() -> None:
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_parents_are_fewer_by_as_much_as_candidates_in_full(share: float) -> None:
+    def parents(told: int, asked: int) -> int:
+        return max(math.ceil(SMALL.parents * told / max(asked, 1)), 2)
+
     search, seen = evolution(sieve=Sieve(share, adapts=False)), 0
     while candidates := search.ask():
         if search.stage == "coarse" and search.iteration > seen:
             told = sorted(search.evaluations, key=lambda one: one.fitness)
             asked = SMALL.population + (seen - 1) * SMALL.children if seen else 0
-            count = max(math.ceil(SMALL.parents * len(told) / max(asked, 1)), 2)
-            assert search.parents == told[:count]
-            assert search.threshold == (told[count - 1].fitness if seen else math.inf)
+            assert search.parents == told[: parents(len(told), asked)]
+            # What it gives up on is no parent, however many of these it judges in full.
+            most = parents(len(told) + len(candidates), asked + len(candidates))
+            assert search.threshold == (told[most - 1].fitness if len(told) >= most else math.inf)
             seen += 1
         search.tell((near if search.stage == "coarse" else full)(candidates))
     assert seen == SMALL.iterations

@@ -19,6 +19,7 @@ from longrope_kernels.search import (
     SearchSpace,
     run_search,
 )
+from longrope_kernels.search.coarse import Sieve
 
 
 def test_defaults_are_the_papers() -> None:
@@ -194,11 +195,16 @@ class Racer:
         return Evaluation(candidate, total)
 
 
-def test_racing_by_a_lower_bound_gives_the_same_result_for_less() -> None:
-    plain, raced = (EvolutionarySearch(small_space(), SMALL) for _ in range(2))
+@pytest.mark.parametrize("sieve", [None, Sieve(0.5, adapts=False), Sieve(0.75, adapts=False)])
+def test_racing_by_a_lower_bound_gives_the_same_result_for_less(sieve: Sieve | None) -> None:
+    def coarse(candidates: Sequence[Candidate], reference: Candidate) -> list[Evaluation]:
+        return [Evaluation(one, -distance(one)) for one in candidates]  # so that bad ones race
+
+    settings = replace(SMALL, parents=3)
+    plain, raced = (EvolutionarySearch(small_space(), settings, sieve=sieve) for _ in range(2))
     all_of_it, less = Racer(), Racer()
-    run_search(plain, all_of_it)
-    run_search(raced, less, racing=True)
+    run_search(plain, all_of_it, coarse=coarse)
+    run_search(raced, less, racing=True, coarse=coarse)
     assert [one.candidate for one in plain.evaluations] == [
         one.candidate for one in raced.evaluations
     ]

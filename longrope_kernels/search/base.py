@@ -117,8 +117,8 @@ class Search(ABC):
     def _recall(self, memory: Mapping[str, Any]) -> None:
         """Go on from what `_memory` gave; evaluations of all iterations before are there."""
 
-    def _new_threshold(self) -> float:
-        """What `threshold` is for the next iteration."""
+    def _new_threshold(self, candidates: int) -> float:
+        """What `threshold` is for the next iteration, of so many candidates."""
         return math.inf
 
     @property
@@ -318,7 +318,7 @@ class Search(ABC):
         self._saved = True
 
     def _begin(self, candidates: list[Candidate], closing: bool) -> None:
-        self.threshold = math.inf if closing else self._new_threshold()
+        self.threshold = math.inf if closing else self._new_threshold(len(candidates))
         self._closing, self._sifted = closing, self.sifts and not closing
         self._asked.append(candidates)
         self._chosen = [] if self._sifted else candidates

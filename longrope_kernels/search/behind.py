@@ -1,9 +1,9 @@
 """The coarse fitness where caches hold unrotated keys: the last tokens of each text alone.
 
-What stands before them is read once, under the best rope so far, and its keys and values serve all
-candidates of an iteration: each rotates them by its own rope. So all distances and all keys are
-there, and most of the work is not done again. What it leaves out is what a rope changes in the
-hidden states of the text before. Such a loss orders candidates, and decides nothing.
+What stands before them is read once, under a rope near the best (`Search.reference`), and its keys
+and values serve all candidates after it: each rotates them by its own rope. So all distances and
+all keys are there, and most of the work is not done again. What it leaves out is what a rope
+changes in the hidden states of the text before. Such a loss orders candidates, and decides nothing.
 """
 
 from __future__ import annotations

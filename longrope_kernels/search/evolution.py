@@ -45,7 +45,11 @@ class EvolutionSettings:
     crossovers: Annotated[int, typer.Option(min=0, help="Made in each later iteration.")] = 16
     probability: Annotated[float, typer.Option(help="Of a mutation to draw a gene again.")] = 0.3
     parents: Annotated[
-        int, typer.Option(min=1, help="How many of the best so far have children.")
+        int,
+        typer.Option(
+            min=1,
+            help="How many of the best so far have children, where all are judged at the full length.",
+        ),
     ] = 32
     moves: str = "mixed"
     seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0
@@ -108,21 +112,23 @@ class EvolutionarySearch(Search):
 
         A NaN or infinite one only where there is no other.
         """
+        return self._ranked()[: self._wanted()]
+
+    def _ranked(self) -> list[Evaluation]:
         told = [self._results[c] for c in self._finished() if c in self._results]
         ranked = sorted(told, key=lambda evaluation: evaluation.rank)
-        finite = [one for one in ranked if one.rank[0] < 2]
-        return (finite or ranked)[: self._wanted]
+        return [one for one in ranked if one.rank[0] < 2] or ranked
 
-    @property
-    def _wanted(self) -> int:
+    def _wanted(self, more: int = 0) -> int:
         """How many parents: as many as settings say, where all candidates have the full fitness.
 
         Where a part of them has, that part of the number, and two at least: a search whose parents
-        are all that it judged in full selects nothing.
+        are all that it judged in full selects nothing. ``more`` of an iteration that is not
+        finished count as if they had it.
         """
         finished, whole = self._finished(), self.settings.parents
-        told = sum(candidate in self._results for candidate in finished)
-        return max(math.ceil(whole * told / max(len(finished), 1)), min(whole, 2))
+        told = sum(candidate in self._results for candidate in finished) + more
+        return max(math.ceil(whole * told / max(len(finished) + more, 1)), min(whole, 2))
 
     def _finished(self) -> list[Candidate]:
         return [candidate for asked in self._asked[: len(self._history)] for candidate in asked]
@@ -176,8 +182,8 @@ class EvolutionarySearch(Search):
         version, internal, gauss = memory["rng"]
         self._rng.setstate((version, tuple(internal), gauss))
 
-    def _new_threshold(self) -> float:
-        """The fitness of the last parent: what is above it cannot become one."""
-        parents = self.parents
-        full = len(parents) == self._wanted and parents[-1].rank[0] == 0
-        return parents[-1].fitness if full else math.inf
+    def _new_threshold(self, candidates: int) -> float:
+        """The fitness of the last parent that there may be: what is above it cannot become one."""
+        ranked, most = self._ranked(), self._wanted(candidates)
+        full = len(ranked) >= most and ranked[most - 1].rank[0] == 0
+        return ranked[most - 1].fitness if full else math.inf
