@@ -48,7 +48,7 @@ class EvolutionSettings:
         int,
         typer.Option(
             min=1,
-            help="How many of the best so far have children, where all are judged at the full length.",
+            help="How many of the best so far have children, where all are judged in full.",
         ),
     ] = 32
     moves: str = "mixed"
