@@ -11,6 +11,7 @@ from report_files import markdown, read
 FULL = "full length"
 WAYS = {
     FULL: FULL,
+    "full length, 4 parents": "full length, 4 parents in place of 16",
     "coarse first": "behind a prefix, an eighth in full",
     "coarse first, a quarter": "a quarter (`--coarse-share 0.25`)",
     "coarse first, a sixteenth": "a sixteenth (`--coarse-share 0.0625`)",

@@ -27,9 +27,11 @@ from longrope_kernels.search.source import read_json, write_json
 
 # Three layers, trained in half of the steps: there are six searches to do.
 RECIPE = Recipe(hidden=192, layers=3, heads=3, rows=16, steps=1000)
-FULL = "full length"
+FULL, FEW = "full length", "full length, 4 parents"
 WAYS = {
     FULL: Coarse("off"),
+    # As many parents as a search has that judges an eighth in full.
+    FEW: Coarse("off"),
     "coarse first": Coarse(),
     # More in full than the default's eighth, and less.
     "coarse first, a quarter": Coarse(share=1 / 4),
@@ -37,7 +39,7 @@ WAYS = {
 }
 # The same as of a model that can't keep unrotated keys.
 WINDOWS = {
-    f"windows {way.removeprefix('coarse ')}": one for way, one in WAYS.items() if way != FULL
+    f"windows {way.removeprefix('coarse ')}": one for way, one in WAYS.items() if one.mode != "off"
 }
 WAYS |= WINDOWS
 TWO = (FULL, "coarse first")
@@ -78,15 +80,16 @@ def compare(
         )}  # fmt: skip
     for seed in seeds:
         for way in ways:
-            by = "" if tokens is None or way == FULL else f" by {tokens} tokens"
+            by = "" if tokens is None or way in (FULL, FEW) else f" by {tokens} tokens"
             name = f"{way}{by} at {length}, seed {seed}"
             if name in known["searches"]:
                 continue
             judge = Judge(experiment.model, experiment.judged, experiment.sizes.last)
             if way in WINDOWS:
                 judge.losses = ByWindows(experiment.model)
-            chosen = replace(WAYS[way], tokens=tokens)
-            rope = experiment.search(name, length, judge, seed=seed, coarse=chosen)
+            changes: dict[str, Any] = {"parents": 4} if way == FEW else {}
+            changes["coarse"] = replace(WAYS[way], tokens=tokens)
+            rope = experiment.search(name, length, judge, seed=seed, **changes)
             kept = experiment.book.content["results"][f"search: {name}"]
             folder = out / name.replace(" ", "-")
             known["searches"][name] = {
