@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,27 @@ def test_the_committed_page_of_coarse_searches_is_of_their_results(beside: None)
     folder = ROOT / "reports/search_coarse"
     page = coarse.page(json.loads((folder / "coarse.json").read_text("utf-8")))
     assert page.strip() == (folder / "coarse.md").read_text("utf-8").strip()
+
+
+def test_searches_by_a_prefix_by_windows_and_by_neither(
+    tmp_path: Path, beside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coarse, small = (importlib.import_module(name) for name in ("coarse", "run"))
+    sizes = replace(small.SMALL, ratios=(2, 8), population=16)
+    monkeypatch.setattr(coarse, "Sizes", lambda recipe: sizes)
+    ways = {coarse.FULL: None, coarse.FEW: None, "coarse first": 128, "windows first": 256}
+    known = coarse.compare(tmp_path, 8, [0], sizes.recipe.steps, list(ways))
+    rows = {one["way"]: one for one in known["searches"].values() if "way" in one}
+    assert list(rows) == list(ways)
+    for (way, tokens), one in zip(ways.items(), rows.values(), strict=True):
+        folder = tmp_path / f"{way} at 1024, seed 0".replace(" ", "-")
+        told = json.loads((folder / "state.json").read_text("utf-8"))["config"]["settings"]
+        assert told["parents"] == (4 if way == coarse.FEW else 8)
+        assert (one["windows"] > 0) == (tokens is not None)
+        assert one["tokens"] == 1024 * one["forwards"] + (tokens or 0) * one["windows"]
+    assert coarse.page(known).count("seed 0") == len(ways)
+    again = coarse.compare(tmp_path, 8, [0], sizes.recipe.steps, list(ways))
+    assert again["searches"] == known["searches"]
 
 
 def test_windows_with_keys(beside: None) -> None:

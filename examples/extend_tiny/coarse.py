@@ -78,18 +78,18 @@ def compare(
         known["searches"][yarn] = {"judged": experiment.judge.half(
             experiment.formulas(length)["YaRN"], length
         )}  # fmt: skip
+    windows = Judge(experiment.model, experiment.judged, experiment.sizes.last)
+    windows.losses = ByWindows(experiment.model)
     for seed in seeds:
         for way in ways:
-            by = "" if tokens is None or way in (FULL, FEW) else f" by {tokens} tokens"
+            chosen = replace(WAYS[way], tokens=tokens)
+            by = "" if tokens is None or chosen.mode == "off" else f" by {tokens} tokens"
             name = f"{way}{by} at {length}, seed {seed}"
             if name in known["searches"]:
                 continue
-            judge = Judge(experiment.model, experiment.judged, experiment.sizes.last)
-            if way in WINDOWS:
-                judge.losses = ByWindows(experiment.model)
-            changes: dict[str, Any] = {"parents": 4} if way == FEW else {}
-            changes["coarse"] = replace(WAYS[way], tokens=tokens)
-            rope = experiment.search(name, length, judge, seed=seed, **changes)
+            judge = windows if way in WINDOWS else experiment.judge
+            fewer = {"parents": 4} if way == FEW else {}
+            rope = experiment.search(name, length, judge, seed=seed, coarse=chosen, **fewer)
             kept = experiment.book.content["results"][f"search: {name}"]
             folder = out / name.replace(" ", "-")
             known["searches"][name] = {
