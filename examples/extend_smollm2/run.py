@@ -69,17 +69,21 @@ Ropes = Mapping[str, Rope | None]  # by name; None for dynamic NTK, another at e
 class Experiment:
     """One model, extended; what is in the book is not measured again."""
 
-    def __init__(self, sizes: Sizes, out: Path) -> None:
+    def __init__(self, sizes: Sizes, out: Path, dtype: str | None = None) -> None:
+        """What it will do, and where; in another dtype than that of the sizes."""
         self.sizes, self.out = sizes, out
         folder = model_folder(out, sizes.layers)
         self.source = open_source(folder, sizes.original)
         self.encode = encoder(str(folder))
         self.searched = documents(out, sizes.searched, sizes.longest)
         self.judged = documents(out, sizes.judged, sizes.longest)
-        self.model = load_model(folder, dtype=sizes.dtype)
+        self.model = load_model(folder, dtype=dtype or sizes.dtype)
+        machine = facts.describe(ROOT)
+        if dtype not in (None, sizes.dtype):
+            machine["dtype"] = dtype
         texts = [*self.searched, *self.judged]
         head = {
-            "machine": facts.describe(ROOT),
+            "machine": machine,
             "text": hashlib.sha256(digest(texts).encode()).hexdigest()[:16],
             "texts": {document.name: digest([document]) for document in texts},
             "model": fingerprint(self.model),
@@ -199,7 +203,7 @@ class Experiment:
         before = {n: known[f"YaRN, {n} tokens, {document.name}"] for n in self.sizes.lengths}
         assert rope is not None
         self._get(
-            AGAIN,
+            f"{AGAIN}{self.book.called}",
             lambda: {str(n): self._loss(rope, n, document) - was for n, was in before.items()},
         )
 
@@ -399,7 +403,7 @@ def main() -> None:
     parser.add_argument(
         "--float32",
         action="store_true",
-        help="for processors that multiply no bfloat16, as those with AVX2 alone",
+        help="compute so: for processors that multiply no bfloat16",
     )
     parser.add_argument(
         "--rope", type=Path, help="folder of a `longrope search` for the target, as one more row"
@@ -408,9 +412,7 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     sizes = FULL if chosen.full else SMALL if chosen.small else Sizes()
-    if chosen.float32:
-        sizes = replace(sizes, dtype="float32")
-    experiment = Experiment(sizes, chosen.out)
+    experiment = Experiment(sizes, chosen.out, "float32" if chosen.float32 else None)
     experiment.plan()
     experiment.run(chosen.rope)
     print(f"{chosen.out / 'results.md'} and the pictures beside it")

@@ -211,26 +211,30 @@ def _seconds(content: Mapping[str, Any]) -> str:
     head = ["", "numbers", "seconds, beside whatever else the machine did", "commits", "machines"]
     if not lines:
         return ""
-    again = content["results"].get(AGAIN)
-    note = ""
-    if again:
-        sizes = content["sizes"]
-        moved = ", ".join(f"{change:+.4f} at {length} tokens" for length, change in again.items())
+    sizes, note = content["sizes"], ""
+    moved = [
+        f"{key.removeprefix(AGAIN)}: "
+        + ", ".join(f"{change:+.4f} at {length} tokens" for length, change in again.items())
+        for key, again in content["results"].items()
+        if key.startswith(AGAIN)
+    ]
+    if moved:
         note = (
-            "\n\nWhere no machine is named it is that of the first paragraph. Another one rounds "
-            f"otherwise in {sizes['dtype']}: the loss of YaRN on {sizes['judged'][0]}, {moved}."
+            "\n\nWhere no machine is named it is that of the first paragraph. Others round "
+            f"otherwise. The loss of YaRN on {sizes['judged'][0]} there: {'; '.join(moved)}."
         )
     return "## What was run\n\n" + markdown(head, lines) + note
 
 
 def _head(content: Mapping[str, Any]) -> str:
     sizes, machine = content["sizes"], content["machine"]
+    dtype = machine.get("dtype", sizes["dtype"])
     where = machine.get("gpu") or machine.get("cpu") or "a CPU"
     layers = "" if sizes["layers"] is None else f", its first {sizes['layers']} layers alone"
     texts = ", ".join(f"{name} ({text})" for name, text in content["texts"].items())
     return (
         "# A pretrained model, extended\n\n"
-        f"SmolLM2-135M-Instruct{layers}, in {sizes['dtype']}, from {sizes['original']} "
+        f"SmolLM2-135M-Instruct{layers}, in {dtype}, from {sizes['original']} "
         f"tokens, without tuning. Perplexity of the last {sizes['last']} of {sizes['longest']} "
         "tokens of each text, the same in every column, after as much of the text before them as "
         "the column says. Searches see other texts than the table. Texts and their digests: "

@@ -15,7 +15,13 @@ class Book:
     """The results so far, in a file: what is in it is not done again."""
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
-        """Open or begin it; ``head`` has ``sizes``, ``text`` and the facts of the ``machine``."""
+        """Open or begin it.
+
+        Args:
+            path: of the file.
+            head: ``sizes``, ``text`` and the facts of the ``machine``, with a ``dtype`` where it
+                computes in another than the sizes name.
+        """
         self.path, self.machine = path, head["machine"]
         self.content: dict[str, Any] = {**head, "results": {}, "seconds": {}}
         if path.exists():
@@ -30,7 +36,12 @@ class Book:
     @property
     def at_home(self) -> bool:
         """Whether this is the machine that began the file; others are named at what they make."""
-        return _called(self.machine) == _called(self.content["machine"])
+        return self.called == _called(self.content["machine"])
+
+    @property
+    def called(self) -> str:
+        """The machine's name."""
+        return _called(self.machine)
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """The result of that name, made where it is missing."""
@@ -41,11 +52,12 @@ class Book:
             self.content["seconds"][name] = round(time.perf_counter() - begin, 1)
             self.content["commits"][name] = self.machine["commit"]
             if not self.at_home:
-                self.content["machines"][name] = _called(self.machine)
+                self.content["machines"][name] = self.called
             write_json(self.path, self.content)
             print(f"{name}: {self.content['seconds'][name]} s", flush=True)
         return self.content["results"][name]
 
 
 def _called(machine: Mapping[str, Any]) -> str:
-    return str(machine["gpu"]["name"] if "gpu" in machine else machine["cpu"])
+    name = str(machine["gpu"]["name"] if "gpu" in machine else machine["cpu"])
+    return f"{name}, {machine['dtype']}" if "dtype" in machine else name
