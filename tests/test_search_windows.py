@@ -147,7 +147,7 @@ def test_what_windows_cannot_be_is_named(work, tmp_path, changes, message):
 def test_a_search_within_hours_goes_on_with_what_was_chosen(work, tmp_path, monkeypatch):
     seconds = iter([1.0, 10.0])  # of a candidate: by windows, and at the full length
     monkeypatch.setattr(find_module, "seconds_of", lambda work: next(seconds))
-    more = ["--hours", 0.03, *COARSE]
+    more = ["--hours", 0.05, *COARSE]
     stopped = []
 
     def stop(self: Any, ropes: Any, **rest: Any) -> Any:
@@ -161,15 +161,15 @@ def test_a_search_within_hours_goes_on_with_what_was_chosen(work, tmp_path, monk
     sizes = {"population": 64, "iterations": 40, "mutants": 16, "crossovers": 16, "parents": 32}
     first = search(work, tmp_path, *more, **sizes)
     assert first.exit_code == 130
-    assert "0.03 hours: 28 candidates in 6 iterations (1 s each), 0.125 of them" in first.stderr
+    assert "0.05 hours: 28 candidates in 6 iterations (1 s each), 0.4 of them" in first.stderr
     monkeypatch.setattr(Documents, "measure", measure)
     result = search(work, tmp_path, *more, **sizes)
     assert result.exit_code == 0, result.stderr
     content = json.loads((tmp_path / "result.json").read_text())
     assert content["options"]["population"] == 8
-    assert content["options"]["coarse"]["share"] == 0.125
+    assert content["options"]["coarse"]["share"] == 0.4
     assert content["judged"] == 4 + 28
-    refused = search(work, tmp_path, *more[2:], "--hours", 0.04, **sizes)
-    assert "hours is 0.03 there and 0.04 here" in refused.stderr
+    refused = search(work, tmp_path, *more[2:], "--hours", 0.06, **sizes)
+    assert "hours is 0.05 there and 0.06 here" in refused.stderr
     wrong = search(work, tmp_path / "none", "--hours", 0)
     assert "hours: expected a time above 0, got 0" in wrong.stderr

@@ -1,4 +1,4 @@
-"""A search that fits into a number of hours: how many candidates, and what share in full."""
+"""A search that fits into a number of hours: how many candidates."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .coarse import ENOUGH, SHARE, Sieve
+from .coarse import ENOUGH, Sieve
 from .evolution import EvolutionSettings
 from .source import read_json, write_json
 from .state import JOURNAL, differences, locked
 
 BUDGET = "budget.json"
-# Shares of candidates in full, of which the largest is taken that leaves time for all candidates.
-_SHARES = (4 * SHARE, 2 * SHARE, SHARE)
 # With fewer candidates a search is not worth its name.
 _FEWEST = 16
 # A measurement of less is made again: the first one loads and compiles.
@@ -38,16 +36,20 @@ class Costs:
     coarse: float | None
     formulas: int
 
+    def each(self, share: float) -> float:
+        """Of a candidate, where that share of them is judged in full."""
+        return self.full if self.coarse is None else self.coarse + share * self.full
+
 
 def planned(
     folder: Path,
     told: Mapping[str, Any],
     settings: EvolutionSettings,
-    adapts: bool,
+    sieve: Sieve,
     hours: float,
     measure: Callable[[], Costs],
 ) -> tuple[EvolutionSettings, Sieve | None, str]:
-    """Settings that fit into the hours, what is judged in full, and a line on them.
+    """Settings that fit into the hours, the sieve of a coarse fitness, and a line on them.
 
     What was chosen is in the folder, and read again there.
 
@@ -55,7 +57,7 @@ def planned(
         folder: of the search, where `BUDGET` is written.
         told: all options, as JSON values.
         settings: the most that are chosen.
-        adapts: as in `Sieve`.
+        sieve: of the coarse fitness, where there is one.
         hours: for the search.
         measure: takes some forwards.
 
@@ -66,8 +68,8 @@ def planned(
     path, asked = folder / BUDGET, json.loads(json.dumps(told))
     if not path.exists():
         costs = measure()
-        numbers, share = fitted(settings, hours, costs)
-        known: dict[str, Any] = {"options": asked, "chosen": numbers, "share": share}
+        numbers = fitted(settings, hours, costs, sieve.share)
+        known: dict[str, Any] = {"options": asked, "chosen": numbers}
         known |= {"seconds": {"full": costs.full, "coarse": costs.coarse}}
         with locked(folder / JOURNAL, "search"):
             if not path.exists():  # else another process was faster, and its choice stands
@@ -79,19 +81,20 @@ def planned(
             f"{folder}: the hours were shared out for other options: {'; '.join(found)}. Name "
             "another folder, or the same settings to go on"
         )
-    chosen, share, seconds = replace(settings, **known["chosen"]), known["share"], known["seconds"]
+    chosen, seconds = replace(settings, **known["chosen"]), known["seconds"]
     text = f"{hours:g} hours: {chosen.candidates} candidates in {chosen.iterations} iterations"
     if seconds["coarse"] is None:
         return chosen, None, f"{text}, {seconds['full']:.3g} s each"
-    text += f" ({seconds['coarse']:.3g} s each), {share:g} of them at the full length"
+    text += f" ({seconds['coarse']:.3g} s each), {sieve.share:g} of them at the full length"
     # Where more than that share are, or all of them and none coarsely, it ends earlier. The first
     # iteration has some beyond its share: each formula, and as many as a correlation takes.
-    most = math.ceil(chosen.candidates * (share + seconds["coarse"] / seconds["full"])) + ENOUGH
-    return chosen, Sieve(share, adapts, most), f"{text} ({seconds['full']:.3g} s each)"
+    whole = Costs(**seconds, formulas=0).each(sieve.share) / seconds["full"]
+    most = math.ceil(chosen.candidates * whole) + ENOUGH
+    return chosen, replace(sieve, most=most), f"{text} ({seconds['full']:.3g} s each)"
 
 
-def fitted(settings: EvolutionSettings, hours: float, costs: Costs) -> tuple[dict[str, int], float]:
-    """Population, iterations and so on for some hours, and the share in full.
+def fitted(settings: EvolutionSettings, hours: float, costs: Costs, share: float) -> dict[str, int]:
+    """Population, iterations and so on for some hours.
 
     Races make it less time than this.
 
@@ -99,21 +102,18 @@ def fitted(settings: EvolutionSettings, hours: float, costs: Costs) -> tuple[dic
         settings: the most that are chosen; fewer candidates come in the same proportions.
         hours: for the search.
         costs: of a candidate.
+        share: of them, judged in full where there is a coarse fitness.
 
     Raises:
         ValueError: the hours are too few for a search.
     """
-    most = settings.candidates
-    shares = (1.0,) if costs.coarse is None else _SHARES
-    left = 3600 * hours - costs.formulas * costs.full
-    each = {share: (costs.coarse or 0.0) + share * costs.full for share in shares}
-    share = next((x for x in shares if each[x] * most <= left), shares[-1])
-    count, fewest = min(int(left / each[share]), most), min(_FEWEST, most)
+    most, each = settings.candidates, costs.each(share)
+    formulas = costs.formulas * costs.full
+    count, fewest = min(int((3600 * hours - formulas) / each), most), min(_FEWEST, most)
     if count < fewest:
-        least = (costs.formulas * costs.full + fewest * each[share]) / 3600
         raise ValueError(
-            f"hours: expected at least {least:.2g}, since a candidate takes {costs.full:.3g} s at "
-            f"the full length, got {hours:g}"
+            f"hours: expected at least {(formulas + fewest * each) / 3600:.2g}, since a candidate "
+            f"takes {costs.full:.3g} s at the full length, got {hours:g}"
         )
     names = ("population", "iterations", "mutants", "crossovers", "parents")
     chosen = {name: getattr(settings, name) for name in names}
@@ -126,7 +126,7 @@ def fitted(settings: EvolutionSettings, hours: float, costs: Costs) -> tuple[dic
         children = max(chosen["mutants"] + chosen["crossovers"], 1)
         iterations = 1 + (count - chosen["population"]) // children
         chosen["iterations"] = min(iterations, settings.iterations)
-    return chosen, share
+    return chosen
 
 
 def seconds_of(work: Callable[[], Any]) -> float:

@@ -167,12 +167,11 @@ def _within(
     if sharing > 1 and not from_main((folder / BUDGET).exists):  # all of them are needed for it
         costs = measure()
         measure = lambda: costs  # noqa: E731
-    told, adapts = asdict(options), options.coarse.sieve.adapts
+    told, wanted = asdict(options), options.coarse.sieve
     settings, sieve, text = from_main(
-        lambda: planned(folder, told, options.evolution, adapts, hours, measure)
+        lambda: planned(folder, told, options.evolution, wanted, hours, measure)
     )
-    coarse = options.coarse if sieve is None else replace(options.coarse, share=sieve.share)
-    return replace(options, **asdict(settings), coarse=coarse), sieve, text
+    return replace(options, **asdict(settings)), sieve, text
 
 
 class _Note:

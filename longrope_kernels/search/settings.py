@@ -54,8 +54,8 @@ class Options(EvolutionSettings):
         margin: as in `Race`; the result may differ.
         batch: candidates that are measured together; on a GPU with short documents it is faster.
         coarse: how candidates are judged before that fitness, and which of them get it.
-        hours: the time for a search, from which population, iterations and the coarse share are
-            chosen; those given are the most.
+        hours: the time for a search, from which population, iterations and so on are chosen; those
+            given are the most.
 
     Raises:
         ValueError: naming the attribute that is out of range.
@@ -101,8 +101,8 @@ class Options(EvolutionSettings):
     hours: Annotated[
         float | None,
         typer.Option(
-            help="Time for each search: chooses population, iterations and --coarse-share, no more "
-            "than the numbers above."
+            help="Time for each search: chooses population, iterations, mutants, crossovers and "
+            "parents, no more than the numbers above."
         ),
     ] = None
 
