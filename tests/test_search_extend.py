@@ -273,6 +273,24 @@ def test_a_plan_that_cannot_be_is_refused(work, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_quantised_weights_are_searched_and_not_fine_tuned(work, tmp_path):
+    shutil.copytree(work / "model", tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    known = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    path.write_text(json.dumps(known))
+    changed = plan(work, model=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"no steps .* weights are quantised, got 5 at 64 tokens"):
+        Extension(changed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    untuned = replace(changed, stages=(Stage(64), Stage(128)))
+    assert Extension(untuned, tmp_path / "out").plan == untuned
+    model = load(work)
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="model: expected weights that training changes"):
+        tune(model, rope(), documents(), 96, 1, TUNING, tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_texts_too_short_for_a_later_stage_are_refused_before_anything_runs(work, tmp_path):
     trained = make_texts(tmp_path / "trained", length=100)
     out = tmp_path / "out"

@@ -178,6 +178,12 @@ class Extension:
                 f"stages: expected more than {self.source.trained} tokens, which the model has, "
                 f"got {plan.stages[0].length}"
             )
+        tuned = [stage for stage in plan.stages if stage.steps]
+        if tuned and "quantization_config" in self.source.config:
+            raise ValueError(
+                f"stages: expected no steps for a model whose weights are quantised, got "
+                f"{tuned[0].steps} at {tuned[0].length} tokens; extend the one it was made of"
+            )
         if max(plan.short, default=0) and plan.short[-1] > plan.stages[0].length:
             raise ValueError(f"short: expected at most the first stage's length: {plan.short[-1]}")
         self.encode: Encode = encoder(plan.tokenizer or plan.model, self.source.read.vocab_size)
@@ -188,7 +194,7 @@ class Extension:
             plan.stages[-1].length,
             most=plan.samples,
         )
-        self._training = self._read_training([x.length for x in plan.stages if x.steps])
+        self._training = self._read_training([stage.length for stage in tuned])
         self._check_searches()
         with self._alone():
             from_main(self._write_plan)

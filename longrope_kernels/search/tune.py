@@ -116,9 +116,9 @@ def tune(
         `sharding.whole_weights` has them.
 
     Raises:
-        ValueError: a document is too short, the model has no layers to be sharded, its logits are
-            not what its head gives, scaled or capped, an argument is not the same on all
-            processes, or the last checkpoint is of another fine-tuning.
+        ValueError: a document is too short, the weights are quantised, the model has no layers to
+            be sharded, its logits are not what its head gives, scaled or capped, an argument is not
+            the same on all processes, or the last checkpoint is of another fine-tuning.
         RuntimeError: the loss is not finite; the last checkpoint is from before it.
     """
     from accelerate import Accelerator
@@ -127,6 +127,8 @@ def tune(
     from ..integrations.transformers.models import cache_of
     from .sharding import share_weights
 
+    if getattr(model, "is_quantized", False):
+        raise ValueError("model: expected weights that training changes, got quantised ones")
     for document in documents:
         if len(document.tokens) < length:
             raise ValueError(
