@@ -111,7 +111,7 @@ class Experiment:
         rows = len(FORMULAS) + 3 + len(sizes.seeds)
         variants = len(sizes.attentions) * len(self.searched)
         variants += (len(sizes.uniform) + len(sizes.n_hats)) * len(self.judged)
-        asked = sum(each[n] for n in self._asked()) * (sizes.asked + 5)
+        asked = sum(each.values()) * (sizes.asked + 5)
         short = sum(n < sizes.target for n in sizes.lengths)
         parts = {
             f"table, {rows} rows of {len(self.judged)} texts": (
@@ -209,9 +209,8 @@ class Experiment:
 
     def table(self, ropes: Ropes, texts: list[Document], only: int | None = None) -> None:
         """The loss of the last tokens of texts, after as much of each as makes a length."""
-        lengths = sorted(self.sizes.lengths, key=lambda n: n != self.sizes.target)
         for document in texts:
-            for length in lengths if only is None else [only]:
+            for length in self._lengths if only is None else [only]:
                 for name, rope in ropes.items():
                     self._once(
                         *(f"{name}, {length} tokens, {document.name}", rope, length, document.name),
@@ -226,7 +225,7 @@ class Experiment:
     def ask(self, ropes: Ropes) -> None:
         """What is found of numbers that texts hide: five in each text, and one in the first."""
         needles = key_values(self.encode)
-        for length in self._asked():
+        for length in self._lengths:
             ends = tails(self.judged[: self.sizes.asked], self.sizes.longest, length)
             texts = {
                 "several keys": several_keys(ends, needles, length),
@@ -241,9 +240,10 @@ class Experiment:
                         ).as_json(),
                     )
 
-    def _asked(self) -> list[int]:
-        """The target, and what the model was trained for."""
-        return [self.sizes.target, self.sizes.original]
+    @property
+    def _lengths(self) -> list[int]:
+        """The columns of the tables, the target first."""
+        return sorted(self.sizes.lengths, key=lambda n: n != self.sizes.target)
 
     def cross(self, rope: Rope | None) -> None:
         """What each policy costs where a sequence grows out of its short set."""

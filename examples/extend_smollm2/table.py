@@ -98,7 +98,8 @@ def _missing(content: Mapping[str, Any]) -> str:
     done = sum(len(texts) for name in named for texts in rows.get(name, {}).values())
     searches = len(sizes["seeds"]) + 1
     searched = sum(key.startswith("search, ") for key in results)
-    asked, answered = 4 * len(named), sum(ASKED.fullmatch(key) is not None for key in results)
+    asked = 2 * len(sizes["lengths"]) * len(named)
+    answered = sum(ASKED.fullmatch(key) is not None for key in results)
     if (done, searched, answered) == (cells, searches, asked) and "readjust" in results:
         return ""
     readjusted = "a" if "readjust" in results else "no"
@@ -122,9 +123,7 @@ def _retrieval(content: Mapping[str, Any]) -> str:
         return ""
     sizes = content["sizes"]
     columns = [
-        (str(n), kind)
-        for n in (sizes["original"], sizes["target"])
-        for kind in ("one key", "several keys")
+        (str(n), kind) for n in sorted(sizes["lengths"]) for kind in ("one key", "several keys")
     ]
     head = ["", *(f"{kind}, {length} tokens" for length, kind in columns)]
     lines = [[name, *(row.get(column, "") for column in columns)] for name, row in cells.items()]
