@@ -22,7 +22,8 @@ from longrope_kernels.search.retrieval import several_keys
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples/extend_smollm2"
 RESULTS = ROOT / "reports/extend_smollm2"
-sys.path.append(str(EXAMPLE))
+sys.path += [str(EXAMPLE), str(ROOT / "examples/extend_tiny")]
+from book import Book  # noqa: E402
 from fetch import documents, text_of  # noqa: E402
 
 
@@ -109,6 +110,25 @@ def test_killed_at_steps_it_goes_on_and_its_numbers_are_the_models(tmp_path: Pat
         assert told.splitlines()[1:] == ["behind: too few", "window: too few"]
     rows = (tmp_path / "search-0/order.jsonl").read_text().splitlines()
     assert [set(json.loads(row)) >= {"full", "behind", "window"} for row in rows] == [True, True]
+
+
+def test_what_another_machine_or_dtype_adds_is_marked(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    machine = {"cpu": "A", "commit": "1"}
+    head = {"sizes": {"lengths": (4, 8)}, "text": "t", "machine": machine}
+    assert Book(path, head).get("first", lambda: 1) == 1
+    float32 = Book(path, head | {"machine": machine | {"dtype": "float32", "commit": "2"}})
+    assert not float32.at_home
+    assert float32.get("first", lambda: 2) == 1
+    assert float32.get("second", lambda: 2) == 2
+    assert Book(path, head | {"machine": machine | {"cpu": "B"}}).get("third", lambda: 3) == 3
+    home = Book(path, head)
+    assert home.at_home
+    assert home.content["results"] == {"first": 1, "second": 2, "third": 3}
+    assert home.content["machines"] == {"second": "A, float32", "third": "B"}
+    assert home.content["commits"] == {"first": "1", "second": "2", "third": "1"}
+    with pytest.raises(SystemExit, match="it has another text; name another --out"):
+        Book(path, head | {"text": "u"})
 
 
 def test_the_committed_page_is_of_the_committed_results(tmp_path: Path) -> None:
