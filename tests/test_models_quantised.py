@@ -56,10 +56,12 @@ def results(model: Any) -> tuple[torch.Tensor, ...]:
 def test_a_quantised_model_gives_what_it_gave(folders, name, bits):
     model = quantised(folders[name], bits)
     expected = results(model)
-    assert max_diff(expected[0], results(family_model(name))[0]) > 1e-3
+    lost = max_diff(expected[0], results(family_model(name))[0])
+    assert lost > 1e-2
     found = results(enable(model))
     for a, b in zip(found[:2], expected[:2], strict=True):
-        assert max_diff(a, b) < CLOSE
+        # Products in 8 bits round their inputs so, where a last bit can make a step of difference.
+        assert max_diff(a, b) < (CLOSE if bits == 4 else 0.1 * lost)
     assert torch.equal(found[2], expected[2])
     assert all(torch.equal(a, b) for a, b in zip(results(disable(model)), expected, strict=True))
 
