@@ -173,6 +173,7 @@ class Experiment:
         found[NEEDLES] = self.search_needles()
         self.table(found, some)
         self.ask(found)
+        self.table(found, self.judged)
         self.vary(found[SEARCH])
         for seed in sizes.seeds[1:]:
             found[f"{SEARCH}, seed {seed}"] = self.search(seed)
