@@ -18,6 +18,7 @@ from typing import Any
 import figures_codegen as codegen
 import figures_rotation as rotation
 import figures_search as search
+import figures_smollm2 as smollm2
 import figures_speed as speed
 from report_files import ROOT, markdown, read
 
@@ -91,6 +92,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **rotation.TABLES,
     **speed.TABLES,
     **search.TABLES,
+    **smollm2.TABLES,
     **codegen.TABLES,
     "models": models,
     "models-rotated-alone": rotated_alone,

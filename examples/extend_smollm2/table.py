@@ -183,7 +183,7 @@ def _searches(content: Mapping[str, Any]) -> str:
             )
     if not lines:
         return ""
-    head = ["", "perplexity, searched texts", "candidates", "in full", "seconds", "descends from"]
+    head = ["", "perplexity, searched texts", "judged", "in full", "seconds", "descends from"]
     return "## Searches\n\n" + markdown([*head, "changed"], lines)
 
 
