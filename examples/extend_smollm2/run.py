@@ -177,6 +177,7 @@ class Experiment:
         self.vary(found[SEARCH])
         for seed in sizes.seeds[1:]:
             found[f"{SEARCH}, seed {seed}"] = self.search(seed)
+            self.table(found, self.judged, only=sizes.target)
         self.ask(found | formulas)
         self.table(found | formulas, self.judged)
 

@@ -179,9 +179,9 @@ class Extension:
                 f"got {plan.stages[0].length}"
             )
         tuned = [stage for stage in plan.stages if stage.steps]
-        if tuned and "quantization_config" in self.source.config:
+        if tuned and self.source.config.get("quantization_config"):
             raise ValueError(
-                f"stages: expected no steps for a model whose weights are quantised, got "
+                "stages: expected no steps for a model whose weights are quantised, got "
                 f"{tuned[0].steps} at {tuned[0].length} tokens; extend the one it was made of"
             )
         if max(plan.short, default=0) and plan.short[-1] > plan.stages[0].length:
