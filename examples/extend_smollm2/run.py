@@ -175,10 +175,11 @@ class Experiment:
         self.ask(found)
         self.table(found, self.judged)
         self.vary(found[SEARCH])
+        self.ask(formulas)
         for seed in sizes.seeds[1:]:
             found[f"{SEARCH}, seed {seed}"] = self.search(seed)
             self.table(found, self.judged, only=sizes.target)
-        self.ask(found | formulas)
+        self.ask(found)
         self.table(found | formulas, self.judged)
 
     def formulas(self) -> dict[str, Rope | None]:
