@@ -21,6 +21,7 @@ PERPLEXITY = {
     NEEDLES: "`--fitness needle --critical 0`, {} judged",
 }
 RETRIEVAL = {
+    "YaRN": "YaRN",
     BEST_YARN: BEST_YARN,
     "LongRoPE": "found by perplexity",
     "LongRoPE, readjusted": "the same, with its short sets",
