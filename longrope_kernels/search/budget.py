@@ -36,10 +36,6 @@ class Costs:
     coarse: float | None
     formulas: int
 
-    def each(self, share: float) -> float:
-        """Of a candidate, where that share of them is judged in full."""
-        return self.full if self.coarse is None else self.coarse + share * self.full
-
 
 def planned(
     folder: Path,
@@ -88,7 +84,7 @@ def planned(
     text += f" ({seconds['coarse']:.3g} s each), {sieve.share:g} of them at the full length"
     # Where more than that share are, or all of them and none coarsely, it ends earlier. The first
     # iteration has some beyond its share: each formula, and as many as a correlation takes.
-    whole = Costs(**seconds, formulas=0).each(sieve.share) / seconds["full"]
+    whole = sieve.share + seconds["coarse"] / seconds["full"]
     most = math.ceil(chosen.candidates * whole) + ENOUGH
     return chosen, replace(sieve, most=most), f"{text} ({seconds['full']:.3g} s each)"
 
@@ -107,8 +103,8 @@ def fitted(settings: EvolutionSettings, hours: float, costs: Costs, share: float
     Raises:
         ValueError: the hours are too few for a search.
     """
-    most, each = settings.candidates, costs.each(share)
-    formulas = costs.formulas * costs.full
+    most, formulas = settings.candidates, costs.formulas * costs.full
+    each = costs.full if costs.coarse is None else costs.coarse + share * costs.full
     count, fewest = min(int((3600 * hours - formulas) / each), most), min(_FEWEST, most)
     if count < fewest:
         raise ValueError(
