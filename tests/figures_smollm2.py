@@ -4,68 +4,68 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Callable
-from typing import Any
 
-from report_files import markdown, read
+from report_files import ROOT, markdown, read
 
-BEST_YARN, NEEDLES = "YaRN, best attention factor", "LongRoPE2's search"
+from longrope_kernels.search.retrieval import Retrieved
+
+sys.path.append(str(ROOT / "examples/extend_smollm2"))
+from rows import BEST_YARN, NEEDLES, READJUSTED, SEARCH, UNIFORM, losses
+
 PERPLEXITY = {
     "no scaling": "no scaling",
     "PI": "PI",
-    "uniform lambda 1.5": "every pair by 1.5",
+    f"{UNIFORM} 1.5": "every pair by 1.5",
     "NTK": "NTK-aware",
     "YaRN": "YaRN",
     BEST_YARN: BEST_YARN,
-    "LongRoPE": "`longrope search`, {} judged",
+    SEARCH: "`longrope search`, {} judged",
     NEEDLES: "`--fitness needle --critical 0`, {} judged",
 }
 RETRIEVAL = {
     "YaRN": "YaRN",
     BEST_YARN: BEST_YARN,
-    "LongRoPE": "found by perplexity",
-    "LongRoPE, readjusted": "the same, with its short sets",
+    SEARCH: "found by perplexity",
+    READJUSTED: "the same, with its short sets",
     NEEDLES: "found by needles",
 }
-SEARCHES = {"LongRoPE": "search, seed 0", NEEDLES: "search, by needles"}
-
-
-def content() -> tuple[dict[str, Any], dict[str, Any]]:
-    found = read("reports/extend_smollm2/results.json")
-    return found["results"], found["sizes"]
+SEARCHES = {SEARCH: "search, seed 0", NEEDLES: "search, by needles"}
 
 
 def perplexity() -> str:
     """Of all texts together; a cell that was not measured for each of them is empty."""
-    results, sizes = content()
+    content = read("reports/extend_smollm2/results.json")
+    results, sizes, rows = content["results"], content["sizes"], losses(content)
 
     def cell(name: str, length: int) -> str:
-        keys = [f"{name}, {length} tokens, {text}" for text in sizes["judged"]]
-        if not all(key in results for key in keys):
-            return ""
-        return f"{math.exp(statistics.fmean(results[key] for key in keys)):.2f}"
+        of_texts = rows[name].get(length, {})
+        whole = of_texts.keys() == set(sizes["judged"])
+        return f"{math.exp(statistics.fmean(of_texts.values())):.2f}" if whole else ""
 
-    rows = []
+    lines = []
     for name, label in PERPLEXITY.items():
         judged = results[SEARCHES[name]]["judged"] if name in SEARCHES else ""
-        rows.append([label.format(judged), *(cell(name, n) for n in sizes["lengths"])])
-    return markdown(["", *(f"{n} tokens" for n in sizes["lengths"])], rows)
+        lines.append([label.format(judged), *(cell(name, n) for n in sizes["lengths"])])
+    return markdown(["", *(f"{n} tokens" for n in sizes["lengths"])], lines)
 
 
 def retrieval() -> str:
     """Found of all that were asked for, and the loss of the answers in nats per token."""
-    results, sizes = content()
-    columns = [(kind, n) for kind in ("several keys", "one key") for n in sizes["lengths"]]
+    content = read("reports/extend_smollm2/results.json")
+    results, lengths = content["results"], content["sizes"]["lengths"]
+    columns = [(kind, n) for kind in ("several keys", "one key") for n in lengths]
 
     def cell(name: str, kind: str, length: int) -> str:
-        one = results[f"{name}, {length} tokens: {kind}"]
-        found = [answer for text in one["found"] for answer in text]
-        return f"{sum(found)} of {len(found)}; {sum(one['sums']) / sum(one['counts']):.3f}"
+        one = Retrieved.from_json(results[f"{name}, {length} tokens: {kind}"])
+        found, asked = (sum(map(count, one.found)) for count in (sum, len))
+        return f"{found} of {asked}; {one.measured.loss:.3f}"
 
-    rows = [
+    lines = [
         [label, *(cell(name, *column) for column in columns)] for name, label in RETRIEVAL.items()
     ]
-    return markdown(["", *(f"{kind}, {n} tokens" for kind, n in columns)], rows)
+    return markdown(["", *(f"{kind}, {n} tokens" for kind, n in columns)], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
