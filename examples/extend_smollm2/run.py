@@ -34,7 +34,7 @@ from rows import (
     UNIFORM,
 )
 from sizes import FULL, SMALL, Sizes
-from table import write_page
+from table import draw_page, write_page
 
 from longrope_kernels import FactorSet, Rope
 from longrope_kernels.search.coarse import Coarse
@@ -219,6 +219,8 @@ class Experiment:
                         *(f"{name}, {length} tokens, {document.name}", rope, length, document.name),
                         lambda one, n=length, text=document: self._loss(one, n, text),
                     )
+        write_page(self.book.content, self.out)
+        draw_page(self.book.content, self.out)
 
     def _loss(self, rope: Rope, length: int, document: Document) -> float:
         end = tails([document], self.sizes.longest, length)
@@ -283,8 +285,10 @@ class Experiment:
         )
 
     def _get(self, name: str, make: Callable[[], Any]) -> Any:
+        new = name not in self.book.content["results"]
         found = self.book.get(name, make)
-        write_page(self.book.content, self.out)
+        if new:
+            write_page(self.book.content, self.out)
         return found
 
     # ------------------------------------------------------------------------------------ searches

@@ -20,8 +20,12 @@ from longrope_kernels.search.retrieval import Retrieved
 
 
 def write_page(content: dict[str, Any], folder: Path) -> None:
-    """results.md and perplexity.png from what `run.py` wrote."""
+    """results.md from what `run.py` wrote."""
     (folder / "results.md").write_text(page(content), "utf-8")
+
+
+def draw_page(content: dict[str, Any], folder: Path) -> None:
+    """perplexity.png, which takes a second."""
     whole = {name: row for name, row in losses(content).items() if len(row) > 1}
     # Texts differ by more than ropes do: each point is of the same ones.
     cells = [set(of_texts) for row in whole.values() for of_texts in row.values()]
@@ -245,4 +249,6 @@ def _head(content: Mapping[str, Any]) -> str:
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    write_page(json.loads((where / "results.json").read_text("utf-8")), where)
+    results = json.loads((where / "results.json").read_text("utf-8"))
+    write_page(results, where)
+    draw_page(results, where)
