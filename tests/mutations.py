@@ -95,11 +95,13 @@ CACHES = [
     Mutation("recompute that goes on", "cache/rows.py", 'if crossing and self.policy == "recompute":', "if False:", "test_cache_policies.py"),
 ]  # fmt: skip
 MODELS = [
-    Mutation("padding counts", "integrations/transformers/sequences.py", "padding = torch.where(last == slots.end - 1, slots.start, 0)", "padding = torch.zeros_like(last)", "test_models_padding.py"),
+    Mutation("padding counts", "integrations/transformers/masks.py", "return torch.where(last == self.end - 1, self.start, 0)", "return torch.zeros_like(last)", "test_models_padding.py"),
     Mutation("packed sequences see one another", "integrations/transformers/sequences.py", "restarts = step < 1", "restarts = step < -(2**40)", "test_models_packed.py"),
     Mutation("one set for a whole pack", "integrations/transformers/sequences.py", "lengths = (of_tokens[last] + 1).clamp(min=0)", "lengths = (of_tokens[last] + 1).clamp(min=0) * 0", "test_models_packed.py"),
     Mutation("rotated keys of another set", "integrations/transformers/caches.py", "if held != own and not _is_empty", "if False and not _is_empty", "test_models_caches.py"),
     Mutation("keys of others", "integrations/transformers/caches.py", "if held is own or held == own:", "if True:", "test_models_caches.py"),
+    Mutation("dropped keys", "integrations/transformers/kept.py", "goes_on = torch.isin(rows.shift, shifts)", "goes_on = torch.ones_like(rows.begins)", "test_models_kept.py"),
+    Mutation("a row that begins late", "integrations/transformers/kept.py", "if bool(rows.begins.any()):", "if False:", "test_models_kept.py"),
     Mutation("drafts of a model under one set", "integrations/transformers/sequences.py", "if lengths is not None and queries > 1:", "if False:", "test_models_generate.py -k 'assisted or draft or several'"),
     Mutation("flash-attn's window without the query's own place", "integrations/flash_attn.py", "None if left < 0 else left + 1", "None if left < 0 else left", "test_flash_attn_interface.py"),
     Mutation("flash-attn's cache written past its end", "integrations/flash_attn.py", "most = slots - new", "most = slots", "test_flash_attn_interface.py -k cache"),

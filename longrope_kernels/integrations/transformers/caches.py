@@ -27,8 +27,9 @@ from transformers.cache_utils import (
 )
 
 from .attention import NAME, Enabled
-from .markers import Rotated
-from .masks import can_wait, of_thread
+from .kept import check_kept
+from .markers import Rotated, Unrotated
+from .masks import can_wait, is_slots, of_thread
 from .sequences import MEMORY
 from .settings import Settings
 
@@ -59,11 +60,17 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         _check_implementation(module.config)
     elif settings.chooses:
         _check_alone(everything)
-    queries = next(x.shape[1] for x in everything if isinstance(x, torch.Tensor))
+    batch, queries = next(x.shape[:2] for x in everything if isinstance(x, torch.Tensor))
+    in_order = settings.cache == "unrotated" and settings.group is None
+    positions = _positions(everything) if in_order else None
+    slots = (x for x in everything if isinstance(x, torch.Tensor) and is_slots(x))
+    mask = next(slots, None)
     for cache in caches:
-        if settings.cache == "unrotated" and settings.group is None:
+        if in_order:
             _check_layers(cache, module.config, queries)
         _check_keys(cache, settings)
+        if positions is not None:
+            check_kept(cache, positions, mask, batch, queries)
         if settings.cache == "rotated" and settings.chooses and can_wait():
             _check_sets(cache, settings, _length(everything, kwargs.get("position_ids")))
 
@@ -203,6 +210,14 @@ def _length(given: tuple[Any, ...], positions: torch.Tensor | None) -> int:
         if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Rotated):
             return int(one[1].length)
     return 0 if positions is None else int(positions.max()) + 1
+
+
+def _positions(given: tuple[Any, ...]) -> torch.Tensor | None:
+    """Those of the new tokens, where a layer is given what the rotary module made."""
+    for one in given:
+        if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Unrotated):
+            return one[1].positions
+    return None
 
 
 def _is_empty(cache: Any) -> bool:

@@ -39,6 +39,13 @@ class Slots(NamedTuple):
     dropped: torch.Tensor  # how many slots the cache has dropped (sliding windows)
     packed: torch.Tensor  # 1 where transformers found packed sequences in the positions
 
+    def padding_in(self, last: torch.Tensor) -> torch.Tensor:
+        """How much of the padding before them the positions count, by that of the last tokens.
+
+        Positions that are slots, as transformers makes them where none are given, count it.
+        """
+        return torch.where(last == self.end - 1, self.start, 0)
+
 
 def slots_of_mask(
     batch_size: int,
@@ -151,6 +158,15 @@ def is_slots(mask: torch.Tensor) -> bool:
 def read_slots(mask: torch.Tensor, *, columns: bool = False) -> Slots:
     """What `slots_of_mask` wrote: each (B,), or (B, 1) as ``columns``."""
     return Slots(*(mask[:, 0] if columns else mask[:, 0, :, 0]).unbind(1))
+
+
+def of_tokens(found: torch.Tensor, mask: torch.Tensor | None, queries: int) -> torch.Tensor:
+    """What was found between queries, (1 or batch, queries - 1), padding left out."""
+    if mask is None:
+        return found
+    slots = read_slots(mask, columns=True)
+    slot = slots.filled - queries + torch.arange(1, queries, device=found.device)
+    return found & (slot > slots.start) & (slot < slots.end)
 
 
 def _may_wait(q_length: int) -> bool:

@@ -15,7 +15,7 @@ from ...calls.records import FEW_QUERIES
 from ...calls.values import readable
 from ...rope.value import Rope
 from ...torch_private import expect
-from .masks import can_wait, read_slots
+from .masks import can_wait, of_tokens, read_slots
 
 
 class Call(NamedTuple):
@@ -69,8 +69,7 @@ def call_of(
 
     last = last_positions(positions, behind, batch)
     if mask is not None:
-        # Positions that are slots, as transformers makes them where none are given, count padding.
-        padding = torch.where(last == slots.end - 1, slots.start, 0)
+        padding = slots.padding_in(last)
         last, positions = last - padding, positions - padding[:, None]
     lengths = (last + 1).clamp(min=0) if chooses else None
     if count == queries:
@@ -133,7 +132,7 @@ def _restarts(
     step = positions.diff()
     if not can_wait():
         # Where it has no mask, transformers' own graph takes skipped positions for borders.
-        _expect(~_of_tokens(step < 1 if mask is not None else step != 1, mask, queries).any())
+        _expect(~of_tokens(step < 1 if mask is not None else step != 1, mask, queries).any())
         return None
     restarts = step < 1
     if mask is None:
@@ -143,7 +142,7 @@ def _restarts(
     else:
         slots = read_slots(mask, columns=True)
         # Where transformers looks for packed sequences, a skipped position is a border as well.
-        restarts = _of_tokens(restarts | ((step != 1) & (slots.packed == 1)), mask, queries)
+        restarts = of_tokens(restarts | ((step != 1) & (slots.packed == 1)), mask, queries)
         if not bool(restarts.any()):
             return None
         token = torch.arange(1, queries, device=positions.device)
@@ -159,7 +158,7 @@ def _check_behind_keys(positions: torch.Tensor, mask: torch.Tensor | None) -> No
     if queries == 1:
         return
     step = positions.diff()
-    goes_on = ~_of_tokens(step != 1, mask, queries).any()
+    goes_on = ~of_tokens(step != 1, mask, queries).any()
     if not can_wait():
         _expect(goes_on)
     elif (readable(positions) or queries > FEW_QUERIES) and not bool(goes_on):
@@ -167,15 +166,6 @@ def _check_behind_keys(positions: torch.Tensor, mask: torch.Tensor | None) -> No
             "position_ids: expected each one more than the one before behind keys of a cache, got "
             f"steps of {int(step.min())} to {int(step.max())}; packed sequences are whole ones"
         )
-
-
-def _of_tokens(found: torch.Tensor, mask: torch.Tensor | None, queries: int) -> torch.Tensor:
-    """What was found between queries, (1 or batch, queries - 1), padding left out."""
-    if mask is None:
-        return found
-    slots = read_slots(mask, columns=True)
-    slot = slots.filled - queries + torch.arange(1, queries, device=found.device)
-    return found & (slot > slots.start) & (slot < slots.end)
 
 
 def _expect(goes_on: torch.Tensor) -> None:
