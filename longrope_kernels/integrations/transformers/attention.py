@@ -136,7 +136,7 @@ def longrope_attention(
     if longrope_spread is not None:
         queries, keys = position_ids.shape[-1], longrope_spread.total
     else:
-        _check_positions(position_ids, batch, queries)
+        check_positions(position_ids, batch, queries)
         _check_not_again(position_ids, queries, keys)
     if cu_seq_lens_q is not None:
         _check_borders(cu_seq_lens_q, cu_seq_lens_k, batch * queries)
@@ -223,7 +223,8 @@ def _window(module: Any, enabled: Enabled, handed_on: int | None) -> int | None:
     return handed_on
 
 
-def _check_positions(positions: torch.Tensor, batch: int, queries: int) -> None:
+def check_positions(positions: torch.Tensor, batch: int, queries: int) -> None:
+    """Raise a ValueError where they are not of these tokens."""
     shape = positions.shape
     # "in" is false of traced sizes
     if not (shape == (batch, queries) or shape == (1, queries)):

@@ -26,7 +26,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .attention import NAME, Enabled
+from .attention import NAME, Enabled, check_positions
 from .kept import check_kept
 from .markers import Rotated, Unrotated
 from .masks import can_wait, is_slots, of_thread
@@ -70,6 +70,7 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             _check_layers(cache, module.config, queries)
         _check_keys(cache, settings)
         if positions is not None:
+            check_positions(positions, batch, queries)
             check_kept(cache, positions, mask, batch, queries)
         if settings.cache == "rotated" and settings.chooses and can_wait():
             _check_sets(cache, settings, _length(everything, kwargs.get("position_ids")))
