@@ -23,8 +23,8 @@ class _Kept(NamedTuple):
     """What a forward leaves at a cache."""
 
     slots: int | None  # that are filled, and dropped by windows; None: the host does not know
-    shifts: torch.Tensor  # (n,) of rows, by how much their keys' positions lie over their slots
-    skips: torch.Tensor | None  # () bool, whether a prompt skipped positions; None: it is known
+    shifts: torch.Tensor | set[int]  # of rows, by how much keys' positions lie over their slots
+    skips: torch.Tensor | None  # () bool, whether a prompt skipped positions; None: it did not
 
 
 def check_kept(
@@ -52,52 +52,44 @@ def check_kept(
     end = None if slots is None else slots + queries
     kept: _Kept | None = getattr(cache, _KEPT, None)
     if kept is None or slots == 0:
-        skips = None if slots else of_tokens(positions.diff() > 1, mask, queries).any()
-        shifts = _of_rows(positions, mask, batch, queries, end).shift
-        setattr(cache, _KEPT, _Kept(end, shifts, skips))
+        is_prompt = not slots and queries > 1
+        skips = of_tokens(positions.diff() > 1, mask, queries).any() if is_prompt else None
+        setattr(cache, _KEPT, _Kept(end, _shifts(positions, mask, batch, end), skips))
         return
-    _expect(kept.skips is None or not bool(kept.skips), "a prompt that skipped some")
-    shifts = kept.shifts.to(positions.device)
+    if kept.skips is not None and bool(kept.skips):
+        raise _not_behind("a prompt that skipped some")
+    shifts = kept.shifts
     if readable(positions) or slots != kept.slots:
-        rows = _of_rows(positions, mask, batch, queries, end)
+        if isinstance(shifts, torch.Tensor):
+            shifts = set(shifts.tolist())
         # Rows may have changed their order, as beams do.
-        goes_on = torch.isin(rows.shift, shifts) | rows.begins | rows.waits
-        _expect(bool(goes_on.all()), f"positions from {int(positions.min())}, behind {slots} keys")
-        if bool(rows.begins.any()):
-            shifts = torch.cat([shifts, rows.shift[rows.begins]])
+        now = _shifts(positions, mask, batch, end).tolist()
+        if mask is not None:
+            of_rows = read_slots(mask)
+            before = of_rows.filled - queries
+            begins, waits = of_rows.start >= before, of_rows.end <= before
+            shifts = shifts.union(x for x, new in zip(now, begins.tolist(), strict=True) if new)
+            now = [x for x, padding in zip(now, waits.tolist(), strict=True) if not padding]
+        if not shifts.issuperset(now):
+            raise _not_behind(f"positions from {int(positions.min())}, behind {slots} keys")
     setattr(cache, _KEPT, _Kept(end, shifts, None))
 
 
-def _expect(holds: bool, got: str) -> None:
-    if not holds:
-        raise ValueError(
-            "position_ids: expected each one more than the one before behind keys of a cache, "
-            f"which keeps no positions, got {got}; where keys are dropped or positions skipped, "
-            "enable(model, cache='rotated')"
-        )
+def _not_behind(got: str) -> ValueError:
+    return ValueError(
+        "position_ids: expected each one more than the one before behind keys of a cache, which "
+        f"keeps no positions, got {got}; where keys are dropped or positions skipped, "
+        "enable(model, cache='rotated')"
+    )
 
 
-class _Rows(NamedTuple):
-    """Of a forward, each (batch,)."""
-
-    shift: torch.Tensor  # of positions over slots, by the last token
-    begins: torch.Tensor  # whether there was but padding before
-    waits: torch.Tensor  # whether there is but padding now
-
-
-def _of_rows(
-    positions: torch.Tensor, mask: torch.Tensor | None, batch: int, queries: int, end: int | None
-) -> _Rows:
-    """end: of the new tokens' slots, where there is no padding."""
+def _shifts(
+    positions: torch.Tensor, mask: torch.Tensor | None, batch: int, end: int | None
+) -> torch.Tensor:
+    """(batch,), by the last token of each row; end: of the new slots, where there is no padding."""
     if mask is None:
         assert end is not None  # a mask is made where a cache's count is on a device
-        shift = positions[:, -1].expand(batch) + 1 - end
-        none = torch.zeros_like(shift, dtype=torch.bool)
-        return _Rows(shift, none, none)
+        return positions[:, -1].expand(batch) + 1 - end
     slots = read_slots(mask)
-    last, before = (
-        last_positions(positions, slots.filled - slots.end, batch),
-        slots.filled - queries,
-    )
-    shift = last - slots.padding_in(last) + 1 - slots.end
-    return _Rows(shift, slots.start >= before, slots.end <= before)
+    last = last_positions(positions, slots.filled - slots.end, batch)
+    return last - slots.padding_in(last) + 1 - slots.end
