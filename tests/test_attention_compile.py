@@ -6,17 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_truth import (
-    COMPOSED,
-    ONE_WAY,
-    REFERENCE,
-    Backend,
-    Call,
-    Case,
-    bf16,
-    every_backend,
-    every_case,
-)
+from attention_cases import COMPOSED, ONE_WAY, REFERENCE, Backend, Case, every_backend, every_case
+from attention_truth import Call, bf16
 from cases import positions_for, two_sets
 from tolerance import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -13,17 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_truth import (
-    BACKENDS,
-    REFERENCE,
-    Backend,
-    Case,
-    bf16,
-    every_backend,
-    fp16,
-    fp32,
-    fp64,
-)
+from attention_cases import BACKENDS, REFERENCE, Backend, Case, every_backend
+from attention_truth import bf16, fp16, fp32, fp64
 from cases import factors, two_sets
 from test_errors import (
     FACTORS,

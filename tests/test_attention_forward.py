@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_truth import (
+from attention_cases import (
     BACKENDS,
     REFERENCE,
     Backend,
-    Call,
     Case,
-    assert_lse_close,
-    bf16,
     check,
     every_case,
     every_forward,
     forwards_of_scores,
-    fp16,
-    fp32,
-    fp64,
-    visible,
 )
+from attention_truth import Call, assert_lse_close, bf16, fp16, fp32, fp64, visible
 from cases import DTYPE_NAMES, factors, positions_for
 from tolerance import assert_close
 

@@ -6,19 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from attention_truth import (
+from attention_cases import (
     REFERENCE,
     Backend,
-    Call,
     Case,
     backends_of_scores,
-    bf16,
     check_grads,
     every_backend,
     every_case,
-    fp16,
-    fp64,
 )
+from attention_truth import Call, bf16, fp16, fp64
 from cases import CUDA, positions_for, two_sets
 from tolerance import assert_close
 from torch.utils.checkpoint import checkpoint

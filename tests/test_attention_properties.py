@@ -8,20 +8,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_truth import (
+from attention_cases import (
     Backend,
-    Call,
     Case,
-    assert_lse_close,
     backends_of_scores,
-    bf16,
     check,
     check_grads,
     every_backend,
     every_case,
-    fp16,
-    fp32,
 )
+from attention_truth import Call, assert_lse_close, bf16, fp16, fp32
 from cases import factors, positions_for, two_sets
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_truth import (
-    Backend,
-    Call,
-    Case,
-    assert_lse_close,
-    bf16,
-    check,
-    every_case,
-    every_forward,
-    forwards_of_scores,
-    fp16,
-)
+from attention_cases import Backend, Case, check, every_case, every_forward, forwards_of_scores
+from attention_truth import Call, assert_lse_close, bf16, fp16
 from cases import two_sets
 from tolerance import assert_close
 

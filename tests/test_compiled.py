@@ -13,7 +13,8 @@ import pytest
 from append_truth import Case as AppendCase
 from append_truth import check as check_append
 from append_truth import fp32
-from attention_truth import PREPASS, REGISTERS, Case, bf16, check, check_grads, fp16
+from attention_cases import PREPASS, REGISTERS, Case, check, check_grads
+from attention_truth import bf16, fp16
 from cases import CUDA
 from cases import TRITON as TRITON_TARGET
 from decode_truth import TRITON

@@ -14,7 +14,8 @@ import pytest
 import test_attention_forward as forward
 import test_attention_sets as of_sets
 import torch
-from attention_truth import Backend, Case, bf16, check, fp16, fp32
+from attention_cases import Backend, Case, check
+from attention_truth import bf16, fp16, fp32
 from cases import CUDA, positions_for
 
 from longrope_kernels.backends import choose as backends

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_truth import Backend, Case, bf16, check, check_grads, fp16, fp32
+from attention_cases import Backend, Case, check, check_grads
+from attention_truth import bf16, fp16, fp32
 from flash_stand_ins import stand_ins
 from test_attention_forward import CHUNKS, EMPTY_ROWS, LSE, SHAPES, WINDOWS
 

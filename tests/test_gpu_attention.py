@@ -6,16 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_truth import (
-    PREPASS,
-    REGISTERS,
-    Backend,
-    Call,
-    Case,
-    assert_lse_close,
-    bf16,
-    fp16,
-)
+from attention_cases import PREPASS, REGISTERS, Backend, Case
+from attention_truth import Call, assert_lse_close, bf16, fp16
 from cases import positions_for, two_sets
 from tolerance import assert_close
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_truth import Backend, Case, bf16, check, fp16, fp32, fp64
+from attention_cases import Backend, Case, check
+from attention_truth import bf16, fp16, fp32, fp64
 from test_attention_forward import LSE, PADDING, ROPES, SCORES, SHAPES, WINDOWS
 
 from longrope_kernels import attention

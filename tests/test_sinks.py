@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import attention_truth
+import attention_cases
 import decode_truth
 import pytest
 import torch
-from attention_truth import COMPOSED, REFERENCE, Case, bf16, check_grads, fp16, fp64
+from attention_cases import COMPOSED, REFERENCE, Case, check_grads
+from attention_truth import bf16, fp16, fp64
 from cases import factors
 
 from longrope_kernels import attention, decode
@@ -45,13 +46,13 @@ DECODED = [
 ]
 
 
-@attention_truth.every_case(CASES)
-def test_attention(backend: attention_truth.Backend, case: Case) -> None:
-    attention_truth.check(backend, case)
+@attention_cases.every_case(CASES)
+def test_attention(backend: attention_cases.Backend, case: Case) -> None:
+    attention_cases.check(backend, case)
 
 
-@attention_truth.every_case(TRAINED)
-def test_gradients(backend: attention_truth.Backend, case: Case) -> None:
+@attention_cases.every_case(TRAINED)
+def test_gradients(backend: attention_cases.Backend, case: Case) -> None:
     check_grads(backend, case)
 
 
@@ -65,8 +66,8 @@ def test_decode(backend: decode_truth.Backend, case: decode_truth.Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [bf16, fp16, fp64], ids=str)
-@attention_truth.every_forward
-def test_any_dtype(backend: attention_truth.Backend, dtype: torch.dtype) -> None:
+@attention_cases.every_forward
+def test_any_dtype(backend: attention_cases.Backend, dtype: torch.dtype) -> None:
     case = backend.nearest(Case(1, 5, heads=2, kv_heads=1))
     tensors, (positions, sinks) = case.tensors(), (torch.arange(5), torch.tensor([0.5, -1.25]))
     args = (*tensors, positions, case.rope())
@@ -75,8 +76,8 @@ def test_any_dtype(backend: attention_truth.Backend, dtype: torch.dtype) -> None
     )
 
 
-@attention_truth.every_forward
-def test_a_sink_is_not_rounded_to_the_dtype_of_q(backend: attention_truth.Backend) -> None:
+@attention_cases.every_forward
+def test_a_sink_is_not_rounded_to_the_dtype_of_q(backend: attention_cases.Backend) -> None:
     case = Case(1, 1, heads=2, kv_heads=1, dtype=bf16)
     _, k, v = case.tensors()
     q, sinks = torch.zeros(1, 1, 2, case.dim, dtype=bf16), torch.tensor([9.7, 5.3])
@@ -85,8 +86,8 @@ def test_a_sink_is_not_rounded_to_the_dtype_of_q(backend: attention_truth.Backen
     assert torch.allclose(out.double(), expected, rtol=2**-7, atol=0)
 
 
-@attention_truth.every_forward
-def test_far_off(backend: attention_truth.Backend) -> None:
+@attention_cases.every_forward
+def test_far_off(backend: attention_cases.Backend) -> None:
     """-inf is none at all; a large one leaves nothing."""
     case = backend.nearest(Case(1, 5, heads=2, kv_heads=1))
     args = (*case.tensors(), torch.arange(5), case.rope())
@@ -117,7 +118,7 @@ def test_second_derivatives_of_the_reference(case: Case) -> None:
 
 
 def test_gradients_of_the_sinks_alone() -> None:
-    for backend in attention_truth.BACKENDS:
+    for backend in attention_cases.BACKENDS:
         case = backend.nearest(Case(1, 5, heads=2, kv_heads=1))
         sinks = torch.zeros(2, requires_grad=True)
         args = (*case.tensors(), torch.arange(5), case.rope())
@@ -199,7 +200,7 @@ def test_composed_without_a_mask_in_memory(monkeypatch: pytest.MonkeyPatch) -> N
 
     plain = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attends)
-    attention_truth.check(COMPOSED, Case(sinks=True))
+    attention_cases.check(COMPOSED, Case(sinks=True))
     assert seen == [(None, True)]
 
 

@@ -38,8 +38,9 @@ class Canary(NamedTuple):
 def all_of_them() -> dict[str, Canary]:
     """Every kernel, several tiles of each kind; the imports take seconds."""
     from append_truth import Case as Append
-    from attention_truth import COMPOSED, PREPASS, REGISTERS, Case, bf16, fp16
-    from attention_truth import Backend as AttentionBackend
+    from attention_cases import COMPOSED, PREPASS, REGISTERS, Case
+    from attention_cases import Backend as AttentionBackend
+    from attention_truth import bf16, fp16
     from cases import COMPILED, CUDA, TRITON, Shape
     from decode_truth import COMPILED as COMPILED_DECODE
     from decode_truth import TRITON as TRITON_DECODE
@@ -144,7 +145,7 @@ def _rotary(target: Any, shape: Any, inplace: bool = False, backward: bool = Fal
 
 
 def _attend(backend: Any, case: Any) -> None:
-    from attention_truth import check
+    from attention_cases import check
 
     check(backend, case)
 
