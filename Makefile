@@ -19,8 +19,8 @@ install = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/$(PIP) --no-build-isolation 
 # One process a core, so one thread each; what threads do is tested in processes of its own.
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses auto --junitxml=$(1)/tests.xml
 
-.PHONY: demo test test-full test-long test-compiled test-newest-triton test-newest-ptxas \
-	test-oldest test-vllm test-vllm-long test-newest record mutations benchmark report lint format docs lock clean
+.PHONY: demo test test-full test-long test-codegen test-compiled test-newest-triton \
+	test-newest-ptxas test-oldest test-vllm test-vllm-long test-newest record mutations benchmark report lint format docs lock clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
@@ -29,11 +29,17 @@ test: $(VENV)/development.stamp
 	$(call pytest,$(VENV)) --dist worksteal tests
 
 # What a change must pass too, and takes longer than to wait for.
-test-full: test-long test-compiled test-newest-triton test-oldest test-vllm
+test-full: test-long test-codegen test-compiled test-newest-triton test-oldest test-vllm
+
+# What Triton and its ptxas make of the kernels, minutes of compiling.
+CODEGEN := tests/test_codegen.py tests/test_codegen_attention.py tests/test_codegen_decode.py
+FULL := -m pytest -q --numprocesses auto --dist worksteal -m "full or examples"
 
 test-long: $(VENV)/development.stamp
-	LONGROPE_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal \
-		-m "full or examples" tests
+	LONGROPE_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python $(FULL) $(CODEGEN:%=--ignore=%) tests
+
+test-codegen: $(VENV)/development.stamp
+	LONGROPE_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python $(FULL) $(CODEGEN)
 
 # What Triton compiles for sm_90 and sm_80, where there is no GPU to run it: tests/ptx runs it.
 COMPILED := -m pytest -q --numprocesses auto --dist worksteal -k "compiled or triton"
@@ -54,8 +60,7 @@ test-newest-triton: $(VENV)/triton-$(NEWEST_TRITON).stamp
 NEWEST_PTXAS := 13.5.37
 test-newest-ptxas: $(VENV)/ptxas-$(NEWEST_PTXAS).stamp
 	TRITON_PTXAS_PATH=$(CURDIR)/$(VENV)/ptxas-$(NEWEST_PTXAS)/nvidia/cu13/bin/ptxas LONGROPE_FULL=1 \
-		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -k "not spills" tests/test_codegen.py \
-		tests/test_codegen_attention.py tests/test_codegen_decode.py
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -k "not spills" $(CODEGEN)
 
 # Tests of what is other people's: the models, the compilers, the optimisers, the readers of configs.
 LEANING := $(wildcard tests/test_models_*.py tests/test_transformers.py tests/test_triton*.py \
@@ -64,12 +69,12 @@ LEANING := $(wildcard tests/test_models_*.py tests/test_transformers.py tests/te
 LEANING_ON_TORCH := $(wildcard tests/test_*compile.py tests/test_*ops.py tests/test_torch_private.py)
 LOCKED_TORCH := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements/development.txt)
 
-# What codegen's pages count is of the oldest Triton. What leans on torch alone `test` and `test-long`
-# have run already where torch is the locked one.
+# What codegen's pages count is of the oldest Triton; of CUDA C++ it counts what nvcc makes. What leans
+# on torch alone `test` and `test-long` have run already where torch is the locked one.
 test-oldest: .venv-oldest/oldest.stamp
 	LONGROPE_FULL=1 $(call pytest,.venv-oldest) --dist worksteal $(LEANING) \
 		$(if $(filter-out $(LOCKED_TORCH),$(OLDEST_TORCH)),$(LEANING_ON_TORCH)) \
-		$(wildcard tests/test_codegen*.py)
+		$(filter-out tests/test_codegen_cuda%,$(wildcard tests/test_codegen*.py))
 
 # The plugin in vLLM's engine, of its build for the CPU. What that asks for has no say: the lock leaves
 # out torchvision and its like, whose builds of the package index are for CUDA. A file is one process's,
