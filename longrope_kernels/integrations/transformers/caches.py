@@ -62,7 +62,7 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         _check_alone(everything)
     batch, queries = next(x.shape[:2] for x in everything if isinstance(x, torch.Tensor))
     in_order = settings.cache == "unrotated" and settings.group is None
-    positions = _positions(everything) if in_order else None
+    positions = _positions(everything, kwargs.get("position_ids")) if in_order else None
     slots = (x for x in everything if isinstance(x, torch.Tensor) and is_slots(x))
     mask = next(slots, None)
     for cache in caches:
@@ -213,12 +213,12 @@ def _length(given: tuple[Any, ...], positions: torch.Tensor | None) -> int:
     return 0 if positions is None else int(positions.max()) + 1
 
 
-def _positions(given: tuple[Any, ...]) -> torch.Tensor | None:
-    """Those of the new tokens, where a layer is given what the rotary module made."""
+def _positions(given: tuple[Any, ...], own: torch.Tensor | None) -> torch.Tensor | None:
+    """Those of the new tokens: what the rotary module made, or what a layer of its own has."""
     for one in given:
         if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Unrotated):
             return one[1].positions
-    return None
+    return own
 
 
 def _is_empty(cache: Any) -> bool:

@@ -3,7 +3,8 @@
 A cache of unrotated keys keeps no positions: that of each follows from the next token's, one less
 for each slot between them. Who drops keys from a cache (to compress it), skips positions in a
 prompt, or behind it, would get another model's answer, silently. So a cache is told, as an
-attribute, how far its keys' positions lie over their slots.
+attribute, where its rows begin: by the last token and the number of those before it, each forward
+must say the same. Padding has no say: rows may be aligned anew.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from ...calls.values import readable
 from .masks import can_wait, of_tokens, read_slots
@@ -23,8 +25,8 @@ class _Kept(NamedTuple):
     """What a forward leaves at a cache."""
 
     slots: int | None  # that are filled, and dropped by windows; None: the host does not know
-    shifts: torch.Tensor | set[int]  # of rows, by how much keys' positions lie over their slots
-    skips: torch.Tensor | None  # () bool, whether a prompt skipped positions; None: it did not
+    begins: torch.Tensor | set[int]  # positions of the first tokens of rows
+    skips: torch.Tensor | None  # () bool, whether the last token says otherwise; None: it does not
 
 
 def check_kept(
@@ -33,7 +35,7 @@ def check_kept(
     """Compare where a forward goes on with where the last one ended.
 
     Positions on a device are read where the cache has another length than the last forward left
-    it, and where a prompt may have skipped some, once: other steps wait for nothing.
+    it, and what a prompt has skipped once: other steps wait for nothing.
 
     Args:
         cache: before this forward writes to it.
@@ -43,36 +45,38 @@ def check_kept(
         queries: tokens of each.
 
     Raises:
-        ValueError: the new tokens are not those behind the keys.
+        ValueError: keys were dropped; the new tokens are not those behind the keys.
     """
     if not can_wait():
         return
+    _check_counts(cache.layers)
     length = cache.get_seq_length()
     slots = int(length) if not isinstance(length, torch.Tensor) or readable(length) else None
     end = None if slots is None else slots + queries
     kept: _Kept | None = getattr(cache, _KEPT, None)
     if kept is None or slots == 0:
-        is_prompt = not slots and queries > 1
-        skips = of_tokens(positions.diff() > 1, mask, queries).any() if is_prompt else None
-        setattr(cache, _KEPT, _Kept(end, _shifts(positions, mask, batch, end), skips))
+        rows = _rows(positions, mask, batch, queries, end)
+        first = rows.by_last if slots else rows.by_first
+        skips = None if slots or queries == 1 else ((first != rows.by_last) & ~rows.waits).any()
+        setattr(cache, _KEPT, _Kept(end, first, skips))
         return
-    if kept.skips is not None and bool(kept.skips):
-        raise _not_behind("a prompt that skipped some")
-    shifts = kept.shifts
+    begins = kept.begins
     if readable(positions) or slots != kept.slots:
-        if isinstance(shifts, torch.Tensor):
-            shifts = set(shifts.tolist())
-        # Rows may have changed their order, as beams do.
-        now = _shifts(positions, mask, batch, end).tolist()
-        if mask is not None:
-            of_rows = read_slots(mask)
-            before = of_rows.filled - queries
-            begins, waits = of_rows.start >= before, of_rows.end <= before
-            shifts = shifts.union(x for x, new in zip(now, begins.tolist(), strict=True) if new)
-            now = [x for x, padding in zip(now, waits.tolist(), strict=True) if not padding]
-        if not shifts.issuperset(now):
+        known = set(begins.tolist()) if isinstance(begins, torch.Tensor) else begins
+        # Rows may have changed their order, as beams do; those that are padding so far, and those
+        # that are padding now, say nothing.
+        if mask is None:
+            now = [at + 1 - slots - queries for at in positions[:, -1].tolist()]
+        else:
+            rows = _rows(positions, mask, batch, queries, end)
+            known = known.union(rows.by_first[rows.starts].tolist())
+            now = rows.by_last[~rows.waits & ~rows.starts].tolist()
+        if not known.issuperset(now):
             raise _not_behind(f"positions from {int(positions.min())}, behind {slots} keys")
-    setattr(cache, _KEPT, _Kept(end, shifts, None))
+        begins = known
+    elif kept.skips is not None and bool(kept.skips):
+        raise _not_behind("a prompt that skipped some")
+    setattr(cache, _KEPT, _Kept(end, begins, None))
 
 
 def _not_behind(got: str) -> ValueError:
@@ -83,13 +87,49 @@ def _not_behind(got: str) -> ValueError:
     )
 
 
-def _shifts(
-    positions: torch.Tensor, mask: torch.Tensor | None, batch: int, end: int | None
-) -> torch.Tensor:
-    """(batch,), by the last token of each row; end: of the new slots, where there is no padding."""
+def _check_counts(layers: Any) -> None:
+    """All layers that grow hold the keys of as many tokens, or of their windows."""
+    seen = None
+    for layer in layers:
+        if not isinstance(layer, DynamicLayer) or not layer.get_seq_length():
+            continue
+        tokens, held = layer.get_seq_length(), layer.keys.shape[-2]
+        seen = tokens if seen is None else seen
+        expected = min(seen, layer.sliding_window - 1) if layer.is_sliding else seen
+        if tokens != seen or held < expected:
+            raise ValueError(
+                f"past_key_values: expected {expected} keys of {seen} tokens in each layer, got "
+                f"{held}; where keys are dropped, enable(model, cache='rotated')"
+            )
+
+
+class _Rows(NamedTuple):
+    """Of a forward, each (batch,)."""
+
+    by_first: torch.Tensor  # the position of a row's first token, where it is one of the new ones
+    by_last: torch.Tensor  # and by the last one, if none were skipped
+    starts: torch.Tensor  # whether there was but padding before
+    waits: torch.Tensor  # whether there is but padding now
+
+
+def _rows(
+    positions: torch.Tensor, mask: torch.Tensor | None, batch: int, queries: int, end: int | None
+) -> _Rows:
+    """end: of the new tokens' slots, where there is no padding."""
+    positions = positions.expand(batch, -1)
+    restarts = of_tokens(positions.diff() < 1, mask, queries).any(1)
     if mask is None:
         assert end is not None  # a mask is made where a cache's count is on a device
-        return positions[:, -1].expand(batch) + 1 - end
+        by_last = positions[:, -1] + 1 - end
+        none = torch.zeros_like(restarts)
+        return _Rows(torch.where(restarts, by_last, positions[:, 0]), by_last, none, none)
     slots = read_slots(mask)
+    before = slots.filled - queries
     last = last_positions(positions, slots.filled - slots.end, batch)
-    return last - slots.padding_in(last) + 1 - slots.end
+    padding = slots.padding_in(last)
+    by_last = last - padding + 1 - (slots.end - slots.start)
+    at = (slots.start - before).clamp(0, queries - 1)
+    first = positions.gather(1, at[:, None])[:, 0] - padding
+    # What goes on behind packed sequences goes on with the last of them.
+    by_first = torch.where(restarts, by_last, first)
+    return _Rows(by_first, by_last, slots.start >= before, slots.end <= before)
