@@ -240,14 +240,10 @@ def prove(model: Any, kind: str) -> list[str]:
                 disable(model).double()
             assert found <= (CLOSE_SINGLE if single else CLOSE), (
                 f"{check.__name__}, {name}: logits differ by {found:.1e} of the largest"
-                + (COUNTS_ANEW if check is cache and counts_anew(model, count) else "")
             )
         if tried:
             passed.append(check.__name__)
     return passed
-
-
-COUNTS_ANEW = ", since without position_ids it counts the positions of each call from 0"
 
 
 def counts_anew(model: Any, count: int) -> bool:
