@@ -7,6 +7,7 @@ from transformers import DynamicCache, MoshiForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from longrope_kernels.integrations.transformers import enable, kept
+from longrope_kernels.integrations.transformers.models import cache_of
 from longrope_kernels.integrations.transformers.probe import tiny
 
 CLOSE = 2e-5
@@ -57,7 +58,10 @@ def test_tokens_that_do_not_follow_the_keys_of_a_cache(case, monkeypatch):
 
 
 def test_keys_of_a_rotary_module_of_each_layer():
-    model = enable(tiny(MoshiForCausalLM, CONFIG_MAPPING["moshi"]()))
+    model = tiny(MoshiForCausalLM, CONFIG_MAPPING["moshi"]())
+    if cache_of(model) == "rotated":  # an older transformers
+        return
+    enable(model)
     cache, ids = DynamicCache(), tokens(1, 9) % 32
     with torch.no_grad():
         model(ids[:, :8], past_key_values=cache)
