@@ -25,6 +25,8 @@ RESULTS = ROOT / "reports/extend_smollm2"
 sys.path += [str(EXAMPLE), str(ROOT / "examples/extend_tiny")]
 from book import Book  # noqa: E402
 from fetch import documents, text_of  # noqa: E402
+from order import judged  # noqa: E402
+from order import told as told_order  # noqa: E402
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -102,12 +104,9 @@ def test_killed_at_steps_it_goes_on_and_its_numbers_are_the_models(tmp_path: Pat
     assert found[row.replace(",", ", a longer search,", 1)] == found[row]
 
     (tmp_path / "genesis.txt").write_text(text_of("prose", "Genesis", tmp_path), "utf-8")
-    given = ["--documents", tmp_path / "genesis.txt", "--original", "512", "--most", "2"]
-    given += ["--model", model, "--search", tmp_path / "search-0"]
-    command = [sys.executable, EXAMPLE / "order.py", *given]
+    given = model, tmp_path / "search-0", tmp_path / "genesis.txt", 2, 512
     for _ in range(2):  # the second time from what is written
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert told.splitlines()[1:] == ["behind: too few", "window: too few"]
+        assert told_order(judged(*given)).splitlines()[1:] == ["behind: too few", "window: too few"]
     rows = (tmp_path / "search-0/order.jsonl").read_text().splitlines()
     assert [set(json.loads(row)) >= {"full", "behind", "window"} for row in rows] == [True, True]
 
