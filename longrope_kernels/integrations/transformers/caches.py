@@ -63,15 +63,13 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     batch, queries = next(x.shape[:2] for x in everything if isinstance(x, torch.Tensor))
     in_order = settings.cache == "unrotated" and settings.group is None
     positions = _positions(everything, kwargs.get("position_ids")) if in_order else None
-    slots = (x for x in everything if isinstance(x, torch.Tensor) and is_slots(x))
-    mask = next(slots, None)
     for cache in caches:
         if in_order:
             _check_layers(cache, module.config, queries)
         _check_keys(cache, settings)
         if positions is not None:
             check_positions(positions, batch, queries)
-            check_kept(cache, positions, mask, batch, queries)
+            check_kept(cache, positions, _mask(everything), batch, queries)
         if settings.cache == "rotated" and settings.chooses and can_wait():
             _check_sets(cache, settings, _length(everything, kwargs.get("position_ids")))
 
@@ -219,6 +217,11 @@ def _positions(given: tuple[Any, ...], own: torch.Tensor | None) -> torch.Tensor
         if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Unrotated):
             return one[1].positions
     return own
+
+
+def _mask(given: tuple[Any, ...]) -> torch.Tensor | None:
+    """That of `masks.slots_of_mask`."""
+    return next((x for x in given if isinstance(x, torch.Tensor) and is_slots(x)), None)
 
 
 def _is_empty(cache: Any) -> bool:

@@ -91,9 +91,10 @@ def _check_counts(layers: Any) -> None:
     """All layers that grow hold the keys of as many tokens, or of their windows."""
     seen = None
     for layer in layers:
-        if not isinstance(layer, DynamicLayer) or not layer.get_seq_length():
+        tokens = layer.get_seq_length() if isinstance(layer, DynamicLayer) else 0
+        if not tokens:
             continue
-        tokens, held = layer.get_seq_length(), layer.keys.shape[-2]
+        held = layer.keys.shape[-2]
         seen = tokens if seen is None else seen
         expected = min(seen, layer.sliding_window - 1) if layer.is_sliding else seen
         if tokens != seen or held < expected:
