@@ -20,7 +20,8 @@ install = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/$(PIP) --no-build-isolation 
 pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses auto --junitxml=$(1)/tests.xml
 
 .PHONY: demo test test-full test-long test-codegen test-compiled test-newest-triton \
-	test-newest-ptxas test-oldest test-vllm test-vllm-long test-newest record mutations benchmark report lint format docs lock clean
+	test-newest-ptxas test-oldest test-vllm test-vllm-long test-newest-vllm test-newest record \
+	mutations benchmark report lint format docs lock clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/longrope demo
@@ -79,9 +80,15 @@ test-oldest: .venv-oldest/oldest.stamp
 # The plugin in vLLM's engine, of its build for the CPU. What that asks for has no say: the lock leaves
 # out torchvision and its like, whose builds of the package index are for CUDA. A file is one process's,
 # which has one engine for its tests.
+serving = $(1)/bin/python -m pytest -q --confcutdir=tests/serving --numprocesses auto --dist loadfile \
+	--junitxml=$(1)/tests.xml tests/serving
 test-vllm: .venv-vllm/vllm.stamp
-	.venv-vllm/bin/python -m pytest -q --confcutdir=tests/serving --numprocesses auto --dist loadfile \
-		--junitxml=.venv-vllm/tests.xml tests/serving
+	$(call serving,.venv-vllm)
+
+# The newest vLLM has no build for the CPU yet: its Python over the kernels of the locked one's.
+NEWEST_VLLM := 0.33.0
+test-newest-vllm: .venv-newest-vllm/vllm-$(NEWEST_VLLM).stamp
+	$(call serving,.venv-newest-vllm)
 
 # Of these what takes long: 200 requests of up to 3,000 tokens, a text of 12,000, SmolLM2-135M, which a
 # package has as GGUF. What was measured goes to .venv-vllm/measured.json.
@@ -151,7 +158,7 @@ lock: .venv-lock/lock.stamp
 		--output-file requirements/vllm.txt
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-lock .venv-vllm build dist site demo-output *.egg-info \
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-lock .venv-vllm .venv-newest-vllm build dist site demo-output *.egg-info \
 		longrope_kernels/_*.so
 
 $(VENV)/demo.stamp: requirements/demo.txt $(BUILD_INPUTS)
@@ -172,9 +179,18 @@ $(VENV)/development.stamp: $(VENV)/demo.stamp requirements/development.txt
 	touch $@
 
 .venv-vllm/vllm.stamp: requirements/vllm.txt $(BUILD_INPUTS)
-	$(PYTHON) -m venv --clear .venv-vllm
-	.venv-vllm/bin/$(PIP) --no-deps --requirement requirements/vllm.txt
-	$(call install,.venv-vllm)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/$(PIP) --no-deps --requirement requirements/vllm.txt
+	$(call install,$(@D))
+	touch $@
+
+.venv-newest-vllm/vllm-$(NEWEST_VLLM).stamp: requirements/vllm.txt $(BUILD_INPUTS)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/$(PIP) --no-deps --requirement requirements/vllm.txt
+	find $(@D)/lib/python*/site-packages/vllm -name '*.py' -delete
+	$(@D)/bin/$(PIP) --no-deps vllm==$(NEWEST_VLLM)
+	sed -i 's/^Version: .*/&+cpu/' $(@D)/lib/python*/site-packages/vllm-$(NEWEST_VLLM).dist-info/METADATA
+	$(call install,$(@D))
 	touch $@
 
 .venv-vllm/smollm2.stamp: .venv-vllm/vllm.stamp Makefile

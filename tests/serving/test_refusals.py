@@ -202,7 +202,7 @@ def test_another_version(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model with a rope of ours is refused as it is built, unless forced; others are not."""
     assert contacts.untested() is None
     monkeypatch.setattr(vllm, "__version__", "0.99.1")
-    with pytest.raises(RuntimeError, match=r"^vLLM 0\.99\.1: .*tested with 0\.32; LONGROPE_VLLM_F"):
+    with pytest.raises(RuntimeError, match=r"^vLLM 0\.99\.1: .*tested with 0\.32 and 0\.33; LONG"):
         models.Phi3ForCausalLM(vllm_config=config_of(folder))
     monkeypatch.setenv("LONGROPE_VLLM_FORCE", "1")
     assert contacts.untested() is None

@@ -27,7 +27,9 @@ from longrope_kernels.integrations.vllm.settings import FAMILIES, SCHEDULER
 from longrope_kernels.integrations.vllm.unrotated import Unrotated
 from longrope_kernels.rope.value import Rope
 
-VERSION = r"^vLLM 0\.32\.\d+: .*, which LongRoPE in vLLM relies on; it was tested with 0\.32$"
+VERSION = (
+    r"^vLLM 0\.3\d\.\d+: .*, which LongRoPE in vLLM relies on; it was tested with 0\.32 and 0\.33$"
+)
 every_contact = pytest.mark.parametrize(
     "contact", contacts.CONTACTS, ids=lambda contact: f"{contact.module}:{contact.name}"
 )

@@ -30,8 +30,9 @@ from vllm import ModelRegistry
 from .policies import Policies
 from .settings import FAMILIES, has_scheduler, policies_of
 
-TESTED = "0.32"
+TESTED = ("0.32", "0.33")
 FORCE = "LONGROPE_VLLM_FORCE"
+_NAMED = " and ".join(TESTED)
 _OURS = "longrope_watches"
 
 
@@ -101,10 +102,11 @@ CONTACTS = (
 
 def untested() -> str | None:
     """Why this vLLM is refused, or None: no test has run with it and nobody forces it."""
-    if f"{vllm.__version__}.".startswith(f"{TESTED}.") or os.environ.get(FORCE) == "1":
+    minor = ".".join(vllm.__version__.split(".")[:2])
+    if minor in TESTED or os.environ.get(FORCE) == "1":
         return None
     return (
-        f"vLLM {vllm.__version__}: LongRoPE in vLLM was tested with {TESTED}; {FORCE}=1 takes "
+        f"vLLM {vllm.__version__}: LongRoPE in vLLM was tested with {_NAMED}; {FORCE}=1 takes "
         "this one, VLLM_PLUGINS='' starts vLLM without the plugin"
     )
 
@@ -113,7 +115,7 @@ def missing(what: str) -> RuntimeError:
     """The error of a contact that is not there."""
     return RuntimeError(
         f"vLLM {vllm.__version__}: {what}, which LongRoPE in vLLM relies on; it was tested with "
-        f"{TESTED}"
+        f"{_NAMED}"
     )
 
 

@@ -62,7 +62,7 @@ class _BySet(Scheduler):
                 request.spec_token_ids = request.spec_token_ids[:drafts]
         return super().schedule(*args, **kwargs)
 
-    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
+    def _get_local_prefix_cache_hit(self, request: Any, *args: Any) -> Any:
         """Where a request is about to be prefilled, for the first time or again."""
         index = self._set_of(request, request.num_tokens)
         if getattr(request, "longrope_set", None) != index:
@@ -75,7 +75,7 @@ class _BySet(Scheduler):
             request.cache_salt = f"longrope:{kind}:{request.longrope_salt}"
             request.block_hashes = []
             request.update_block_hashes()
-        return super()._get_local_prefix_cache_hit(request)
+        return super()._get_local_prefix_cache_hit(request, *args)
 
     def _switches(self, request: Any) -> bool:
         return self.policies.of(request.sampling_params) == "switch"
