@@ -16,7 +16,13 @@ from model_cases import (
     published_model,
     tokens,
 )
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -208,6 +214,15 @@ def adapted(kind):
         if "prompt_encoder" in name:
             weight.data.normal_(0, 1)
     return model
+
+
+@pytest.mark.parametrize("cache", ["unrotated", "rotated"])
+def test_adapters_that_rotate_by_themselves_are_named(cache):
+    base = AutoModelForCausalLM.from_config(family_config("llama", num_key_value_heads=4))
+    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=1)
+    model = get_peft_model(enable(base, cache=cache), config)
+    with pytest.raises(AttributeError, match=r"rotate by themselves .PEFT's adaption prompts do"):
+        model(tokens())
 
 
 @pytest.mark.parametrize("kind", ["lora", "prompt"])

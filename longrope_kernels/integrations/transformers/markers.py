@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+
+
+def _no_table(marker: Any, name: str) -> AttributeError:
+    """The error of who rotates by itself, with the cosine and sine that a marker stands for."""
+    return AttributeError(
+        f"position_embeddings: expected to be handed to the model's own apply_rotary_pos_emb, got "
+        f"{name!r} asked of what stands for sin; an enabled model makes no cosine and sine, so "
+        "layers that rotate by themselves (PEFT's adaption prompts do) are not served",
+        name=name,
+        obj=marker,
+    )
 
 
 class Rotated(NamedTuple):
@@ -19,6 +30,9 @@ class Rotated(NamedTuple):
     length: torch.Tensor  # () of the positions' dtype, tokens: the longest sequence of the batch
     rotate: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
+    def __getattr__(self, name: str) -> NoReturn:
+        raise _no_table(self, name)
+
 
 class Unrotated(NamedTuple):
     """In place of sin: q and k stay as they are, the attention function rotates.
@@ -28,3 +42,6 @@ class Unrotated(NamedTuple):
 
     positions: torch.Tensor
     note: Callable[[torch.Tensor], None]
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise _no_table(self, name)
