@@ -98,6 +98,16 @@ def test_n_hat_keeps_the_first_tokens_unscaled():
     assert max_diff(logits(below), logits(small_model())) > 1e-2
 
 
+@both_caches
+@pytest.mark.parametrize("n_hat", [16, [4, 16]])
+def test_a_threshold_of_the_config(n_hat, cache):
+    model = small_model()
+    expected = logits(enable(small_model(), rope=Rope.from_config(model.config, n_hat=n_hat)))
+    model.config.longrope_n_hat = n_hat
+    assert max_diff(logits(enable(model, cache=cache)), expected) < 2e-5
+    assert max_diff(expected, logits(small_model())) > 1e-2
+
+
 def test_a_config_without_scaling_is_the_plain_embedding():
     model = small_model(rope_scaling=None)
     expected = logits(model)
