@@ -170,3 +170,16 @@ def test_borders_of_the_keys_alone_may_differ_in_nothing(backend: Backend) -> No
     borders = arguments["cu_seqlens"].clone()
     got = backend.attend(*args, **arguments, cu_seqlens_k=borders, key_positions=positions.clone())
     assert torch.equal(got, wanted)
+
+
+@every_forward
+def test_keys_of_other_borders_at_the_same_positions(backend: Backend) -> None:
+    """A token of q and one of k at one place of a tensor are of sequences of two sets."""
+    lengths = (4096, 4097)
+    case = backend.nearest(Case(counts=(3, 5), counts_k=(5, 3), lengths=lengths, causal=False))
+    case = Case(**{**vars(case), "layout": "thd"})
+    arguments = case.arguments()
+    positions = torch.arange(100, 108)[None]
+    arguments |= {"positions": positions, "key_positions": positions}
+    args = (*case.tensors(), arguments.pop("positions"), case.rope())
+    assert_close(backend.attend(*args, **arguments), Call(*args, **arguments).expected().out)

@@ -295,7 +295,7 @@ def _rotated(call: AttentionCall) -> AttentionCall:
     if selection.lengths is not None or selection.sets is not None:  # else borders say nothing
         of_q, of_k = selection, selection._replace(borders=keys.borders)
     turn = rotate_read if values.readable(positions) else rotate  # in a graph the op reads them
-    if keys.positions is positions:
+    if keys.positions is positions and of_k.borders is of_q.borders:
         q, k = turn(RotaryCall(q, keys.k, positions, tables, of_q), name)
     else:
         no_q, no_k = no_heads(keys.k), no_heads(q)
