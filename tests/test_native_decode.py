@@ -211,6 +211,21 @@ def test_positions_that_follow_one_another(
     check(*cache, rope, instruction_set, key_positions=positions[None])
 
 
+# The scale of scores is fused into differences of them, or not: a largest one stays the largest.
+@pytest.mark.parametrize("keys", [1, 3000])
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("score", [333.3, 1e4, 1e8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_of_one_score_weigh_the_same_however_large_it_is(
+    instruction_set: str, dtype: torch.dtype, score: float, queries: int, keys: int
+) -> None:
+    torch.manual_seed(0)
+    q, k, v, lens = random_cache((keys + queries - 1,), queries, 4, 1, 64, dtype)
+    for x in (q, k):
+        x[..., :2], x[..., 2:] = 0, score**0.5 / 2.78  # the first pair alone is rotated
+    check(q, k, v, lens, Rope((FactorSet((1.0,)),)), instruction_set)
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["blocks", "slots", "heads"])
 def test_offsets_above_2_to_the_31_elements(axis: int) -> None:
     """A stride beyond int32 in each axis of the caches. The memory is reserved, not used.

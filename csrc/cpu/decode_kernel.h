@@ -117,25 +117,29 @@ class Worker {
     float top = -kInfinity;
     for (int64_t i = 0; i < s.items; ++i) top = std::max(top, states[i * rows + row].top);
     const int64_t h = row / s.queries, t = s.first_query + row % s.queries;
-    float shift = finite(top) * scale_;
+    const float base = finite(top), sink = sink_of(h);
+    float shift = top * scale_;
     const int64_t width = layout_.values;
-    float total = 0.0f;
-    const float sink = sink_of(h);
-    if (sink != -kInfinity) {
-      shift = top == -kInfinity ? sink : std::max(shift, sink);
+    // To the largest score; a sink above that one becomes the base of all.
+    float total = 0.0f, of_scores = 1.0f;
+    if (sink > shift) {
+      of_scores = exp2_of(shift - sink);
+      shift = sink;
+      total = 1.0f;
+    } else if (sink != -kInfinity) {
       total = exp2_of(sink - shift);
     }
-    for (int64_t i = 0; i < s.items; ++i) {
-      const Softmax& state = states[i * rows + row];
-      total += exp2_of(state.top * scale_ - shift) * state.total;
-    }
+    const auto weight_of = [&](int64_t i) {
+      return exp2_of((states[i * rows + row].top - base) * scale_) * of_scores;
+    };
+    for (int64_t i = 0; i < s.items; ++i) total += weight_of(i) * states[i * rows + row].total;
     const bool none = total == 0.0f;
     const float* sum = sums + row * width;  // of one split, whose weight is 1
     if (none || s.items > 1 || sink != -kInfinity) {
       float* const of_all = sum_.at(0);
       std::fill(of_all, of_all + width, 0.0f);
       for (int64_t i = 0; i < (none ? 0 : s.items); ++i) {
-        const float weight = exp2_of(states[i * rows + row].top * scale_ - shift);
+        const float weight = weight_of(i);
         const float* const part = sums + (i * rows + row) * width;
         for (int64_t c = 0; c < width; ++c) of_all[c] += weight * part[c];
       }

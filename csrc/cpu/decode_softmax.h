@@ -53,7 +53,9 @@ inline void cap_scores(float* scores, float scale) {
   for (int64_t j = 0; j < kCount; ++j) scores[j] = tanh_of(scale * scores[j]);
 }
 
-// The running maximum and sum of a row of scores s: its weights are 2^(scale * s - scale * top).
+// The running maximum and sum of a row of scores s: its weights are 2^(scale * (s - top)). The
+// difference comes first: of two products one may be rounded and the other fused into it, and a
+// large maximum then is not as large as itself.
 struct Softmax {
   float top;    // -inf before the first key
   float total;  // of the weights
@@ -68,15 +70,15 @@ inline float update_softmax(float* scores, float scale, Softmax& state) {
   float top = state.top;
 #pragma omp simd reduction(max : top)
   for (int64_t j = 0; j < kCount; ++j) top = scores[j] > top ? scores[j] : top;
-  const float shift = finite(top) * scale;
+  const float base = finite(top);
   float total = 0.0f;
 #pragma omp simd reduction(+ : total)
   for (int64_t j = 0; j < kCount; ++j) {
-    const float weight = exp2_of(scores[j] * scale - shift);
+    const float weight = exp2_of((scores[j] - base) * scale);
     scores[j] = weight;
     total += weight;
   }
-  const float rescale = exp2_of(state.top * scale - shift);
+  const float rescale = exp2_of((state.top - base) * scale);
   state.top = top;
   state.total = state.total * rescale + total;
   return rescale;

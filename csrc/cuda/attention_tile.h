@@ -223,8 +223,10 @@ __device__ __forceinline__ void softmax(float (&s)[kFragments][kColumns][4],
       }
       largest = max_of_row(largest);
       // A row that has seen nothing yet must not subtract infinities.
-      const float base = largest == -kInfinity ? 0.0f : largest * scale;
-      const float alpha = exp2_approx(top[m][half] * scale - base);
+      const float finite = largest == -kInfinity ? 0.0f : largest;
+      // 1 where nothing is larger: of two products one may be fused, and they differ then.
+      const float alpha = exp2_approx((top[m][half] - finite) * scale);
+      const float base = finite * scale;
       top[m][half] = largest;
       float sum = 0.0f;
 #pragma unroll
