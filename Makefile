@@ -188,7 +188,7 @@ $(VENV)/development.stamp: $(VENV)/demo.stamp requirements/development.txt
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/$(PIP) --no-deps --requirement requirements/vllm.txt
 	find $(@D)/lib/python*/site-packages/vllm -name '*.py' -delete
-	$(@D)/bin/$(PIP) --no-deps vllm==$(NEWEST_VLLM)
+	$(@D)/bin/$(PIP) --no-deps vllm==$(NEWEST_VLLM) orjson
 	sed -i 's/^Version: .*/&+cpu/' $(@D)/lib/python*/site-packages/vllm-$(NEWEST_VLLM).dist-info/METADATA
 	$(call install,$(@D))
 	touch $@
