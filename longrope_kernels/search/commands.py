@@ -13,16 +13,19 @@ from typing import Annotated
 import typer
 
 from ..rope import FactorSet, Rope
+from ..rope.files import SIDECAR
+from .budget import BUDGET
 from .descent import in_words
 from .distributed import start_ranks
 from .extend import DONE, ExtendPlan, Extension
-from .find import find
+from .find import RESULT, find
 from .options import LENGTHS, Given, Machine, Out, Upper
 from .ranks import is_main
 from .readjust import readjust
 from .settings import Options
-from .source import Source, baselines, identity, read_json, write_config
+from .source import CONFIG, Source, baselines, identity, read_json, write_config
 from .space import SearchSpace, critical_dimension
+from .state import JOURNAL, STATE
 from .terminal import bars, draw, number, say, table
 
 
@@ -60,7 +63,8 @@ class Search:
 
     def run(self) -> None:
         start_ranks()
-        source, encode = self.given.open(self.out)
+        written = (SIDECAR, CONFIG, RESULT, JOURNAL, STATE, BUDGET)
+        source, encode = self.given.open(self.out, written, ("--start", self.start))
         options = replace(self.options, critical=self.critical)
         space = self._space(source)
         documents, losses = self.given.measured(encode, self.length)
@@ -143,7 +147,8 @@ class Readjust:
 
     def run(self) -> None:
         start_ranks()
-        source, encode = self.given.open(self.out)
+        written = (SIDECAR, CONFIG, *map(str, self.lengths))
+        source, encode = self.given.open(self.out, written, ("--rope", self.rope))
         present, reached = source.rope, source.trained
         given = _rope_given("rope", self.rope, self.rope_length)
         if given is not None:
@@ -213,13 +218,13 @@ class Extend:
         if not is_main():
             return
         rows = []
-        for folder in sorted(out.glob("[0-9]*-*"), key=lambda path: int(path.name.split("-")[0])):
-            content = read_json(folder / DONE)
+        for step in self.plan.steps:
+            content = read_json(out / step / DONE)
             if "perplexity" in content:
-                rows.append([folder.name, number(content["perplexity"])])
+                rows.append([step, number(content["perplexity"])])
             for length, after in content.get("after", {}).items():
                 was = number(content["before"][length])
-                rows.append([f"{folder.name}, {length}", f"{number(after)} (before {was})"])
+                rows.append([f"{step}, {length}", f"{number(after)} (before {was})"])
         note = read_json(out / "model" / DONE)["config"]
         _tell(["step", "perplexity"], rows, out, note, out / "model")
         ends = [one.max_length for one in rope.sets]

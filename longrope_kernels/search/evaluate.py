@@ -94,7 +94,9 @@ class Evaluate:
 
     def run(self) -> None:
         start_ranks()
-        source, encode = self.given.open()
+        source, encode = self.given.open(
+            self.out, (EVALUATION,), *(("--rope", path) for path in self.ropes)
+        )
         ropes = self._ropes(source)
         needles = self._needles(encode)
         documents, losses = self.given.measured(encode, self.lengths[-1])

@@ -130,6 +130,16 @@ class ExtendPlan(Texts):
         if self.options.critical is not None and len(lengths) > 1:
             raise ValueError("critical: expected one stage: its factors are of the whole extension")
 
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The names of the folders of what is done, in order."""
+        kinds = []
+        for stage in self.stages:
+            kinds.append(f"search-{stage.length}")
+            kinds += [f"tune-{stage.length}"] if stage.steps else []
+        kinds += ["readjust"] if self.short else []
+        return (*(f"{number}-{kind}" for number, kind in enumerate(kinds, 1)), "model")
+
     def to_json(self) -> dict[str, Any]:
         """The attributes as JSON values."""
         content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
@@ -165,13 +175,14 @@ class Extension:
 
         Raises:
             ValueError: the folder has another plan, or the same of other texts or another model,
-                named by what differs; the plan does not go with the model; a text is too short
-                for a stage.
+                named by what differs; the model or a text lies where a step writes; the plan does
+                not go with the model; a text is too short for a stage.
             RuntimeError: another extension has the folder open.
         """
         self.plan, self.folder, self._device, self._dtype = plan, folder, device, dtype
         self._sharing, self._group = sharing, sequence_group(sharing)
         self._shard = shard
+        plan.check_out(folder, (PLAN, *plan.steps), *(("--train", path) for path in plan.training))
         self.source = open_source(Path(plan.model), plan.original)
         if plan.stages[0].length <= self.source.trained:
             raise ValueError(
@@ -272,29 +283,27 @@ class Extension:
             return stack.pop_all()
 
     def _run(self) -> Rope:
-        plan, number = self.plan, 0
+        plan, steps = self.plan, iter(self.plan.steps)
         rope: Rope | None = None  # of the stages so far, one set
         weights = self.source.folder
         reached = self.source.trained
         for stage in plan.stages:
-            number += 1
-            rope = self._search(number, stage, rope, reached, weights)
+            rope = self._search(next(steps), stage, rope, reached, weights)
             if stage.steps:
-                number += 1
-                weights = self._tune(number, stage, rope, weights)
+                weights = self._tune(next(steps), stage, rope, weights)
             reached = stage.length
         assert rope is not None
         if any(stage.steps for stage in plan.stages):
             rope = self._with_plain(rope)
         if plan.short:
-            rope = self._readjust(number + 1, rope, weights)
-        self._write(rope, weights)
+            rope = self._readjust(next(steps), rope, weights)
+        self._write(next(steps), rope, weights)
         return rope
 
     def _search(
-        self, number: int, stage: Stage, before: Rope | None, reached: int, weights: Path
+        self, name: str, stage: Stage, before: Rope | None, reached: int, weights: Path
     ) -> Rope:
-        step = self._step(f"{number}-search-{stage.length}")
+        step = self._step(name)
         if step.done:
             return Rope.load(step.folder / SIDECAR)
         start = self.source.stage if before is None else before
@@ -320,8 +329,8 @@ class Extension:
         step.finish({"perplexity": found.best.fitness, "others": found.others})
         return found.rope
 
-    def _tune(self, number: int, stage: Stage, rope: Rope, weights: Path) -> Path:
-        step = self._step(f"{number}-tune-{stage.length}")
+    def _tune(self, name: str, stage: Stage, rope: Rope, weights: Path) -> Path:
+        step = self._step(name)
         if step.done:
             return step.folder
         model = load_model(weights, "cpu", "float32")
@@ -358,8 +367,8 @@ class Extension:
         plain = FactorSet((1.0,) * rope.pairs, max_length=self.source.original)
         return Rope((plain, *rope.sets), rope.base, rope.interleaved)
 
-    def _readjust(self, number: int, rope: Rope, weights: Path) -> Rope:
-        step = self._step(f"{number}-readjust")
+    def _readjust(self, name: str, rope: Rope, weights: Path) -> Rope:
+        step = self._step(name)
         if step.done:
             return Rope.load(step.folder / SIDECAR)
         losses = self._losses(weights)
@@ -384,8 +393,8 @@ class Extension:
         step.finish({"before": before, "after": after, "taken": list(result.taken)})
         return result.rope
 
-    def _write(self, rope: Rope, weights: Path) -> None:
-        step = self._step("model")
+    def _write(self, name: str, rope: Rope, weights: Path) -> None:
+        step = self._step(name)
         if step.done:
             return
         note = from_main(lambda: self._copy(rope, weights, step.folder))

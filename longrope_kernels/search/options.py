@@ -6,17 +6,20 @@ The command line is made from them: a field that is ``Annotated`` by a `typer.Op
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from .documents import Document, Encode, Encoder, encoder, read_documents
+from ..rope.files import SIDECAR
+from .documents import BYTES, Document, Encode, Encoder, encoder, read_documents
 from .model import TransformersLosses
 from .ranks import sequence_group
 from .source import Source, load_model, open_source
+
+_Read = str | Path | None  # a file or folder that is read
 
 
 class Read(NamedTuple):
@@ -80,6 +83,31 @@ class Texts:
         ),
     ] = None
 
+    def check_out(self, out: Path, written: Iterable[str], *others: tuple[str, _Read]) -> None:
+        """Refuse a folder of results in which something would be written over what is read.
+
+        Args:
+            out: the folder.
+            written: the names in it of the files that are written, and of the folders with more.
+            others: what else is read, each behind the name of its option.
+
+        Raises:
+            ValueError: naming what is read and what is written.
+        """
+        tokenizer = None if self.tokenizer == BYTES else self.tokenizer
+        texts = (("--documents", path) for path in self.documents)
+        read = (("the model", self.model), ("--tokenizer", tokenizer), *texts, *others)
+        places = {(out / name).resolve(): out / name for name in written}
+        for what, given in read:
+            if given is not None:
+                path = Path(given).resolve()
+                path = path / SIDECAR if path.is_dir() else path  # as all write it
+                for place in places.keys() & {path, *path.parents}:
+                    raise ValueError(
+                        f"--out: expected another folder than that of {what}, got {out}: "
+                        f"{places[place]} would be written over"
+                    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -111,10 +139,11 @@ class Given(Texts, Machine):
         bool, typer.Option("--skip-short", help="Leave out documents that are too short.")
     ] = False
 
-    def open(self, out: Path | None = None) -> tuple[Source, Encoder]:
-        """What is beside the weights, and the tokenizer; out: a folder that gets a config."""
-        if out is not None and out.resolve() == Path(self.model).resolve():
-            raise ValueError(f"--out: expected another folder than that of the model, got {out}")
+    def open(
+        self, out: Path, written: Iterable[str], *others: tuple[str, _Read]
+    ) -> tuple[Source, Encoder]:
+        """What is beside the weights, and the tokenizer, where `check_out` lets them."""
+        self.check_out(out, written, *others)
         source = open_source(Path(self.model), self.original)
         return source, encoder(self.tokenizer or self.model, source.read.vocab_size)
 
