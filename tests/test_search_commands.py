@@ -94,7 +94,7 @@ def test_a_search_that_is_killed_goes_on_to_the_same_result(work, searched, tmp_
 
 def test_another_search_in_the_folder_is_refused(work, searched):
     before = (searched / "evaluations.jsonl").read_bytes()
-    for change in ({"length": 64}, {"seed": 1}, {"samples": 1}, {"last": 8}):
+    for change in ({"length": 64}, {"seed": 1}, {"samples": 1}, {"last": 8}, {"dtype": "bfloat16"}):
         result = search(work, searched, **change)
         assert result.exit_code == 1
         assert result.stderr.count("the folder is another run's") == 1

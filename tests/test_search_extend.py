@@ -220,6 +220,9 @@ def test_one_extension_at_a_time_has_a_folder(work, tmp_path):
 def test_another_plan_in_the_folder_is_refused(work, extended):
     with pytest.raises(ValueError, match=r"another plan: options\.seed is 0 there and 1 here"):
         Extension(plan(work, options=replace(OPTIONS, seed=1)), extended)
+    with pytest.raises(ValueError, match='another plan: dtype is "float32" there and "bfloat16"'):
+        Extension(plan(work), extended, dtype="bfloat16")
+    Extension(plan(work), extended, dtype="float32")  # what auto is on a CPU
 
 
 def test_other_texts_or_another_model_under_the_same_paths_are_refused(work, tmp_path):
@@ -237,14 +240,13 @@ def test_other_texts_or_another_model_under_the_same_paths_are_refused(work, tmp
             Extension(made, out)
         text.write_text(was)
     Extension(made, out)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        model.lm_head.weight += 0.1
-    model.save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    was = weights.read_bytes()
+    weights.write_bytes(was[:-1] + bytes([was[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"another plan: digests\.model is "):
         Extension(made, out)
     content = json.loads((out / "plan.json").read_text())
-    del content["digests"]  # as an earlier version wrote it
+    del content["digests"], content["dtype"]  # as an earlier version wrote it
     (out / "plan.json").write_text(json.dumps(content))
     Extension(made, out)
 

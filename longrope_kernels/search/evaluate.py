@@ -152,7 +152,6 @@ class Evaluate:
 
         decides: dict[str, Any] = {
             **identity(source, losses.model),
-            "dtype": str(losses.model.dtype),
             "documents": digest(documents),
             "needles": needles,
             **{"longest": self.lengths[-1], "start": start, "same_tokens": self.same_tokens},

@@ -29,9 +29,11 @@ from .ranks import from_main, is_main, sequence_group
 from .readjust import readjust
 from .settings import Options
 from .source import (
+    CONFIG,
     baselines,
     device_of,
     digest,
+    dtype_of,
     identity,
     load_model,
     open_source,
@@ -179,7 +181,8 @@ class Extension:
                 not go with the model; a text is too short for a stage.
             RuntimeError: another extension has the folder open.
         """
-        self.plan, self.folder, self._device, self._dtype = plan, folder, device, dtype
+        self.plan, self.folder, self._device = plan, folder, device
+        self._dtype = dtype_of(dtype, device)
         self._sharing, self._group = sharing, sequence_group(sharing)
         self._shard = shard
         plan.check_out(folder, (PLAN, *plan.steps), *(("--train", path) for path in plan.training))
@@ -242,6 +245,7 @@ class Extension:
 
     def _write_plan(self) -> None:
         path, content = self.folder / PLAN, self.plan.to_json()
+        content["dtype"] = self._dtype
         content["digests"] = {
             "documents": digest(self._documents),
             "training": digest(self._training),
@@ -249,7 +253,8 @@ class Extension:
         }
         if path.stat().st_size:
             known = read_json(path)
-            known.setdefault("digests", content["digests"])  # an earlier version wrote none
+            for name in ("digests", "dtype"):  # an earlier version wrote none
+                known.setdefault(name, content[name])
             found = differences(known, content)
             if found:
                 raise ValueError(
@@ -406,7 +411,7 @@ class Extension:
         step.finish({"weights": str(weights), "config": note})
 
     def _copy(self, rope: Rope, weights: Path, folder: Path) -> str | None:
-        left_out = (PLAN, DONE, LOG, "config.json", SIDECAR)
+        left_out = (PLAN, DONE, LOG, CONFIG, SIDECAR)
         for origin in (self.source.folder, weights):
             for file in sorted(origin.iterdir()):
                 # Of the untouched model all files but its weights, where there are newer ones.
@@ -459,14 +464,12 @@ def _is_weights(file: Path) -> bool:
 
 
 def _digest_of_files(model: Path) -> str:
-    """Which model a folder has, by some of the bytes of its files; loading it would take long."""
+    """Which model a folder has, by the bytes of its files; loading it would take longer."""
     total = hashlib.sha256()
     for file in sorted(model.iterdir()):
-        if file.is_file() and (_is_weights(file) or file.name == "config.json"):
-            size = file.stat().st_size
-            total.update(f"{file.name} {size} ".encode())
+        if file.is_file() and (_is_weights(file) or file.name == CONFIG):
+            total.update(f"{file.name} {file.stat().st_size} ".encode())
             with file.open("rb") as content:
-                for place in range(0, size, max(size // 4096, 64)):
-                    content.seek(place)
-                    total.update(content.read(64))
+                while block := content.read(2**20):
+                    total.update(block)
     return total.hexdigest()[:16]

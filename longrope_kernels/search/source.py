@@ -128,11 +128,8 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+    dtype = dtype_of(dtype, device)
     device, config = device_of(device), _read_config(folder)
-    if dtype == "auto" and torch.device(device).type == "cpu":
-        dtype = "float32"
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     given: dict[str, Any] = {
@@ -169,6 +166,18 @@ def device_of(device: str) -> str:
         check_device(device)
         return device
     return f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_of(dtype: str, device: str) -> str:
+    """What "auto" of `load_model` is on that device, "auto" where the weights say it.
+
+    Raises:
+        ValueError: another dtype, or a device that is not here.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+    on_cpu = torch.device(device_of(device)).type == "cpu"
+    return "float32" if dtype == "auto" and on_cpu else dtype
 
 
 def baselines(source: Source, length: int) -> dict[str, Rope]:
@@ -332,19 +341,40 @@ _REPLACED = (
 )
 
 
+# Of a fingerprint: the values of a block are summed over its rows. It fits into a CPU's cache.
+_BLOCK_SHAPE = 64, 1024
+_BLOCK = math.prod(_BLOCK_SHAPE)
+
+
 def identity(source: Source, model: Any) -> dict[str, str]:
-    """What decides the losses of a model beside its rope, as JSON values: config and weights."""
-    return {"weights": fingerprint(model), "config": config_hash(source.config)}
+    """What decides the losses of a model beside its rope, as JSON values.
+
+    Config, weights, and the dtype that it computes in.
+    """
+    weights, dtype = fingerprint(model), str(model.dtype)
+    return {"weights": weights, "dtype": dtype, "config": config_hash(source.config)}
 
 
 def fingerprint(model: Any) -> str:
-    """Which weights these are, by some of the values of each."""
+    """Which weights these are, by every bit of each; the same where they are in a wider dtype."""
     total = hashlib.sha256()
     for name, value in model.state_dict().items():
-        flat = value.detach().flatten()
-        some = flat[:: max(len(flat) // 64, 1)].double().cpu()
-        total.update(f"{name} {tuple(value.shape)}".encode() + some.numpy().tobytes())
-    return total.hexdigest()[:16]
+        total.update(f"{name} {tuple(value.shape)}".encode())
+        for part in value.detach().flatten().split(_BLOCK * (1 if value.is_cpu else 64)):
+            total.update(_sums(part).cpu().numpy().tobytes())
+    return f"sums-{total.hexdigest()[:16]}"
+
+
+def _sums(values: torch.Tensor) -> torch.Tensor:
+    """Of the bits of values, each one of values that lie far from one another; int64, exact.
+
+    Sums of integers are the same on every device, by any number of threads.
+    """
+    if values.is_floating_point():
+        wide = values.dtype == torch.float64
+        values = values.view(torch.int64) if wide else values.float().view(torch.int32)
+    whole = torch.nn.functional.pad(values.long(), (0, -len(values) % _BLOCK))
+    return whole.view(-1, *_BLOCK_SHAPE).sum(1)
 
 
 def digest(documents: Sequence[Document]) -> str:
