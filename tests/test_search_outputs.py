@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from search_cases import LENGTH, SMALL, flags, given, one_thread, run, search, searched, work
+
+from longrope_kernels import Rope
+from longrope_kernels.search.source import open_source, write_config, write_json, write_lengths
 
 __all__ = ["one_thread", "searched", "work"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,3 +75,27 @@ def test_what_is_read_may_lie_beside_what_is_written(work, searched, tmp_path):
     for _ in range(2):
         result = search(tmp_path, tmp_path, *start, length=2 * LENGTH)
         assert result.exit_code == 0, result.stderr
+
+
+def test_a_full_disk_leaves_the_old_files_and_is_named(work, tmp_path, monkeypatch):
+    source = open_source(work / "model")
+    write_config(source, Rope.plain(16), 64, tmp_path)
+    write_json(tmp_path / "result.json", {})
+    before = contents(tmp_path)
+    write = Path.write_text
+
+    def full(self: Path, text: str, *arguments: Any, **more: Any) -> int:
+        if "longrope.json" in self.name:
+            return write(self, text, *arguments, **more)
+        write(self, text[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # which names no file
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for name, make in (
+        ("config.json", lambda: write_config(source, Rope.plain(16), 64, tmp_path)),
+        ("config.json", lambda: write_lengths(source, 64, tmp_path)),
+        ("result.json", lambda: write_json(tmp_path / "result.json", {"a": 1})),
+    ):
+        with pytest.raises(OSError, match=f"No space left on device: .*/{name}"):
+            make()
+        assert contents(tmp_path) == before

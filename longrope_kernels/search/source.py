@@ -288,23 +288,20 @@ def write_lengths(source: Source, length: int, folder: Path) -> None:
 def _write_of_text(source: Source, config: dict[str, Any], folder: Path) -> None:
     if source.of_text is not source.config:
         config = {**source.config, _TEXT: config}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    with _whole(folder / CONFIG) as draft:
+        draft.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def save_rope(rope: Rope, folder: Path) -> None:
     """Write ``longrope.json``: it is the old or the new one at every moment."""
-    draft = folder / (SIDECAR + ".new")
-    with _whole(draft):
+    with _whole(folder / SIDECAR) as draft:
         rope.save(draft)
-        os.replace(draft, folder / SIDECAR)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a file whole, as `save_rope`. What is not finite is written as a word."""
-    draft = path.with_name(path.name + ".new")
-    with _whole(draft):
+    with _whole(path) as draft:
         draft.write_text(json.dumps(_plain(content), indent=1) + "\n", "utf-8")
-        os.replace(draft, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -314,14 +311,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _whole(draft: Path) -> Iterator[None]:
-    """Take away a draft that could not be written."""
+def _whole(path: Path) -> Iterator[Path]:
+    """A draft that takes a file's place at the end, or goes; an error names the file."""
+    draft = path.with_name(path.name + ".new")
     try:
-        yield
-    except OSError:
+        yield draft
+        os.replace(draft, path)
+    except OSError as error:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _plain(value: Any) -> Any:
