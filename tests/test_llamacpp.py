@@ -212,6 +212,33 @@ def test_a_full_disk_leaves_what_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_two_exports_to_one_file_at_once(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, over: bool
+) -> None:
+    """The second one begins and ends within the first; a file that is called as a draft stays."""
+    out, own = tmp_path / "out.gguf", tmp_path / "out.gguf.new"
+    own.write_bytes(b"the user's")
+    real: Callable[..., None] = gguf_file_module._write
+    other = Rope.longrope(LONG, SHORT, 128, attention_factor=1.0, base=BASE)
+
+    def write(*arguments: Any) -> None:
+        monkeypatch.setattr(gguf_file_module, "_write", real)
+        export(other, source, out, length=LENGTH, replace_factors=over)
+        real(*arguments)
+
+    monkeypatch.setattr(gguf_file_module, "_write", write)
+    if over:
+        export(ROPE, source, out, length=LENGTH, replace_factors=True)
+    else:
+        with pytest.raises(FileExistsError, match="--replace"):
+            export(ROPE, source, out, length=LENGTH)
+    export(ROPE if over else other, source, tmp_path / "alone.gguf", length=LENGTH)
+    assert out.read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+    assert own.read_bytes() == b"the user's"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 # -------------------------------------------------------------------------------------- the command
 
 

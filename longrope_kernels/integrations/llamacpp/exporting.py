@@ -10,7 +10,7 @@ import numpy as np
 from ...rope.factor_files import to_arrays
 from ...rope.factor_set import is_int
 from ...rope.value import Rope
-from .gguf_file import GgufFile
+from .gguf_file import GgufFile, check_free
 
 # Whose loader reads both lists of factors, as the engine was asked; Mistral's files say llama.
 ARCHITECTURES = ("llama", "phi3")
@@ -95,8 +95,7 @@ def export(
             f"{source}: expected a file without factors, got {', '.join(present)}; --replace "
             "(replace_factors=True) writes others in their place"
         )
-    if target.exists() and not replace_factors:
-        raise FileExistsError(f"{target}: there is such a file; --replace writes over it")
+    check_free(target, replace_factors)
     rope = _of_two_sets(rope, original or int(file[f"{architecture}.context_length"]))
     short, long = rope.sets
     assert short.max_length is not None
@@ -117,6 +116,7 @@ def export(
         },
         {name: arrays[name] for name in _TENSORS if name in arrays},
         without=(*_TENSORS, *_scalings(file)),
+        over=replace_factors,
     )
     return Exported(target, rope, length)
 

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -82,6 +83,7 @@ class GgufFile:
         metadata: Mapping[str, int | float | str],
         tensors: Mapping[str, np.ndarray[Any, Any]],
         without: Collection[str] = (),
+        over: bool = True,
     ) -> None:
         """Write a copy in which some is otherwise; it is there whole or not at all.
 
@@ -90,8 +92,10 @@ class GgufFile:
             metadata: values by name, in place of those of that name or beside the others.
             tensors: (n,) float32 by name, in place of those of that name or before the others.
             without: names of metadata and tensors to leave out.
+            over: write over a ``target`` that is there.
 
         Raises:
+            FileExistsError: there is a ``target`` in the end.
             OSError: it could not be written. What was there before is as it was.
         """
         order = ">" if self._reader.endianess.name == "BIG" else "<"
@@ -118,7 +122,7 @@ class GgufFile:
             at += _up(int(tensor.n_bytes), align)
         version = int(self._reader.fields[f"{_OWN}version"].parts[0][0])
         head = self._magic + struct.pack(f"{order}IQQ", version, len(infos), len(values))
-        with _whole(target) as file:
+        with _whole(target, over) as file:
             _write(file, b"".join([head, *values, *infos]), align)
             for data in (*new.values(), *(tensor.data for tensor in kept)):
                 _write(file, data.reshape(-1).view(np.uint8).data, align)
@@ -148,14 +152,22 @@ def _write(file: BinaryIO, data: bytes | memoryview, align: int) -> None:
 
 
 @contextmanager
-def _whole(target: Path) -> Iterator[BinaryIO]:
-    """A file to write beside ``target`` that takes its place at the end, or goes."""
-    draft = target.with_name(target.name + ".new")
-    try:
+def _whole(target: Path, over: bool) -> Iterator[BinaryIO]:
+    """A file to write beside ``target`` that takes its place at the end, or goes.
+
+    It is in a folder of its own, where no other process writes and no file of the user is.
+    """
+    with TemporaryDirectory(prefix=f"{target.name}.new-", dir=target.parent) as folder:
+        draft = Path(folder) / target.name
         with open(draft, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        check_free(target, over)  # another process may have written it meanwhile
         os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+
+
+def check_free(target: Path, over: bool) -> None:
+    """Refuse a file that is there already, unless it is to be written ``over``."""
+    if target.exists() and not over:
+        raise FileExistsError(f"{target}: there is such a file; --replace writes over it")
