@@ -36,7 +36,7 @@ from search_cases import (
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from longrope_kernels import FactorSet, Rope
-from longrope_kernels.search import commands, find
+from longrope_kernels.search import commands, find, plots
 from longrope_kernels.search.model import TransformersLosses
 from longrope_kernels.search.source import open_source
 
@@ -248,14 +248,51 @@ def test_readjust_writes_the_length_of_the_rope_it_is_given(work, tmp_path):
     assert written.trained == LENGTH
 
 
+def other_files(folder: Path) -> Path:
+    """Of other programs, under the names of this one's."""
+    for name, text in (
+        ("evaluation.json", '{"perplexity": 3}'),
+        ("longrope.json", "{}"),
+        ("a/result.json", "[]"),
+        ("a/inner/result.json", "{}"),
+        ("b/result.json", "{"),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_pictures_are_of_a_commands_own_files_and_never_cost_its_result(
+    work, tmp_path, monkeypatch
+):
+    out = other_files(tmp_path)
+    monkeypatch.setattr(plots, "draw_history", None)  # fails, as a font that is not there
+    result = search(work, out)
+    assert result.exit_code == 0, result.stderr
+    assert "LongRoPE" in result.stdout
+    assert result.stderr.splitlines()[-1].startswith(f"{out}/result.json: no picture of it: ")
+    assert [path.name for path in out.rglob("*.png")] == ["factors.png"]
+
+
 def test_plot_draws_again(searched, tmp_path):
     for picture in searched.glob("*.png"):
         picture.unlink()
     assert run("plot", searched).exit_code == 0
     assert pictures(searched) == ["factors.png", "history.png"]
+    foreign = other_files(tmp_path / "foreign")
+    shutil.copytree(searched, foreign / "own")
+    (foreign / "own/factors.png").unlink()
+    result = run("plot", foreign)
+    assert result.exit_code == 0
+    told = [line.split(": no picture of it: ")[0] for line in result.stderr.splitlines()]
+    assert told == [
+        str(foreign / name) for name in ("evaluation.json", "longrope.json", "b/result.json")
+    ]
+    assert [path.parent.name for path in foreign.rglob("*.png")] == ["own", "own"]
     for folder, message in (
-        (tmp_path, "expected result.json"),
+        (foreign / "b", "expected result.json"),
         (tmp_path / "no", "no such folder"),
+        (foreign / "a", "expected result.json"),
     ):
         result = run("plot", folder)
         assert result.exit_code == 1
@@ -328,9 +365,6 @@ def test_broken_files_are_one_line_too(work, searched, tmp_path):
         assert result.exit_code == 1
         assert message in result.stderr.strip().splitlines()[-1]
     assert not out.exists()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/result.json").write_text("{}")
-    assert run("plot", tmp_path / "other").exit_code == 0
 
 
 def test_weights_that_are_not_finite_are_found_by_the_search(work, tmp_path):

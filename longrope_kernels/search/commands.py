@@ -85,6 +85,7 @@ class Search:
             rows.append(["LongRoPE", number(found.best.fitness), text])
             header = [f"perplexity, {self.length} tokens", "", ""]
             note = write_config(source, found.rope, self.length, self.out)
+            draw([self.out], RESULT, SIDECAR)
             _tell(header, rows, self.out, note)
             if found.descent is not None:
                 typer.echo(in_words(found.descent))
@@ -177,6 +178,8 @@ class Readjust:
                 numbers = map(number, (result.before[length], found.best.fitness))
                 rows.append([str(length), *numbers, taken])
             note = write_config(source, result.rope, reached, self.out)
+            draw([self.out], SIDECAR)
+            draw((self.out / str(length) for length in self.lengths), RESULT, SIDECAR)
             _tell(["tokens", "before", "best found", "now"], rows, self.out, note)
 
 
@@ -225,8 +228,9 @@ class Extend:
             for length, after in content.get("after", {}).items():
                 was = number(content["before"][length])
                 rows.append([f"{step}, {length}", f"{number(after)} (before {was})"])
-        note = read_json(out / "model" / DONE)["config"]
-        _tell(["step", "perplexity"], rows, out, note, out / "model")
+            inner = (out / step / str(length) for length in self.plan.short)
+            draw([out / step, *inner], RESULT, SIDECAR)
+        _tell(["step", "perplexity"], rows, out / step, content["config"])
         ends = [one.max_length for one in rope.sets]
         bounds = ("all longer" if end is None else f"to {end}" for end in ends)
         typer.echo(f"factor sets: {', '.join(bounds)}")
@@ -249,7 +253,9 @@ class Plot:
     ]
 
     def run(self) -> None:
-        draw(self.folder)
+        from .plots import draw_all
+
+        draw_all(self.folder, say)
 
 
 def _rope_given(name: str, rope: Path | None, length: int | None) -> tuple[Rope, int] | None:
@@ -263,13 +269,10 @@ def _rope_given(name: str, rope: Path | None, length: int | None) -> tuple[Rope,
     return Rope.load(rope), length
 
 
-def _tell(
-    header: list[str], rows: list[list[str]], out: Path, note: str | None, model: Path | None = None
-) -> None:
-    """The end of a command whose rope is in ``model``, or in ``out``: pictures, and what it did."""
-    draw(out)
+def _tell(header: list[str], rows: list[list[str]], out: Path, note: str | None) -> None:
+    """What a command did whose rope is in ``out``."""
     table(header, rows)
     written = "longrope.json, config.json, pictures"
     if note is not None:
         written = f"longrope.json, pictures; no config.json: {note}"
-    typer.echo(f"written: {model or out}: {written}")
+    typer.echo(f"written: {out}: {written}")

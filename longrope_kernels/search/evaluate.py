@@ -204,7 +204,7 @@ class Evaluate:
             "retrieval": retrieved if self.retrieval else None,
         }
         write_json(self.out / EVALUATION, content)
-        draw(self.out)
+        draw([self.out], EVALUATION)
 
     def _print(self, found: _Found, documents: int) -> None:
         scored = "perplexity" if self._scored is None else f"perplexity, last {self._scored}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +29,44 @@ _STYLES = {
 _OTHERS = ("#0072B2", "#CC79A7", "#000000", "#8C564B", "#7F7F00")
 
 
-def draw_all(folder: Path) -> None:
-    """All pictures of a folder and those in it, from the files that have their numbers.
+def draw_all(folder: Path, say: Callable[[str], None]) -> None:
+    """The pictures of a folder and of those in it, as `draw_folder`.
 
     Raises:
-        ValueError: there is no such folder, or no such file in it.
+        ValueError: there is no such folder, or none has the numbers of a picture.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
-    names = (RESULT, EVALUATION, SIDECAR)
-    inner = sorted({path.parent for name in names for path in folder.rglob(name)})
-    for part in inner:
-        if (part / EVALUATION).exists():
-            _draw_evaluation(read_json(part / EVALUATION), part)
-        content = read_json(part / RESULT) if (part / RESULT).exists() else {}
-        if "space" in content:  # other programs call their files so too
-            _draw_result(content, part)
-        elif (part / SIDECAR).exists():
-            draw_factors(Rope.load(part / SIDECAR), {}, part / "factors.png")
-    if not inner:
+    inner = sorted({path.parent for name in _KINDS for path in folder.rglob(name)})
+    drawn = [draw_folder(part, tuple(_KINDS), say) for part in inner]
+    if not any(drawn):
         raise ValueError(
-            f"{folder}: expected {RESULT}, {EVALUATION} or {SIDECAR}, or folders with them"
+            f"{folder}: expected {RESULT}, {EVALUATION} or {SIDECAR} of a command, or folders with "
+            "them"
         )
+
+
+def draw_folder(folder: Path, names: Collection[str], say: Callable[[str], None]) -> bool:
+    """The pictures of a folder, from the files that have their numbers; whether there were any.
+
+    Args:
+        folder: where the pictures go, too.
+        names: of the files to look for; other programs call theirs so as well, which have none.
+        say: told what can't be drawn: no picture is worth the error that ends a long search.
+    """
+    drawn: list[str] = []
+    for name, draw in _KINDS.items():
+        if (
+            name not in names
+            or not (folder / name).exists()
+            or (name == SIDECAR and RESULT in drawn)
+        ):
+            continue
+        try:
+            drawn += [name] if draw(read_json(folder / name), folder) else []
+        except Exception as error:
+            say(f"{folder / name}: no picture of it: {type(error).__name__}: {error}")
+    return bool(drawn)
 
 
 def draw_factors(rope: Rope, others: Mapping[str, Rope], path: Path, title: str = "") -> None:
@@ -131,7 +147,9 @@ def draw_history(
     _save(figure, path)
 
 
-def _draw_result(content: Mapping[str, Any], folder: Path) -> None:
+def _draw_result(content: Mapping[str, Any], folder: Path) -> bool:
+    if "space" not in content:
+        return False
     space, length, formulas = content["space"], content["length"], {}
     original = space["original_length"]
     if length > original:
@@ -144,15 +162,32 @@ def _draw_result(content: Mapping[str, Any], folder: Path) -> None:
     history = [Iteration(float(best), float(median), 0, 0.0) for best, median in content["history"]]
     values = {name: float(value) for name, value in content["others"].items()}
     draw_history(history, values, folder / "history.png", title)
+    return True
 
 
-def _draw_evaluation(content: Mapping[str, Any], folder: Path) -> None:
+def _draw_evaluation(content: Mapping[str, Any], folder: Path) -> bool:
+    if "perplexity" not in content:
+        return False
     rows = {
         name: {int(n): float(value) for n, value in row.items()}
         for name, row in content["perplexity"].items()
     }
     title = f"{len(content['documents'])} documents"
     draw_perplexity(rows, folder / "perplexity.png", title, content["original"])
+    return True
+
+
+def _draw_rope(_: Mapping[str, Any], folder: Path) -> bool:
+    draw_factors(Rope.load(folder), {}, folder / "factors.png")
+    return True
+
+
+# What draws a file, by its name. A rope alone is drawn where no result has.
+_KINDS: dict[str, Callable[[Mapping[str, Any], Path], bool]] = {
+    EVALUATION: _draw_evaluation,
+    RESULT: _draw_result,
+    SIDECAR: _draw_rope,
+}
 
 
 def _set_label(rope: Rope, index: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,12 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def draw(folder: Path) -> None:
-    """The pictures of a folder."""
-    from .plots import draw_all
+def draw(folders: Iterable[Path], *names: str) -> None:
+    """The pictures of a command's own folders, from its own files."""
+    from .plots import draw_folder
 
-    draw_all(folder)
+    for folder in folders:
+        draw_folder(folder, names, say)
 
 
 def table(header: list[str], rows: list[list[str]]) -> None:
