@@ -199,7 +199,7 @@ def export(
             Rope.load(folder) if source is None else source.rope,
             gguf,
             out,
-            length=length or (None if source is None else source.trained),
+            length=source.trained if length is None and source is not None else length,
             original=None if source is None else source.original,
             replace_factors=replace,
         )
@@ -208,10 +208,13 @@ def export(
         raise typer.Exit(1) from None
     typer.echo(f"written: {out}, for {done.length} tokens")
     typer.echo("llama.cpp takes one set for all sequences, by the context it was started with:")
-    for set_of, context in (("short", done.short_context), ("long", done.length)):
+    none = {
+        "short": f"in no context, since they are multiples of 256 and it ends at {done.original}",
+        "long": f"in no context of up to {done.length} tokens: they take the short set",
+    }
+    for set_of, context in (("short", done.short_context), ("long", done.long_context)):
         command = f"llama-server -m {out} -c {context} -np 1"
-        none = f"in no context, since they are multiples of 256 and it ends at {done.original}"
-        typer.echo(f"  {set_of:<5} {command if context else none}")
+        typer.echo(f"  {set_of:<5} {command if context else none[set_of]}")
     if check:
         _check_export(done)
 

@@ -279,6 +279,16 @@ def test_the_short_context_is_one_that_llama_cpp_makes(
     assert f"  short {said.format(out=out)}" in done.stdout, done.stderr
 
 
+def test_a_length_that_no_long_set_serves(tmp_path: Path, source: Path) -> None:
+    folder, out = searched(tmp_path / "found"), tmp_path / "out.gguf"
+    done = run(folder, "--gguf", source, "--out", out, "--length", 0)
+    assert done.exit_code == 1
+    assert "length: expected at least the 256 tokens of the short set" in done.stderr
+    done = run(folder, "--gguf", source, "--out", out, "--length", 256)
+    assert "  short llama-server" in done.stdout
+    assert "  long  in no context of up to 256 tokens: they take the short set" in done.stdout
+
+
 def test_a_folder_without_config_needs_a_length(tmp_path: Path, source: Path) -> None:
     folder, out = searched(tmp_path / "found"), tmp_path / "out.gguf"
     (folder / "config.json").unlink()

@@ -345,6 +345,13 @@ def test_broken_files_are_one_line_too(work, searched, tmp_path):
     headless = tmp_path / "headless"
     AutoModelForCausalLM.from_pretrained(work / "model").model.save_pretrained(headless)
     make_model(small, vocab_size=64)
+    other_sizes, no_config = (tmp_path / name for name in ("other sizes", "no config"))
+    for folder, text in (
+        (other_sizes, (small / "config.json").read_text().replace('": 64', '": 128')),
+        (no_config, "null"),
+    ):
+        shutil.copytree(work / "model", folder)
+        (folder / "config.json").write_text(text)
     other = make_model(tmp_path / "other model", rms_norm_eps=0.1)  # of the same weights
     shutil.copytree(searched, tmp_path / "searched")
     shutil.copytree(searched, started)
@@ -357,6 +364,8 @@ def test_broken_files_are_one_line_too(work, searched, tmp_path):
         (cut, out, "expected whole weights"),
         (headless, out, "expected whole weights, got none for lm_head.weight"),
         (small, out, "--tokenizer: expected ids below 64, which the model knows"),
+        (other_sizes, out, f"{other_sizes}: "),
+        (no_config, out, "config.json: expected an object, got None"),
         (work / "model", started, "expected config, config_hash and state"),
         (other, tmp_path / "searched", "the folder is another run's: context.config is "),
         (work / "model", work / "model", "--out: expected another folder than that of the model"),

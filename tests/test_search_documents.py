@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from longrope_kernels.search.documents import encoder, read_documents, texts
+from longrope_kernels.search.source import repeats
 
 BYTES = encoder("bytes")
 
@@ -36,6 +37,46 @@ def test_files_lines_and_folders_are_documents_in_order(folder):
     assert [t for _, t in texts([folder / ".cache"])] == ["no"]  # named by the user
     (folder / "a.jsonl").rename(folder / "a.JSONL")
     assert [t for _, t in texts([folder / "a.JSONL"])] == ["one\u2028", "two"]
+
+
+def test_a_mark_of_utf8_is_no_text(tmp_path):
+    for name, text in (("a.jsonl", '{"text": "one"}'), ("b.txt", "two")):
+        (tmp_path / name).write_text(text, "utf-8-sig")
+    assert [text for _, text in texts([tmp_path])] == ["one", "two"]
+
+
+def test_links_to_folders_are_followed_and_to_each_once(folder, tmp_path_factory):
+    more = tmp_path_factory.mktemp("more")
+    (more / "e.txt").write_text("linked")
+    (folder / "x").symlink_to(more)
+    (folder / "y").symlink_to(more)
+    (more / "back").symlink_to(folder)
+    (folder / "inner/loop").symlink_to(folder)
+    assert [text for _, text in texts([folder])] == [
+        "one\u2028",
+        "two",
+        "grün\n",
+        "x = 1",
+        "linked",
+    ]
+
+
+def test_a_file_that_is_given_twice_is_refused(folder):
+    for again in (folder / "b.txt", folder / "inner/../b.txt", folder):
+        with pytest.raises(ValueError, match=r"b\.txt: expected each text once, got it twice"):
+            list(texts([folder / "b.txt", again]))
+
+
+def test_texts_that_are_there_twice_are_told(folder):
+    (folder / "z.txt").write_text("grün\n", "utf-8")
+    documents = read_documents([folder], BYTES)
+    name = {Path(one.name).name: one.name for one in documents}
+    twice = f"{name['z.txt']}: the same text as {name['b.txt']}, which counts twice"
+    assert list(repeats(documents)) == [twice]
+    (measured,) = read_documents([folder / "inner"], BYTES)
+    assert list(repeats([measured], documents)) == [
+        f"{measured.name}: a text to train on, which {measured.name} measures the model by"
+    ]
 
 
 def test_bytes_are_those_of_utf8(folder):
@@ -95,6 +136,7 @@ def test_a_short_document_is_named_with_its_tokens(folder):
         ('["text"]', r'bad\.jsonl:2: expected an object with "text"'),
         ('{"text": 3}', r'bad\.jsonl:2: expected an object with "text"'),
         ('{"text": "\\ud800"}', r"bad\.jsonl:2: expected text that UTF-8 can say"),
+        ("[" * 100_000, r"bad\.jsonl:2: expected JSON"),
     ],
 )
 def test_a_line_that_is_no_document_is_named(tmp_path, line, message):

@@ -151,6 +151,9 @@ def test_evaluate_scores_the_same_tokens_at_each_length(work, tmp_path):
     expected = [plain_losses(work, x[240:280], 3) for x in of_bytes(work)]
     expected = torch.cat(expected).mean().exp().item()
     assert last["perplexity"]["no scaling"]["40"] == pytest.approx(expected, rel=1e-5)
+    failed = run("evaluate", *given(work), *flags(length=40), "--out", tmp_path / "perplexity.png")
+    assert failed.exit_code == 2
+    assert "Invalid value for '--out'" in failed.stderr
     failed = run("evaluate", *given(work), *flags(length=40), "--length", 9, "--last", 9)
     assert "last: expected 1 to 8 tokens, got 9" in failed.stderr
 

@@ -265,7 +265,8 @@ def test_other_texts_or_another_model_under_the_same_paths_are_refused(work, tmp
         ({"options": replace(OPTIONS, last=20)}, "last: expected 1 to 15 tokens, got 20"),
         ({"options": replace(OPTIONS, n_hats=(40,))}, "n_hats: expected positions below .* = 16"),
         ({"options": replace(OPTIONS, fitness="needle")}, "length: expected at least the 520"),
-        ({"upper": 0.5}, r"upper: expected at least 1\.0"),
+        ({"upper": 0.5, "short": ()}, r"upper: expected at least 1\.0"),
+        ({"upper": float("nan"), "short": ()}, r"upper: expected at least 1\.0, and finite"),
         ({"model": "nowhere"}, r"nowhere: expected the folder of a model, with a config\.json"),
     ],
 )
@@ -317,6 +318,7 @@ def test_the_command(work, extended):
     assert result.exit_code == 0, result.stderr
     assert "1-search-64" in result.stdout
     assert "(before" in result.stdout
+    assert result.stderr.count(": a text to train on, which ") == 2
     assert (extended / "3-search-128" / "history.png").exists()
     assert (extended / "model" / "factors.png").exists()
     wrong = runner.invoke(cli.app, ["extend", *map(str, arguments), "--stage", "x:1"])
@@ -451,7 +453,8 @@ def test_what_cannot_be_trained_is_named(work, tmp_path):
         tune(model, rope(), documents(), 96, 1, TUNING, tmp_path)
     assert not list(tmp_path.glob("checkpoint-*"))
     for wrong, message in (
-        ({"rate": 0.0}, "rate: expected above 0, got 0"),
+        ({"rate": 0.0}, "rate: expected above 0, and finite, got 0"),
+        ({"rate": float("inf")}, "rate: expected above 0, and finite, got inf"),
         ({"rows": 0}, "rows: expected at least 1, got 0"),
         ({"short_share": 1.0}, "short_share: expected a share from 0 to below 1, got 1"),
     ):

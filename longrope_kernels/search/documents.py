@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,12 +88,13 @@ def texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
             each line, an object with the key "text"), and folders of both.
 
     Raises:
-        ValueError: a file or folder that is not there, empty or not UTF-8, or a line that is no
-            such object; named in the message.
+        ValueError: a file or folder that is not there, empty or not UTF-8, a file that is there
+            twice, or a line that is no such object; named in the message.
     """
+    seen: set[str] = set()
     for path in paths:
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
+            files = sorted(_files(path))
             if not files:
                 raise ValueError(f"{path}: expected texts, got a folder without files")
         elif path.is_file():
@@ -100,8 +102,12 @@ def texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
         else:
             raise ValueError(f"{path}: there is no such file or folder")
         for file in files:
+            place = os.path.abspath(file)
+            if place in seen:
+                raise ValueError(f"{file}: expected each text once, got it twice")
+            seen.add(place)
             try:
-                content = file.read_text("utf-8")
+                content = file.read_text("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file}: expected text in UTF-8, got {error}") from None
             if file.suffix.lower() in JSON_LINES:
@@ -110,9 +116,15 @@ def texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
                 yield str(file), content
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    """Whether it, or a folder in ``folder`` that it is in, has a name with a dot in front."""
-    return any(part[0] == "." for part in file.relative_to(folder).parts)
+def _files(folder: Path) -> Iterator[Path]:
+    """Those in it, where no name has a dot in front; links are followed, to each folder once."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
+        files = (Path(place, name) for name in names if name[0] != "." and real not in seen)
+        yield from (file for file in files if file.is_file())
+        seen.add(real)
 
 
 def _json_lines(file: Path, content: str) -> Iterator[tuple[str, str]]:
@@ -123,7 +135,7 @@ def _json_lines(file: Path, content: str) -> Iterator[tuple[str, str]]:
         name = f"{file}:{number}"
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{name}: expected JSON, got {error}") from None
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise ValueError(f'{name}: expected an object with "text", got {line[:60]}')

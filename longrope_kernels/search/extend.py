@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from ..rope.files import SIDECAR
 from .documents import Document, Encode, encoder, read_documents
 from .find import find
 from .model import Losses, TransformersLosses
-from .options import Read, Texts, Upper, ascending, paths
+from .options import Read, Texts, Upper, ascending, paths, tell
 from .ranks import from_main, is_main, sequence_group
 from .readjust import readjust
 from .settings import Options
@@ -38,6 +39,7 @@ from .source import (
     load_model,
     open_source,
     read_json,
+    repeats,
     save_rope,
     write_config,
     write_json,
@@ -129,6 +131,8 @@ class ExtendPlan(Texts):
             raise ValueError(
                 f"short: expected ascending lengths below {lengths[-1]}, got {list(self.short)}"
             )
+        if self.upper is not None and not 1 <= self.upper < math.inf:
+            raise ValueError(f"upper: expected at least 1.0, and finite, got {self.upper}")
         if self.options.critical is not None and len(lengths) > 1:
             raise ValueError("critical: expected one stage: its factors are of the whole extension")
 
@@ -210,6 +214,7 @@ class Extension:
         )
         self._training = self._read_training([stage.length for stage in tuned])
         self._check_searches()
+        tell(repeats(self._documents, self._training))
         with self._alone():
             from_main(self._write_plan)
 

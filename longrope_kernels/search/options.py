@@ -16,8 +16,8 @@ import typer
 from ..rope.files import SIDECAR
 from .documents import BYTES, Document, Encode, Encoder, encoder, read_documents
 from .model import TransformersLosses
-from .ranks import sequence_group
-from .source import Source, load_model, open_source
+from .ranks import is_main, sequence_group
+from .source import Source, load_model, open_source, repeats
 
 _Read = str | Path | None  # a file or folder that is read
 
@@ -48,8 +48,17 @@ Upper = Annotated[
 
 
 Out = Annotated[
-    Path, typer.Option(help="Folder for the results. The same command goes on where it stopped.")
+    Path,
+    typer.Option(
+        file_okay=False, help="Folder for the results. The same command goes on where it stopped."
+    ),
 ]
+
+
+def tell(lines: Iterable[str]) -> None:
+    """What a user should know, and nobody needs."""
+    for line in lines if is_main() else ():
+        typer.echo(line, err=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +162,7 @@ class Given(Texts, Machine):
         documents = read_documents(
             texts, encode, length, most=self.samples, short="skip" if self.skip_short else "error"
         )
+        tell(repeats(documents))
         model = load_model(Path(self.model), self.device, self.dtype)
         return documents, TransformersLosses(model, group=sequence_group(self.context_parallel))
 

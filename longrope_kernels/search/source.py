@@ -85,9 +85,11 @@ def open_source(folder: Path, original: int | None = None) -> Source:
     if not path.is_file():
         raise ValueError(f"{folder}: expected the folder of a model, with a {CONFIG}")
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = read_json(path)
+    except (ValueError, RecursionError) as error:  # of digits, characters and depth too
         raise ValueError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected an object, got {config!r}")
     text = _read_config(folder).get_text_config()
     try:
         if (folder / SIDECAR).is_file():
@@ -146,7 +148,7 @@ def load_model(folder: Path, device: str = "auto", dtype: str = "auto") -> Any:
             model, told = AutoModelForImageTextToText.from_pretrained(folder, **given)
     except SafetensorError as error:
         raise ValueError(f"{folder}: expected whole weights: {error}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # of other sizes: the last
         raise ValueError(f"{folder}: {error}") from None
     finally:
         if shown:
@@ -382,6 +384,18 @@ def digest(documents: Sequence[Document]) -> str:
     for document in documents:
         total.update(f"{len(document.tokens)} ".encode() + document.tokens.numpy().tobytes())
     return total.hexdigest()[:16]
+
+
+def repeats(documents: Sequence[Document], training: Sequence[Document] = ()) -> Iterator[str]:
+    """Lines on texts that are there twice, or are trained on as well as measured."""
+    known: dict[str, str] = {}
+    for document in documents:
+        first = known.setdefault(digest([document]), document.name)
+        if first != document.name:
+            yield f"{document.name}: the same text as {first}, which counts twice"
+    for document in training:
+        if (first := known.get(digest([document]))) is not None:
+            yield f"{document.name}: a text to train on, which {first} measures the model by"
 
 
 def _read_config(folder: Path) -> Any:

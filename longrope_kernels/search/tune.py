@@ -68,8 +68,8 @@ class TuneSettings:
         for name in ("rows", "accumulate", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.rate > 0:
-            raise ValueError(f"rate: expected above 0, got {self.rate}")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"rate: expected above 0, and finite, got {self.rate}")
         if not 0 <= self.short_share < 1:
             raise ValueError(
                 f"short_share: expected a share from 0 to below 1, got {self.short_share}"

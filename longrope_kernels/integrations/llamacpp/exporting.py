@@ -46,6 +46,11 @@ class Exported:
         """The longest context, in tokens, that llama.cpp takes the short set for; 0 for none."""
         return self.original // STEP * STEP
 
+    @property
+    def long_context(self) -> int:
+        """The longest context, in tokens, that llama.cpp takes the long set for; 0 for none."""
+        return self.length if -(-self.length // STEP) * STEP > self.original else 0
+
 
 def export(
     rope: Rope,
