@@ -367,15 +367,18 @@ def fingerprint(model: Any) -> str:
 
 
 def _sums(values: torch.Tensor) -> torch.Tensor:
-    """Of the bits of values, each one of values that lie far from one another; int64, exact.
+    """Of the bits of values, each of some that lie far from one another, by weights; int64, exact.
 
-    Sums of integers are the same on every device, by any number of threads.
+    Sums of integers are the same on every device, by any number of threads. The weights are odd, so
+    that a change of one value always shows, and all different: so do rows that change places.
     """
     if values.is_floating_point():
         wide = values.dtype == torch.float64
         values = values.view(torch.int64) if wide else values.float().view(torch.int32)
     whole = torch.nn.functional.pad(values.long(), (0, -len(values) % _BLOCK))
-    return whole.view(-1, *_BLOCK_SHAPE).sum(1)
+    rows, _ = _BLOCK_SHAPE
+    weights = torch.arange(1, 2 * rows, 2, device=whole.device)
+    return (whole.view(-1, *_BLOCK_SHAPE) * weights[:, None]).sum(1)
 
 
 def digest(documents: Sequence[Document]) -> str:
@@ -394,8 +397,9 @@ def repeats(documents: Sequence[Document], training: Sequence[Document] = ()) ->
         if first != document.name:
             yield f"{document.name}: the same text as {first}, which counts twice"
     for document in training:
-        if (first := known.get(digest([document]))) is not None:
-            yield f"{document.name}: a text to train on, which {first} measures the model by"
+        measured = known.get(digest([document]))
+        if measured is not None:
+            yield f"{document.name}: a text to train on, which {measured} measures the model by"
 
 
 def _read_config(folder: Path) -> Any:
