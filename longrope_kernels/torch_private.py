@@ -23,6 +23,8 @@ _peek_transforms = _functorch.peek_interpreter_stack
 _count_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 _profiler_enabled = torch._C._autograd._profiler_enabled
+_creation_of = torch._C._autograd._get_creation_meta
+_WRITABLE = torch._C._autograd.CreationMeta.DEFAULT
 
 
 def below_autograd() -> Any:
@@ -163,6 +165,35 @@ def has_nested_gradients(*tensors: torch.Tensor) -> bool:
         return False
     wrappers = (y for x in tensors for y in _wrapped(x) if y.requires_grad)
     return len({_functorch.maybe_get_level(y) for y in wrappers} - {_NO_LEVEL}) > 1
+
+
+def unwritable(x: torch.Tensor) -> str | None:
+    """What x is that torch would not have written in place, in words; None where it may be.
+
+    torch checks writes of its own before, and those of others afterwards. A graph writes nothing
+    before all of it was traced, which meets torch's errors.
+    """
+    if torch.compiler.is_compiling():
+        leaf = torch.is_grad_enabled() and x.requires_grad and x.is_leaf
+        return "a leaf that requires grad" if leaf else None
+    if _peek_transforms() is not None:
+        return next(filter(None, map(_unwritable, _wrapped(x))), None)
+    return _unwritable(x)
+
+
+def _unwritable(x: torch.Tensor) -> str | None:
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    if x.is_leaf:
+        return "a leaf that requires grad"
+    if not x._is_view():
+        return None
+    base = x._base
+    if base is not None and base.is_leaf:
+        return "a view of a leaf that requires grad"
+    if _creation_of(x) != _WRITABLE:
+        return "a view that autograd lets nobody write (of unbind, split or chunk, or of no_grad())"
+    return None
 
 
 def innermost(x: torch.Tensor) -> torch.Tensor:

@@ -122,6 +122,15 @@ def test_compiles_without_a_break() -> None:
     assert torch.equal(compiled, run(k.clone(), positions))
 
 
+@pytest.mark.parametrize("new", [LONG, one(7)], ids=["one turn", "two turns"])
+def test_view_of_a_parameter_is_refused_and_kept(new: Rope) -> None:
+    leaf = torch.randn(2, 9, 2, 16, requires_grad=True)
+    before = leaf.detach().clone()
+    with pytest.raises(ValueError, match="k_cache is a view of a leaf that requires grad"):
+        rerotate_(leaf[:1], torch.arange(9), SHORT, new)
+    assert torch.equal(leaf, before)
+
+
 INT = torch.int32
 BAD = [
     pytest.param({"k_cache": 3}, TypeError, "k_cache: expected a tensor, got int", id="k"),

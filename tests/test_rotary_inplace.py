@@ -5,8 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import truth
-from cases import Shape, Target, by_id, every_cpu_target, every_target, positions_for, two_sets
+from cases import (
+    Shape,
+    Target,
+    by_id,
+    every_cpu_target,
+    every_kernel,
+    every_target,
+    positions_for,
+    two_sets,
+)
 from tolerance import assert_close
+
+from longrope_kernels import Rope
 
 bf16 = torch.bfloat16
 SHAPES = [
@@ -159,6 +170,43 @@ def test_leaf_that_requires_grad_is_refused_and_kept(target: Target) -> None:
             target.rotary(q, k, torch.arange(5), shape.rope(), inplace=True)
         assert torch.equal(q, before[0])
         assert torch.equal(k, before[1])
+
+
+REFUSED = {
+    "unbind": lambda x: (x * 1).unbind(2)[0],
+    "split": lambda x: (x * 1).flatten(2, 3).split(2, 2)[0],
+    "chunk": lambda x: (x * 1).flatten(2, 3).chunk(3, 2)[1],
+    "slice-of-unbind": lambda x: (x * 1).unbind(2)[2][:, :, :1],
+    "view-of-leaf": lambda x: x[:, :, 0],
+    "view-of-a-view-of-leaf": lambda x: x[:, :, 1][:, :, :1],
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("name", ["q", "k"])
+@every_target
+def test_what_autograd_would_refuse_is_refused_and_kept(
+    target: Target, name: str, kind: str
+) -> None:
+    leaf = target.move(torch.randn(1, 5, 3, 2, 16)).requires_grad_()
+    views = {"q": target.move(torch.randn(1, 5, 2, 16)).requires_grad_() * 1}
+    views = {"k": views["q"] * 1, **views, name: REFUSED[kind](leaf)}
+    before = [x.detach().clone() for x in (leaf, *views.values())]
+    with pytest.raises(ValueError, match=rf"inplace: {name} is a view .*{name}\.clone\(\)"):
+        target.rotary(*(views[n] for n in "qk"), torch.arange(5), Rope.plain(16), inplace=True)
+    assert all(map(torch.equal, (leaf, *views.values()), before))
+    with torch.no_grad():
+        target.rotary(*(views[n] for n in "qk"), torch.arange(5), Rope.plain(16), inplace=True)
+
+
+@every_kernel
+def test_inference_tensor_beside_one_that_requires_grad(target: Target) -> None:
+    x = torch.randn(1, 5, 2, 16)
+    with torch.inference_mode():
+        k = target.move(x * 1)
+    q = target.move(x).requires_grad_() * 1
+    target.rotary(q, k, torch.arange(5), Rope.plain(16), inplace=True)
+    assert torch.equal(q, k)
 
 
 @every_target

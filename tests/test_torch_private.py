@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from longrope_kernels import Rope, apply_rotary, torch_private
-from longrope_kernels.torch_private import runs_now, unwatched
+from longrope_kernels.torch_private import runs_now, unwatched, unwritable
 
 
 class Watcher(TorchDispatchMode):
@@ -75,6 +75,40 @@ def test_recording_tracing_and_vectorising_are_seen() -> None:
     look(torch.zeros(2).as_subclass(Own))
     assert seen == [False] * 5
     assert runs == [True] + [False] * 4
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "itself": lambda x: x,
+    "slice": lambda x: x[:1],
+    "select": lambda x: x.select(0, 1),
+    "transposed": lambda x: x.transpose(0, 1),
+    "slice of an unflattened one": lambda x: x.unflatten(1, (2, 2))[:, 1],
+    "unbind": lambda x: x.unbind(0)[1],
+    "split": lambda x: x.split(1)[0],
+    "chunk": lambda x: x.chunk(2)[0],
+    "slice of unbind": lambda x: x.unbind(1)[1][1:],
+    "detached": lambda x: x.detach(),
+    "detached unbind": lambda x: x.unbind(0)[1].detach(),
+    "made under no_grad": lambda x: torch.no_grad()(lambda: x[:1])(),
+    "made under inference_mode": lambda x: torch.inference_mode()(lambda: x[:1])(),
+    "made to require it": lambda x: x.detach()[:1].requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("of", ["leaf", "computed", "constant"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_torch_would_not_write_is_told_before(kind: str, of: str, grad: bool) -> None:
+    x = torch.randn(2, 4, requires_grad=of != "constant")
+    view = VIEWS[kind](x * 1 if of == "computed" else x)
+    with torch.set_grad_enabled(grad):
+        told = unwritable(view)
+        try:
+            view.zero_()
+        except RuntimeError:
+            assert told is not None
+        else:
+            assert told is None
 
 
 def test_a_mode_sees_the_op() -> None:

@@ -27,6 +27,7 @@ from ..torch_private import (
     tangent_of,
     transformed,
     unwatched,
+    unwritable,
 )
 from . import library
 from .factors import resolve
@@ -80,8 +81,9 @@ def apply_rotary(
             several sets needs one of the two. On a device, an index out of range is clamped.
         cu_seqlens: (sequences + 1,) int32 or int64, where packed sequences begin, with the token
             count last; ``lengths`` and ``sets`` are then (sequences,).
-        inplace: write into q and k and return them. Refused on a leaf that requires grad and on
-            memory that q and k share (not detected under ``torch.compile``).
+        inplace: write into q and k and return them. Refused where autograd is on and would not have
+            it (a leaf that requires grad or a view of one, outputs of unbind, split and chunk), and
+            on memory that q and k share (not detected under ``torch.compile``).
         backend: "reference", "native" (CPU), "triton" or "cuda" (CUDA), or None for the fastest
             that can serve (``longrope info`` prints the table). A named backend runs or raises.
 
@@ -206,8 +208,11 @@ def rotate_(call: RotaryCall, backend: str) -> None:
     elif recorded:
         # One tensor at a time: autograd lets a function that writes into a view return one output.
         for x in (q, k):
-            rest = schema.flatten(call._replace(q=x, k=no_heads(x)))[1:]
-            _RotaryInplace.apply(x, *rest, backend)  # type: ignore[no-untyped-call]
+            one = call._replace(q=x, k=no_heads(x))
+            if x.requires_grad:
+                _RotaryInplace.apply(*schema.flatten(one), backend)  # type: ignore[no-untyped-call]
+            else:
+                rotate_(one, backend)
     else:
         _rotary_(*schema.flatten(call), backend)
 
@@ -218,11 +223,10 @@ def no_heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_writable(name: str, x: torch.Tensor) -> None:
-    """In-place rotation would be wrong on a leaf that requires grad or on shared memory."""
-    if torch.is_grad_enabled() and x.requires_grad and x.is_leaf:
+    """In-place rotation would be wrong where autograd refuses it, and on shared memory."""
+    if (what := unwritable(x)) is not None:
         raise ValueError(
-            f"inplace: {name} is a leaf that requires grad; expected inplace=False, or a "
-            "tensor computed from it"
+            f"inplace: {name} is {what}; expected inplace=False, {name}.clone() or torch.no_grad()"
         )
     if overlaps_itself(x):
         raise ValueError(
