@@ -191,6 +191,32 @@ def test_float64_in_the_reference(causal: bool, pairs: int) -> None:
     assert (out - expected.out.ref64).abs().max() <= 2 * off * v.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_nan_stays_nan(backend: str) -> None:
+    """Its log-sum-exp is none of a query that sees no key."""
+    q, k, v = torch.randn(3, 1, 9, 2, 16)
+    q[0, 4, 0, 0] = torch.nan
+    args = torch.arange(9), Rope.plain(16)
+    out, lse = attention(q, k, v, *args, return_lse=True, backend=backend)
+    for x in (out[0, :, :, 0].T, lse[0]):
+        assert x.isnan().nonzero().tolist() == [[0, 4]]
+    sinks = torch.tensor([0.0, torch.nan])
+    out, lse = attention(k, k, v, *args, sinks=sinks, return_lse=True, backend=backend)
+    assert out.isnan().all((0, 1, 3)).tolist() == lse.isnan().all(2)[0].tolist() == [False, True]
+    assert not out[:, :, 0].isnan().any()
+
+
+def test_padding_may_hold_anything_in_the_reference() -> None:
+    q, k, v = torch.randn(3, 1, 9, 2, 16)
+    k[:, :3] = v[:, :3] = torch.nan
+    k.requires_grad_()
+    args = torch.arange(9), Rope.plain(16)
+    out = attention(q, k, v, *args, kv_start=torch.tensor([3]), backend="reference")
+    out.sum().backward()
+    assert not out.isnan().any()
+    assert not k.grad.isnan().any()
+
+
 @every_forward
 def test_a_query_that_sees_no_key_gets_zeros(backend: Backend) -> None:
     """Exactly, by each of the ways to hide everything; also where memory held NaN."""

@@ -369,6 +369,26 @@ def test_caches_without_any_room(backend: Backend, paged: bool) -> None:
             assert (lse == -torch.inf).all()
 
 
+@pytest.mark.parametrize(
+    "hides", [{"kv_start": torch.tensor([50, 3])}, {"window": 16}], ids=["kv_start", "window"]
+)
+@every_backend
+def test_slots_that_no_query_sees_may_hold_anything(
+    backend: Backend, hides: dict[str, object]
+) -> None:
+    q = torch.randn(2, 3, 2, 16).to(backend.dtypes[0])
+    caches = [torch.randn(2, 70, 2, 16).to(q.dtype) for _ in "kv"]
+    lens = torch.tensor([68, 9])
+    expected = backend.decode(q, *caches, lens, Rope.plain(16), **hides)
+    for cache in caches:
+        cache[0, :50] = torch.nan
+        cache[1, :3] = torch.nan if "kv_start" in hides else 0.0
+        cache[0, 68:] = cache[1, 9:] = torch.nan
+    out = backend.decode(q, *caches, lens, Rope.plain(16), **hides)
+    assert torch.equal(out[0], expected[0])
+    assert not out.isnan().any()
+
+
 @every_backend
 def test_no_heads(backend: Backend) -> None:
     q, cache = torch.randn(2, 1, 0, 16), torch.randn(2, 5, 2, 16)

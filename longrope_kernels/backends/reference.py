@@ -118,17 +118,21 @@ def attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     assert keys.positions is not None
     compute = dtype_of_sums(q)
     of_keys = selection._replace(borders=keys.borders)
+    visible = call.visible()
+    # Where nobody looks there may be anything, and 0 times NaN is NaN.
+    seen = visible.any(1)[:, :, None, None]
+    k, v = (torch.where(seen, x.to(compute), 0.0) for x in (keys.k, keys.v))
     turned = []
-    for x, n, chosen in ((q, positions, selection), (keys.k, keys.positions, of_keys)):
+    for x, n, chosen in ((q, positions, selection), (k, keys.positions, of_keys)):
         cos, sin = (t.to(compute) for t in cos_sin(tables, chosen, n))
         turned.append(rotate(x.to(compute), cos, sin, tables.interleaved).transpose(1, 2))
     q_rot, k_rot = turned[0], turned[1].repeat_interleave(call.groups, dim=1)
-    values = keys.v.to(compute).transpose(1, 2).repeat_interleave(call.groups, dim=1)
+    values = v.transpose(1, 2).repeat_interleave(call.groups, dim=1)
 
     scores = q_rot @ k_rot.transpose(-1, -2) * how.scale
     if how.cap:
         scores = how.cap * torch.tanh(scores / how.cap)
-    scores = scores.masked_fill(~call.visible()[:, None], -torch.inf)
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
     # Finite stand-ins keep rows that see nothing out of NaN, in the gradient too. The column of
     # -inf is for no keys at all.
     top = torch.nn.functional.pad(scores.detach(), (0, 1), value=-torch.inf).amax(-1, keepdim=True)
@@ -140,10 +144,10 @@ def attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:  # one more weight, of a value of 0
         total = total + torch.exp(sinks - top)
-    some = total > 0
-    total = torch.where(some, total, 1.0)
+    none = total == 0  # which NaN is not
+    total = torch.where(none, 1.0, total)
     out = (weights / total) @ values
-    lse = torch.where(some, total.log() + top, -torch.inf).squeeze(-1)
+    lse = torch.where(none, -torch.inf, total.log() + top).squeeze(-1)
     return out.transpose(1, 2).to(q.dtype), lse
 
 
@@ -205,9 +209,7 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         x = x.to(compute)
         if scale is not None:
             x = x * scale.to(compute)[:, None]
-        # Slots that hold no key may hold anything, and 0 times NaN is NaN.
-        exists = torch.arange(x.shape[1], device=x.device) < lens[:, None]
-        caches.append(torch.where(exists[:, :, None, None], x, 0.0))
+        caches.append(x)
     k, v = caches
 
     slot = lens[:, None].long() - queries + torch.arange(queries, device=q.device)
