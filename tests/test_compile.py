@@ -20,7 +20,7 @@ from cases import (
 )
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from longrope_kernels import Rope, apply_rotary
+from longrope_kernels import Rope, apply_rotary, rerotate_
 
 # A graph of the reference is torch's own; that of a kernel is one op, whichever kernel it starts.
 GRAPHS = [
@@ -123,21 +123,34 @@ def test_in_place(target: Target, layout: str) -> None:
     assert equal(outs, wanted)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @every_graph
-def test_in_place_on_views_of_packed_qkv(target: Target) -> None:
-    rope = Rope.plain(16).to(target.device)
-    qkv = target.move(torch.randn(2, 5, 8, 16))
-    positions = target.move(torch.arange(5))
+def test_in_place_on_views_of_packed_qkv(target: Target, dynamic: bool | None) -> None:
+    rope, other = (Rope.plain(16, base=base).to(target.device) for base in (1e4, 5e5))
 
-    def call(qkv: torch.Tensor) -> torch.Tensor:
+    def call(qkv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         q, k, v = qkv.split([4, 2, 2], 2)
         target.rotary(q, k, positions, rope, inplace=True)
+        rerotate_(k, positions, rope, other, backend=target.backend)
         return v.sum() + q.sum()
 
-    eager = qkv.clone()
-    wanted = call(eager)
-    assert torch.equal(compiled(call)(qkv), wanted)
-    assert torch.equal(qkv, eager)
+    run = compiled(call, dynamic=dynamic)
+    for seq in (5, 7, 8):
+        qkv, positions = (target.move(x) for x in (torch.randn(2, seq, 8, 16), torch.arange(seq)))
+        eager = qkv.clone()
+        wanted = call(eager, positions)
+        assert torch.equal(run(qkv, positions), wanted)
+        assert torch.equal(qkv, eager)
+
+
+def test_in_place_on_expanded_memory_is_refused() -> None:
+    def call(q: torch.Tensor) -> Any:
+        return NATIVE.rotary(q.expand(2, -1, -1, -1), None, positions, rope, inplace=True)
+
+    rope, positions = Rope.plain(16), torch.arange(5)
+    for dynamic in (False, True):
+        with pytest.raises(Exception, match="elements of q share memory"):
+            compiled(call, dynamic=dynamic)(torch.randn(1, 5, 2, 16))
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["out", "inplace"])

@@ -26,12 +26,16 @@ def overlaps_itself(x: torch.Tensor) -> bool:
     """Whether two elements of x may lie at one address (an expanded tensor, say).
 
     Exact for views whose dimensions nest, which is every view that slicing, transposing and
-    expanding make; a stranger one counts as overlapping.
+    expanding make; a stranger one counts as overlapping. In a graph being traced, whose sizes may
+    have no order, expanded ones alone.
     """
     if x.is_contiguous() or x.numel() == 0:
         return False
+    dims = zip(x.stride(), x.shape, strict=True)
+    if torch.compiler.is_compiling():
+        return any(stride == 0 and size > 1 for stride, size in dims)
     extent = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+    for stride, size in sorted(dims):
         if size > 1:
             if stride < extent:
                 return True
