@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from append_truth import every_backend, fp8
@@ -141,6 +143,19 @@ def test_nothing_is_written(backend: Target, checked: None) -> None:
         arguments.update(wrong.change(arguments) or {})
         moved = {name: backend.move(x) for name, x in arguments.items()}
         assert_says(wrong, message(wrong, append, moved))
+
+
+def test_a_slot_for_two_of_many_tokens_is_found_soon() -> None:
+    k, caches, places = (
+        torch.zeros(30000, 1, 2),
+        torch.zeros(2, 1, 30000, 1, 2),
+        torch.arange(30000),
+    )
+    places[-1] -= 1
+    before = time.monotonic()
+    with pytest.raises(ValueError, match=r"slot_mapping: .* slot 29998 of row 0"):
+        append(k, k, *caches, slot_mapping=places)
+    assert time.monotonic() - before < 5  # comparing each with each takes 20
 
 
 def test_entries_of_blocks_that_are_not_written_are_not_read() -> None:

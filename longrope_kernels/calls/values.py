@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import torch
 
@@ -105,7 +106,7 @@ def check_append(call: AppendCall, lens_too: bool = True) -> None:
             f"tokens that are dropped, got {max(addresses)}"
         )
     if len(set(addresses)) < len(addresses):
-        twice = next(a for a in addresses if addresses.count(a) > 1)
+        twice = Counter(addresses).most_common(1)[0][0]
         raise ValueError(
             f"{name}: expected a slot for each new token, got two tokens for slot "
             f"{twice % cache.k.shape[1]} of {'block' if mapping is None else 'row'} "
