@@ -243,14 +243,15 @@ def unwatched(*tensors: torch.Tensor) -> bool:
     """Whether nobody would see a call of an op on these tensors: it may be left out then.
 
     Nothing records gradients (backward or forward mode), traces, vectorises or profiles, no mode is
-    on the stack, and the tensors are torch's own. An op costs some 10 us of the host beside what it
+    on the stack, and the tensors are torch's own, and no views that negate what lies in memory,
+    which torch does before an op. An op costs some 10 us of the host beside what it
     does, a third of the rotation of one token on a CPU.
     """
     if torch.compiler.is_compiling():
         return False
     records = torch.is_grad_enabled()
     for x in tensors:
-        if type(x) not in _PLAIN or (records and x.requires_grad):
+        if type(x) not in _PLAIN or x.is_neg() or (records and x.requires_grad):
             return False
     return _nothing_between() and not _profiler_enabled()
 

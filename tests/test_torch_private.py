@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from longrope_kernels import Rope, apply_rotary, torch_private
+from longrope_kernels import Rope, append, apply_rotary, decode, torch_private
 from longrope_kernels.torch_private import runs_now, unwatched, unwritable
 
 
@@ -75,6 +75,32 @@ def test_recording_tracing_and_vectorising_are_seen() -> None:
     look(torch.zeros(2).as_subclass(Own))
     assert seen == [False] * 5
     assert runs == [True] + [False] * 4
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_views_that_negate_memory_are_read_as_what_they_are(backend: str) -> None:
+    """Such are the imaginary parts of conjugates."""
+    x, n, rope = torch.randn(1, 3, 2, 16), torch.arange(3), Rope.plain(16)
+    q, k, same = (torch._neg_view(-x) for _ in range(3))
+    expected = apply_rotary(x, None, n, rope, backend=backend)[0]
+    for inplace in (False, True):
+        for out in apply_rotary(q, k, n, rope, inplace=inplace, backend=backend):
+            assert torch.equal(out, expected)
+    lens = torch.tensor([3])
+    out = decode(same, same, same, lens, rope, backend=backend)
+    assert torch.equal(out, decode(x, x, x, lens, rope, backend=backend))
+    caches = torch.zeros(2, 1, 3, 2, 16).to(torch.float8_e4m3fn)
+    scale = torch.complex(torch.ones(2), torch.full((2,), -0.5)).conj().imag
+    append(same, same, *caches, lens, k_scale=scale, backend=backend)
+    assert torch.equal(caches[0].float(), (2 * x).to(torch.float8_e4m3fn).float())
+    assert torch.equal(caches[1].float(), x.to(torch.float8_e4m3fn).float())
+
+
+def test_a_cache_that_negates_memory_is_refused() -> None:
+    x, cache = torch.randn(1, 3, 2, 16), torch.zeros(1, 3, 2, 16)
+    with pytest.raises(ValueError, match=r"v_cache: .* v_cache\.resolve_neg\(\)"):
+        append(x, x, cache, torch._neg_view(cache.clone()), torch.tensor([3]))
+    assert not cache.any()
 
 
 VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

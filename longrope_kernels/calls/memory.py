@@ -47,6 +47,12 @@ def check_apart(written: dict[str, torch.Tensor], read: dict[str, torch.Tensor])
     """What a call writes shares no element with itself, or with what else it writes or reads."""
     if torch.compiler.is_compiling():  # there are no addresses yet
         return
+    for name, x in written.items():
+        if x.is_neg():  # torch hands no op such memory to write
+            raise ValueError(
+                f"{name}: expected a tensor that can be written, got a view that negates what lies "
+                f"in memory; pass {name}.resolve_neg()"
+            )
     if transformed():
         written, read = ({n: innermost(x) for n, x in xs.items()} for xs in (written, read))
     if clearly_apart((*written.values(),), (*read.values(),)):

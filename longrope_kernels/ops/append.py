@@ -76,7 +76,7 @@ def append(
     cache = Keys(
         k_cache, v_cache, lens=cache_lens, block_table=block_table, k_scale=k_scale, v_scale=v_scale
     )
-    direct = unwatched(k, v, k_cache, v_cache)
+    direct = _direct(k, v, cache)
     call = made(("k", "v"), k, v, cache, slot_mapping, direct, layout)
     values.check_append(call)
     write_checked(call, name, direct)
@@ -199,10 +199,16 @@ def _choose(backend: str | None, k: torch.Tensor, v: torch.Tensor) -> str:
     return choose.choose_rotary(backend, device_type(k), k.dtype == v.dtype == torch.float64)
 
 
+def _direct(k: torch.Tensor, v: torch.Tensor, cache: Keys) -> bool:
+    """Whether all tensors of a call are `unwatched`."""
+    scales = [scale for scale in (cache.k_scale, cache.v_scale) if scale is not None]
+    return unwatched(k, v, cache.k, cache.v, *scales)
+
+
 def write(call: AppendCall, backend: str) -> None:
     """Append by a chosen backend, once all but values was checked."""
     values.check_append(call)
-    write_checked(call, backend, unwatched(call.k, call.v, call.cache.k, call.cache.v))
+    write_checked(call, backend, _direct(call.k, call.v, call.cache))
 
 
 def write_checked(call: AppendCall, backend: str, direct: bool) -> None:

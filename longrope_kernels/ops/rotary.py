@@ -201,7 +201,9 @@ def rotate_(call: RotaryCall, backend: str) -> None:
         return
     recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     dual = transformed() or tangent_of(q) is not None or tangent_of(k) is not None
-    if backend == "reference" or dual or (recorded and torch.compiler.is_compiling()):
+    traced = torch.compiler.is_compiling()
+    negated = not traced and (q.is_neg() or k.is_neg())  # torch hands no op such memory to write
+    if backend == "reference" or dual or negated or (recorded and traced):
         q_out, k_out = rotate(call, backend)
         q.copy_(q_out)
         k.copy_(k_out)
