@@ -116,6 +116,13 @@ PLACES = [
     bad("shape", "slot_mapping", "(2, 2)|(1, 2)", **mapped([0, 1])),
     bad_type("float", "slot_mapping", "float32", cache_lens=None, slot_mapping=torch.ones(2, 2)),
     bad("beyond", "slot_mapping", "48|negative", **mapped([0, 1], [2, 48])),
+    bad(
+        "no slots",
+        "slot_mapping",
+        "below 0",
+        **mapped([0, -1], [-1, -1]),
+        **{name: torch.zeros(2, 0, 2, 16) for name in ("k_cache", "v_cache")},
+    ),
     bad("twice", "slot_mapping", "two tokens|slot 1 of row 1", **mapped([0, 25], [-1, 25])),
 ]
 SCALES = [
@@ -156,6 +163,16 @@ def test_a_slot_for_two_of_many_tokens_is_found_soon() -> None:
     with pytest.raises(ValueError, match=r"slot_mapping: .* slot 29998 of row 0"):
         append(k, k, *caches, slot_mapping=places)
     assert time.monotonic() - before < 5  # comparing each with each takes 20
+
+
+@pytest.mark.parametrize("slots", [0, 8])
+@every_backend
+def test_where_no_slot_is_nothing_is_written(backend: Target, slots: int) -> None:
+    k, cache = torch.ones(2, 1, 2, 16), torch.zeros(6, slots, 2, 16)
+    table = torch.zeros(2, 0 if slots else 3).int()
+    args = (backend.move(x) for x in (k, k, cache, cache.clone(), ints(0, 0)))
+    append(*args, block_table=backend.move(table), backend=backend.backend)
+    assert not cache.any()
 
 
 def test_entries_of_blocks_that_are_not_written_are_not_read() -> None:
@@ -209,6 +226,7 @@ IN_DECODE = [
     bad_type("dtype", "v_new", "float16|float32", v_new=torch.randn(2, 2, 2, 16).half()),
     bad("grad", "v_new", "grad", v_new=torch.randn(2, 2, 2, 16, requires_grad=True)),
     bad("own", "k_new", "overlaps k_cache", k_new=WHOLE[:, 4:6], k_cache=WHOLE[:, :24]),
+    bad("cache", "q", "overlaps k_cache", q=WHOLE[:, :4].view(2, 2, 4, 16), k_cache=WHOLE[:, :24]),
     bad("shape", "slot_mapping", "(2, 2)|(2,)", slot_mapping=ints(1, 2)),
     bad("beyond", "slot_mapping", "48", slot_mapping=torch.tensor([[0, 1], [2, 48]])),
     bad("beyond", "cache_lens", "25|0 to 24", cache_lens=ints(3, 25)),

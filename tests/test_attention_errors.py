@@ -111,6 +111,8 @@ SCORES = [
             (-1.0, ValueError),
             (NAN, ValueError),
             (INF, ValueError),
+            (1e39, ValueError),
+            (1e-46, ValueError),
             ("1", TypeError),
             (True, TypeError),
         )

@@ -51,6 +51,7 @@ def one(**kwargs: Any) -> Call:
 HEADS = (KV_HEADS, DIM)
 STEPS = [
     bad("count-negative", ValueError, r"counts: expected from 0.*got -1", lambda c: c.extend(-1)),
+    bad("q-rows", ValueError, r"q: expected 3 rows.*\(2, 1", lambda c: c.decode(tokens(2, 1)[0])),
     bad("count-bool", TypeError, r"counts: .*got True", lambda c: c.extend(True)),
     bad("count-float", TypeError, r"counts: .*got 1\.0", lambda c: c.extend([1.0, 1, 1])),
     bad("count-tensor", TypeError, "counts: .*tensor", lambda c: c.extend(torch.tensor([1, 1, 1]))),

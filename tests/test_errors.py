@@ -85,6 +85,7 @@ QK = [
     Bad("q-stride", "q", ValueError, strided("q", 4), ("unit stride", "contiguous")),
     Bad("k-stride", "k", ValueError, strided("k", 2), ("unit stride", "contiguous")),
     Bad("layout", "layout", ValueError, replace(layout="bsdh"), ("bsdh", "bshd", "bhsd", "thd")),
+    Bad("layout-list", "layout", ValueError, replace(layout=["bshd"]), ("['bshd']", "bshd")),
     Bad("layout-none", "layout", ValueError, replace(layout=None), ("None", "bshd")),
     Bad("backend", "backend", ValueError, replace(backend="cudnn"), ("cudnn", "reference")),
 ]
@@ -215,7 +216,8 @@ def good(target: Target) -> Arguments:
     }
 
 
-CASES = [*QK, *POSITIONS, *FACTORS, *NUMBERS, *SELECTION]
+INPLACE = Bad("inplace", "inplace", TypeError, replace(inplace="no"), ("'no'", "bool"))
+CASES = [*QK, *POSITIONS, *FACTORS, *NUMBERS, *SELECTION, INPLACE]
 
 
 def message(bad: Bad, call: Callable[..., object], arguments: Arguments) -> str:

@@ -154,7 +154,7 @@ def attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 def append(call: AppendCall) -> None:
     """Write new keys and values into a cache, those for a float8 one divided by its scales."""
     k, v, cache, _ = call
-    if k.numel() == 0 or cache.k.numel() == 0:
+    if k.numel() == 0 or cache.empty:
         return
     # A token that is dropped stands for one that is not, and where all are, for what is there:
     # nobody waits for a device to say which.

@@ -274,6 +274,10 @@ class Cache(ABC):
             "block_table": self.block_table,
             **self.scales(layer),
         }
+        if arguments.check_tensor("q", q).shape[:1] != (self.batch,):
+            raise ValueError(
+                f"q: expected {self.batch} rows, as the cache has, got shape {tuple(q.shape)}"
+            )
         if k_new is not None and v_new is not None:
             k_new, v_new = check_new(k_new, v_new, self._k[0], ("k_new", "v_new"))
             own |= {"slot_mapping": self._address(k_new, "k_new"), "k_new": k_new, "v_new": v_new}

@@ -23,12 +23,18 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 _FIRST = Selection()
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 def check_tensor(name: str, x: object) -> torch.Tensor:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     return x
+
+
+def check_flag(name: str, flag: object) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name}: expected a bool, got {flag!r}")
 
 
 def check_no_tangents(does: str, **given: torch.Tensor | None) -> None:
@@ -61,7 +67,7 @@ def check_first_order(does: str, **given: torch.Tensor | None) -> None:
 
 
 def check_layout(layout: str) -> tuple[str, ...]:
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     return LAYOUTS[layout]
 
@@ -249,8 +255,9 @@ def check_scores(
             continue
         if not is_number(value):
             raise TypeError(f"{name}: expected a number or None, got {value!r}")
-        if not 0 < value < LARGEST:
-            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+        if not _FLOAT32.tiny <= value <= _FLOAT32.max:  # as which kernels take it
+            more = ", which float32 does not hold" if 0 < value < LARGEST else ""
+            raise ValueError(f"{name}: expected a finite number above 0, got {value}{more}")
     scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
     # No sequence has more slots; kernels count in 32 bits.
     return Scores(causal, scale, min(window or 0, 2**30), float(softcap or 0.0))

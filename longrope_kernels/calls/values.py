@@ -94,13 +94,13 @@ def check_append(call: AppendCall, lens_too: bool = True) -> None:
     if mapping is None:
         if lens_too:
             _check_lens(where, cache.capacity)
-        if cache.block_table is None:
+        if cache.block_table is None or cache.empty:
             return
         _check_blocks(cache, call.k.shape[1])
     addresses = [a for a in call.addresses().flatten().tolist() if a >= 0]
     slots = cache.k.shape[0] * cache.k.shape[1]
     name = "block_table" if mapping is None else "slot_mapping"
-    if max(addresses, default=0) >= max(slots, 1):
+    if max(addresses, default=-1) >= slots:
         raise ValueError(
             f"{name}: expected addresses below {slots} (the slots there are), or negative ones for "
             f"tokens that are dropped, got {max(addresses)}"

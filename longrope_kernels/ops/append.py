@@ -167,16 +167,17 @@ def made(
     slot_mapping: torch.Tensor | None,
     direct: bool,
     layout: arguments.Layout = "bshd",
+    **beside: torch.Tensor,
 ) -> AppendCall:
     """The call of new keys and values, called ``names``, once they and the cache were checked.
 
-    direct: whether all of these are `unwatched`.
+    direct: whether all of these are `unwatched`. beside: what is read after they are written.
     """
-    if not (direct and clearly_apart((cache.k, cache.v), (k, v))):
+    if not (direct and clearly_apart((cache.k, cache.v), (k, v, *beside.values()))):
         of_cache = {"k_cache": cache.k, "v_cache": cache.v}
         new = dict(zip(names, (k, v), strict=True))
         caches.check_no_gradients("append", **of_cache, **new)
-        check_apart(of_cache, new)
+        check_apart(of_cache, new | beside)
     if layout == "thd":
         if slot_mapping is not None:
             slot_mapping = slot_mapping.unsqueeze(0)
@@ -233,7 +234,7 @@ def _run(call: AppendCall, backend: str) -> None:
 
 
 def _start(call: AppendCall, backend: str) -> None:
-    if call.k.numel() and call.cache.k.numel():
+    if call.k.numel() and not call.cache.empty:
         choose.part(backend, "append").append(call)
 
 

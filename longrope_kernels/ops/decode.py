@@ -114,8 +114,7 @@ def decode(
             tensors on a device (block ids among them) are checked only under ``LONGROPE_CHECK=1``.
         RuntimeError: the named backend is not available.
     """
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse: expected a bool, got {return_lse!r}")
+    arguments.check_flag("return_lse", return_lse)
     arguments.check_tensor("q", q)
     arguments.check_tensor("k_cache", k_cache)
     arguments.check_tensor("v_cache", v_cache)
@@ -153,7 +152,7 @@ def decode(
     if writer is not None:
         assert k_new is not None
         assert v_new is not None
-        new = made(("k_new", "v_new"), k_new, v_new, keys, slot_mapping, direct)
+        new = made(("k_new", "v_new"), k_new, v_new, keys, slot_mapping, direct, q=q)
         values.check_append(new, lens_too=False)
         write_checked(new, writer, direct)  # all was checked before anything is written
     if name == "reference":

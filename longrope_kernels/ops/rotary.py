@@ -97,6 +97,7 @@ def apply_rotary(
             tensors on a device are checked only under ``LONGROPE_CHECK=1``.
         RuntimeError: the named backend is not available.
     """
+    arguments.check_flag("inplace", inplace)
     arguments.check_tensor("q", q)
     tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
     if k is None:
