@@ -173,20 +173,18 @@ def unwritable(x: torch.Tensor) -> str | None:
     torch checks writes of its own before, and those of others afterwards. A graph writes nothing
     before all of it was traced, which meets torch's errors.
     """
-    if torch.compiler.is_compiling():
-        leaf = torch.is_grad_enabled() and x.requires_grad and x.is_leaf
-        return "a leaf that requires grad" if leaf else None
-    if _peek_transforms() is not None:
-        return next(filter(None, map(_unwritable, _wrapped(x))), None)
-    return _unwritable(x)
+    traced = torch.compiler.is_compiling()
+    if traced or _peek_transforms() is None:
+        return _unwritable(x, traced)
+    return next(filter(None, map(_unwritable, _wrapped(x))), None)
 
 
-def _unwritable(x: torch.Tensor) -> str | None:
+def _unwritable(x: torch.Tensor, traced: bool = False) -> str | None:
     if not (x.requires_grad and torch.is_grad_enabled()):
         return None
     if x.is_leaf:
         return "a leaf that requires grad"
-    if not x._is_view():
+    if traced or not x._is_view():
         return None
     base = x._base
     if base is not None and base.is_leaf:
