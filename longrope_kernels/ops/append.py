@@ -202,6 +202,8 @@ def _choose(backend: str | None, k: torch.Tensor, v: torch.Tensor) -> str:
 
 def _direct(k: torch.Tensor, v: torch.Tensor, cache: Keys) -> bool:
     """Whether all tensors of a call are `unwatched`."""
+    if cache.k_scale is cache.v_scale is None:
+        return unwatched(k, v, cache.k, cache.v)
     scales = [scale for scale in (cache.k_scale, cache.v_scale) if scale is not None]
     return unwatched(k, v, cache.k, cache.v, *scales)
 
