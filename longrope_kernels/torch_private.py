@@ -241,9 +241,9 @@ def unwatched(*tensors: torch.Tensor) -> bool:
     """Whether nobody would see a call of an op on these tensors: it may be left out then.
 
     Nothing records gradients (backward or forward mode), traces, vectorises or profiles, no mode is
-    on the stack, and the tensors are torch's own, and no views that negate what lies in memory,
-    which torch does before an op. An op costs some 10 us of the host beside what it
-    does, a third of the rotation of one token on a CPU.
+    on the stack, and the tensors are torch's own, none a view that negates what lies in memory,
+    which an op is never given. An op costs some 10 us of the host beside what it does, a third of
+    the rotation of one token on a CPU.
     """
     if torch.compiler.is_compiling():
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from ..rope.factor_set import is_int
 from ..rope.value import Rope
 
 Policy = Literal["switch", "pin", "recompute"]
@@ -85,7 +86,7 @@ class Rows:
                 self.check_row("rows", row)
             if len(set(rows)) != len(rows):
                 raise ValueError(f"rows: expected each row once, got {rows}")
-        if isinstance(counts, int) and not isinstance(counts, bool):
+        if is_int(counts):
             counts = [counts] * len(rows)
         counts = _listed("counts", counts)
         if len(counts) != len(rows):
@@ -184,7 +185,7 @@ class Rows:
 
 def check_count(name: str, value: object, least: int, most: int = 2**31 - 1) -> int:
     """``value`` is a whole number from ``least`` to ``most``."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_int(value):
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
     if not least <= value <= most:
         raise ValueError(f"{name}: expected from {least} to {most}, got {value}")

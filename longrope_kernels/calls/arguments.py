@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ..rope.factor_set import is_number
+from ..rope.factor_set import is_int, is_number
 from ..rope.formulas import LARGEST
 from ..torch_private import has_nested_gradients, has_tangent
 from .records import Scores, Selection
@@ -246,7 +246,7 @@ def check_scores(
     dim: int,
 ) -> Scores:
     """How queries score keys, once all of it is what it should be."""
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
+    if window is not None and not is_int(window):
         raise TypeError(f"window: expected a whole number of tokens or None, got {window!r}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 token, got {window}")

@@ -95,8 +95,7 @@ def attention(
             timeout of its group, or the named backend is not available.
     """
     for name, flag in (("causal", causal), ("return_lse", return_lse)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a bool, got {flag!r}")
+        arguments.check_flag(name, flag)
     for name, x in (("q", q), ("k", k), ("v", v)):
         arguments.check_tensor(name, x)
     ranks = ranks_of(group)

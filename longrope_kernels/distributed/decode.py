@@ -93,8 +93,7 @@ def decode(
         RuntimeError: torch.distributed is not initialised, a rank did not answer, or the named
             backend is not available.
     """
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse: expected a bool, got {return_lse!r}")
+    arguments.check_flag("return_lse", return_lse)
     arguments.check_tensor("q", q)
     ranks = ranks_of(group)
     with telling(ranks, q.device):

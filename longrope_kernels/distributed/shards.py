@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 import torch.distributed as dist
 
+from ..rope.factor_set import is_int
 from .ranks import Group, Line, Ranks, agree, answered, ranks_of, telling
 
 Order = Literal["balanced", "contiguous"]
@@ -43,7 +44,7 @@ def whole_length(tokens: int | None, local: int, ranks: Ranks, order: Order) -> 
     """``tokens``, or as many on each rank as on this one; checked against those it has."""
     if tokens is None:
         tokens = local * ranks.size
-    elif not isinstance(tokens, int) or isinstance(tokens, bool):
+    elif not is_int(tokens):
         raise TypeError(f"tokens: expected a whole number or None, got {tokens!r}")
     elif tokens < 0:
         raise ValueError(f"tokens: expected at least 0, got {tokens}")
@@ -149,7 +150,7 @@ def gathered(line: Line, x: torch.Tensor) -> torch.Tensor:
 
 
 def _axis(x: torch.Tensor, dim: int) -> int:
-    if not isinstance(dim, int) or isinstance(dim, bool):
+    if not is_int(dim):
         raise TypeError(f"dim: expected a whole number, got {dim!r}")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim: expected one of the {x.dim()} dimensions of x, got {dim}")

@@ -37,6 +37,7 @@ from ..calls.masks import sequence_of_token
 from ..ops.attention import attention
 from ..ops.decode import decode
 from ..ops.rotary import apply_rotary
+from ..rope.factor_set import is_int
 from ..rope.value import Rope
 
 __all__ = [
@@ -330,7 +331,7 @@ def _per_sequence(
     if isinstance(value, torch.Tensor):
         arguments.check_per_sequence(name, value, count, x)
         return value
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_int(value):
         raise TypeError(f"{name}: expected a whole number of tokens or a tensor, got {value!r}")
     if value < 0:
         raise ValueError(f"{name}: expected at least 0 tokens, got {value}")

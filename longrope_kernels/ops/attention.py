@@ -116,8 +116,7 @@ def attention(
         NotImplementedError: a named one that has no forward-mode derivative, beside tangents.
     """
     for name, flag in (("causal", causal), ("return_lse", return_lse)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a bool, got {flag!r}")
+        arguments.check_flag(name, flag)
     for name, x in (("q", q), ("k", k), ("v", v)):
         arguments.check_tensor(name, x)
     if autocast.dtype_of(q) or not q.dtype == k.dtype == v.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -110,6 +110,6 @@ def is_number(value: object) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Whether it is a whole number; no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
