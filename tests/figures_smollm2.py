@@ -22,16 +22,27 @@ PERPLEXITY = {
     "YaRN": "YaRN",
     BEST_YARN: BEST_YARN,
     SEARCH: "`longrope search`, {} judged",
+    f"{SEARCH}, seed 1": "`--seed 1`, {} judged",
+    f"{SEARCH}, seed 2": "`--seed 2`, {} judged",
     NEEDLES: "`--fitness needle --critical 0`, {} judged",
 }
 RETRIEVAL = {
+    "no scaling": "no scaling",
+    "PI": "PI",
+    "NTK": "NTK-aware",
     "YaRN": "YaRN",
     BEST_YARN: BEST_YARN,
     SEARCH: "found by perplexity",
     READJUSTED: "the same, with its short sets",
+    f"{SEARCH}, seed 1": "found by perplexity, `--seed 1`",
+    f"{SEARCH}, seed 2": "found by perplexity, `--seed 2`",
     NEEDLES: "found by needles",
 }
-SEARCHES = {SEARCH: "search, seed 0", NEEDLES: "search, by needles"}
+SEARCHES = {
+    SEARCH: "search, seed 0",
+    **{f"{SEARCH}, seed {seed}": f"search, seed {seed}" for seed in (1, 2)},
+    NEEDLES: "search, by needles",
+}
 
 
 def perplexity() -> str:
