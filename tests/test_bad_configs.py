@@ -209,7 +209,10 @@ NAMED: list[tuple[str, dict[str, Any]]] = [
     ("rope_theta", {"rope_theta": "10000"}),
     ("max_position_embeddings", {"max_position_embeddings": "131072"}),
     ("original_max_position_embeddings", {"original_max_position_embeddings": 4096.5}),
-    ("partial_rotary_factor", {"partial_rotary_factor": math.nan}),
+    *(
+        ("partial_rotary_factor", {"partial_rotary_factor": share})
+        for share in (math.nan, -1.0, 1.5, 1e308)
+    ),
     ("longrope_n_hat", {"longrope_n_hat": ["0", 4]}),
 ]
 

@@ -280,6 +280,13 @@ def test_old_phi3_files_as_transformers_reads_them(kind: str, original: int | No
         assert rope.base == 5e5
 
 
+def test_phi3s_own_original_length_goes_before_that_of_its_rope() -> None:
+    file = {**config_4(type="longrope", original_max_position_embeddings=64), "model_type": "phi3"}
+    del file["original_max_position_embeddings"]
+    read = Phi3Config(**copy.deepcopy(file), vocab_size=64, pad_token_id=0)
+    assert [Rope.from_config(given).sets[0].max_length for given in (file, read)] == [4096, 4096]
+
+
 def test_yarn_with_lists_is_yarn_in_other_models() -> None:
     config = {**config_4(type="yarn", factor=4.0), "model_type": "llama"}
     plain = {**config_4(), "rope_scaling": {"type": "yarn", "factor": 4.0}}

@@ -13,7 +13,7 @@ from cases import Shape, two_sets
 from ranks import Ranks, check_survivors
 from test_distributed import small
 
-from longrope_kernels.distributed import shard, unshard
+from longrope_kernels.distributed import attention, shard, unshard
 
 DIFFER: dict[str, tuple[dict[str, Any], str]] = {
     "window": (
@@ -42,6 +42,22 @@ def test_a_wrong_argument_of_one_rank_ends_all(four: Ranks) -> None:
     own = "ValueError: softcap: expected a finite number above 0, got -1.0"
     others = f"ValueError: group: rank 2: {own}"
     assert [str(answer) for answer in found] == [others, others, own, others]
+
+
+def with_no_tensor(bad: int) -> str:
+    x = torch.ones(1, 4, 2, 16)
+    given = ["x" if dist.get_rank() == bad else x, x, x]
+    attention(*given, torch.arange(4), Shape(1, 1, 1, 1, 16).rope(4))
+    return "served"
+
+
+def test_what_is_no_tensor_on_one_rank_ends_all_at_once(four: Ranks) -> None:
+    begin = time.monotonic()
+    found = four("text", with_no_tensor, 1)
+    own = "TypeError: q: expected a tensor, got str"
+    others = f"ValueError: group: rank 1: {own}"
+    assert [str(answer) for answer in found] == [others, own, others, others]
+    assert time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["forward", "backward"])

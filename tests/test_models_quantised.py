@@ -54,14 +54,18 @@ def results(model: Any) -> tuple[torch.Tensor, ...]:
 @both_widths
 @pytest.mark.parametrize("name", ["phi3", "llama yarn"])
 def test_a_quantised_model_gives_what_it_gave(folders, name, bits):
+    from bitsandbytes.functional import has_avx512bf16  # which macOS has not
+
     model = quantised(folders[name], bits)
     expected = results(model)
     lost = max_diff(expected[0], results(family_model(name))[0])
     assert lost > 1e-2
     found = results(enable(model))
     for a, b in zip(found[:2], expected[:2], strict=True):
-        # Products in 8 bits round their inputs so, where a last bit can make a step of difference.
-        assert max_diff(a, b) < (CLOSE if bits == 4 else 0.1 * lost)
+        # Products in 8 bits round their inputs, and those of 4 bits do where a processor multiplies
+        # bfloat16: a last bit can make a step of difference, in the untouched model too.
+        rounds = bits == 8 or has_avx512bf16()
+        assert max_diff(a, b) < (0.1 * lost if rounds else CLOSE)
     assert torch.equal(found[2], expected[2])
     assert all(torch.equal(a, b) for a, b in zip(results(disable(model)), expected, strict=True))
 

@@ -9,6 +9,8 @@ from model_cases import generated, gradients, logits, max_diff, tokens
 from model_cases import published_config as small_config
 from model_cases import published_model as small_model
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPTJConfig,
     GPTJForCausalLM,
     Phi3ForCausalLM,
@@ -106,6 +108,41 @@ def test_a_threshold_of_the_config(n_hat, cache):
     model.config.longrope_n_hat = n_hat
     assert max_diff(logits(enable(model, cache=cache)), expected) < 2e-5
     assert max_diff(expected, logits(small_model())) > 1e-2
+
+
+def test_attention_factors_of_both_sets_in_the_config():
+    """Which transformers reads of PhiMoE alone."""
+    rope = Rope.longrope([1.0] * 48, [2.0] * 48, 4096, attention_factor=(1.1, 1.3))
+    written = rope.to_config(head_dim=96, max_position_embeddings=131072)
+    config = small_config()
+    vars(config).update(written)
+    model = Phi3ForCausalLM(config)
+    assert enable(model).model.rotary_emb.rope == rope
+    assert enable(disable(model), rope=rope).model.rotary_emb.rope == rope
+
+
+@torch.no_grad()
+def test_layers_of_a_kind_have_their_own_original_length():
+    """Transformers looks at the one beside them where they have none."""
+    longrope = {
+        **{"rope_type": "longrope", "rope_theta": 1e4, "attention_factor": 1.2},
+        **{"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]},
+    }
+    plain = {"rope_type": "default", "rope_theta": 100.0}
+    for own, switch in ({"original_max_position_embeddings": 20}, 20), ({}, 40):
+        config = Gemma3TextConfig(
+            **{"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64},
+            **{"num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2},
+            **{"head_dim": 16, "original_max_position_embeddings": 40},
+            rope_parameters={"full_attention": longrope | own, "sliding_attention": plain},
+        )
+        torch.manual_seed(0)
+        model = Gemma3ForCausalLM(config).eval()
+        for length in (18, 30, 50):
+            ids = torch.arange(length)[None]
+            expected = model(ids).logits
+            assert max_diff(enable(model)(ids).logits, expected) < 2e-5, (switch, length)
+            disable(model)
 
 
 def test_a_config_without_scaling_is_the_plain_embedding():

@@ -94,12 +94,12 @@ def attention(
         RuntimeError: torch.distributed is not initialised, a rank did not answer within the
             timeout of its group, or the named backend is not available.
     """
-    for name, flag in (("causal", causal), ("return_lse", return_lse)):
-        arguments.check_flag(name, flag)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        arguments.check_tensor(name, x)
     ranks = ranks_of(group)
-    with telling(ranks, q.device):
+    with telling(ranks, q):
+        for name, flag in (("causal", causal), ("return_lse", return_lse)):
+            arguments.check_flag(name, flag)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            arguments.check_tensor(name, x)
         if autocast.dtype_of(q) or not q.dtype == k.dtype == v.dtype:
             q, k, v = map(autocast.cast, (q, k, v))
         check_order(order)

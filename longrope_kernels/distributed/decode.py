@@ -93,10 +93,10 @@ def decode(
         RuntimeError: torch.distributed is not initialised, a rank did not answer, or the named
             backend is not available.
     """
-    arguments.check_flag("return_lse", return_lse)
-    arguments.check_tensor("q", q)
     ranks = ranks_of(group)
-    with telling(ranks, q.device):
+    with telling(ranks, q):
+        arguments.check_flag("return_lse", return_lse)
+        arguments.check_tensor("q", q)
         tables = resolve(factors, n_hat, base, interleaved, attention_factor, q)
         arguments.check_heads("q", q, "bshd", 2 * tables.pairs)
         batch, queries = q.shape[:2]

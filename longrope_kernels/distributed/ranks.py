@@ -145,6 +145,7 @@ def _unanswered(line: Line, ranks: list[int], error: RuntimeError) -> RuntimeErr
 
 # -------------------------------------------------------------------------------------- digests
 
+_CPU = torch.device("cpu")
 _ERROR = "error"  # in place of arguments
 _TOLD = "group: "  # before what another rank said
 _known: WeakKeyDictionary[dist.ProcessGroup, set[str]] = WeakKeyDictionary()
@@ -183,15 +184,19 @@ def agree(ranks: Ranks, fields: dict[str, Any], device: torch.device) -> None:
 
 
 @contextmanager
-def telling(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """A wrong argument of this rank, found before `agree`, ends the others there, by its name."""
+def telling(ranks: Ranks, first: object) -> Iterator[None]:
+    """A wrong argument of this rank, found before `agree`, ends the others there, by its name.
+
+    first: the device of the call, or an argument that has it where it is what it should be.
+    """
     try:
         yield
     except (ValueError, TypeError) as error:
-        if device.type == "cpu":  # where the others compare
+        device = first if isinstance(first, torch.device) else getattr(first, "device", _CPU)
+        if device in (_CPU, torch.device("meta")):  # the others compare on the CPU
             with suppress(ValueError, RuntimeError):
                 told = f"rank {ranks.rank}: {type(error).__name__}: {error}"
-                agree(ranks, {_ERROR: told}, device)
+                agree(ranks, {_ERROR: told}, _CPU)
         raise
 
 

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 import torch.distributed as dist
 
+from ..calls.arguments import check_tensor
 from ..rope.factor_set import is_int
 from .ranks import Group, Line, Ranks, agree, answered, ranks_of, telling
 
@@ -82,8 +83,7 @@ def shard(
         ValueError, TypeError: naming the argument.
         RuntimeError: torch.distributed is not initialised.
     """
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    check_tensor("x", x)
     check_order(order)
     dim = _axis(x, dim)
     ranks = ranks_of(group)
@@ -113,10 +113,9 @@ def unshard(
         ValueError, TypeError: naming the argument, also where it is not the same on all ranks.
         RuntimeError: torch.distributed is not initialised, or a rank did not answer.
     """
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     ranks = ranks_of(group)
-    with telling(ranks, x.device):
+    with telling(ranks, x):
+        check_tensor("x", x)
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("x: expected one without grad, which unshard has not; pass x.detach()")
         check_order(order)

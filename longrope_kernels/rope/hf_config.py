@@ -272,14 +272,14 @@ def _required_length(config: Any) -> int:
 def original_length(config: Any) -> int:
     """``original_max_position_embeddings`` as transformers finds it.
 
-    On the top level, else in ``rope_parameters``; where there is none Phi-3's, which is in its
-    config class, else the present maximum.
+    On the top level, where Phi-3's config class has one for files without, else in
+    ``rope_parameters``; where there is none the present maximum.
     """
     name = "original_max_position_embeddings"
-    length = read_length(config, name) or read_length(_rope_parameters(config), name)
-    if length is not None:
-        return length
-    return _PHI3_ORIGINAL if _get(config, "model_type") in _PHI3 else _required_length(config)
+    length = read_length(config, name)
+    if length is None and _get(config, "model_type") in _PHI3:
+        return _PHI3_ORIGINAL
+    return length or read_length(_rope_parameters(config), name) or _required_length(config)
 
 
 def read_length(config: Any, name: str) -> int | None:
@@ -332,6 +332,8 @@ def _whole(config: Any, name: str) -> int | None:
 def _share(config: Any) -> float:
     """``partial_rotary_factor``, from ``rope_parameters`` or the top level; 1 without one."""
     share = _shared(config, "partial_rotary_factor")
+    if share is not None and not 0 <= share <= 1:
+        raise ValueError(f"config: expected partial_rotary_factor from 0 to 1, got {share}")
     return 1.0 if share is None else float(share)
 
 

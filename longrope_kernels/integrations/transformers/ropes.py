@@ -85,7 +85,9 @@ def _fields(rotary: Any, kind: str | None) -> dict[str, Any]:
         *("model_type", N_HAT_KEY),
     )
     fields = {name: getattr(config, name, None) for name in names}
-    fields = {name: value for name, value in fields.items() if value is not None}
+    # What stands beside the parameters of several kinds is of none that has its own.
+    own = set() if kind is None else parameters.keys()
+    fields = {name: x for name, x in fields.items() if x is not None and name not in own}
     fields |= {"head_dim": 2 * frequencies(rotary, kind).numel()}
     if parameters.get("rope_type") != "proportional":
         parameters["partial_rotary_factor"] = 1.0

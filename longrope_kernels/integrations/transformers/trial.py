@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ passed: set[tuple[type, str, str]] = set()
 
 def check_contacts(architecture: Architecture, base: type, config: Any, cache: Any) -> None:
     """Raise `MissingError` where a contact is not what it was."""
-    config = copy.copy(config)
-    vars(config).pop(N_HAT_KEY, None)  # of thresholds the untouched model knows nothing
+    config = _known(config)
     key = base, repr(config), cache
     if key in passed:
         return
@@ -44,6 +44,23 @@ def check_contacts(architecture: Architecture, base: type, config: Any, cache: A
         (slot,) = slots_of(model, probing=True)
         _try(slot, cache, expected)
     passed.add(key)
+
+
+def _known(config: Any) -> Any:
+    """A copy without what untouched models know nothing of: thresholds, a factor for each set."""
+    config = copy.copy(config)
+    vars(config).pop(N_HAT_KEY, None)
+    if config.model_type != "phimoe" and getattr(config, "rope_parameters", None):
+        config.rope_parameters = _without_mscales(config.rope_parameters)
+    return config
+
+
+def _without_mscales(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_mscales(value) if isinstance(value, Mapping) else value
+        for name, value in parameters.items()
+        if name not in ("short_mscale", "long_mscale")
+    }
 
 
 def _try(slot: Slot, cache: Any, expected: torch.Tensor) -> None:
