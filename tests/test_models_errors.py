@@ -95,9 +95,10 @@ def test_a_subclass_with_its_own_rotation_is_not_taken_for_its_base():
         enable(model)
 
 
-def test_dynamic_scaling_is_refused():
+@pytest.mark.parametrize("more", [{}, {"alpha": 1000.0}], ids=["", "alpha, which is HunYuan's"])
+def test_dynamic_scaling_is_refused(more):
     parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    model = family_model("llama", rope_parameters=parameters)
+    model = family_model("llama", rope_parameters={**parameters, **more})
     rotary = model.model.rotary_emb
     with pytest.raises(ValueError, match=r"rope type .dynamic. .*length"):
         enable(model)

@@ -142,6 +142,16 @@ def test_dynamic_with_an_alpha() -> None:
     torch.testing.assert_close(rope.tables(CPU).inv_freq[0, 1], own, rtol=40 * U, atol=0)
 
 
+def test_others_read_no_alpha() -> None:
+    scaling_4 = {"type": "dynamic", "factor": 2.0}
+    fields = {"model_type": "llama", "head_dim": 128, "max_position_embeddings": 4096}
+    ropes = [
+        Rope.from_config({**fields, "rope_scaling": scaling_4 | more}, length=16384)
+        for more in ({}, {"alpha": 1000.0})
+    ]
+    assert ropes[0] == ropes[1]
+
+
 YARN: list[Config] = [
     {},
     {"beta_fast": 16.0, "beta_slow": 2.0},

@@ -70,6 +70,16 @@ def read_base(config: Any) -> float:
     return 10000.0 if base is None else float(base)
 
 
+def read_alpha(config: Any) -> float | None:
+    """``alpha`` of HunYuan's type dynamic: a plain NTK without a factor, the same at every length.
+
+    None elsewhere; models of other names don't read it.
+    """
+    if rope_type(config) != "dynamic" or "hunyuan" not in (_get(config, "model_type") or "hunyuan"):
+        return None
+    return _number(_rope_parameters(config), "alpha") or None
+
+
 def read_set(config: Any, length: int | None = None) -> dict[str, Any]:
     """The arguments of the one `FactorSet` of a config of any type but longrope.
 
@@ -117,9 +127,8 @@ def _read_set(
         return {"factors": formulas.proportional_factors(pairs, _share(config), factor)}
     if kind == "yarn":
         return _read_yarn(config, parameters, base, pairs)
-    # HunYuan's, in which the factor has no part: a plain NTK, the same at every length.
-    alpha = _number(parameters, "alpha") if kind == "dynamic" else None
-    if alpha:
+    alpha = read_alpha(config)
+    if alpha is not None:
         return {"factors": formulas.ntk_factors(pairs, alpha)}
 
     factor = _required(parameters, "factor")

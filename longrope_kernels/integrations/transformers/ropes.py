@@ -11,7 +11,7 @@ from torch import nn
 
 from ...rope.factor_set import FactorSet
 from ...rope.formulas import UNROTATED
-from ...rope.hf_config import N_HAT_KEY, rope_type
+from ...rope.hf_config import N_HAT_KEY, read_alpha, rope_type
 from ...rope.value import Rope
 from .probe import frequencies
 
@@ -36,8 +36,7 @@ def rope_of(rotary: Any, kind: str | None, interleaved: bool, length: int | None
         ValueError: its config gives other frequencies than it has, or needs a length.
     """
     fields = _fields(rotary, kind)
-    fixed = fields["rope_parameters"].get("alpha")  # as in HunYuan, at any length
-    if rope_type(fields) == "dynamic" and length is None and not fixed:
+    if rope_type(fields) == "dynamic" and length is None and read_alpha(fields) is None:
         raise ValueError(
             "model: its rope type 'dynamic' has other factors at each length; give "
             "rope=Rope.from_config(model.config, length=...) for the longest sequence to come"
