@@ -53,6 +53,7 @@ ATTENTION = [
     Mutation("a window one too long, in a kernel", "kernels/attention_tiles.py", "seen = seen & (slot - j < window)", "seen = seen & (slot - j <= window)", "test_attention_forward.py -k 'triton and window'"),
     Mutation("padding that is seen", "kernels/attention_tiles.py", "(j >= first_key) & (j < keys)", "(j < keys)", "test_attention_forward.py -k 'triton and kv_start'"),
     Mutation("queries at the first keys", "calls/masks.py", "slot = slot + keys - queries", "slot = slot + 0", "test_attention_forward.py -k 'reference and x'"),
+    Mutation("keys that share positions share sets", "ops/attention.py", " and of_k.borders is of_q.borders:", ":", "test_attention_sets.py -k other_borders"),
     Mutation("keys of another sequence's border", "ops/attention.py", "selection._replace(borders=keys.borders)", "selection", "test_attention_sets.py -k composed"),
     Mutation("weights that are not rescaled", "kernels/attention.py", "alpha = tl.exp2(top - base)", "alpha = tl.exp2(top - top)", "test_attention_forward.py -k triton"),
     Mutation("the log-sum-exp to base 2", "kernels/decode_kernel.py", "tl.store(lse + offset, top * LN2, mask=in_q)", "tl.store(lse + offset, top, mask=in_q)", "test_decode_forward.py -k triton"),
@@ -106,6 +107,8 @@ MODELS = [
     Mutation("drafts of a model under one set", "integrations/transformers/sequences.py", "if lengths is not None and queries > 1:", "if False:", "test_models_generate.py -k 'assisted or draft or several'"),
     Mutation("flash-attn's window without the query's own place", "integrations/flash_attn.py", "None if left < 0 else left + 1", "None if left < 0 else left", "test_flash_attn_interface.py"),
     Mutation("flash-attn's cache written past its end", "integrations/flash_attn.py", "most = slots - new", "most = slots", "test_flash_attn_interface.py -k cache"),
+    Mutation("a trial beside thresholds", "integrations/transformers/trial.py", "vars(config).pop(N_HAT_KEY, None)", "pass", "test_transformers.py -k threshold_of"),
+    Mutation("one original length for all layers", "integrations/transformers/ropes.py", "own = set() if kind is None else parameters.keys()", "own = set()", "test_transformers.py -k own_original"),
     Mutation("sets that a search asks for", "integrations/transformers/attention.py", '"sets": longrope_sets,', '"sets": None,', "test_search_fitness.py"),
 ]  # fmt: skip
 SEARCH = [
@@ -126,6 +129,7 @@ SEARCH = [
     Mutation("evaluate: other tokens at each length", "search/evaluate.py", "tails(documents, self.lengths[-1], length, start)", "documents", "test_search_evaluate.py -k same"),
     Mutation("evaluate: the formulas of the original length", "search/evaluate.py", "baselines(source, longest) if compare", "baselines(source, self.lengths[0]) if compare", "test_search_evaluate.py"),
     Mutation("randomness that begins anew", "search/evolution.py", "        self._rng.setstate((version, tuple(internal), gauss))", "        pass", "test_search_resume.py test_search_evolution.py"),
+    Mutation("rows of weights that change places", "search/source.py", "torch.arange(1, 2 * rows, 2,", "torch.ones(rows, dtype=torch.int64,", "test_search_identity.py"),
 ]  # fmt: skip
 SPREAD = [
     Mutation("spread: gradients of a sum, not of a mean", "distributed/sums.py", "grad * ctx.size, None", "grad, None", "test_models_spread.py -k training"),
