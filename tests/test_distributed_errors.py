@@ -46,15 +46,15 @@ def test_a_wrong_argument_of_one_rank_ends_all(four: Ranks) -> None:
 
 def with_no_tensor(bad: int) -> str:
     x = torch.ones(1, 4, 2, 16)
-    given = ["x" if dist.get_rank() == bad else x, x, x]
+    given = [x.numpy() if dist.get_rank() == bad else x, x, x]
     attention(*given, torch.arange(4), Shape(1, 1, 1, 1, 16).rope(4))
     return "served"
 
 
 def test_what_is_no_tensor_on_one_rank_ends_all_at_once(four: Ranks) -> None:
     begin = time.monotonic()
-    found = four("text", with_no_tensor, 1)
-    own = "TypeError: q: expected a tensor, got str"
+    found = four("array", with_no_tensor, 1)
+    own = "TypeError: q: expected a tensor, got ndarray"
     others = f"ValueError: group: rank 1: {own}"
     assert [str(answer) for answer in found] == [others, own, others, others]
     assert time.monotonic() - begin < 5

@@ -192,8 +192,9 @@ def telling(ranks: Ranks, first: object) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        device = first if isinstance(first, torch.device) else getattr(first, "device", _CPU)
-        if device in (_CPU, torch.device("meta")):  # the others compare on the CPU
+        device = first.device if isinstance(first, torch.Tensor) else first
+        # Where the others compare on the CPU: this one may have no tensor at all, or none there.
+        if not isinstance(device, torch.device) or device.type in ("cpu", "meta"):
             with suppress(ValueError, RuntimeError):
                 told = f"rank {ranks.rank}: {type(error).__name__}: {error}"
                 agree(ranks, {_ERROR: told}, _CPU)
