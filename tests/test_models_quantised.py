@@ -43,6 +43,13 @@ def quantised(folder: Path, bits: int) -> Any:
     return model
 
 
+def rounds(bits: int) -> bool:
+    """Whether products round their inputs: a last bit can make a step, in untouched models too."""
+    from bitsandbytes.functional import has_avx512bf16  # there is none on macOS
+
+    return bits == 8 or has_avx512bf16()
+
+
 @torch.no_grad()
 def results(model: Any) -> tuple[torch.Tensor, ...]:
     """Logits of both factor sets, and tokens that come across the switch."""
@@ -54,18 +61,13 @@ def results(model: Any) -> tuple[torch.Tensor, ...]:
 @both_widths
 @pytest.mark.parametrize("name", ["phi3", "llama yarn"])
 def test_a_quantised_model_gives_what_it_gave(folders, name, bits):
-    from bitsandbytes.functional import has_avx512bf16  # which macOS has not
-
     model = quantised(folders[name], bits)
     expected = results(model)
     lost = max_diff(expected[0], results(family_model(name))[0])
     assert lost > 1e-2
     found = results(enable(model))
     for a, b in zip(found[:2], expected[:2], strict=True):
-        # Products in 8 bits round their inputs, and those of 4 bits do where a processor multiplies
-        # bfloat16: a last bit can make a step of difference, in the untouched model too.
-        rounds = bits == 8 or has_avx512bf16()
-        assert max_diff(a, b) < (0.1 * lost if rounds else CLOSE)
+        assert max_diff(a, b) < (0.1 * lost if rounds(bits) else CLOSE)
     assert torch.equal(found[2], expected[2])
     assert all(torch.equal(a, b) for a, b in zip(results(disable(model)), expected, strict=True))
 
@@ -104,4 +106,5 @@ def test_a_quantised_folder_is_searched(folders, tmp_path, bits):
     ids = tokens(1, 2 * SWITCH)
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
-    assert float(losses(losses.rope, ids).mean()) == pytest.approx(float(expected), abs=1e-5)
+    close = pytest.approx(float(expected), abs=1e-3 if rounds(bits) else 1e-5)
+    assert float(losses(losses.rope, ids).mean()) == close
