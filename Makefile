@@ -158,8 +158,8 @@ lock: .venv-lock/lock.stamp
 		--output-file requirements/vllm.txt
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-lock .venv-vllm .venv-newest-vllm build dist site demo-output *.egg-info \
-		longrope_kernels/_*.so
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-lock .venv-vllm .venv-newest-vllm build dist site \
+		demo-output *.egg-info longrope_kernels/_*.so
 
 $(VENV)/demo.stamp: requirements/demo.txt $(BUILD_INPUTS)
 	$(PYTHON) -m venv $(VENV)

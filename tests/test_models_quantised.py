@@ -27,6 +27,15 @@ BITS = {
 both_widths = pytest.mark.parametrize("bits", BITS)
 
 
+@pytest.fixture(autouse=True)
+def _products_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 bits: where a processor multiplies bfloat16 their inputs are rounded to it.
+
+    A last bit makes a step of difference then, in the untouched model too.
+    """
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {name: tmp_path_factory.mktemp(name) for name in ("phi3", "llama yarn")}
@@ -41,13 +50,6 @@ def quantised(folder: Path, bits: int) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, **given).eval()
     assert type(model.model.layers[0].self_attn.o_proj) is not torch.nn.Linear
     return model
-
-
-def rounds(bits: int) -> bool:
-    """Whether products round their inputs: a last bit can make a step, in untouched models too."""
-    from bitsandbytes.functional import has_avx512bf16  # there is none on macOS
-
-    return bits == 8 or has_avx512bf16()
 
 
 @torch.no_grad()
@@ -67,7 +69,8 @@ def test_a_quantised_model_gives_what_it_gave(folders, name, bits):
     assert lost > 1e-2
     found = results(enable(model))
     for a, b in zip(found[:2], expected[:2], strict=True):
-        assert max_diff(a, b) < (0.1 * lost if rounds(bits) else CLOSE)
+        # Products in 8 bits round their inputs so, where a last bit can make a step of difference.
+        assert max_diff(a, b) < (CLOSE if bits == 4 else 0.1 * lost)
     assert torch.equal(found[2], expected[2])
     assert all(torch.equal(a, b) for a, b in zip(results(disable(model)), expected, strict=True))
 
@@ -106,5 +109,4 @@ def test_a_quantised_folder_is_searched(folders, tmp_path, bits):
     ids = tokens(1, 2 * SWITCH)
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
-    close = pytest.approx(float(expected), abs=1e-3 if rounds(bits) else 1e-5)
-    assert float(losses(losses.rope, ids).mean()) == close
+    assert float(losses(losses.rope, ids).mean()) == pytest.approx(float(expected), abs=1e-5)

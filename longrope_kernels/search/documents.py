@@ -121,10 +121,13 @@ def _files(folder: Path) -> Iterator[Path]:
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
-        files = (Path(place, name) for name in names if name[0] != "." and real not in seen)
-        yield from (file for file in files if file.is_file())
+        if real in seen:
+            folders.clear()
+            continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        files = (Path(place, name) for name in names if name[0] != ".")
+        yield from (file for file in files if file.is_file())
 
 
 def _json_lines(file: Path, content: str) -> Iterator[tuple[str, str]]:

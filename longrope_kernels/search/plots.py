@@ -54,18 +54,17 @@ def draw_folder(folder: Path, names: Collection[str], say: Callable[[str], None]
         names: of the files to look for; other programs call theirs so as well, which have none.
         say: told what can't be drawn: no picture is worth the error that ends a long search.
     """
-    drawn: list[str] = []
+    drawn: set[str] = set()
     for name, draw in _KINDS.items():
-        if (
-            name not in names
-            or not (folder / name).exists()
-            or (name == SIDECAR and RESULT in drawn)
-        ):
+        path = folder / name
+        shown = name == SIDECAR and RESULT in drawn
+        if name not in names or shown or not path.exists():
             continue
         try:
-            drawn += [name] if draw(read_json(folder / name), folder) else []
+            if draw(read_json(path), folder):
+                drawn.add(name)
         except Exception as error:
-            say(f"{folder / name}: no picture of it: {type(error).__name__}: {error}")
+            say(f"{path}: no picture of it: {type(error).__name__}: {error}")
     return bool(drawn)
 
 

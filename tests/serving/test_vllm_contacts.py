@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import vllm
 from engines import MODES
 from torch import nn
 from vllm import ModelRegistry
@@ -28,7 +30,8 @@ from longrope_kernels.integrations.vllm.unrotated import Unrotated
 from longrope_kernels.rope.value import Rope
 
 VERSION = (
-    r"^vLLM 0\.3\d\.\d+: .*, which LongRoPE in vLLM relies on; it was tested with 0\.32 and 0\.33$"
+    rf"^vLLM {re.escape(vllm.__version__)}: .*, which LongRoPE in vLLM relies on; it was tested "
+    r"with 0\.32 and 0\.33$"
 )
 every_contact = pytest.mark.parametrize(
     "contact", contacts.CONTACTS, ids=lambda contact: f"{contact.module}:{contact.name}"
