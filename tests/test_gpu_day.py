@@ -14,7 +14,7 @@ from typing import Any
 
 import benchmark_modules as modules
 import pytest
-from gpu_day import ROOT, canaries, goals, many, page, schedule
+from gpu_day import ROOT, canaries, compiles, goals, many, page, schedule
 from gpu_day import __main__ as program
 from gpu_day.calls import calls
 from gpu_day.measured import HEADLINES
@@ -160,12 +160,15 @@ def test_every_step_fits_into_a_call_of_nine_minutes(number: int) -> None:
     assert len({x.name for x in steps}) == len(steps)
 
 
-def test_the_command_says_what_it_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = [step("a", importance=2), step("b", least=1000)]
-    monkeypatch.setattr(program, "calls", lambda small: {1: steps})
+@pytest.mark.parametrize("outcome", ["dropped", "missing"])
+def test_the_command_says_what_did_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: str
+) -> None:
+    last = step("b", least=1000) if outcome == "dropped" else step("b")._replace(needs="no-such")
+    monkeypatch.setattr(program, "calls", lambda small: {1: [step("a", importance=2), last]})
     assert program.main(["--rehearse", "--call", "1", "--state", str(tmp_path)]) == 2
     text = (tmp_path / "results/call-1.md").read_text()
-    assert "| b | dropped |" in unpadded(text)
+    assert f"| b | {outcome} |" in unpadded(text)
 
 
 def test_a_call_ends_though_a_step_cannot_be_stopped(tmp_path: Path) -> None:
@@ -251,7 +254,7 @@ def test_goals_are_told_with_their_file_or_as_not_measured() -> None:
         (goals.PREFILL, goals.K_ALONE): row(1.0),
         (goals.PREFILL, "triton prepass"): row(1.0),
         (goals.HOST, "triton, apply_rotary in place"): row(3e-3),
-        (goals.HOST, "triton, decode"): row(4e-3),
+        (goals.HOST, "triton, decode and append"): row(4e-3),
     }
     told = {goal.what: goal.told(rows) for goal in goals.GOALS}
     batch, cuda, long, rotation, prefill, keys, *rest, host = told.values()
@@ -293,6 +296,19 @@ def test_goals_and_headlines_are_rows_of_the_benchmarks(monkeypatch: pytest.Monk
 
 
 # ---------------------------------------------------------------------------------------- canaries
+
+
+def test_eighty_launches_are_of_all_head_dims() -> None:
+    every = compiles.launches(90)
+    assert len(every) > 80
+    some = [every[i] for i in compiles.spread(len(every), 80)]
+    assert len(some) == 80
+
+    def kinds(found: list[tuple[Any, Any]]) -> set[tuple[str, int]]:
+        return {(compile_case.__module__, case.dim) for compile_case, case in found}
+
+    assert kinds(some) == kinds(every)
+    assert compiles.spread(3, 80) == [0, 1, 2]
 
 
 def test_there_are_31_canaries_and_racecheck_sees_those_without_wgmma() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from longrope_kernels import Rope
+from longrope_kernels import decode as decode_op
 from longrope_kernels.backends import choose
 from longrope_kernels.kernels import attention, attention_backward, decode
 
@@ -76,6 +78,32 @@ def test_from_8_0_on_they_serve_everything() -> None:
     assert choose.choose_rotary("cuda", "cuda", False) == "cuda"
 
 
+@new
+def test_an_old_device_beside_a_newer_one_is_asked_itself() -> None:
+    assert choose.choose_attention(None, "cuda", BF16, 64, "masked", capability=7) == "composed"
+    assert choose.choose_decode(None, "cuda", BF16, BF16, 64, capability=7) == "reference"
+    for name in ("triton", "cuda"):
+        needs = f"'{name}' .*needs compute capability 8.0 or more, and the device of the call has 7"
+        with pytest.raises(RuntimeError, match=needs):
+            choose.choose_attention(name, "cuda", BF16, 64, "plain", capability=7)
+        with pytest.raises(RuntimeError, match=needs):
+            choose.choose_decode(name, "cuda", BF16, BF16, 64, capability=7)
+
+
+@new
+def test_it_is_asked_before_anything_is_appended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "capability_now", lambda x: 7)
+    monkeypatch.setattr(choose, "_interprets", lambda *where: True)  # of tensors of the CPU
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    q, new = torch.randn(1, 1, 2, 16).bfloat16(), torch.randn(1, 1, 1, 16).bfloat16()
+    k_cache, v_cache = torch.zeros(2, 1, 8, 1, 16, dtype=BF16)
+    lens, rope = torch.tensor([3]), Rope.plain(16)
+    with pytest.raises(RuntimeError, match="the device of the call has 7"):
+        decode_op(*(q, k_cache, v_cache, lens, rope), k_new=new, v_new=new, backend="triton")
+    assert not k_cache.any()
+    assert not v_cache.any()
+
+
 @rocm
 def test_rocm_has_the_rotation_alone() -> None:
     assert choose.choose_rotary(None, "cuda", False) == "triton"
@@ -104,7 +132,7 @@ def test_other_devices_have_the_reference(device: str) -> None:
 
 @new
 def test_no_kernel_has_tiles_for_an_old_device() -> None:
-    """Where one stands beside a newer one, which is what the choice looks at."""
+    """Where a graph that is traced takes one that stands beside a newer one for it."""
     for choice in (
         lambda: attention.choose_config(75, 64, False),
         lambda: attention_backward.choose_configs(75, 64),

@@ -16,7 +16,7 @@ import benchmark_modules  # noqa: F401  whose folder has the report
 import forked
 import pytest
 import torch
-from report import build, facts, page, results, runs
+from report import build, facts, order, page, results, runs
 from report.__main__ import main
 from report.compare import compare
 from report.make import ROOT, make
@@ -192,6 +192,22 @@ def test_only_those_of_the_device(tmp_path: Path) -> None:
     )
     options = ("-p", "report.order", "--on-device", "-p", "no:cacheprovider", str(tmp_path))
     assert runs.run_tests(tmp_path, 60, options)["passed"] == ["test_a.py::test_marked"]
+
+
+def test_what_no_device_runs_and_cannot_be_imported_is_not_in_the_way(tmp_path: Path) -> None:
+    """Tests that lean on packages a machine may lack; without --on-device they fail by name."""
+    for module, package in order.ELSEWHERE.items():
+        assert f"import {package}" in (ROOT / "tests" / module).read_text("utf-8")
+        (tmp_path / module).write_text("import no_such_package\n")
+    (tmp_path / "test_a.py").write_text("DEVICE = 'cuda'\ndef test_it(): pass\n")
+    (tmp_path / "conftest.py").write_text(
+        "from report import order\norder.ELSEWHERE = dict.fromkeys(order.ELSEWHERE, 'absent')\n"
+    )
+    options = ("-p", "report.order", "-p", "no:cacheprovider", str(tmp_path))
+    found = runs.run_tests(tmp_path, 30, ("--on-device", *options))
+    assert [len(found[x]) for x in ("passed", "failed")] == [1, 0]
+    found = runs.run_tests(tmp_path, 30, options)
+    assert sorted(Path(name).name for name in found["failed"]) == sorted(order.ELSEWHERE)
 
 
 def test_a_process_whose_gpu_refuses_gives_way_to_another(tmp_path: Path) -> None:

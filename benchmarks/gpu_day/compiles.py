@@ -8,7 +8,6 @@ The calls are those of reports/codegen; registers, spills and shared memory are 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -25,14 +24,19 @@ LIMIT = 60.0  # seconds of one
 
 
 def launches(arch: int) -> list[tuple[Any, Any]]:
-    """(compile, case) of every kernel for this compute capability, the kinds in turns."""
+    """(compile, case) of every kernel for this compute capability."""
     import codegen
+    import codegen_append
     import codegen_attention
     import codegen_decode
 
-    modules: list[Any] = [codegen_attention, codegen_decode, codegen]
-    kinds = [[(m.compile_case, c) for c in m.cases() if c.arch == arch] for m in modules]
-    return [x for turn in itertools.zip_longest(*kinds) for x in turn if x is not None]
+    modules: list[Any] = [codegen_attention, codegen_decode, codegen, codegen_append]
+    return [(m.compile_case, case) for m in modules for case in m.cases() if case.arch == arch]
+
+
+def spread(total: int, count: int) -> list[int]:
+    """So many of the launches, from one end to the other: they are in the order of head dims."""
+    return [i * total // count for i in range(count)] if count < total else list(range(total))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,12 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compile_case, case = launches(chosen.arch)[chosen.one]
         with tempfile.TemporaryDirectory() as folder:
             row = compile_case(case, Path(folder))
-        counted = ("registers", "stack", "local", "shared", "warps", "stages")
+        counted = (
+            *("registers", "stack", "local", "shared", "warps", "stages"),
+            "touched_too_early",
+        )
         write(chosen.into, {"launch": str(case), **{x: row[x] for x in counted if x in row}})
-        return int(bool(row.get("local") or row.get("stack")))
+        return int(any(map(row.get, ("local", "stack", "touched_too_early"))))
     end, folder = time.monotonic() + chosen.seconds, chosen.into.with_suffix(".logs")
     many = []
-    for i in range(min(chosen.count, len(launches(chosen.arch)))):
+    for i in spread(len(launches(chosen.arch)), chosen.count):
         own = folder / f"{i}.jsonl"
         own.unlink(missing_ok=True)
         rest = ("--one", str(i), "--arch", str(chosen.arch), "--into", str(own))

@@ -10,6 +10,7 @@ from report.page import table
 from .goals import GOALS, Rows
 
 FAULTS = ("failed", "crashed", "stopped")
+NOT_RUN = ("dropped", "missing")
 
 
 def render(call: int, results: Sequence[dict[str, Any]], rows: Rows, rehearsal: bool) -> str:

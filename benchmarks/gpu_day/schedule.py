@@ -94,6 +94,7 @@ def run_all(
         if step.needs and shutil.which(step.needs) is None:
             results.append(_told(step, "missing", f"there is no {step.needs} here"))
         elif step not in fits:
+            left = max(left, 0.0)
             why = f"needs {step.least:g} s, and {left:.0f} s were left for it and what matters more"
             results.append(_told(step, "dropped", why))
         else:

@@ -6,7 +6,9 @@ pytest-xdist, one in which the GPU refuses what comes next ends, and another tak
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +18,20 @@ from .recorder import BROKEN
 
 # What test modules call the place where they run, of those that give it no parameter.
 PLACES = {"CUDA", "DEVICE", "TRITON", "COMPILED"}
-
+# Modules that a device runs nothing of, and what they can't be imported without.
+ELSEWHERE = {"test_llamacpp.py": "gguf", "test_lm_eval.py": "lm_eval"}
 
 _failed: set[str] = set()
 
 
 def pytest_addoption(parser: Any) -> None:
     parser.addoption("--on-device", action="store_true", help="no tests but those it runs")
+
+
+def pytest_ignore_collect(collection_path: Path, config: Any) -> bool | None:
+    """A module that fails to be imported would end pytest before it runs any other."""
+    package = ELSEWHERE.get(collection_path.name) if config.getoption("on_device") else None
+    return True if package and importlib.util.find_spec(package) is None else None
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:

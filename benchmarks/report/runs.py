@@ -27,7 +27,7 @@ CEILINGS = 45  # seconds that they have at least, in which they measure the ceil
 SILENT = 120  # seconds without a line after which a row is taken to hang; torch.compile takes 60
 STOPPED = "silent"  # a process that was stopped for that
 ENDED = (0, 1, None)  # pytest: all passed, some failed, or it was stopped when its time was over
-RECORDER = ("-p", "report.recorder", "-q", "--no-header")
+RECORDER = ("-p", "report.recorder", "-q", "--no-header", "--continue-on-collection-errors")
 PLUGINS = Path(__file__).resolve().parents[1]  # where that is found
 
 

@@ -83,6 +83,7 @@ WITHOUT_GRADIENTS = ("native", "cuda")
 WITHOUT_SINKS = ("cuda", *FLASH_BACKENDS)  # of decoding too
 # Of attention and decoding in Triton, and of all that CUDA C++ is compiled for.
 LEAST_CAPABILITY = (8, 0)
+_NEEDS = f"it needs compute capability {'.'.join(map(str, LEAST_CAPABILITY))} or more"
 
 # Device types each compiled backend serves.
 _DEVICES = {
@@ -111,9 +112,16 @@ def missing(name: str) -> str | None:
     return reason or (_device_lacks(name) if name == "cuda" else None)
 
 
-def missing_products(name: str) -> str | None:
-    """`missing` for attention and decoding, which ask more of a device than the rotation does."""
-    return missing(name) or _device_lacks(name)
+def missing_products(name: str, capability: int | str | None = None) -> str | None:
+    """`missing` for attention and decoding, which ask more of a device than the rotation does.
+
+    capability: of the device of the call, see `capability_of`; None asks the best there is.
+    """
+    reason = missing(name) or _device_lacks(name)
+    old = isinstance(capability, int) and capability < LEAST_CAPABILITY[0]
+    if reason is None and old and name in ("triton", "cuda") and torch.version.hip is None:
+        return f"{_NEEDS}, and the device of the call has {capability}.x"
+    return reason
 
 
 @cache  # asked in each call
@@ -127,10 +135,8 @@ def _device_lacks(name: str) -> str | None:
     found = torch.cuda.get_device_capability(best)
     if found >= LEAST_CAPABILITY:
         return None
-    return (
-        f"it needs compute capability {'.'.join(map(str, LEAST_CAPABILITY))} or more, and "
-        f"{torch.cuda.get_device_name(best)} has {'.'.join(map(str, found))}"
-    )
+    name = torch.cuda.get_device_name(best)
+    return f"{_NEEDS}, and {name} has {'.'.join(map(str, found))}"
 
 
 @constant_in_graphs
@@ -164,12 +170,17 @@ def choose_rotary(backend: str | None, device: str, is_float64: bool) -> str:
     return _named(backend, device)
 
 
-def _named(backend: str, device: str, instead: str | None = None) -> str:
+def _named(
+    backend: str,
+    device: str,
+    instead: str | None = None,
+    capability: int | str | None = None,
+) -> str:
     """The backend, if it is there and serves tensors on ``device``.
 
     instead: what serves attention or decoding where this does not; None for a rotation.
     """
-    reason = missing(backend) if instead is None else missing_products(backend)
+    reason = missing(backend) if instead is None else missing_products(backend, capability)
     if reason is not None:
         if instead is not None and missing(backend) is None:
             reason += f"; expected {instead}"
@@ -231,7 +242,7 @@ def choose_attention(
             if name == "native" and not (own and device == "cpu"):  # others take the table of cpu
                 continue
             served = dtype in _dtypes(name) and head_dim in _head_dims(name)
-            if served and missing_products(name) is None:
+            if served and missing_products(name, capability) is None:
                 return name
         return "reference"
     if backend not in ATTENTION_BACKENDS:
@@ -257,7 +268,7 @@ def choose_attention(
         )
     if backend in ("reference", "composed"):
         return backend
-    _named(backend, device, "'composed' or 'reference'")
+    _named(backend, device, "'composed' or 'reference'", capability)
     if backend == "native" and not own:
         raise ValueError(
             "backend: 'native' serves causal attention of queries to their own keys, without "
@@ -286,6 +297,13 @@ def capability_of(device: torch.device) -> int | str | None:
         return _maker()
     found: int | None = _module("flash_attention").capability(device)
     return found
+
+
+def capability_now(x: torch.Tensor) -> int | None:
+    """The major compute capability of the GPU of x; None of others, and in a graph being traced."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return None
+    return capability_of(x.device)  # type: ignore[return-value]  # of no maker
 
 
 @cache
@@ -323,6 +341,7 @@ def choose_decode(
     head_dim: int,
     many: bool = False,
     sinks: bool = False,
+    capability: int | None = None,
 ) -> str:
     """The backend for `decode`: the named one, or the first of `DECODE_CHOICE` that can serve.
 
@@ -334,6 +353,7 @@ def choose_decode(
         head_dim: of q and the caches.
         many: whether a sequence has more queries than `FEW_QUERIES`.
         sinks: whether a logit without a value joins each softmax.
+        capability: see `capability_now`.
 
     Raises:
         ValueError: an unknown name, or one that does not serve this call.
@@ -342,14 +362,14 @@ def choose_decode(
     if backend is None:
         for name in DECODE_CHOICE.get(device, ()):
             unserved = _unserved(name, dtype, cache_dtype, head_dim, many, sinks)
-            if missing_products(name) is None and not unserved:
+            if missing_products(name, capability) is None and not unserved:
                 return name
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "reference":
         return backend
-    _named(backend, device, "'reference'")
+    _named(backend, device, "'reference'", capability)
     unserved = _unserved(backend, dtype, cache_dtype, head_dim, many, sinks)
     if unserved:
         raise ValueError(f"backend: {backend!r} serves {unserved}; expected 'reference'")

@@ -125,7 +125,8 @@ def choose_backend(backend: str | None, q: torch.Tensor, hidden: Hidden, trains:
             return "composed"
         served = q.dtype in choose.FUSED_DTYPES and dim in choose.FUSED_HEAD_DIMS
         served = served and q.device.type == "cuda"
-        return "triton" if served and choose.missing_products("triton") is None else "reference"
+        lacks = choose.missing_products("triton", choose.capability_now(q))
+        return "triton" if served and lacks is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "reference":
@@ -143,7 +144,8 @@ def choose_backend(backend: str | None, q: torch.Tensor, hidden: Hidden, trains:
                 "here; expected 'reference' or None"
             )
         return backend
-    return choose.choose_attention(backend, q.device.type, q.dtype, dim, "scored", trains)
+    of_all = backend, q.device.type, q.dtype, dim, "scored", trains
+    return choose.choose_attention(*of_all, choose.capability_now(q))
 
 
 def attend(

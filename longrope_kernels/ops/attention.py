@@ -226,9 +226,10 @@ def _check_kind(
         raise ValueError(f"k_rotation: expected backend='triton' beside it, got {backend!r}")
     more = cu_seqlens is not None, kv_start is not None, sinks is not None
     needs = _needs(scores, return_lse, *more, (queries, slots) if libraries else None, dim)
+    capability = choose.capability_of(q.device) if libraries else choose.capability_now(q)
     name = choose.choose_attention(
         *(backend, device_type(q), q.dtype, dim, needs, trains),
-        *(choose.capability_of(q.device) if libraries else None, libraries, sinks is not None),
+        *(capability, libraries, sinks is not None),
         scores.causal and cu_seqlens is None and key_positions is None,
     )
     return scores, count, name

@@ -224,10 +224,11 @@ def _check_kind(
     dim = operator.index(q.shape[3])  # a constant, also where a graph is traced with dynamic sizes
     scores = arguments.check_scores(True, softmax_scale, window, softcap, dim)
     of_all = backend, device_type(q), q.dtype, k_cache.dtype, dim
+    rest = sinks is not None, choose.capability_now(q)
     if queries > FEW_QUERIES:  # a branch, which a traced graph takes; no number for the choice
-        name = choose.choose_decode(*of_all, many=True, sinks=sinks is not None)
+        name = choose.choose_decode(*of_all, True, *rest)
     else:
-        name = choose.choose_decode(*of_all, sinks=sinks is not None)
+        name = choose.choose_decode(*of_all, False, *rest)
     writer = None
     if k_new is not None and v_new is not None:
         of_new = "k_new", "v_new", k_new, v_new, k_cache, slot_mapping, batch
