@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __FAST_MATH__
+#error "longrope: built without -ffast-math and -Ofast, which fold away what rounds exactly"
+#endif
+
 namespace {
 namespace longrope {
 
