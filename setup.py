@@ -1,7 +1,7 @@
 """Build the compiled extensions through CMake; everything else stands in pyproject.toml.
 
-Without a C++ compiler the package installs as pure Python and says so: its `native` backend is
-then missing, and says how to get it. The `cuda` backend is built where there is nvcc, GPU or not;
+Without a C++ compiler the package installs as pure Python: its `native` backend is then missing,
+and `longrope info` says how to get it. The `cuda` backend is built where there is nvcc, GPU or not;
 LONGROPE_BUILD_CUDA=1 insists on it, LONGROPE_BUILD_CUDA=0 leaves it out.
 """
 
@@ -14,9 +14,18 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+
+class Build(build):
+    """setuptools packs whatever lies in its folder, that of earlier builds too."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -30,17 +39,19 @@ class CMakeBuild(build_ext):
         names = [extension.name for extension in self.extensions]
         # setuptools' own folder is a temporary one in editable installs: everything would be built
         # again whenever one file changes.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{self.plat_name}"
-        build.mkdir(parents=True, exist_ok=True)
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{self.plat_name}"
+        folder.mkdir(parents=True, exist_ok=True)
         folders = {Path(self.get_ext_fullpath(name)).resolve().parent for name in names}
         (target,) = folders
         target.mkdir(parents=True, exist_ok=True)
+        if CUDA_MODULE not in names:  # one of an earlier editable install would be imported
+            Path(self.get_ext_fullpath(CUDA_MODULE)).unlink(missing_ok=True)
         configure = [
             "cmake",
             "-S",
             str(ROOT),
             "-B",
-            str(build),
+            str(folder),
             "-G",
             "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
@@ -56,7 +67,7 @@ class CMakeBuild(build_ext):
             configure.append(f"-DCMAKE_CUDA_COMPILER={compiler}")
         subprocess.run(configure, check=True)
         modules = [name.rpartition(".")[2] for name in names]
-        subprocess.run(["cmake", "--build", str(build), "--target", *modules], check=True)
+        subprocess.run(["cmake", "--build", str(folder), "--target", *modules], check=True)
 
 
 def has_compiler() -> bool:
@@ -78,6 +89,10 @@ def builds_cuda() -> bool:
     wish = os.environ.get("LONGROPE_BUILD_CUDA", "")
     if wish not in ("", "0", "1"):
         raise ValueError(f"LONGROPE_BUILD_CUDA: expected 0 or 1, got {wish!r}")
+    if not has_compiler():
+        if wish == "1":
+            raise RuntimeError("LONGROPE_BUILD_CUDA=1, but there is no C++ compiler: see CXX")
+        return False
     if wish == "0":
         print("longrope_kernels: LONGROPE_BUILD_CUDA=0, installing without the cuda backend")
         return False
@@ -92,12 +107,11 @@ def builds_cuda() -> bool:
 
 
 CUDA_MODULE = "longrope_kernels._cuda"
-extensions = []
-if has_compiler():
-    extensions.append(Extension("longrope_kernels._native", sources=[]))
-    if builds_cuda():
-        extensions.append(Extension(CUDA_MODULE, sources=[]))
-else:
+modules = ["longrope_kernels._native"] * has_compiler() + [CUDA_MODULE] * builds_cuda()
+if not modules:
     print("longrope_kernels: no C++ compiler found, installing without the native CPU backend")
 
-setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension(name, sources=[]) for name in modules],
+    cmdclass={"build": Build, "build_ext": CMakeBuild},
+)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,40 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, check=True)
     (made,) = folder.glob("*.tar.gz")
     return made
+
+
+def test_a_wheel_holds_nothing_of_an_earlier_build(sdist: Path, tmp_path: Path) -> None:
+    subprocess.run(("tar", "--extract", "--file", sdist), cwd=tmp_path, check=True)
+    (tree,) = tmp_path.iterdir()
+    here = str(Path(sys.executable).parent)  # without a compiler: pure Python
+    old = tree / "build" / "lib" / "longrope_kernels" / "no_longer.py"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    options = ("--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path / "wheels"))
+    pip("wheel", *options, str(tree), PATH=here)
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "longrope_kernels/__init__.py" in names
+    assert not any("no_longer" in name for name in names)
+
+
+def test_who_insists_on_cuda_is_told_what_lacks(sdist: Path, tmp_path: Path) -> None:
+    subprocess.run(("tar", "--extract", "--file", sdist), cwd=tmp_path, check=True)
+    (tree,) = tmp_path.iterdir()
+    environment = {**os.environ, "PATH": str(Path(sys.executable).parent), "CXX": ""}
+    for wish, said in (
+        ("1", "LONGROPE_BUILD_CUDA=1, but there is no C++ compiler"),
+        ("2", "LONGROPE_BUILD_CUDA: expected 0 or 1, got '2'"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "setup.py", "--version"],
+            cwd=tree,
+            env={**environment, "LONGROPE_BUILD_CUDA": wish},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode != 0
+        assert said in done.stderr
 
 
 @pytest.mark.parametrize("compiler", [True, False], ids=["compiler", "no compiler"])
