@@ -188,7 +188,10 @@ def export(
     """
     _require("gguf", "gguf", command="export")
     if check:
-        _require("gguf", "xllamacpp", "transformers", "accelerate", command="export --check")
+        _require("gguf", "transformers", "accelerate", command="export --check")
+        if importlib.util.find_spec("xllamacpp") is None:
+            typer.echo("longrope export --check needs xllamacpp: pip install xllamacpp", err=True)
+            raise typer.Exit(1)
     from .integrations.llamacpp import export as write
     from .rope import Rope
     from .search.source import CONFIG, open_source

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import longrope_kernels
 
 ROOT = Path(longrope_kernels.__file__).parent.parent
@@ -84,6 +86,34 @@ for name in ("native", "triton"):
     )
     assert "pip install" in out.splitlines()[0] or "build" in out.splitlines()[0], out
     assert "pip install" in out.splitlines()[1], out
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "packages"),
+    [
+        ("integrations.transformers", "transformers", ("transformers",)),
+        ("integrations.llamacpp", "gguf", ("gguf", "numpy")),
+        ("integrations.lm_eval", "lm-eval", ("lm_eval",)),
+        ("search.cmaes", "search", ("cmaes", "numpy")),
+        ("search.plots", "search", ("matplotlib",)),
+    ],
+)
+def test_a_module_says_how_to_get_what_it_needs(
+    module: str, extra: str, packages: tuple[str, ...]
+) -> None:
+    run(
+        f"""
+import importlib
+try:
+    importlib.import_module("longrope_kernels.{module}")
+except ImportError as error:
+    assert str(error).startswith("longrope_kernels.{module} needs {packages[0]}"), error
+    assert "pip install 'longrope-kernels[{extra}]'" in str(error), error
+else:
+    raise AssertionError("imported")
+""",
+        packages,
+    )
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -75,19 +74,6 @@ def test_odd_and_equal_fitness_do_no_harm(odd: float) -> None:
         run_search(search, evaluate)
         assert search.done
         assert search.evaluated > 70
-
-
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = builtins.__import__
-
-    def missing(name: str, *arguments: Any) -> Any:
-        if name == "cmaes":
-            raise ImportError(name)
-        return load(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match=r'pip install "longrope-kernels\[search\]"'):
-        CmaEsSearch(small_space())
 
 
 @pytest.mark.parametrize(

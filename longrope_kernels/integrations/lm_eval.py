@@ -16,8 +16,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise ImportError(
+        "longrope_kernels.integrations.lm_eval needs lm_eval: "
+        "pip install 'longrope-kernels[lm-eval]'"
+    ) from error
 
 from ..rope.files import SIDECAR
 from ..rope.value import Rope

@@ -1,7 +1,6 @@
 """The baseline: CMA-ES with categories and integers (CatCMAwM, arXiv 2504.07884) on the same space.
 
-It needs the package ``cmaes``. Factors are sampled as logarithms, clipped to the range, and sorted
-where they have to be in order.
+Factors are sampled as logarithms, clipped to the range, and sorted where they have to be in order.
 """
 
 from __future__ import annotations
@@ -12,7 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
+try:
+    import cmaes
+    import numpy as np
+except ImportError as error:
+    raise ImportError(
+        f"{__name__} needs cmaes and numpy: pip install 'longrope-kernels[search]'"
+    ) from error
 
 from .base import Search
 from .candidate import Candidate
@@ -81,7 +86,8 @@ class CmaEsSearch(Search):
         formulas: Sequence[str] = (),
         sieve: Sieve | None = None,
     ) -> None:
-        self._library = _library()
+        if not hasattr(cmaes, "CatCMAwM"):
+            raise ImportError(f"cmaes: expected a version with CatCMAwM, got {cmaes.__version__}")
         if isinstance(settings, EvolutionSettings):
             settings = CmaEsSettings.matching(settings, len(space.starts()))
         self.settings = settings or CmaEsSettings()
@@ -144,7 +150,7 @@ class CmaEsSearch(Search):
             mean.append(float(start.attention or least))
             variances.append(_ATTENTION_SPREAD**2)
         thresholds = len(space.thresholds)
-        return self._library.CatCMAwM(
+        return cmaes.CatCMAwM(
             x_space=bounds,
             z_space=steps,
             c_space=[thresholds] if thresholds > 1 else None,
@@ -170,7 +176,7 @@ class CmaEsSearch(Search):
         return Candidate(factors, n_hat, attention, self._origin)
 
     def _memory(self) -> dict[str, Any]:
-        return {"cmaes": self._library.__version__, "numpy": np.__version__}
+        return {"cmaes": cmaes.__version__, "numpy": np.__version__}
 
     def _recall(self, memory: Mapping[str, Any]) -> None:
         """Sample again what was sampled, from the seed, and tell what is in the journal."""
@@ -181,15 +187,3 @@ class CmaEsSearch(Search):
                     f"folder: expected the samples of iteration {iteration} again; made with "
                     f"{dict(memory)}, and here is {self._memory()}"
                 )
-
-
-def _library() -> Any:
-    try:
-        import cmaes
-    except ImportError:
-        raise ImportError(
-            'optimizer="cmaes" needs the package cmaes: pip install "longrope-kernels[search]"'
-        ) from None
-    if not hasattr(cmaes, "CatCMAwM"):
-        raise ImportError(f"cmaes: expected a version with CatCMAwM, got {cmaes.__version__}")
-    return cmaes

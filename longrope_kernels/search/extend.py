@@ -126,7 +126,9 @@ class ExtendPlan(Texts):
             if stage.steps < 0:
                 raise ValueError(f"stages: expected 0 or more steps, got {stage.steps}")
         if any(stage.steps for stage in self.stages) and not self.training:
-            raise ValueError("training: expected texts for the stages that fine-tune, got none")
+            raise ValueError(
+                "training: expected texts (--train) for the stages that fine-tune, got none"
+            )
         if list(self.short) != sorted(set(self.short)) or max(self.short, default=0) >= lengths[-1]:
             raise ValueError(
                 f"short: expected ascending lengths below {lengths[-1]}, got {list(self.short)}"

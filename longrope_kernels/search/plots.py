@@ -6,7 +6,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+try:
+    import matplotlib
+except ImportError as error:
+    raise ImportError(
+        f"{__name__} needs matplotlib: pip install 'longrope-kernels[search]'"
+    ) from error
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from .engine import Answer, check
-from .exporting import Exported, export
+try:
+    from .engine import Answer, check
+    from .exporting import Exported, export
+except ImportError as error:
+    raise ImportError(
+        f"{__name__} needs gguf and numpy: pip install 'longrope-kernels[gguf]'"
+    ) from error
 
 __all__ = ["Answer", "Exported", "check", "export"]
