@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from report_files import ROOT, markdown, read
+from report_files import markdown, read
 
 CPU = "reports/cpu-2-cores/2026-11-22"
 Rows = dict[tuple[str, str, str], dict[str, Any]]
-HUGE = "clone in huge pages"
-ALIKE = ("clone", HUGE, "native")
+# pytest benchmarks/test_rotary.py --benchmark-only --benchmark-json=reports/.../clone.json \
+#   -k "forward-S4096 and (clone or native) and not Phi and not Qwen"
+CLONE = "reports/cpu-2-cores/2026-11-29/clone.json"
 
 
 @cache
@@ -53,38 +54,19 @@ def angle_errors() -> str:
     return markdown(["angle error (rad) up to position", *(f"{n:,}" for n in positions)], rows)
 
 
-def run_in_huge_pages() -> str | None:
-    """The newest file of benchmarks that has `HUGE` and what is told beside it, made by
-
-    pytest benchmarks/test_rotary.py --benchmark-only --benchmark-json=reports/.../clone.json \\
-      -k "forward-S4096 and (clone or native) and not Phi and not Qwen"
-    """
-    runs = sorted(ROOT.glob("reports/cpu-2-cores/*/clone.json"))
-    return runs[-1].relative_to(ROOT).as_posix() if runs else None
-
-
 def rotary_short() -> str:
-    """The report's rows, and below them those of the newest run that has `clone` in huge pages."""
-    names = ("transformers eager", "transformers torch.compile", "clone", HUGE, "native")
+    names = ("transformers eager", "transformers torch.compile", "clone", "native")
     in_place = ("native", "copy_")
     head = ["forward, ms", "transformers eager", "torch.compile of it", "a `clone` of q and k"]
-    head += ["`clone` in huge pages", "`native`", "`native`, in place", "`copy_`"]
+    head += ["`native`", "`native`, in place", "`copy_`"]
     rows = [
         [
             dtype,
-            *("" if name == HUGE else ms("forward", dtype, name) for name in names),
+            *(ms("forward", dtype, name) for name in names),
             *(ms("in place", dtype, name) for name in in_place),
         ]
         for dtype in DTYPES
     ]
-    if path := run_in_huge_pages():
-        of = rotary_rows(path)
-        for dtype in DTYPES:
-            times = (ms("forward", dtype, name, of) if name in ALIKE else "" for name in names)
-            rows.append([f"{dtype}, [another run]({path})", *times, *("" for _ in in_place)])
-    else:  # no column of empty cells
-        at = names.index(HUGE) + 1
-        head, *rows = (line[:at] + line[at + 1 :] for line in (head, *rows))
     return markdown(head, rows)
 
 
@@ -152,6 +134,16 @@ TABLES: dict[str, Callable[[], str]] = {
 def sentences() -> Iterator[tuple[str, str]]:
     """(page, text) of those with numbers."""
     yield from huge_pages()
+    same = rotary_rows(CLONE)
+    clone, native = (
+        [ms("forward", dtype, name, same) for dtype in DTYPES]
+        for name in ("clone in huge pages", "native")
+    )
+    yield (
+        "docs/performance.md",
+        f"a `clone` into huge pages takes {clone[0]} ms in float32 and {clone[1]} in bfloat16, "
+        f"`native` {native[0]} and {native[1]} (`{CLONE}`)",
+    )
     times = {
         row["variant"]: f"{row['ms']:.2f}"
         for row in read(f"{CPU}/demo.json")["times"]["rows"]

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import figures
-import figures_rotation
 import pytest
 
 # A number with a unit of speed, time or size of code. Angles and tolerances are promises, which
@@ -53,26 +52,3 @@ def test_no_other_measured_number(page: Path) -> None:
         text = text.replace(promise, "")
     found = [text[max(0, m.start() - 60) : m.end() + 20] for m in MEASURED.finditer(text)]
     assert not found
-
-
-def test_clone_in_huge_pages_stands_beside_its_own_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert figures_rotation.run_in_huge_pages() or "huge" not in figures_rotation.rotary_short()
-    path, read = "reports/cpu-2-cores/2030-01-01/clone.json", figures_rotation.read
-    times = {"clone": 0.0142, "clone in huge pages": 0.0081, "native": 0.0069}
-    found = [
-        {
-            "params": {"direction": "forward", "name": name},
-            "group": f"forward, S = 4096, {dtype}",
-            "stats": {"median": seconds},
-        }
-        for name, seconds in times.items()
-        for dtype in ("float32", "bfloat16")
-    ]
-    monkeypatch.setattr(figures_rotation, "run_in_huge_pages", lambda: path)
-    monkeypatch.setattr(
-        figures_rotation, "read", lambda of: {"benchmarks": found} if of == path else read(of)
-    )
-    head, _, usual, *_, last = figures_rotation.rotary_short().splitlines()
-    assert head.split(" | ")[3:6] == ["a `clone` of q and k", "`clone` in huge pages", "`native`"]
-    assert usual.split("|")[5].strip() == ""
-    assert last == f"| bfloat16, [another run]({path}) | | | 14.2 | 8.1 | 6.9 | | |"
