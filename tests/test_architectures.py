@@ -63,6 +63,86 @@ def test_a_family_is_what_the_list_says(name):
         assert bool(entry["unrotated"]) <= bool(FAMILIES[name]["unrotated"])
 
 
+# Of those with unrotated keys: layers beside attention that go over tokens, and sinks.
+MIXING = {
+    *("falcon_h1", "granitemoehybrid", "lara_mini", "lfm2_moe", "lfm3", "minimax", "olmo_hybrid"),
+    *("qwen3_next", "recurrent_gemma", "zaya"),
+}
+SINKS = {"flint", "gpt_oss", "granite_swa", "granitemoe_swa"}
+DROPPING = {"nemotron", "stablelm"}  # what a forward is told, before it comes to attention
+AT_ONCE = {"llama", "mixtral", "gpt_oss", "falcon_h1", "lfm2_moe", "qwen3_next", "zaya"}
+
+
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in AT_ONCE else pytest.mark.full)
+        for n, entry in FAMILIES.items()
+        if not entry["unrotated"]
+    ],
+)
+def test_ranks_share_tokens_that_attention_alone_mixes(name, one_rank):
+    """The others are refused before anything is changed, and go on without a group."""
+    if FAMILIES[name]["type"] not in CONFIG_MAPPING:
+        return
+    cls, config = tool.class_of(FAMILIES[name]["type"])
+    model, reason = tiny(cls, config), ""
+    if name in MIXING:
+        reason = r"its layers mix tokens outside of attention, as convolutions and states do"
+    if name in SINKS:
+        reason = r"s_aux: not served over the ranks of a group"
+    if name in DROPPING:
+        reason = r"attention_mask: expected the padding mask"
+    if not reason:
+        enable(model, group=one_rank)
+        return
+    enable(model)
+    expected = rf"^group: expected None for {type(model.base_model).__name__}, got one: {reason}"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=expected):
+            enable(model, group=one_rank)
+    (slot,) = slots_of(model)
+    assert slot.module.settings.group is None
+
+
+def test_ranks_share_layers_by_what_they_are(one_rank):
+    """LFM2's, which its config chooses."""
+    for kinds, served in ((["full_attention"] * 2, True), (["conv", "full_attention"], False)):
+        config = shrunk(transformers.Lfm2Config(num_hidden_layers=2, layer_types=kinds))
+        model = AutoModelForCausalLM.from_config(config).eval()
+        if served:
+            enable(model, group=one_rank)
+            continue
+        with pytest.raises(ValueError, match=r"^group: expected None for Lfm2Model, got one: its"):
+            enable(model, group=one_rank)
+        assert not any(hasattr(module, "longrope") for module in model.modules())
+
+
+def test_layers_that_need_all_tokens_are_refused(one_rank, monkeypatch):
+    """Where they fail on some of them."""
+    forward = modeling_llama.LlamaMLP.forward
+
+    def with_places(self, x):
+        return forward(self, x) + torch.linspace(0, 1, 12)[:, None]
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", with_places)
+    monkeypatch.setattr(trial, "passed", set())
+    model = tiny(transformers.LlamaForCausalLM, transformers.LlamaConfig())
+    enable(model)
+    expected = r"^group: expected None for LlamaModel, got one: its layers fail on some of the tok"
+    with pytest.raises(ValueError, match=expected):
+        enable(model, group=one_rank)
+
+
 def test_as_many_as_the_readme_says():
     rotated, unrotated = families.counts()
     assert rotated >= 90

@@ -134,6 +134,28 @@ def test_other_families(family: str, four: Ranks) -> None:
     check(four, 2, family, {"input_ids": tokens(1, 21)})
 
 
+def scaled_by_position(size: int | None) -> Any:
+    """Logits and new tokens of a Ministral 3, whose layers scale queries by their positions."""
+    torch.manual_seed(3)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.8}
+    fields = {**SHARED, "rope_parameters": {**rope, "original_max_position_embeddings": 4}}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("ministral3", **fields)).eval()
+    group = None if size is None else group_of(size)
+    ids = tokens(2, 21)
+    if size is None:  # untouched
+        return generated(model, ids), model(input_ids=ids, use_cache=False).logits.detach()
+    enable(model, group=group)
+    return generated(model, ids), model(input_ids=ids, use_cache=False).logits.detach()
+
+
+def test_layers_that_read_positions(four: Ranks) -> None:
+    ids, logits = scaled_by_position(None)
+    found = results(four, 4, scaled_by_position, 4)
+    assert max_diff(whole([part for _, part in found], 21, "balanced", 1), logits) < CLOSE
+    for out, _ in found:
+        assert torch.equal(out, ids)
+
+
 def several_ropes(size: int | None) -> Any:
     """Logits, gradients and new tokens of a Gemma 3, whose sliding layers have their own rope."""
     torch.manual_seed(3)

@@ -11,11 +11,9 @@ import torch.distributed as dist
 from model_cases import family_model, generated, tokens
 from ranks import Ranks, check_survivors
 from test_models_spread import LLAMA, PHI3, group_of, results, spread_model
-from transformers import DynamicCache, GptOssForCausalLM, StaticCache
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import DynamicCache, StaticCache
 
 from longrope_kernels.integrations.transformers import enable
-from longrope_kernels.integrations.transformers.probe import tiny
 
 
 def refuse(case: str) -> Any:
@@ -47,9 +45,6 @@ def refuse(case: str) -> Any:
             elif case == "recorded":
                 with torch.enable_grad():
                     model(**inputs, past_key_values=DynamicCache(config=model.config))
-            elif case == "sinks":
-                config = CONFIG_MAPPING["gpt_oss"]()
-                enable(tiny(GptOssForCausalLM, config), group=group_of(4))(input_ids=ids % 64)
             elif case == "rotated":
                 enable(model, group=group_of(4), cache="rotated")
             elif case == "backend":
@@ -75,7 +70,6 @@ REFUSED = {
     "mask": r"attention_mask: expected a tensor or None with group=, got dict",
     "filled": r"past_key_values: expected an empty DynamicCache, or one that this model has filled",
     "recorded": r"past_key_values: expected None where gradients are recorded",
-    "sinks": r"s_aux: not served over the ranks of a group; enable without group=",
     "rotated": r"cache: expected 'unrotated' with group=, got 'rotated'",
     "backend": r"backend: expected one of reference, composed, triton, native or None with group=",
     "order": r"order: expected 'balanced' or 'contiguous', got 'mixed'",

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from cases import factors
-from model_cases import family_model, tokens
+from model_cases import SHARED, family_model, tokens
 from ranks import Ranks, check_survivors
 from search_cases import SMALL, flags, make_model, make_texts, one_thread
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from longrope_kernels import FactorSet, Rope, cli
@@ -159,6 +159,27 @@ def test_ranks_that_are_not_divided_are_named(work: Path, four: Ranks, tmp_path:
         for status, _, errors in all_of(four, run, [*arguments, "--context-parallel", "3"]):
             assert status == 1
             assert "--context-parallel: expected a number that divides the 4 processes" in errors
+
+
+def test_layers_that_mix_tokens_are_refused_first(work: Path, four: Ranks, tmp_path: Path) -> None:
+    kinds = ["conv", "full_attention"]
+    config = AutoConfig.for_model(
+        "lfm2", **SHARED | {"layer_types": kinds, "vocab_size": 256, "max_position_embeddings": 32}
+    )
+    model = tmp_path / "lfm2"
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    for name, more in {
+        "evaluate": ["--length", str(LENGTH)],
+        "search": ["--length", str(LENGTH)],
+        "extend": ["--stage", f"{LENGTH}:1", "--train", str(work / "texts")],
+    }.items():
+        arguments = command(work, name, tmp_path / name, *more, "--context-parallel", "2")
+        arguments[1] = str(model)
+        for status, output, errors in all_of(four, run, arguments):
+            assert status == 1
+            assert f"longrope {name}: group: expected None for Lfm2Model, got one: its" in errors
+            assert not output
+        assert not [one for one in (tmp_path / name).rglob("*") if one.suffix == ".jsonl"]
 
 
 # -------------------------------------------------------------------------------------- fine-tuning

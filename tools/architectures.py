@@ -294,19 +294,24 @@ def with_attention(config: Any) -> Any:
     return config
 
 
+def class_of(model_type: str) -> tuple[Any, Any]:
+    """A causal language model and its default config."""
+    config = CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
+    name = (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+        or (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    )
+    cls = getattr(transformers, name if isinstance(name, str) else name[0])
+    return cls, with_attention(config)
+
+
 @mock.patch.object(architectures, "proven", mock.Mock(return_value={"transformers": "none"}))
 def try_one(model_type: str) -> dict[str, Any]:
     """An entry of the data file, or ``reason``; nothing is taken from that file."""
     try:
-        config = CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
-        name = (
-            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-            or (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-        )
-        cls = getattr(transformers, name if isinstance(name, str) else name[0])
+        cls, config = class_of(model_type)
         if not rotations(sys.modules[cls.__module__]):
             return {"reason": NO_ROTATION}
-        config = with_attention(config)
         model = tiny(cls, config).double()
     except Exception as error:
         return {"reason": f"not tried: no tiny one of its default config ({on_one_line(error)})"}

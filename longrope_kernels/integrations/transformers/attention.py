@@ -72,8 +72,8 @@ def longrope_attention(
         cu_seq_lens_k: the same.
         longrope_sets: (batch,) int32, the factor set of each sequence whatever its length, as a
             search tries several ropes in one batch.
-        longrope_spread: where a group of ranks shares a sequence; position_ids, attention_mask and
-            the borders are of the whole then.
+        longrope_spread: where a group of ranks shares a sequence; attention_mask and the borders
+            are of the whole then, and so are the positions in it.
         output_attentions: must be False: the weights are never in memory.
         is_causal: must not be False; None: as the module says, if it does.
         others: what attention functions of transformers read; biases are refused, and sinks of
@@ -126,6 +126,8 @@ def longrope_attention(
             f"shape {tuple(attention_mask.shape)}, {attention_mask.dtype}; {ANY_MASK}"
         )
     rope, positions = MEMORY.take()
+    if longrope_spread is not None:
+        positions = longrope_spread.positions
     if positions is not None:
         position_ids = positions
     if position_ids is None:  # some layers keep them from their attention

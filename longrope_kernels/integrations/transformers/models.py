@@ -71,8 +71,9 @@ def enable(
             why; a rotation or layers that another package has replaced; a config whose rotation
             this package does not know, or that needs a length (dynamic NTK); a rope that rotates
             more or fewer dimensions than the model does; an unknown cache or backend, or a backend
-            that does not serve the model's device or dtype; with ``group`` a cache "rotated", or a
-            head that is not of a causal language model. Nothing is changed then.
+            that does not serve the model's device or dtype; with ``group`` a cache "rotated", a
+            head that is not of a causal language model, or layers that mix tokens outside of
+            attention or have sinks. Nothing is changed then.
         TypeError: ``rope`` is not a `Rope`, or ``group`` is no group.
         RuntimeError: the named backend is not available; the installed transformers has not what
             this relies on.
@@ -113,7 +114,8 @@ def enable(
         _check(settings, slot)
         chosen.append(settings)
     for slot in slots:
-        check_contacts(slot.architecture, type(slot.base), slot.base.config, cache)
+        kind = slot.architecture, type(slot.base), slot.base.config, cache
+        check_contacts(*kind, spread=group is not None)
     disable(model)
     slots = _slots(model, probing=True)
     for slot, settings in zip(slots, chosen, strict=True):

@@ -36,6 +36,7 @@ class Spread(NamedTuple):
 
     masked: bool  # whether there is more to the mask than its dimensions
     total: int  # keys on all ranks
+    positions: torch.Tensor  # of the whole: layers are given those of the tokens they have
     key_slots: torch.Tensor | None = None  # in a step, (keys here,) int64, the new ones included
 
 
@@ -91,7 +92,10 @@ def _shared(
         padding = padding.to(device, torch.bool)
     total = past + tokens
     mask = slots_of_mask(batch, tokens, total, past, 0, padding, not packed, device)
-    spread = Spread(mask is not None, total)
+    if torch.is_grad_enabled():
+        # The caller may write those of the next forward there before a backward pass.
+        positions = positions.clone()
+    spread = Spread(mask is not None, total, positions)
     # transformers hands a mask of four dimensions on as it is, and looks for nothing of its own.
     given["attention_mask"] = torch.zeros((1, 1, 1, 1), device=device) if mask is None else mask
     given["position_ids"] = positions
@@ -108,6 +112,7 @@ def _shared(
         given["use_cache"] = False
     given[ARGUMENT] = spread
     given[name] = shard(whole, settings.group, order=settings.order)
+    given["position_ids"] = shard(positions, settings.group, -1, order=settings.order)
     return given
 
 
@@ -151,6 +156,8 @@ def attend(
     """
     group = settings.group
     batch, tokens = q.shape[0], call.positions.shape[-1]
+    if group is None:  # a trial of what layers do beside attention: a token reads itself alone
+        return q + (k + v).repeat_interleave(q.shape[2] // k.shape[2], 2)
     if spread.key_slots is not None:
         if call.key_positions is not None and readable(call.key_positions):
             raise ValueError(

@@ -22,15 +22,21 @@ from .contacts import MissingError
 from .parts import Slot, slots_of
 from .probe import TOKENS, UnmadeError, on_one_line, on_the_cpu, tiny
 from .settings import Settings
+from .spread import ARGUMENT, Spread
 
 _MOST = 1e-3  # of hidden states of about 1
-passed: set[tuple[type, str, str]] = set()
+passed: set[tuple[type, str, str, bool]] = set()
 
 
-def check_contacts(architecture: Architecture, base: type, config: Any, cache: Any) -> None:
-    """Raise `MissingError` where a contact is not what it was."""
+def check_contacts(
+    architecture: Architecture, base: type, config: Any, cache: Any, *, spread: bool = False
+) -> None:
+    """Raise `MissingError` where a contact is not what it was.
+
+    spread: whether ranks are to share the tokens; a ValueError where layers can't have some alone.
+    """
     config = _known(config)
-    key = base, repr(config), cache
+    key = base, repr(config), cache, spread
     if key in passed:
         return
     try:
@@ -43,6 +49,8 @@ def check_contacts(architecture: Architecture, base: type, config: Any, cache: A
         expected, _ = _run(model)
         (slot,) = slots_of(model, probing=True)
         _try(slot, cache, expected)
+        if spread:
+            _try_spread(slot)
     passed.add(key)
 
 
@@ -65,10 +73,7 @@ def _without_mscales(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _try(slot: Slot, cache: Any, expected: torch.Tensor) -> None:
     name = slot.architecture.name
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FactorWarning)  # a caller hears of the model's own
-        ropes = slot.own_ropes(TOKENS)
-    slot.put(Settings(ropes, cache, None, 0))
+    slot.put(_settings(slot, cache))
     try:
         actual, marked = _run(slot.base)
     except ValueError as error:  # which says what is not served
@@ -85,6 +90,53 @@ def _try(slot: Slot, cache: Any, expected: torch.Tensor) -> None:
             f"{name}: an enabled model gives other results, as where something (a norm) stands "
             "between rotation and attention"
         )
+
+
+def _try_spread(slot: Slot) -> None:
+    """Refuse layers that don't give the tokens of a rank what they give them within the whole.
+
+    In place of attention each token reads itself alone, so that whatever else goes over tokens
+    (convolutions, states) shows.
+    """
+    base, some = slot.base, slice(TOKENS // 4, 3 * TOKENS // 4)  # as a rank of two has them
+    slot.put(_settings(slot, "unrotated"))
+    try:
+        expected = _run_spread(base, slice(None))[:, some]
+        actual = _run_spread(base, some)
+    except ValueError as error:
+        reason = str(error)
+    except Exception as error:
+        reason = f"its layers fail on some of the tokens: {on_one_line(error)}"
+    else:
+        scale = max(1.0, float(expected.abs().max()))
+        if torch.allclose(actual, expected, rtol=_MOST, atol=_MOST * scale):
+            return
+        reason = (
+            "its layers mix tokens outside of attention, as convolutions and states do, where a "
+            "rank has its own alone"
+        )
+    finally:
+        slots_of(base)[0].take_back()
+    raise ValueError(f"group: expected None for {type(base).__name__}, got one: {reason}")
+
+
+def _run_spread(base: Any, some: slice) -> torch.Tensor:
+    """Hidden states of some tokens, given to layers as a forward over ranks gives them."""
+    slots = torch.arange(TOKENS)[None]
+    hidden: torch.Tensor = base(
+        input_ids=3 + slots[:, some],
+        attention_mask=torch.zeros((1, 1, 1, 1)),
+        position_ids=slots[:, some],
+        use_cache=False,
+        **{ARGUMENT: Spread(False, TOKENS, slots)},
+    ).last_hidden_state
+    return hidden
+
+
+def _settings(slot: Slot, cache: Any) -> Settings:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FactorWarning)  # a caller hears of the model's own
+        return Settings(slot.own_ropes(TOKENS), cache, None, 0)
 
 
 def _run(base: Any) -> tuple[torch.Tensor, bool]:
