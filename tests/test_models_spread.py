@@ -134,6 +134,39 @@ def test_other_families(family: str, four: Ranks) -> None:
     check(four, 2, family, {"input_ids": tokens(1, 21)})
 
 
+def routed(size: int | None, masked: bool) -> Any:
+    """Loss, logits of the routers and gradients of a Mixtral, with a loss of its routers."""
+    torch.manual_seed(3)
+    fields = {**SHARED, "num_local_experts": 4, "router_aux_loss_coef": 0.5}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **fields)).train()
+    if size is not None:
+        enable(model, group=group_of(size))
+    ids = tokens(2, 21)
+    mask = (torch.arange(21) >= torch.tensor([[0], [5 * masked]])).long()
+    labels, given = ids.masked_fill(mask == 0, -100), {"attention_mask": mask} if masked else {}
+    out = model(ids, **given, labels=labels, output_router_logits=True, use_cache=False)
+    out.loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    if size is not None:
+        for grad in grads:
+            dist.all_reduce(grad, group=ranks.GROUPS[size or 4])
+            grad /= size or 4
+    return out.loss.detach(), [x.detach()[mask.flatten() == 1] for x in out.router_logits], grads
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [4, 0])
+def test_the_loss_of_routers(size: int, masked: bool, four: Ranks) -> None:
+    """Which a head adds to that of the tokens: of all of them, and the same on all ranks."""
+    loss, logits, grads = routed(None, masked)
+    found = results(four, size, routed, size, masked)
+    for value, of_routers, gradients in found:
+        assert torch.equal(value, found[0][0])
+        assert max_diff(value, loss) < CLOSE
+        assert max(map(max_diff, of_routers, logits)) < CLOSE
+        assert max(map(max_diff, gradients, grads)) < CLOSE
+
+
 def scaled_by_position(size: int | None) -> Any:
     """Logits and new tokens of a Ministral 3, whose layers scale queries by their positions."""
     torch.manual_seed(3)

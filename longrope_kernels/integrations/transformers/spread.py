@@ -17,8 +17,9 @@ from transformers.cache_utils import Cache
 from ...calls.records import FEW_QUERIES
 from ...calls.values import readable
 from ...distributed import attention, decode, shard
-from ...distributed.ranks import agree, ranks_of, telling
+from ...distributed.ranks import Ranks, agree, ranks_of, telling
 from ...distributed.shards import gathered
+from ...distributed.sums import whole_sum
 from ...rope.value import Rope
 from .masks import slots_of_mask
 from .sequences import Call
@@ -64,6 +65,7 @@ def _before(
     past = caches[0].get_seq_length() if caches else 0
     with telling(ranks, device):
         fields = {x: digest(x, given.get(x)) for x in (name, "attention_mask", "position_ids")}
+    fields["output_router_logits"] = given.get("output_router_logits")
     agree(ranks, fields | {"past_key_values": past, "order": settings.order}, device)
     with telling(ranks, device):  # where the others attend by now
         return (), _shared(base, given, name, caches, past)
@@ -117,16 +119,34 @@ def _shared(
 
 
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Of a prompt in a cache all ranks get the last token, from which the next one is chosen."""
-    cached = any(isinstance(x, Cache) for x in kwargs.values())
-    if not cached or kwargs[ARGUMENT].key_slots is not None:
+    """What all ranks get of the whole.
+
+    The logits of routers, of which a head makes a loss of its own; of a prompt in a cache the last
+    token, from which the next one is chosen.
+    """
+    spread: Spread | None = kwargs.get(ARGUMENT)
+    if spread is None or spread.key_slots is not None:
         return None
     settings: Settings = base.longrope.settings
     ranks = ranks_of(settings.group)
+    routers = getattr(output, "router_logits", None)
+    if routers:  # a tuple, which is empty where no layer has one
+        slots = torch.arange(spread.total, device=spread.positions.device)
+        own = shard(slots, settings.group, 0, order=settings.order)
+        output.router_logits = tuple(_of_all(x, own, spread.total, ranks) for x in routers)
+    if not any(isinstance(x, Cache) for x in kwargs.values()):
+        return None
     last = output.last_hidden_state[None, :, -1:]
     owner = 0 if settings.order == "balanced" else -1
     output.last_hidden_state = gathered(ranks.ring, gathered(ranks.heads, last))[owner]
     return output
+
+
+def _of_all(routed: torch.Tensor, own: torch.Tensor, total: int, ranks: Ranks) -> torch.Tensor:
+    """The logits of a router, (batch * tokens, experts), of those of the tokens that are here."""
+    here = routed.unflatten(0, (-1, len(own)))
+    whole = here.new_zeros((here.shape[0], total, here.shape[2]))
+    return whole_sum(whole.index_copy(1, own.to(here.device), here), ranks).flatten(0, 1)
 
 
 def digest(name: str, x: torch.Tensor | None) -> object:
