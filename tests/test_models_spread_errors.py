@@ -45,6 +45,15 @@ def refuse(case: str) -> Any:
             elif case == "recorded":
                 with torch.enable_grad():
                     model(**inputs, past_key_values=DynamicCache(config=model.config))
+            elif case == "kept":
+                model(**inputs, logits_to_keep=1)
+            elif case == "kept by index":
+                cache = DynamicCache(config=model.config)
+                model(**inputs, past_key_values=cache, logits_to_keep=torch.tensor([3]))
+            elif case == "without a cache":
+                generated(model, ids, use_cache=False)
+            elif case == "drafts with a prompt":
+                generated(model, ids[:, :12].repeat(1, 2), prompt_lookup_num_tokens=3)
             elif case == "rotated":
                 enable(model, group=group_of(4), cache="rotated")
             elif case == "backend":
@@ -70,6 +79,10 @@ REFUSED = {
     "mask": r"attention_mask: expected a tensor or None with group=, got dict",
     "filled": r"past_key_values: expected an empty DynamicCache, or one that this model has filled",
     "recorded": r"past_key_values: expected None where gradients are recorded",
+    "kept": r"logits_to_keep: expected 0 with group=, where each rank has .* own tokens, .*got 1",
+    "kept by index": r"logits_to_keep: expected 0 or 1 with group=, .* the last, got a Tensor",
+    "without a cache": r"logits_to_keep: expected 0 with group=, .*got 1",
+    "drafts with a prompt": r"logits_to_keep: expected 0 or 1 with group=, .*got 4",
     "rotated": r"cache: expected 'unrotated' with group=, got 'rotated'",
     "backend": r"backend: expected one of reference, composed, triton, native or None with group=",
     "order": r"order: expected 'balanced' or 'contiguous', got 'mixed'",
@@ -85,6 +98,29 @@ def test_what_is_not_served_is_refused(case: str, four: Ranks) -> None:
         with pytest.raises(ValueError, match=f"^{REFUSED[case]}"):
             raise ValueError(message)
         assert count == 6  # tokens of this rank: the next call is served
+
+
+def other_kept() -> Any:
+    with torch.no_grad():
+        spread_model(PHI3, 4)(input_ids=tokens(1, 24), logits_to_keep=int(dist.get_rank() == 2))
+
+
+def test_what_one_rank_keeps_ends_all(four: Ranks) -> None:
+    answers = [str(x) for x in four("kept", other_kept)]
+    assert answers[2].startswith("ValueError: logits_to_keep: expected 0 with group=")
+    assert answers[0] == answers[1] == answers[3] == f"ValueError: group: rank 2: {answers[2]}"
+
+
+def other_routers() -> Any:
+    spread_model("phimoe", 4)(input_ids=tokens(1, 24), output_router_logits=dist.get_rank() == 2)
+
+
+def test_other_routers_on_a_rank_end_all(four: Ranks) -> None:
+    for answer in four("routers", other_routers):
+        assert str(answer) == (
+            "ValueError: output_router_logits: expected the same on all ranks, got False on rank 0,"
+            " False on rank 1, True on rank 2, False on rank 3"
+        )
 
 
 def other_cache() -> Any:

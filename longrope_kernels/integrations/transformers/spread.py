@@ -27,6 +27,7 @@ from .settings import Settings
 from .spread_cache import held_in
 
 ARGUMENT = "longrope_spread"  # which layers pass on to the attention function
+INPUTS = ("input_ids", "inputs_embeds")
 
 
 class Spread(NamedTuple):
@@ -53,15 +54,14 @@ def _before(
     base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Derive what the whole says, and keep the tokens of this rank."""
-    names = list(inspect.signature(base.forward).parameters)
-    given = dict(zip(names, args, strict=False)) | kwargs
-    inputs = [n for n in ("input_ids", "inputs_embeds") if given.get(n) is not None]
+    given = by_name(base, args, kwargs)
+    inputs = [n for n in INPUTS if given.get(n) is not None]
     if len(inputs) != 1:
         return None  # transformers' own error comes
     (name,) = inputs
     settings: Settings = base.longrope.settings
     ranks, device = ranks_of(settings.group), given[name].device
-    caches = [x for x in given.values() if isinstance(x, Cache)]
+    caches = caches_in(given)
     past = caches[0].get_seq_length() if caches else 0
     with telling(ranks, device):
         fields = {x: digest(x, given.get(x)) for x in (name, "attention_mask", "position_ids")}
@@ -102,7 +102,7 @@ def _shared(
     given["attention_mask"] = torch.zeros((1, 1, 1, 1), device=device) if mask is None else mask
     given["position_ids"] = positions
     held = held_in(caches[0], base, ranks, device, past) if caches else None
-    step = held is not None and (past > 0 or tokens <= FEW_QUERIES)
+    step = is_step(caches, tokens)
     if not step and tokens < 2 * ranks.size:  # layers of transformers take no fewer than one token
         raise ValueError(f"{name}: expected at least two tokens a rank, got {tokens}")
     if held is not None:
@@ -134,7 +134,7 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         slots = torch.arange(spread.total, device=spread.positions.device)
         own = shard(slots, settings.group, 0, order=settings.order)
         output.router_logits = tuple(_of_all(x, own, spread.total, ranks) for x in routers)
-    if not any(isinstance(x, Cache) for x in kwargs.values()):
+    if not caches_in(kwargs):
         return None
     last = output.last_hidden_state[None, :, -1:]
     owner = 0 if settings.order == "balanced" else -1
@@ -147,6 +147,22 @@ def _of_all(routed: torch.Tensor, own: torch.Tensor, total: int, ranks: Ranks) -
     here = routed.unflatten(0, (-1, len(own)))
     whole = here.new_zeros((here.shape[0], total, here.shape[2]))
     return whole_sum(whole.index_copy(1, own.to(here.device), here), ranks).flatten(0, 1)
+
+
+def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward."""
+    names = inspect.signature(module.forward).parameters
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def caches_in(given: dict[str, Any]) -> list[Cache]:
+    """Found by their type alone, as `before_attention` does."""
+    return [x for x in given.values() if isinstance(x, Cache)]
+
+
+def is_step(caches: list[Cache], tokens: int) -> bool:
+    """Whether all ranks compute all tokens: a few in a cache, or some behind others there."""
+    return bool(caches) and (tokens <= FEW_QUERIES or caches[0].get_seq_length() > 0)
 
 
 def digest(name: str, x: torch.Tensor | None) -> object:

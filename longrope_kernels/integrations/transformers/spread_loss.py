@@ -1,4 +1,4 @@
-"""The loss of a model of which each rank computes some tokens."""
+"""The head of a model of which each rank computes some tokens: its loss, and what it may keep."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ...distributed import shard
-from ...distributed.ranks import Group, agree, ranks_of
+from ...distributed.ranks import Group, agree, ranks_of, telling
 from ...distributed.shards import Order
 from ...distributed.sums import whole_sum
-from .spread import digest
+from .spread import INPUTS, by_name, caches_in, digest, is_step
 
 _NAME = "_loss_function"  # where the setter of ``loss_function`` puts it
 
@@ -38,9 +38,11 @@ def heads_of(model: nn.Module, bases: list[Any]) -> list[Any]:
 
 
 def put_loss(head: Any, group: Group, order: Order) -> None:
-    """Give a model the `SpreadLoss`."""
+    """Give a model the `SpreadLoss`, and refuse what its head would do with some of the tokens."""
     former = vars(head).get(_NAME)
     head.loss_function = SpreadLoss(group, order, former)
+    hook = head.register_forward_pre_hook(head.loss_function.before_head, with_kwargs=True)
+    head.loss_function.hook = hook
 
 
 def take_loss(model: nn.Module) -> None:
@@ -48,6 +50,7 @@ def take_loss(model: nn.Module) -> None:
     for module in model.modules():
         loss = vars(module).get(_NAME)
         if isinstance(loss, SpreadLoss):
+            loss.hook.remove()
             if loss.former is None:
                 delattr(module, _NAME)
             else:
@@ -63,6 +66,29 @@ class SpreadLoss:
 
     def __init__(self, group: Group, order: Order, former: Any) -> None:
         self.group, self.order, self.former = group, order, former
+        self.hook: Any = None
+
+    def before_head(self, head: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse ``logits_to_keep`` where it would keep other tokens on each rank.
+
+        Raises:
+            ValueError: it is not all, or of a prompt in a cache the last, which all ranks have.
+        """
+        given = by_name(head, args, kwargs)
+        kept = given.get("logits_to_keep", 0)
+        caches = caches_in(given)
+        inputs = [given[name] for name in INPUTS if given.get(name) is not None]
+        if not inputs or is_step(caches, inputs[0].shape[1]):
+            return
+        served = (0, 1) if caches else (0,)
+        if not isinstance(kept, int) or kept not in served:
+            shown = kept if isinstance(kept, int) else f"a {type(kept).__name__}"
+            with telling(ranks_of(self.group), inputs[0]):
+                raise ValueError(
+                    f"logits_to_keep: expected {' or '.join(map(str, served))} with group=, where "
+                    "each rank has the logits of its own tokens, and of a prompt in a cache those "
+                    f"of the last, got {shown}"
+                )
 
     def __call__(
         self,
