@@ -124,6 +124,12 @@ def family_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any
     return model.eval()
 
 
+def keeping_model(model_type: str) -> Any:
+    """Of a family whose layers hand no keywords on to their attention (stablelm, nemotron)."""
+    torch.manual_seed(7)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SHARED)).eval()
+
+
 def published_config(
     name: str = "phi-3-mini-128k", original: int = 4096, **overrides: Any
 ) -> Phi3Config:

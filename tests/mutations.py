@@ -109,6 +109,7 @@ MODELS = [
     Mutation("flash-attn's cache written past its end", "integrations/flash_attn.py", "most = slots - new", "most = slots", "test_flash_attn_interface.py -k cache"),
     Mutation("a trial beside thresholds", "integrations/transformers/trial.py", "vars(config).pop(N_HAT_KEY, None)", "pass", "test_transformers.py -k threshold_of"),
     Mutation("one original length for all layers", "integrations/transformers/ropes.py", "own = set() if kind is None else parameters.keys()", "own = set()", "test_transformers.py -k own_original"),
+    Mutation("keywords that layers keep from their attention", "integrations/transformers/rotary.py", "turn.note, MEMORY.told())", "turn.note)", "test_models_keywords.py"),
     Mutation("sets that a search asks for", "integrations/transformers/attention.py", '"sets": longrope_sets,', '"sets": None,', "test_search_fitness.py"),
 ]  # fmt: skip
 SEARCH = [

@@ -11,7 +11,16 @@ import ranks
 import torch
 import torch.distributed as dist
 from cases import factors
-from model_cases import SHARED, SWITCH, family_model, generated, max_diff, padded, tokens
+from model_cases import (
+    SHARED,
+    SWITCH,
+    family_model,
+    generated,
+    keeping_model,
+    max_diff,
+    padded,
+    tokens,
+)
 from ranks import Ranks
 from test_distributed import whole
 from transformers import (
@@ -279,6 +288,31 @@ def test_packed_sequences(given: str, order: str, four: Ranks) -> None:
         for i, grad in enumerate(grads):
             of_rows = [share * of[i] for share, (_, _, of) in zip(shares, expected, strict=True)]
             assert max_diff(grad, sum(of_rows)) < CLOSE  # type: ignore[arg-type]
+
+
+def keeping(name: str, size: int | None) -> Any:
+    """Logits of padded rows, and of packed ones, whose borders each layer is told."""
+    group = None if size is None else group_of(size)
+    if size is not None and group is None:
+        return None
+    model = enable(keeping_model(name), group=group)
+    ids, mask = padded([tokens(1, n, seed=n)[0] for n in (17, 22)])
+    borders = torch.tensor([0, 9, 22])
+    with torch.no_grad():
+        both = (
+            model(input_ids=ids, attention_mask=mask, use_cache=False),
+            model(ids[1:], cu_seq_lens_q=borders, cu_seq_lens_k=borders, use_cache=False),
+        )
+    return [out.logits for out in both]
+
+
+@pytest.mark.parametrize("name", ["stablelm", "nemotron"])
+def test_layers_that_keep_keywords_from_their_attention(name: str, four: Ranks) -> None:
+    found = zip(*results(four, 2, keeping, name, 2), strict=True)
+    for parts, expected in zip(found, keeping(name, None), strict=True):
+        logits = whole(list(parts), 22, "balanced", 1)
+        assert max_diff(logits[-1], expected[-1]) < CLOSE
+        assert max_diff(logits[:, 5:], expected[:, 5:]) < CLOSE
 
 
 def page() -> Any:

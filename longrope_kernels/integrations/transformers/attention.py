@@ -18,12 +18,15 @@ from .masks import ANY_MASK, is_slots
 from .ropes import still
 from .sequences import MEMORY, Call, in_a_row
 from .settings import Settings
+from .spread import ARGUMENT as SPREAD
 from .spread import Spread
 from .spread import attend as attend_spread
 
 NAME = "longrope"  # among transformers' attention implementations
 # What some layers hand over that changes their scores, by name.
 _MORE_SCORES = ("sinks", "position_bias", "attention_bias", "indices")
+# What a base model is told for all its layers, some of which keep it from their attention.
+_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "longrope_sets", SPREAD)
 
 
 class Enabled(NamedTuple):
@@ -118,6 +121,13 @@ def longrope_attention(
             f"attention_dropout: expected 0 in training, got {dropout}; set config."
             "attention_dropout = 0, or enable(model, cache='rotated')"
         )
+    rope, positions, keywords = MEMORY.take()
+    if keywords is not None:
+        handed: Any = cu_seq_lens_q, cu_seq_lens_k, longrope_sets, longrope_spread
+        cu_seq_lens_q, cu_seq_lens_k, longrope_sets, longrope_spread = (
+            keywords.get(name) if one is None else one
+            for name, one in zip(_KEYWORDS, handed, strict=True)
+        )
     if longrope_spread is not None and not longrope_spread.masked:
         attention_mask = None
     if attention_mask is not None and not is_slots(attention_mask):
@@ -125,7 +135,6 @@ def longrope_attention(
             "attention_mask: expected the padding mask (batch, tokens), got an attention bias of "
             f"shape {tuple(attention_mask.shape)}, {attention_mask.dtype}; {ANY_MASK}"
         )
-    rope, positions = MEMORY.take()
     if longrope_spread is not None:
         positions = longrope_spread.positions
     if positions is not None:
@@ -198,6 +207,11 @@ def longrope_attention(
     if call.cu_seqlens is not None:
         out = out.unflatten(0, (batch, queries))
     return out.contiguous(), None  # as transformers' own do, which some layers take a view of
+
+
+def before_base(base: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of a base model: its attention hears what layers may not hand on."""
+    MEMORY.tell({name: kwargs[name] for name in _KEYWORDS if name in kwargs} or None)
 
 
 def _decodes_chunks(settings: Settings, q: torch.Tensor) -> bool:

@@ -53,6 +53,7 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     settings = enabled.settings
     everything = (*args, *kwargs.values())
     caches = [given for given in everything if isinstance(given, Cache)]
+    MEMORY.tell(None)  # the rotary modules have heard it
     if not torch.compiler.is_compiling():
         MEMORY.forget()
         _check_given(caches, module.training)

@@ -78,7 +78,7 @@ def _dispatch_rotation(module: Any, name: str) -> None:
     def longrope_rotation(*given: Any) -> Any:
         q, k, cos, sin = given[:4]
         if isinstance(sin, Unrotated):
-            sin.note(sin.positions)
+            sin.note(sin.positions, sin.keywords)
             return q, k
         if isinstance(sin, Rotated):
             heads_axis = 1 if axis_at is None else given[axis_at]

@@ -38,10 +38,12 @@ class Unrotated(NamedTuple):
     """In place of sin: q and k stay as they are, the attention function rotates.
 
     ``note`` tells it by which rope and where, when a layer rotates; one that never does, has none.
+    It tells the keywords too, so that a checkpoint which runs a layer again has them.
     """
 
     positions: torch.Tensor
-    note: Callable[[torch.Tensor], None]
+    note: Callable[[torch.Tensor, dict[str, Any] | None], None]
+    keywords: dict[str, Any] | None = None  # of `attention.before_base`
 
     def __getattr__(self, name: str) -> NoReturn:
         raise _no_table(self, name)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, known
-from .attention import NAME, Enabled
+from .attention import NAME, Enabled, before_base
 from .caches import before_attention
 from .contacts import contact, install
 from .probe import UnfitError, has_frequencies, probed
@@ -175,6 +175,8 @@ class Slot(NamedTuple):
                 module.register_forward_pre_hook(before_attention, with_kwargs=True)
         if settings.group is not None:
             replacements[0].hooks = put_hooks(base)
+        if settings.cache == "unrotated":
+            base.register_forward_pre_hook(before_base, with_kwargs=True)
 
     def use(self, settings: Settings) -> None:
         """Take other settings, in a slot that is replaced."""
@@ -191,7 +193,7 @@ class Slot(NamedTuple):
         for part in (self.base, *self.attentions):
             vars(part).pop("longrope", None)  # a layer may have come later
             for key, hook in list(part._forward_pre_hooks.items()):
-                if hook is before_attention:
+                if hook in (before_attention, before_base):
                     del part._forward_pre_hooks[key]
                     part._forward_pre_hooks_with_kwargs.pop(key, None)
             if former is not None and part.config is not self.base.config:

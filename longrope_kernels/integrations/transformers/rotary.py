@@ -30,9 +30,9 @@ class Turn:
         self.rope = rope
         self.backend = backend
 
-    def note(self, positions: torch.Tensor) -> None:
+    def note(self, positions: torch.Tensor, keywords: dict[str, Any] | None) -> None:
         """Tell the attention function of the layer that asks."""
-        MEMORY.note(self.rope, positions)
+        MEMORY.note(self.rope, positions, keywords)
 
     def rotate(
         self,
@@ -129,7 +129,7 @@ class ExactRotaryEmbedding(nn.Module):
             # The caller may write those of the next forward there before a backward pass.
             position_ids = position_ids.clone()
         if self.settings.cache == "unrotated":
-            return position_ids, Unrotated(position_ids, turn.note)
+            return position_ids, Unrotated(position_ids, turn.note, MEMORY.told())
         return position_ids, Rotated(position_ids.max() + 1, turn.rotate)
 
     def _check_shard(self) -> None:

@@ -207,11 +207,13 @@ _MOST = 8  # calls of a forward: layers may be of several kinds, and sit on seve
 
 class _Noted:
     """By which rope the layer that is running rotates, from its rotation to its attention, and its
-    positions, (1 or batch, queries)."""
+    positions, (1 or batch, queries); and what its base model was told beside them."""
 
     def __init__(self) -> None:
         self.rope: Rope | None = None
         self.positions: torch.Tensor | None = None
+        self.keywords: dict[str, Any] | None = None
+        self.of_base: dict[str, Any] | None = None  # until its first layer attends
 
 
 class _OfThread(threading.local):
@@ -225,26 +227,39 @@ class Memory:
     """The `Call` of the forward that is going on, derived once for all layers of a kind.
 
     One for all models: a layer that is copied, or taken from another model, finds what the rotary
-    module of its new one says. Threads may call models at once: each has its own rope and
-    positions. They share calls, which a backward pass in autograd's thread takes from the forward,
-    and find by the tensors.
+    module of its new one says. Threads may call models at once: each has its own notes. They share
+    calls, which a backward pass in autograd's thread takes from the forward, and find by the
+    tensors.
     """
 
     def __init__(self) -> None:
         self._of_thread = _OfThread()
         self.forget()
 
-    def note(self, rope: Rope | None, positions: torch.Tensor | None) -> None:
+    def note(
+        self,
+        rope: Rope | None,
+        positions: torch.Tensor | None,
+        keywords: dict[str, Any] | None = None,
+    ) -> None:
         """What the layer that is running rotates by, before it attends."""
         noted = self._of_thread.noted
-        noted.rope, noted.positions = rope, positions
+        noted.rope, noted.positions, noted.keywords = rope, positions, keywords
 
-    def take(self) -> tuple[Rope | None, torch.Tensor | None]:
-        """Rope and positions of the layer that attends now; None, None: it has not rotated."""
+    def take(self) -> tuple[Rope | None, torch.Tensor | None, dict[str, Any] | None]:
+        """What the layer that attends now has noted; None each: it has not rotated."""
         noted = self._of_thread.noted
-        found = noted.rope, noted.positions
-        noted.rope = noted.positions = None
+        found = noted.rope, noted.positions, noted.keywords
+        noted.rope = noted.positions = noted.keywords = None
         return found
+
+    def tell(self, keywords: dict[str, Any] | None) -> None:
+        """What the base model that runs now was told, for its rotary modules; None: nothing."""
+        self._of_thread.noted.of_base = keywords
+
+    def told(self) -> dict[str, Any] | None:
+        """What `tell` noted last."""
+        return self._of_thread.noted.of_base
 
     def forget(self) -> None:
         """Begin a new forward: its positions may lie in the tensor of the last one.
