@@ -141,6 +141,10 @@ def test_the_rope_is_the_folders_or_the_one_that_is_named(folder: Path, tmp_path
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     assert LongRopeLM(str(tmp_path), device="cpu").rope == other
+    part, name = tmp_path.parent, tmp_path.name
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    given: Any = {"device": "cpu", "tokenizer": tokenizer}
+    assert LongRopeLM(str(part), subfolder=name, **given).rope == other
 
 
 def test_what_the_config_says_is_read_as_enable_reads_it(folder: Path, tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ class LongRopeLM(HFLM):
             pretrained: a folder or name that transformers loads, or a model; of a family that
                 `enable` knows.
             rope: a `Rope`, or a file or folder of `Rope.load`. None takes the ``longrope.json`` in
-                the folder of the model, or else what its config says, as `enable` does.
+                the folder of the model, which is not looked for on the Hub, or else what its
+                config says, as `enable` does.
             arguments: as of the harness's ``hf``, ``max_length`` among them.
 
         Raises:
@@ -60,8 +61,9 @@ class LongRopeLM(HFLM):
                 its batches another number of times, and wait for the others.
         """
         super().__init__(pretrained, **arguments)
-        if rope is None and isinstance(pretrained, str) and (Path(pretrained) / SIDECAR).is_file():
-            rope = pretrained
+        if rope is None and isinstance(pretrained, str):
+            folder = Path(pretrained, arguments.get("subfolder") or "")
+            rope = str(folder) if (folder / SIDECAR).is_file() else None
         model = enable(self.model, rope=Rope.load(rope) if isinstance(rope, str) else rope)
         found = next(one for one in model.modules() if isinstance(one, ExactRotaryEmbedding))
         self.rope, self._ropes = found.rope, tuple(found.settings.ropes.values())
