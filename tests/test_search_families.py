@@ -214,6 +214,34 @@ def test_no_config_where_scores_are_scaled_by_the_old_rope(tmp_path: Path) -> No
     assert "mscale_all_dim" in note
 
 
+@torch.no_grad()
+def test_a_config_keeps_what_attention_reads_beside_the_rope(tmp_path: Path) -> None:
+    """Ministral 3 scales queries by it, and by how often the original length is passed."""
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": ORIGINAL // 2}
+    parameters = {**PLAIN, **yarn, "llama_4_scaling_beta": 0.3}
+    config = CONFIG_MAPPING["ministral3"](rope_parameters=parameters)
+    model = tiny(AutoModelForCausalLM._model_mapping[type(config)], config)
+    model.save_pretrained(tmp_path / "model")
+    source = open_source(tmp_path / "model")
+    ramp = tuple(1.0 + i for i in range(source.rope.pairs))
+    ids = IDS.repeat(1, 2)
+    for factors in ((1.0,) * len(ramp), (2.0,) * len(ramp), ramp):  # default, linear, longrope
+        rope = replace(source.rope, sets=(FactorSet(factors, attention_factor=1.0),))
+        assert write_config(source, rope, LENGTH, tmp_path / "found") is None
+        twin = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "found"))
+        twin.load_state_dict(model.state_dict())
+        expected = enable(model, rope=rope)(input_ids=ids).logits
+        assert torch.allclose(twin.eval()(input_ids=ids).logits, expected, atol=1e-4)
+
+    bound = ORIGINAL // 2 + 1
+    sets = FactorSet(ramp, max_length=bound), FactorSet(tuple(2 * x for x in ramp))
+    note = write_config(source, replace(source.rope, sets=sets), LENGTH, tmp_path / "found")
+    assert note is not None
+    assert "llama_4_scaling_beta" in note
+    assert f"{bound} there" in note
+    assert not (tmp_path / "found" / "config.json").exists()
+
+
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize("factor", [1.0, 3.0])  # of all pairs: neither default nor linear there
 def test_a_config_of_phimoe_has_the_fields_its_class_wants(

@@ -24,6 +24,14 @@ _OTHER_NAMES = {
     "rope_theta": ("rope_embedding_base", "rotary_emb_base"),
     "partial_rotary_factor": ("rotary_pct",),
 }
+# Of ``rope_parameters``, what ropes of all types are made of, and a length that some repeat there.
+ROPE_FIELDS = (
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "alpha"),
+    *("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
+    *("short_factor", "long_factor", "short_mscale", "long_mscale"),
+    *("low_freq_factor", "high_freq_factor"),
+    *("original_max_position_embeddings", "max_position_embeddings"),
+)
 # On the top level, beside the fields of transformers, which has none for it: there any config
 # class keeps a key it does not know, where validation of rope_parameters complains.
 N_HAT_KEY = "longrope_n_hat"

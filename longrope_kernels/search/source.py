@@ -224,6 +224,7 @@ def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str |
     folder.mkdir(parents=True, exist_ok=True)
     save_rope(rope, folder)
     version = 5 if "rope_parameters" in source.of_text else 4
+    name = "rope_parameters" if version == 5 else "rope_scaling"
     of_phimoe = source.of_text.get("model_type") == _PHIMOE
     if of_phimoe and len(rope.sets) == 1:
         (one,) = rope.sets  # twice, since its class reads no scaling but longrope
@@ -240,10 +241,11 @@ def write_config(source: Source, rope: Rope, length: int, folder: Path) -> str |
             max_position_embeddings=length,
         )
         _check_scores(source.read)
+        _keep_others(fields, name, source.read)
     except ValueError as error:
         (folder / CONFIG).unlink(missing_ok=True)
         return str(error)
-    parameters = fields["rope_parameters" if version == 5 else "rope_scaling"]
+    parameters = fields[name]
     if of_phimoe:
         _add_mscales(parameters, rope)
     if hasattr(source.read, "qk_rope_head_dim") and "long_factor" in (parameters or {}):
@@ -264,6 +266,29 @@ def _check_scores(config: Any) -> None:
             "the model scales its scores by mscale_all_dim of its type yarn, which transformers "
             "does by no other type; enable(model, rope=...) leaves the scale as it is"
         )
+
+
+def _keep_others(fields: dict[str, Any], name: str, config: Any) -> None:
+    """What no rope has, into its fields of that name: attention reads it there (Ministral 3's)."""
+    old = getattr(config, "rope_parameters", None) or {}
+    others = {
+        key: value
+        for key, value in old.items()
+        if key not in hf_config.ROPE_FIELDS and not isinstance(value, Mapping)
+    }
+    if not others:
+        return
+    parameters = fields[name] = {**(fields[name] or {"type": "default"}), **others}
+    length = "original_max_position_embeddings"  # which they may count by
+    new = fields.get(length, old.get(length))
+    if new != old.get(length):
+        raise ValueError(
+            f"the model has {', '.join(others)} beside {length} = {old.get(length)}, which it may "
+            f"count by, and this rope has {new} there; enable(model, rope=...) leaves both as they "
+            "are"
+        )
+    if new is not None:
+        parameters[length] = new
 
 
 def _add_mscales(parameters: dict[str, Any], rope: Rope) -> None:
