@@ -294,6 +294,22 @@ def test_quantised_weights_are_searched_and_not_fine_tuned(work, tmp_path):
     assert not (tmp_path / "tuned").exists()
 
 
+def test_a_model_with_an_adapter_is_searched_and_not_fine_tuned(work, tmp_path):
+    """Which transformers puts on, with nothing left to train."""
+    shutil.copytree(work / "model", tmp_path / "model")
+    (tmp_path / "model/adapter_config.json").write_text("{}")
+    changed = plan(work, model=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"no steps .* adapter_config\.json, .* 5 at 64 tokens"):
+        Extension(changed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    untuned = replace(changed, stages=(Stage(64), Stage(128)))
+    assert Extension(untuned, tmp_path / "out").plan == untuned
+    model = load(work).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"model: expected weights .* got frozen ones alone"):
+        tune(model, rope(), documents(), 96, 1, TUNING, tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_texts_too_short_for_a_later_stage_are_refused_before_anything_runs(work, tmp_path):
     trained = make_texts(tmp_path / "trained", length=100)
     out = tmp_path / "out"

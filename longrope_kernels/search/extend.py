@@ -49,6 +49,7 @@ from .state import differences, locked
 from .tune import LOG, TuneSettings, remove_checkpoints, tune
 
 PLAN, DONE = "plan.json", "done.json"
+ADAPTER = "adapter_config.json"  # PEFT's
 Say = Callable[[str], None]
 # What shows the progress of a step, by its kind and name: of a search, and of fine-tuning.
 Watch = Callable[[str, str, int], Any]
@@ -203,6 +204,13 @@ class Extension:
             raise ValueError(
                 "stages: expected no steps for a model whose weights are quantised, got "
                 f"{tuned[0].steps} at {tuned[0].length} tokens; extend the one it was made of"
+            )
+        if tuned and (self.source.folder / ADAPTER).exists():
+            raise ValueError(
+                f"stages: expected no steps for a model with {ADAPTER}, whose adapter transformers "
+                f"puts on with all weights frozen, got {tuned[0].steps} at {tuned[0].length} "
+                "tokens; merge the adapter into the weights (PEFT's merge_and_unload), or extend a "
+                "folder without it"
             )
         if max(plan.short, default=0) and plan.short[-1] > plan.stages[0].length:
             raise ValueError(f"short: expected at most the first stage's length: {plan.short[-1]}")

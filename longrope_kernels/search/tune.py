@@ -116,9 +116,10 @@ def tune(
         `sharding.whole_weights` has them.
 
     Raises:
-        ValueError: a document is too short, the weights are quantised, the model has no layers to
-            be sharded, its logits are not what its head gives, scaled or capped, an argument is not
-            the same on all processes, or the last checkpoint is of another fine-tuning.
+        ValueError: a document is too short, the weights are quantised or frozen, the model has no
+            layers to be sharded, its logits are not what its head gives, scaled or capped, an
+            argument is not the same on all processes, or the last checkpoint is of another
+            fine-tuning.
         RuntimeError: the loss is not finite; the last checkpoint is from before it.
     """
     from accelerate import Accelerator
@@ -129,6 +130,11 @@ def tune(
 
     if getattr(model, "is_quantized", False):
         raise ValueError("model: expected weights that training changes, got quantised ones")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "model: expected weights that training changes, got frozen ones alone, as where "
+            "transformers has put an adapter on"
+        )
     for document in documents:
         if len(document.tokens) < length:
             raise ValueError(
