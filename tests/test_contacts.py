@@ -60,7 +60,7 @@ def test_trial_finds_other_results(monkeypatch):
     from longrope_kernels.integrations.transformers.rotary import ExactRotaryEmbedding
 
     def shifted(self: Any, x: Any, position_ids: Any) -> Any:
-        return position_ids, contacts.Unrotated(position_ids, lambda _: None), None
+        return position_ids, contacts.Unrotated(position_ids, lambda *_: None), None
 
     monkeypatch.setattr(
         "longrope_kernels.integrations.transformers.sequences.last_positions",
