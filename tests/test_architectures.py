@@ -69,8 +69,7 @@ MIXING = {
     *("qwen3_next", "recurrent_gemma", "zaya"),
 }
 SINKS = {"flint", "gpt_oss", "granite_swa", "granitemoe_swa"}
-DROPPING = {"nemotron", "stablelm"}  # what a forward is told, before it comes to attention
-AT_ONCE = {"llama", "mixtral", "gpt_oss", "falcon_h1", "lfm2_moe", "qwen3_next", "zaya"}
+AT_ONCE = {"llama", "mixtral", "stablelm", "gpt_oss", "falcon_h1", "lfm2_moe", "qwen3_next", "zaya"}
 
 
 @pytest.fixture
@@ -100,8 +99,6 @@ def test_ranks_share_tokens_that_attention_alone_mixes(name, one_rank):
         reason = r"its layers mix tokens outside of attention, as convolutions and states do"
     if name in SINKS:
         reason = r"s_aux: not served over the ranks of a group"
-    if name in DROPPING:
-        reason = r"attention_mask: expected the padding mask"
     if not reason:
         enable(model, group=one_rank)
         return
