@@ -136,6 +136,7 @@ SPREAD = [
     Mutation("spread: gradients of a sum, not of a mean", "distributed/sums.py", "grad * ctx.size, None", "grad, None", "test_models_spread.py -k training"),
     Mutation("spread: stretches joined that see a part", "distributed/blocks.py", "found[-1].sees == pair.sees ==", "pair.sees in", "test_distributed.py -k 'equals or nobody'"),
     Mutation("spread: the other keys' weight", "distributed/ring.py", "torch.nan_to_num(new_lse - lse)", "torch.nan_to_num(lse - new_lse)", "test_distributed.py -k equals"),
+    Mutation("spread: a block that is waited for first", "distributed/ring.py", "pass_on(block, coming)\n        for pair", "pass_on(block, coming)\n        finish(plan.line, works)\n        works = []\n        for pair", "test_distributed.py -k on_its_way"),
     Mutation("spread: a block that a name holds", "distributed/ring.py", "            found = blocks.attend(plan.backend, _parts(q, block, pair), pair, plan.hidden)", "            held = _parts(q, block, pair)\n            found = blocks.attend(plan.backend, held, pair, plan.hidden)", "test_distributed.py -k holds"),
     Mutation("spread: a chunk sees what comes behind it", "integrations/transformers/spread.py", "total = spread.total - (queries - some.stop)", "total = spread.total", "test_models_spread.py -k chunks"),
     Mutation("spread: the last token of another rank", "integrations/transformers/spread.py", "owner = 0 if", "owner = -1 if", "test_models_spread.py -k generates"),

@@ -23,7 +23,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from longrope_kernels import attention as local_attention
 from longrope_kernels.calls.records import Scores
-from longrope_kernels.distributed import attention, blocks, choose_schedule, shard, unshard
+from longrope_kernels.distributed import (
+    attention,
+    blocks,
+    choose_schedule,
+    ring,
+    shard,
+    unshard,
+)
 from longrope_kernels.distributed.blocks import Hidden
 from longrope_kernels.distributed.ranks import Line
 from longrope_kernels.distributed.ring import Plan
@@ -319,6 +326,38 @@ def test_a_rank_holds_two_blocks_beside_its_own(four: Ranks) -> None:
     """Of k and of v: the one it attends to, and the one that comes; the gradients that come."""
     assert four("held", blocks_held, False) == [4] * 4
     assert four("held", blocks_held, True) == [6] * 4
+
+
+def order_of_work() -> str:
+    """What the ring of a rank does, one after another, forward and backward."""
+    found: list[str] = []
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name != "wait" or args[1]:  # for nothing nobody waits
+                found.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, function, name in (
+            (Plan, "pass_on", "send"),
+            (blocks, "attend", "compute"),
+            (blocks, "attend_backward", "compute"),
+            (ring, "finish", "wait"),
+        ):
+            patch.setattr(owner, function, noted(name, getattr(owner, function)))
+        small({})
+    return " ".join(found)
+
+
+def test_a_block_is_on_its_way_while_a_rank_computes(four: Ranks) -> None:
+    """The last rank sees the block of each; in the backward the sums of the one before come too."""
+    forward = ["send compute wait"] * 3 + ["compute"]
+    first, others = "send compute send wait", ["send compute wait send wait"] * 2
+    backward = [first, *others, "compute wait", "send wait"]
+    assert four("order", order_of_work)[3] == " ".join([*forward, *backward])
 
 
 def over_a_dimension() -> Any:
