@@ -25,6 +25,7 @@ RESULTS = ROOT / "reports/extend_smollm2"
 sys.path += [str(EXAMPLE), str(ROOT / "examples/extend_tiny")]
 import order  # noqa: E402
 from book import Book  # noqa: E402
+from claims import _difference  # noqa: E402
 from fetch import documents, text_of  # noqa: E402
 
 
@@ -133,6 +134,21 @@ def test_what_another_machine_or_dtype_adds_is_marked(tmp_path: Path) -> None:
     assert home.content["commits"] == {"first": "1", "second": "2", "third": "1"}
     with pytest.raises(SystemExit, match="it has another text; name another --out"):
         Book(path, head | {"text": "u"})
+
+
+@pytest.mark.parametrize(
+    ("mean", "answer"),
+    [
+        (-0.021, "yes"),
+        (-0.019, "not decided"),
+        (0.019, "not decided"),
+        (0.021, "no, the reverse"),
+    ],
+)
+def test_a_claim_is_decided_by_more_than_two_errors(mean: float, answer: str) -> None:
+    """Of two texts, whose differences lie a standard error of 0.01 from their mean."""
+    told = _difference({"a": 3.0, "b": 2.0}, {"a": 3.01 + mean, "b": 1.99 + mean})
+    assert told == (f"{mean:+.4f} \u00b1 0.0100", answer)
 
 
 def test_the_committed_page_is_of_the_committed_results(tmp_path: Path) -> None:

@@ -79,17 +79,17 @@ def claims(content: Mapping[str, Any]) -> str:
         "## The claims of the papers\n\n"
         + markdown(head, made)
         + "\n\nDifferences are of the losses of the same tokens, with minus without, and their "
-        "standard errors over the texts; a smaller one is no answer. The tiny model "
-        "is that of reports/extend_tiny."
+        "standard errors over the texts; one of two errors or less decides nothing. The tiny "
+        "model is that of reports/extend_tiny."
     )
 
 
 def _difference(without: Mapping[str, float], with_: Mapping[str, float]) -> tuple[str, str]:
-    """With its standard error over the texts of both, and what it says."""
+    """With its standard error over the texts of both, and what more than two of these say."""
     each = [with_[text] - without[text] for text in without if text in with_]
     mean, error = statistics.fmean(each), standard_error(each, [1] * len(each))
     if math.isnan(error):
         return f"{mean:+.4f}", "one text alone says nothing"
-    if abs(mean) <= error:
+    if abs(mean) <= 2 * error:
         return f"{mean:+.4f} \u00b1 {error:.4f}", "not decided"
     return f"{mean:+.4f} \u00b1 {error:.4f}", "yes" if mean < 0 else "no, the reverse"
