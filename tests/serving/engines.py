@@ -178,15 +178,16 @@ def run(made: Any, prompts: Sequence[Sequence[int]], **how: Any) -> list[Any]:
 
 def drafting(
     folder: str,
+    mode: str,
     drafts: dict[str, Any],
     asked: Sequence[Sequence[int]],
     policies: Sequence[str],
-    new: int = 24,
+    new: int,
 ) -> tuple[list[int], list[int], list[tuple[list[int], torch.Tensor]]]:
     """Drafts verified in each step of each request, tokens it made, and what `of_new` finds."""
     verified: list[int] = []
     made: list[int] = []
-    with engine(folder, speculative_config=drafts) as served:
+    with engine(folder, mode, speculative_config=drafts) as served:
         scheduler: Any = served.llm_engine.engine_core.engine_core.scheduler
         schedule, update = scheduler.schedule, scheduler.update_from_output
 

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from engines import ORIGINAL, asked_for, engine, fresh, of_new, prompt, reference, save_model
+from engines import (
+    MODES,
+    ORIGINAL,
+    asked_for,
+    engine,
+    fresh,
+    of_new,
+    prompt,
+    reference,
+    save_model,
+)
 from safetensors.torch import save_file
 from test_lengths import CLOSE, far
 
@@ -43,8 +53,8 @@ def adapted(folder: str, family: str, at: Path, seed: int) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", TARGETS)
-def test_adapters(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "mode"), zip(TARGETS, MODES, strict=True))
+def test_adapters(family: str, mode: str, tmp_path: Path) -> None:
     """Two, in one batch, on both sides of the switch and across it; then none.
 
     Not beside requests without one: there vLLM's operations for the CPU take the last adapter for
@@ -57,7 +67,7 @@ def test_adapters(family: str, tmp_path: Path) -> None:
     models = [adapted(folder, family, tmp_path / str(seed), seed) for seed in range(2)]
     adapters = [LoRARequest(str(seed), seed + 1, str(tmp_path / str(seed))) for seed in range(2)]
     asked = [prompt(tokens, tokens) for tokens in (20, ORIGINAL - 2, ORIGINAL + 1, 500)]
-    with engine(folder, enable_lora=True, max_lora_rank=RANK, max_loras=2) as served:
+    with engine(folder, mode, enable_lora=True, max_lora_rank=RANK, max_loras=2) as served:
         for chosen in ((0, 1, 1, 0), (1, 0, 0, 1), (None,) * 4):
             requests = [None if one is None else adapters[one] for one in chosen]
             outs = served.generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import pytest
 import vllm
 from engines import MODES, ORIGINAL, published, save_model
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.engine.input_processor import InputProcessor
 
 from longrope_kernels.integrations.vllm import contacts, models
 from longrope_kernels.integrations.vllm.policies import POLICIES
@@ -150,6 +154,34 @@ def test_refused_by_name(folder: str, name: str) -> None:
     assert hasattr(owner, name)
     object.__setattr__(owner, name, value)
     refused(config, f"^{name}: expected .*VLLM_PLUGINS=''")
+
+
+@pytest.mark.parametrize(
+    ("policy", "resumable", "match"),
+    [
+        (
+            "recompute",
+            False,
+            "^longrope_policy: .* 'recompute' needs; expected 'final' or 'prompt'",
+        ),
+        ("final", True, "^resumable: .* does not serve prompts that go on growing"),
+    ],
+    ids=["recompute", "resumable"],
+)
+def test_requests_refused_by_name(folder: str, policy: str, resumable: bool, match: str) -> None:
+    """As errors of the caller, on a server without our scheduler; its own policy is served."""
+    config = config_of(
+        folder,
+        scheduler_cls=None,
+        enable_prefix_caching=False,
+        additional_config={"longrope": {"mode": "rotated", "policy": "final"}},
+    )
+    contacts.check_requests()
+    take = partial(InputProcessor(config).process_inputs, "0", {"prompt_token_ids": [3, 4]})
+    assert take(SamplingParams(), ("generate",)).prompt_token_ids == [3, 4]
+    params = SamplingParams(extra_args={"longrope_policy": policy})
+    with pytest.raises(VLLMValidationError, match=match):
+        take(params, ("generate",), resumable=resumable)
 
 
 @pytest.mark.parametrize(
