@@ -168,6 +168,13 @@ def serving_long() -> str:
 # ------------------------------------------------------------------------ searches, ranks, the host
 
 
+def forwards() -> Iterator[tuple[str, dict[str, Any]]]:
+    """(processor, row) of what benchmarks/forward.py measured."""
+    for processor, name in (("Intel Xeon", "forward"), ("AMD EPYC", "forward_amd")):
+        for row in read(f"reports/cpu-2-cores/2026-11-29/{name}.json"):
+            yield processor, row
+
+
 def search_forward() -> str:
     """A candidate's forward beside transformers' own: the median, and how far rounds are apart."""
     table = [
@@ -181,8 +188,7 @@ def search_forward() -> str:
             f"{min(row['ratios']):.3f} to {max(row['ratios']):.3f}",
             str(len(row["ratios"])),
         ]
-        for processor, name in (("Intel Xeon", "forward"), ("AMD EPYC", "forward_amd"))
-        for row in read(f"reports/cpu-2-cores/2026-11-29/{name}.json")
+        for processor, row in forwards()
     ]
     head = [
         "processor",
@@ -194,6 +200,29 @@ def search_forward() -> str:
         "lowest to highest",
         "rounds",
     ]
+    return markdown(head, table)
+
+
+PROFILED = {
+    "attention": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "longrope_kernels::attention",
+    ),
+    "products of matrices": ("aten::mm",),
+    "softmax of the logits": ("aten::_log_softmax",),
+}
+
+
+def search_profile() -> str:
+    """Where those forwards spend their time, in percent."""
+    table = []
+    for processor, row in forwards():
+        for who, shares in row["shares"].items():
+            parts = [sum(shares.get(op, 0.0) for op in ops) for ops in PROFILED.values()]
+            cells = (f"{100 * part:.0f}" for part in (*parts, 1 - sum(parts)))
+            of = [processor, row.get("dtype", "float32"), f"{row['tokens']:,}", who]
+            table.append([*of, *cells])
+    head = ["processor", "dtype", "tokens", "", *(f"{name}, %" for name in PROFILED), "all else, %"]
     return markdown(head, table)
 
 
@@ -280,6 +309,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-long": serving_long,
     "spread-memory": spread_memory,
     "search-forward": search_forward,
+    "search-profile": search_profile,
 }
 
 
