@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,4 @@ def understands() -> Any:
 
 @pytest.mark.parametrize("name", ["this package", "transformers", "llama.cpp"])
 def test_the_record_holds(understands: Any, name: str) -> None:
-    known = json.loads(understands.RECORD.read_text("utf-8"))[name]
-    for what, rope in understands.ROPES.items():
-        now, then = understands.tried(name, rope), known[what]
-        assert now.keys() == then.keys(), what
-        if "refused" not in now:
-            assert {n: off < 1e-2 for n, off in now.items()} == {
-                n: off < 1e-2 for n, off in then.items()
-            }, what
+    assert understands.changed(name) == []

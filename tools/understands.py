@@ -186,6 +186,21 @@ def tried(name: str, rope: Rope) -> dict[str, Any]:
     return {str(n): round(abs(one[-1] - right[-1]), 6) for n, one, right in pairs}
 
 
+def changed(name: str) -> list[str]:
+    """What the record says otherwise than is told now: refused or not, right to 1e-2 or not."""
+
+    def kind(told: dict[str, Any]) -> dict[str, bool]:
+        return {key: key == "refused" or told[key] < 1e-2 for key in told}
+
+    known = json.loads(RECORD.read_text("utf-8"))[name]
+    now = {what: tried(name, rope) for what, rope in ROPES.items()}
+    return [
+        f"{what}: {known[what]} in the record, {told} now"
+        for what, told in now.items()
+        if kind(told) != kind(known[what])
+    ]
+
+
 def main(names: Sequence[str]) -> None:
     if not names or not set(names) <= set(ASKED):
         known_names = ", ".join(map(repr, ASKED))
