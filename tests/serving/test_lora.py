@@ -53,7 +53,8 @@ def adapted(folder: str, family: str, at: Path, seed: int) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("family", "mode"), zip(TARGETS, MODES, strict=True))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", TARGETS)
 def test_adapters(family: str, mode: str, tmp_path: Path) -> None:
     """Two, in one batch, on both sides of the switch and across it; then none.
 
