@@ -46,8 +46,8 @@ def mode(request: Any) -> str:
 
 
 def asked(mode: str) -> list[list[int]]:
-    """A row for each policy, below the switch, in which the next token can be looked up."""
-    return [(prompt(40, row) * 7)[: ORIGINAL - 8] for row in range(len(POLICIES[mode]))]
+    """A row for each policy, below the switch, with a third of all tokens to be looked up."""
+    return [prompt(ORIGINAL - 8, row) for row in range(len(POLICIES[mode]))]
 
 
 @pytest.fixture(scope="module")
