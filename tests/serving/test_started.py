@@ -11,6 +11,7 @@ from engines import (
     ORIGINAL,
     engine,
     fresh,
+    in_a_process,
     of_new,
     of_prompt,
     prompt,
@@ -46,3 +47,21 @@ def test_an_engine(name: str, mode: str, tmp_path: Path) -> None:
         ids, found = of_new(out)
         assert far(of_prompt(out), scores(truth, one)) < CLOSE
         assert far(found, fresh(truth, one, ids)) < CLOSE
+
+
+WITHOUT = """
+from engines import engine
+try:
+    with engine(FOLDER):
+        RESULT = "it serves"
+except RuntimeError as error:
+    RESULT = str(error)
+"""
+
+
+def test_our_scheduler_without_the_plugin(tmp_path: Path) -> None:
+    """Nobody would turn requests by their sets."""
+    environment = {"VLLM_PLUGINS": ""}
+    found = in_a_process(WITHOUT, environment, FOLDER=save_model(tmp_path))
+    assert found.startswith("scheduler_cls: LongRopeScheduler needs the models of its plugin")
+    assert found.endswith("expected 'longrope' among VLLM_PLUGINS, or none set, got ''")

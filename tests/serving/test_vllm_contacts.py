@@ -108,7 +108,9 @@ def test_the_scheduler_is_the_kind_that_the_config_asks_for(
         def __init__(self, asynchronous: bool) -> None:
             self.scheduler_config = self
             self.async_scheduling = asynchronous
+            self.model_config = SimpleNamespace(architecture="LlamaForCausalLM")
 
+    register()
     kinds = {}
     for rope in (None, object()):
         monkeypatch.setattr(scheduler, "policies_of", lambda _, rope=rope: rope)
@@ -120,6 +122,17 @@ def test_the_scheduler_is_the_kind_that_the_config_asks_for(
     assert issubclass(kinds[True, False], Scheduler)
     assert not issubclass(kinds[True, False], AsyncScheduler)
     assert issubclass(kinds[True, True], AsyncScheduler)
+
+
+def test_the_scheduler_of_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another plugin's class of the name, or vLLM's own."""
+    register()
+    contacts.check_registered("Phi3ForCausalLM")
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    for other, shown in ((SimpleNamespace(module_name="theirs"), "theirs"), (object(), "None")):
+        monkeypatch.setitem(ModelRegistry.models, "Phi3ForCausalLM", other)
+        with pytest.raises(RuntimeError, match=rf"^scheduler_cls: .* {shown}; .*got 'another'$"):
+            contacts.check_registered("Phi3ForCausalLM")
 
 
 @pytest.fixture(params=MODES)

@@ -141,6 +141,21 @@ def register_models() -> None:
         ModelRegistry.register_model(name, f"{__package__}.models:{name}")
 
 
+def check_registered(name: str) -> None:
+    """That vLLM builds our class under this name of `settings.FAMILIES`, in this process.
+
+    Raises:
+        RuntimeError: not so; nothing would turn requests by their sets.
+    """
+    found = getattr(ModelRegistry.models.get(name), "module_name", None)
+    if found != f"{__package__}.models":
+        plugins = os.environ.get("VLLM_PLUGINS")
+        raise RuntimeError(
+            f"scheduler_cls: LongRopeScheduler needs the models of its plugin, got {name} of "
+            f"{found}; expected 'longrope' among VLLM_PLUGINS, or none set, got {plugins!r}"
+        )
+
+
 def _watch(contact: Contact, wrapper: Callable[..., Any]) -> None:
     """Put ``wrapper(original, self, ...)`` in place of a method, once."""
     original = find(contact)

@@ -15,6 +15,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from . import contacts
 from .settings import policies_of
 
 
@@ -25,11 +26,16 @@ class LongRopeScheduler:
     """
 
     def __new__(cls, *args: Any, vllm_config: Any, **kwargs: Any) -> Any:
-        """As vLLM calls its scheduler class."""
+        """As vLLM calls its scheduler class.
+
+        Raises:
+            RuntimeError: the model is none that the plugin built: vLLM was told to leave it out.
+        """
         asynchronous = vllm_config.scheduler_config.async_scheduling
         if policies_of(vllm_config) is None:
             kind = AsyncScheduler if asynchronous else Scheduler
         else:
+            contacts.check_registered(vllm_config.model_config.architecture)
             kind = _AsyncBySet if asynchronous else _BySet
         return kind(*args, vllm_config=vllm_config, **kwargs)
 
