@@ -76,6 +76,7 @@ SCHEDULER = (
     Contact(_SCHEDULER, "Scheduler.schedule", ("self",)),
     Contact(_SCHEDULER, "Scheduler._preempt_request", ("self", "request", "timestamp")),
     Contact(_SCHEDULER, "Scheduler._get_local_prefix_cache_hit", ("self", "request")),
+    Contact(_SCHEDULER, "Scheduler.get_num_unfinished_requests", ("self",)),
     Contact("vllm.v1.request", "Request.update_block_hashes", ("self",)),
 )
 ATTENTION = (

@@ -13,7 +13,9 @@ import time
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from . import contacts
 from .settings import policies_of
@@ -66,7 +68,22 @@ class _BySet(Scheduler):
                 while drafts and self._set_of(request, known + drafts + 1) != request.longrope_set:
                     drafts -= 1
                 request.spec_token_ids = request.spec_token_ids[:drafts]
+        if self.pause_state == PauseState.PAUSED_NEW:
+            # What was preempted has begun, but vLLM resumes then what holds blocks alone.
+            for request in (preempted := self._preempted()):
+                self.kv_holding_waiting.add_request(request)
+            self.waiting.remove_requests(preempted)
         return super().schedule(*args, **kwargs)
+
+    def get_num_unfinished_requests(self) -> int:
+        """A pause that waits is over at 0: what was preempted is to be finished, too."""
+        unfinished: int = super().get_num_unfinished_requests()
+        paused = self.pause_state == PauseState.PAUSED_NEW
+        return unfinished + (len(self._preempted()) if paused else 0)
+
+    def _preempted(self) -> list[Any]:
+        """Of those that wait without blocks."""
+        return [one for one in self.waiting if one.status == RequestStatus.PREEMPTED]
 
     def _get_local_prefix_cache_hit(self, request: Any, *args: Any) -> Any:
         """Where a request is about to be prefilled, for the first time or again."""
