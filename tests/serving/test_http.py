@@ -69,3 +69,9 @@ def test_a_bad_policy_is_a_bad_request(client: openai.OpenAI, folder: str, polic
     assert caught.value.status_code == 400
     assert repr(policy) in caught.value.message
     assert complete(client, folder, prompt(8))[0]
+
+
+def test_a_misspelt_argument_is_a_bad_request(client: openai.OpenAI, folder: str) -> None:
+    extra = {"vllm_xargs": {"longrope_polcy": "final"}}
+    with pytest.raises(openai.BadRequestError, match="expected longrope_policy, got 'longrope_pol"):
+        client.completions.create(model=folder, prompt=prompt(8), extra_body=extra)

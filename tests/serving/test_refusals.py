@@ -209,6 +209,23 @@ def test_settings(folder: str, settings: Any, match: str) -> None:
         policies_of(config)
 
 
+def test_misspelt_settings(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of others stay theirs."""
+    config = config_of(folder)
+    config.additional_config = {"of": "others", "longrope_kernels": "what a built model adds"}
+    monkeypatch.setenv("LONGROPE_FULL", "0")
+    assert policies_of(config) is not None
+    config.additional_config = {"LongRope_policy": "final"}
+    with pytest.raises(ValueError, match=r"^additional_config: expected .* got 'LongRope_policy'"):
+        policies_of(config)
+    config.additional_config = {}
+    monkeypatch.setenv("LONGROPE_VLLM_MOED", "rotated")
+    with pytest.raises(
+        ValueError, match=r"^the environment: expected LONGROPE_VLLM_MODE or .*MOED"
+    ):
+        policies_of(config)
+
+
 def test_settings_that_are_no_dict(folder: str) -> None:
     config = config_of(folder)
     config.additional_config = SimpleNamespace(compute_hash=str)

@@ -27,11 +27,10 @@ from typing import Any, NamedTuple
 import vllm
 from vllm import ModelRegistry
 
-from .policies import Policies
-from .settings import FAMILIES, has_scheduler, policies_of
+from .policies import KEY, Policies, check_names
+from .settings import FAMILIES, FORCE, has_scheduler, policies_of
 
 TESTED = ("0.32", "0.33")
-FORCE = "LONGROPE_VLLM_FORCE"
 _NAMED = " and ".join(TESTED)
 _OURS = "longrope_watches"
 
@@ -197,6 +196,7 @@ def _process_inputs(
 def _check_request(policies: Policies, vllm_config: Any, params: Any, resumable: bool) -> None:
     if resumable:
         raise ValueError("resumable: LongRoPE in vLLM does not serve prompts that go on growing")
+    check_names("extra_args", getattr(params, "extra_args", None) or (), (KEY,))
     if policies.of(params) == "recompute" and not has_scheduler(vllm_config):
         raise ValueError(
             "longrope_policy: this server was started without the scheduler that 'recompute' "

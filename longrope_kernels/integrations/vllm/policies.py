@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,15 @@ POLICIES = {
     "rotated": ("recompute", "final", "prompt"),
     "unrotated": ("switch", "final", "prompt", "recompute"),
 }
+
+
+def check_names(
+    where: str, given: Iterable[object], expected: Sequence[str], begin: str = "longrope"
+) -> None:
+    """Raise a ValueError for a name that begins like ours and is none: one that was misspelt."""
+    for name in given:
+        if str(name).lower().startswith(begin.lower()) and name not in expected:
+            raise ValueError(f"{where}: expected {' or '.join(expected)}, got {name!r}")
 
 
 def check_policy(name: str, value: object, mode: str) -> str:

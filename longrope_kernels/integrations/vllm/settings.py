@@ -13,7 +13,7 @@ from typing import Any
 from ...rope.files import SIDECAR
 from ...rope.hf_config import LONGROPE_TYPES, read_rotary_dim, rope_type
 from ...rope.value import Rope
-from .policies import POLICIES, Policies, check_policy
+from .policies import POLICIES, Policies, check_names, check_policy
 
 # vLLM's name of an architecture: its module in vllm.model_executor.models, and the one that makes
 # the rotary modules of its layers.
@@ -25,9 +25,11 @@ FAMILIES = {
     "Qwen2ForCausalLM": ("qwen2", "qwen2"),
     "Qwen3ForCausalLM": ("qwen3", "qwen3"),
 }
+FORCE = "LONGROPE_VLLM_FORCE"
 SCHEDULER = "longrope_kernels.integrations.vllm.scheduler.LongRopeScheduler"
 DRAFTS = ("ngram", "draft_model", "eagle")  # speculative_config's methods that are served
 _SETTINGS = ("mode", "policy")
+_VARIABLES = (*(f"LONGROPE_VLLM_{key.upper()}" for key in _SETTINGS), FORCE)
 _WITHOUT = ". VLLM_PLUGINS='' starts vLLM without this plugin"  # ends a refusal
 
 
@@ -44,6 +46,7 @@ def policies_of(vllm_config: Any) -> Policies | None:
     rope = rope_of(vllm_config.model_config)
     if rope is None:
         return None
+    check_names("the environment", os.environ, _VARIABLES, begin="LONGROPE_VLLM")
     name, mode = _given(vllm_config, "mode", default_mode(vllm_config))
     if mode not in POLICIES:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, POLICIES))}, got {mode!r}")
@@ -96,6 +99,8 @@ def _given(vllm_config: Any, key: str, default: str) -> tuple[str, Any]:
     if not isinstance(additional, Mapping):
         kind = type(additional).__name__
         raise ValueError(f"additional_config: expected a dict, got {kind}")
+    # The second is what `models` adds.
+    check_names("additional_config", additional, ("longrope", "longrope_kernels"))
     ours = additional.get("longrope", {})
     where = "additional_config['longrope']"
     if not isinstance(ours, Mapping) or not ours.keys() <= set(_SETTINGS):
