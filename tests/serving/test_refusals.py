@@ -7,9 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import vllm
 from engines import MODES, ORIGINAL, published, save_model
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
+from transformers import AutoConfig
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -277,6 +280,58 @@ def test_which_ropes_are_ours(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"longrope.json: expected 96 rotary dimensions.*got 64"):
         rope_of(config)
     assert rope_of(SimpleNamespace(model=folder, architecture="GPT2LMHeadModel")) is None
+
+
+def of_the_hub(revision: str | None = None) -> Any:
+    config = AutoConfig.for_model("llama", head_dim=8)
+    return SimpleNamespace(
+        model="someone/a-model",
+        revision=revision,
+        hf_token="a token",
+        architecture="LlamaForCausalLM",
+        hf_text_config=config,
+    )
+
+
+def test_a_file_in_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the Hub's cache at the model's revision: the file, that there is none, or neither."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--someone--a-model"
+    first, second, unknown = (letter * 40 for letter in "abc")
+    (snapshot := cache / "snapshots" / first).mkdir(parents=True)
+    rope = Rope.longrope([1.0] * 4, [2.0] * 4, 32, attention_factor=1.0)
+    rope.save(snapshot)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(first)
+    (cache / ".no_exist" / second).mkdir(parents=True)
+    (cache / ".no_exist" / second / "longrope.json").touch()
+    assert rope_of(of_the_hub()) == rope_of(of_the_hub(first)) == rope
+    assert rope_of(of_the_hub(second)) is None
+    pinned = huggingface_hub.ResolvedRevision(resolved=second)  # as vLLM has it, as a str "main"
+    assert rope_of(of_the_hub(pinned)) is None
+    with pytest.raises(ValueError, match=r"^model: .*whether someone/a-model has a longrope\.json"):
+        rope_of(of_the_hub(unknown))  # the tests are offline
+
+
+def test_a_file_that_the_hub_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    rope = Rope.longrope([1.0] * 4, [2.0] * 4, 32, attention_factor=1.0)
+    rope.save(tmp_path)
+
+    def download(model: str, name: str, *, revision: str, token: str) -> str:
+        assert (model, name, token) == ("someone/a-model", "longrope.json", "a token")
+        if revision != "there":
+            kind = RemoteEntryNotFoundError if revision == "not there" else HfHubHTTPError
+            raise kind("why", response=SimpleNamespace(headers={}, request=None))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert rope_of(of_the_hub("there")) == rope
+    assert rope_of(of_the_hub("not there")) is None
+    with pytest.raises(ValueError, match=r"^model: .*got why"):
+        rope_of(of_the_hub("not answered"))
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "True")
+    assert rope_of(of_the_hub("there")) is None
 
 
 def test_a_model_that_is_not_our_class_is_vllms_own(folder: str, tmp_path: Path) -> None:

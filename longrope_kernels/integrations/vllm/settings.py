@@ -68,21 +68,24 @@ def default_mode(vllm_config: Any) -> str:
 def rope_of(model_config: Any) -> Rope | None:
     """The rope of a model that we serve: a ``longrope.json`` beside it, else its config's.
 
+    Beside it is in its folder, or in its repository of the Hub at its revision.
+
     None for other architectures, and for other ropes of a config, which stay vLLM's own. The
     architecture is the one that vLLM builds: of a model inside another one it is the outer one's,
     which tells nobody of steps.
 
     Raises:
-        ValueError: the file's rope rotates other dimensions than the model.
+        ValueError: the file's rope rotates other dimensions than the model; or whether a
+            repository has the file is not known.
     """
     if model_config.architecture not in FAMILIES:
         return None
-    folder, config = Path(model_config.model), model_config.hf_text_config
-    if (folder / SIDECAR).is_file():
-        rope, rotated = Rope.load(folder), read_rotary_dim(config)
+    file, config = _sidecar(model_config), model_config.hf_text_config
+    if file is not None:
+        rope, rotated = Rope.load(file), read_rotary_dim(config)
         if rotated is not None and rope.rotary_dim != rotated:
             raise ValueError(
-                f"{folder / SIDECAR}: expected {rotated} rotary dimensions, which the model "
+                f"{file}: expected {rotated} rotary dimensions, which the model "
                 f"rotates, got {rope.rotary_dim}; is it another model's?"
             )
         return rope
@@ -91,6 +94,30 @@ def rope_of(model_config: Any) -> Rope | None:
     except ValueError:  # none that this package knows
         return None
     return Rope.from_config(config) if kind in LONGROPE_TYPES else None
+
+
+def _sidecar(model_config: Any) -> Path | None:
+    """The ``longrope.json`` of a model, as `rope_of` says, downloaded where it is not cached."""
+    model = model_config.model
+    if Path(model).exists() or os.environ.get("VLLM_USE_MODELSCOPE", "").lower() == "true":
+        file = Path(model) / SIDECAR
+        return file if file.is_file() else None
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
+
+    revision = getattr(model_config.revision, "resolved", model_config.revision)  # a commit
+    found: object = try_to_load_from_cache(model, SIDECAR, revision=revision)
+    if found is None:  # neither the file nor that there is none
+        try:
+            found = hf_hub_download(model, SIDECAR, revision=revision, token=model_config.hf_token)
+        except RemoteEntryNotFoundError:
+            return None
+        except (OSError, HfHubHTTPError) as error:
+            raise ValueError(
+                f"model: expected the Hub to say whether {model} has a {SIDECAR}, got {error} "
+                "HF_HUB_OFFLINE=1 takes what is downloaded, a folder what it has"
+            ) from error
+    return Path(found) if isinstance(found, str) else None
 
 
 def _given(vllm_config: Any, key: str, default: str) -> tuple[str, Any]:
