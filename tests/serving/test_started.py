@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from engines import (
     save_model,
     scores,
 )
+from servers import server
+from test_http import complete, save_tokenizer
 from test_lengths import CLOSE, far
 
 STARTED: dict[str, dict[str, Any]] = {
@@ -47,6 +51,22 @@ def test_an_engine(name: str, mode: str, tmp_path: Path) -> None:
         ids, found = of_new(out)
         assert far(of_prompt(out), scores(truth, one)) < CLOSE
         assert far(found, fresh(truth, one, ids)) < CLOSE
+
+
+def test_data_parallel(tmp_path: Path) -> None:
+    """Two engines, between which the server shares requests out."""
+    folder = save_model(tmp_path)
+    save_tokenizer(tmp_path)
+    held = {None: None, "final": "long", "prompt": "short"}  # of what ends above the switch
+    lengths = [10, 100, 301, *3 * [ORIGINAL - 4]]
+    policies = [None, None, None, *held]
+    asked = [prompt(tokens, tokens) for tokens in lengths]
+    chosen = {"max-model-len": str(4 * ORIGINAL), "data-parallel-size": "2"}
+    with server(folder, "rotated", "recompute", **chosen) as client, ThreadPoolExecutor() as many:
+        outs = list(many.map(partial(complete, client, folder), asked, policies))
+    assert (tmp_path / "server.log").read_text().count("LongRoPE, mode") == 2
+    for (ids, found), one, policy in zip(outs, asked, policies, strict=True):
+        assert far(found, fresh(reference(folder, held[policy]), one, ids)) < CLOSE
 
 
 WITHOUT = """
