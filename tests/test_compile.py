@@ -19,6 +19,7 @@ from cases import (
     two_sets,
 )
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from longrope_kernels import Rope, apply_rotary, rerotate_
 
@@ -282,3 +283,22 @@ def test_numbers_that_are_arguments_of_the_graph(name: str, dynamic: bool | None
     run = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for value in (1.5, 2.0, 7.25):
         torch.testing.assert_close(run(q, value), call(q, value))
+
+
+def test_checkpoints_in_a_graph_of_any_length() -> None:
+    """Numbers that a call leaves out are no arguments of the graph: checkpoints read none."""
+    rope, at = Rope.plain(16), torch.arange(5)
+
+    def rotate(q: torch.Tensor) -> torch.Tensor:
+        return apply_rotary(q, None, at, rope)[0]
+
+    def call(q: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            q = checkpoint(rotate, q, use_reentrant=False)
+        return q
+
+    q, grad = torch.randn(1, 5, 2, 16, requires_grad=True), torch.randn(1, 5, 2, 16)
+    outs = compiled(call, dynamic=True)(q), rotate(rotate(q))
+    grads = [torch.autograd.grad(out, q, grad)[0] for out in outs]
+    assert torch.equal(*outs)
+    assert torch.equal(*grads)

@@ -9,6 +9,7 @@ from model_cases import (
     FAMILIES,
     ONE_OF_EACH,
     SHARED,
+    SWITCH,
     family_model,
     gradients,
     logits,
@@ -115,6 +116,27 @@ def test_activation_checkpointing(name, use_reentrant):
     checkpoint(model, use_reentrant=use_reentrant)
     for a, e in zip(gradients(model), expected, strict=True):
         assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("cache", ["unrotated", "rotated"])
+def test_activation_checkpointing_in_a_graph_of_any_length(cache):
+    """Of unrotated keys by the setting that the documentation names, as torch's error does."""
+    setting = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    torch.compiler.reset()
+    model = enable(family_model("phi3"), cache=cache)
+    model.config.use_cache = False
+    checkpoint(model, use_reentrant=False)
+    model.compile(fullgraph=True, dynamic=True, backend="eager")
+    if cache == "unrotated":
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=setting):
+            gradients(model)
+    with torch._dynamo.config.patch(setting, cache == "unrotated"):
+        for count, stance in ((24, "default"), (SWITCH + 8, "fail_on_recompile")):
+            ids = tokens(2, count)
+            model.zero_grad()
+            with torch.compiler.set_stance(stance):
+                actual = gradients(model, ids)
+            check_gradients(gradients(family_model("phi3"), ids), actual)
 
 
 def test_two_forwards_before_one_backward_under_checkpointing():

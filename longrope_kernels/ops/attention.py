@@ -48,9 +48,9 @@ def attention(
     key_positions: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     sets: torch.Tensor | None = None,
-    base: float = 10000.0,
+    base: float | None = None,
     interleaved: bool = False,
-    attention_factor: float = 1.0,
+    attention_factor: float | None = None,
     layout: arguments.Layout = "bshd",
     k_rotation: str | None = None,
     return_lse: bool = False,
@@ -87,9 +87,9 @@ def attention(
         lengths: (batch,) or (sequences,), the total length of each sequence, which chooses its
             factor set, on the device.
         sets: the factor set of each sequence, int32; wins over ``lengths``.
-        base: ``b`` in ``theta_i = b**(-2i / R)``, ``R = 2P``.
+        base: ``b`` in ``theta_i = b**(-2i / R)``, ``R = 2P``; 10000 by default.
         interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
-        attention_factor: multiplies the rotated dimensions of q and k.
+        attention_factor: multiplies the rotated dimensions of q and k; 1 by default.
         layout: "bshd", "bhsd" or "thd".
         k_rotation: where backend "triton" rotates k: "prepass" (once, into a scratch), "registers"
             (in the loop over keys, for few queries), or None for its own rule.

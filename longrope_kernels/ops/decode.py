@@ -39,9 +39,9 @@ def decode(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-    base: float = 10000.0,
+    base: float | None = None,
     interleaved: bool = False,
-    attention_factor: float = 1.0,
+    attention_factor: float | None = None,
     return_lse: bool = False,
     k_new: torch.Tensor | None = None,
     v_new: torch.Tensor | None = None,
@@ -86,9 +86,9 @@ def decode(
             softmax and has no value.
         k_scale: (kv_heads,) float32, multiplies the keys of a float8 cache; 1 by default.
         v_scale: like k_scale, of the values.
-        base: ``b`` in ``theta_i = b**(-2i / R)``, ``R = 2P``.
+        base: ``b`` in ``theta_i = b**(-2i / R)``, ``R = 2P``; 10000 by default.
         interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
-        attention_factor: multiplies the rotated dimensions of q and k.
+        attention_factor: multiplies the rotated dimensions of q and k; 1 by default.
         return_lse: also return the log-sum-exp of the scores, and of the sink, base e.
         k_new: (batch, new, kv_heads, dim), unrotated, of the dtype of the caches, any beside
             float8: written into the cache as by `append`, key t to slot ``cache_lens - new + t``.

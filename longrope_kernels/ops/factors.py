@@ -18,9 +18,9 @@ from .library import LIBRARY, NAMESPACE, TAGS
 def resolve(
     factors: torch.Tensor | Sequence[float] | Rope,
     n_hat: int | None,
-    base: float,
+    base: float | None,
     interleaved: bool,
-    attention_factor: float,
+    attention_factor: float | None,
     q: torch.Tensor,
 ) -> Tables:
     """The tables on the device of q from a `Rope` or from raw factors.
@@ -29,7 +29,8 @@ def resolve(
     go through float64 there, without a sync, or where it has none through the host.
     """
     if isinstance(factors, Rope):
-        if n_hat is not None or base != 10000.0 or interleaved or attention_factor != 1.0:
+        beside = base not in (None, 10000.0) or attention_factor not in (None, 1.0)
+        if beside or n_hat is not None or interleaved:
             raise ValueError(
                 "factors: got a Rope, which holds n_hat, base, interleaved and attention_factor; "
                 "expected none of them beside it"
@@ -38,6 +39,8 @@ def resolve(
     elif n_hat is None:
         raise TypeError("n_hat: expected an int beside raw factors (0 for no threshold), got None")
     else:
+        base = 10000.0 if base is None else base
+        attention_factor = 1.0 if attention_factor is None else attention_factor
         of_set = factors, n_hat, base, interleaved, attention_factor
         tables = raw.tables_of(*of_set, q.device, _checked_frequencies)
     return like(tables, q)

@@ -43,9 +43,9 @@ def apply_rotary(
     factors: torch.Tensor | Sequence[float] | Rope,
     n_hat: int | None = None,
     *,
-    base: float = 10000.0,
+    base: float | None = None,
     interleaved: bool = False,
-    attention_factor: float = 1.0,
+    attention_factor: float | None = None,
     layout: arguments.Layout = "bshd",
     lengths: torch.Tensor | None = None,
     sets: torch.Tensor | None = None,
@@ -70,9 +70,9 @@ def apply_rotary(
             what ``n_hat``, ``base``, ``interleaved`` and ``attention_factor`` would say. Make a
             `Rope` once for code that runs often.
         n_hat: tokens below this position keep the original embedding; 0 for no threshold.
-        base: ``b`` in ``theta_i = b**(-2i / R)``, ``R = 2P``.
+        base: ``b`` in ``theta_i = b**(-2i / R)``, ``R = 2P``; 10000 by default.
         interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + P).
-        attention_factor: multiplies the rotated dimensions of q and k.
+        attention_factor: multiplies the rotated dimensions of q and k; 1 by default.
         layout: "bshd", "bhsd" (batch, heads, seq, dim; transformers) or "thd"
             (tokens, heads, dim; packed).
         lengths: (batch,) int32 or int64, the total length of each sequence (cached tokens and
