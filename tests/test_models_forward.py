@@ -329,6 +329,26 @@ def test_a_graph_that_ends_between_rotation_and_attention():
     assert max_diff(actual, logits(family_model("phi3"))) < CLOSE
 
 
+@pytest.mark.parametrize("padding", [0, 2])
+def test_an_exported_forward_of_few_tokens_and_of_many(padding):
+    """How many decides nothing where there is no cache."""
+    model = enable(family_model("phi3"))
+
+    def of(count):
+        mask = torch.ones(2, count, dtype=torch.int64)
+        mask[0, :padding] = 0
+        return {"input_ids": tokens(2, count), "attention_mask": mask, "use_cache": False}
+
+    length = {1: torch.export.Dim("length", min=3, max=64)}
+    shapes = {"input_ids": length, "attention_mask": length, "use_cache": None}
+    with torch.no_grad():
+        step = torch.export.export(model, (), of(20), dynamic_shapes=shapes, strict=False).module()
+        for count in (3, FEW_QUERIES, FEW_QUERIES + 1, SWITCH + 8):
+            actual, expected = step(**of(count)).logits, model(**of(count)).logits
+            assert max_diff(actual[0, padding:], expected[0, padding:]) < CLOSE
+            assert max_diff(actual[1], expected[1]) < CLOSE
+
+
 COMPILED = [
     ("unrotated", None),
     ("unrotated", True),

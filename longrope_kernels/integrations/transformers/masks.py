@@ -169,9 +169,10 @@ def of_tokens(found: torch.Tensor, mask: torch.Tensor | None, queries: int) -> t
     return found & (slot > slots.start) & (slot < slots.end)
 
 
-def _may_wait(q_length: int) -> bool:
-    # `decode` serves up to so many queries, and reads ``kv_start`` at no cost.
-    return q_length > FEW_QUERIES and can_wait()
+def _may_wait(queries: int) -> bool:
+    """`can_wait`, for many queries: `decode` serves few, and reads ``kv_start`` at no cost."""
+    # In a graph of any number of queries, to compare it would be a guard.
+    return not torch.compiler.is_compiling() and queries > FEW_QUERIES and can_wait()
 
 
 def can_wait() -> bool:
