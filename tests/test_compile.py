@@ -150,7 +150,8 @@ def test_in_place_on_expanded_memory_is_refused() -> None:
 
     rope, positions = Rope.plain(16), torch.arange(5)
     for dynamic in (False, True):
-        with pytest.raises(Exception, match="elements of q share memory"):
+        # torch 2.11 quotes the pieces of the message.
+        with pytest.raises(Exception, match=r"elements of .*share memory"):
             compiled(call, dynamic=dynamic)(torch.randn(1, 5, 2, 16))
 
 
