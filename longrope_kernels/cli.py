@@ -72,7 +72,7 @@ def info(
             if row["missing"] is not None:
                 state = f"missing: {row['missing']}"
             elif row["missing_products"] is not None:
-                state = f"ready for the rotation alone: {row['missing_products']}"
+                state = f"ready for the rotation and append alone: {row['missing_products']}"
             typer.echo(f"  {row['name']:<{width}} {devices:<5} {state}")
 
     typer.echo("\nbackend=None takes the first of these that is ready (float64: reference)")

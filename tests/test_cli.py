@@ -45,10 +45,10 @@ def test_info_names_the_assembler_that_triton_takes(monkeypatch):
     assert "ptxas" not in run("info").stdout
 
 
-def test_info_says_that_a_backend_does_the_rotation_alone(monkeypatch):
+def test_info_says_that_a_backend_makes_no_products(monkeypatch):
     row = {"name": "triton", "devices": ("cuda",), "missing": None, "missing_products": "too old"}
     monkeypatch.setattr(backends, "table", lambda: [row])
-    assert "triton     cuda  ready for the rotation alone: too old" in run("info").stdout
+    assert "triton     cuda  ready for the rotation and append alone: too old" in run("info").stdout
 
 
 def test_info_says_why_a_backend_is_missing(monkeypatch):

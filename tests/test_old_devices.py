@@ -12,6 +12,7 @@ from longrope_kernels import Rope
 from longrope_kernels import decode as decode_op
 from longrope_kernels.backends import choose
 from longrope_kernels.kernels import attention, attention_backward, decode
+from longrope_kernels.ops import append
 
 BF16 = torch.bfloat16
 NEEDS = "needs compute capability 8.0 or more, and Tesla T4 has 7.5"
@@ -37,14 +38,24 @@ def _device_of(monkeypatch: pytest.MonkeyPatch, request: Any) -> Iterator[None]:
         function.cache_clear()
 
 
+def appends(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backend that writes new keys and values there."""
+    monkeypatch.setattr(append, "device_type", lambda x: "cuda")
+    new = torch.empty(1, 1, 1, 16, dtype=BF16, device="meta")
+    return append._choose(None, new, new)
+
+
 old = pytest.mark.parametrize("_device_of", [((7, 5), None)], indirect=True)
 new = pytest.mark.parametrize("_device_of", [((8, 0), None)], indirect=True)
 rocm = pytest.mark.parametrize("_device_of", [((9, 4), "7.1.0")], indirect=True)
 
 
 @old
-def test_triton_rotates_on_an_old_device_and_does_no_more() -> None:
+def test_triton_rotates_and_appends_on_an_old_device_and_does_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert choose.choose_rotary(None, "cuda", False) == "triton"
+    assert appends(monkeypatch) == "triton"
     assert choose.choose_rotary("triton", "cuda", False) == "triton"
     assert choose.choose_attention(None, "cuda", BF16, 64, "masked") == "composed"
     assert choose.choose_attention(None, "cuda", BF16, 64, "scored") == "reference"
@@ -105,13 +116,15 @@ def test_it_is_asked_before_anything_is_appended(monkeypatch: pytest.MonkeyPatch
 
 
 @rocm
-def test_rocm_has_the_rotation_alone() -> None:
+def test_rocm_has_the_rotation_and_append_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose.choose_rotary(None, "cuda", False) == "triton"
+    assert appends(monkeypatch) == "triton"
     assert choose.choose_attention(None, "cuda", BF16, 64, "masked") == "composed"
     assert choose.choose_decode(None, "cuda", BF16, BF16, 64) == "reference"
-    with pytest.raises(RuntimeError, match=r"ROCm .*HIP 7.1.0\) it serves the rotation alone; exp"):
+    only = r"ROCm .*HIP 7.1.0\) it serves the rotation and append alone; expected"
+    with pytest.raises(RuntimeError, match=f"{only} 'reference'"):
         choose.choose_decode("triton", "cuda", BF16, BF16, 64)
-    with pytest.raises(RuntimeError, match=r"ROCm .*rotation alone; expected 'composed' or"):
+    with pytest.raises(RuntimeError, match=f"{only} 'composed' or"):
         choose.choose_attention("triton", "cuda", BF16, 64, "plain")
 
 

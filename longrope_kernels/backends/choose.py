@@ -113,7 +113,7 @@ def missing(name: str) -> str | None:
 
 
 def missing_products(name: str, capability: int | str | None = None) -> str | None:
-    """`missing` for attention and decoding, which ask more of a device than the rotation does.
+    """`missing` for attention and decoding, which ask more of a device than rotating and appending.
 
     capability: of the device of the call, see `capability_of`; None asks the best there is.
     """
@@ -130,7 +130,8 @@ def _device_lacks(name: str) -> str | None:
     if name not in ("triton", "cuda") or _interprets(name, "cpu") or not torch.cuda.is_available():
         return None
     if torch.version.hip is not None:
-        return f"on ROCm (this torch is for HIP {torch.version.hip}) it serves the rotation alone"
+        torch_is = f"this torch is for HIP {torch.version.hip}"
+        return f"on ROCm ({torch_is}) it serves the rotation and append alone"
     best = max(range(torch.cuda.device_count()), key=torch.cuda.get_device_capability)
     found = torch.cuda.get_device_capability(best)
     if found >= LEAST_CAPABILITY:
