@@ -131,16 +131,22 @@ DEMANDING_80 = (
     Case(96, 80, "dk", softcap=50.0, packed=True),
     Case(256, 80, "dq", softcap=50.0),
 )
+# Of those that are no multiple of 16.
+UNEVEN_DIMS = (72, 120)
+
+
+def kernels_of(arch: int, dim: int) -> tuple[str, ...]:
+    """The kernels with a loop that serve a head_dim."""
+    split = attention_backward.choose_configs(arch, dim, 0.0).dv is not None
+    return "prepass", "registers", "dq", *(("dk", "dv") if split else ("dk_dv",))
 
 
 def cases() -> Iterator[Case]:
-    """Every head_dim for each architecture, with rotation and without; variants; and head_dim 128
-    for those that take the tiles of 8.0, and for sm_100.
+    """Every head_dim for each architecture, with rotation and without; variants; head_dim 128 for
+    those that take the tiles of 8.0, and for sm_100; then others of those, and uneven ones.
     """
     for arch, dim in itertools.product((80, 90), DIMS):
-        configs = attention_backward.choose_configs(arch, dim, 0.0)
-        kernels = ["prepass", "registers", "dq", *(("dk", "dv") if configs.dv else ("dk_dv",))]
-        for kernel in kernels:
+        for kernel in kernels_of(arch, dim):
             yield Case(dim, arch, kernel)
             if kernel != "dv":  # which rotates nothing
                 yield Case(dim, arch, kernel, pairs=0)
@@ -155,6 +161,14 @@ def cases() -> Iterator[Case]:
     for arch in (86, 89, 100, 120):
         for kernel in ("prepass", "registers", "dk", "dv", "dq"):
             yield Case(128, arch, kernel)
+    for arch, dim in itertools.product((86, 89, 120), (64, 96, 256)):
+        yield from (Case(dim, arch, kernel) for kernel in kernels_of(arch, dim))
+        yield Case(dim, arch, window=1024, packed=True)
+    for arch, dim in itertools.product((80, 90), UNEVEN_DIMS):
+        yield from (Case(dim, arch, kernel) for kernel in kernels_of(arch, dim))
+        yield Case(dim, arch, window=1024, softcap=50.0, packed=True)
+        yield Case(dim, arch, "dq", packed=True)
+    yield Case(256, padded=True)
 
 
 def short_products(ttgir: str) -> int:

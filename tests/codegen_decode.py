@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from codegen import compile_all, compile_launch, print_all, table
-from codegen_attention import short_products, tile_loop
+from codegen_attention import UNEVEN_DIMS, short_products, tile_loop
 from sass import touched_too_early
 
 from longrope_kernels.calls.records import DecodeCall, Keys, Scores, Selection
@@ -116,7 +116,7 @@ MORE_VARIANTS = (
 
 
 def cases() -> Iterator[Case]:
-    """Every head_dim for each architecture, next to rotated keys; the variants for 128."""
+    """Every head_dim for each architecture, next to rotated keys; the variants for 128; others."""
     for arch, dim in itertools.product((80, 90), DIMS):
         yield Case(dim, arch)
         yield Case(dim, arch, rotate=False)
@@ -130,6 +130,9 @@ def cases() -> Iterator[Case]:
     for arch in (86, 89, 120):
         yield Case(128, arch)
         yield Case(128, arch, block_size=16, float8=True)
+    for arch, dim in itertools.product((80, 90), UNEVEN_DIMS):
+        yield Case(dim, arch)
+        yield Case(dim, arch, block_size=16, float8=True)
 
 
 def compile_case(case: Case, folder: Path) -> dict[str, Any]:

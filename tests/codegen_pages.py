@@ -32,11 +32,8 @@ def counts_hold() -> bool:
 
 
 def spills(row: Row, allowed: bool = False) -> bool:
-    """Whether there is local memory.
-
-    allowed: some accesses around the loop, none of them in it, by a Triton after the pages'.
-    """
-    if allowed and not counts_hold() and row["local"] <= 6:
+    """Whether there is local memory; allowed: but for some accesses around the loop."""
+    if allowed and row["local"] <= 6:
         return bool(row["tile_local"])
     return bool(row["local"] or row["stack"])
 

@@ -42,6 +42,20 @@ def bounds_of_decoding() -> str:
     )
 
 
+def conflicts_of_decoding() -> str:
+    """Where lanes wait for one another at the banks: in one place, for one turn."""
+    names = ("turns of the banks a key", "without conflicts")
+    turns = {
+        (row["sm"], row["head dim"], row["variant"]): [float(row[name]) for name in names]
+        for row in compiled("traffic")
+    }
+    places = {key[:2] for key, (taken, least) in turns.items() if taken != least}
+    ((sm, dim),) = places
+    taken, least = turns[sm, dim, ""]
+    assert round(taken - least, 2) == 1
+    return f"but for one turn of {taken:.0f} a key at head_dim {dim} on sm_{sm}"
+
+
 def rotation_cost() -> str:
     """The second table of the command that compiles the attention kernels."""
     text = (ROOT / "reports/codegen/attention.md").read_text("utf-8")
@@ -99,4 +113,5 @@ def sentences() -> Iterator[tuple[str, str]]:
         f"a tile of {tile.split(' x ')[1]} keys takes {rotating} instructions, and {rotated} on "
         "keys that were rotated before",
     )
+    yield "docs/performance.md", conflicts_of_decoding()
     yield "docs/performance.md", bounds_of_decoding()

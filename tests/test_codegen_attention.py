@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from codegen_pages import Row, assert_all, assert_current, compiled, spills
+from codegen_pages import Row, assert_all, assert_current, compiled, counts_hold, spills
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
@@ -36,18 +36,22 @@ def test_every_head_dim_is_compiled_for_each_architecture(rows: list[Row]) -> No
     for kernel in ("prepass", "registers", "dq", "delta"):
         served = {(row["arch"], row["dim"]) for row in rows if row["kernel"] == kernel}
         expected = {(arch, dim) for arch in TUNED for dim in (64, 80, 96, 128, 256)}
-        others = {(arch, 128) for arch in (86, 89, 100, 120)}
-        assert served == expected | (set() if kernel == "delta" else others)
+        if kernel != "delta":
+            expected |= {(arch, dim) for arch in TUNED for dim in (72, 120)} | {(100, 128)}
+            expected |= {(arch, dim) for arch in (86, 89, 120) for dim in (64, 96, 128, 256)}
+        assert served == expected
     of_keys = {(row["arch"], row["dim"]) for row in rows if row["kernel"] in ("dk", "dk_dv")}
-    assert len(of_keys) == 14
+    assert of_keys == {(row["arch"], row["dim"]) for row in rows if row["kernel"] == "dq"}
 
 
 def test_nothing_spills(rows: list[Row]) -> None:
     # Nobody calls the kernels without rotation: they are there for comparison.
     shipped = [row for row in rows if row["arch"] in SERVED and row["pairs"] != 0]
-    later = {("prepass", 80, 64, False, False), ("dk", 90, 128, True, True)}  # Triton 3.7
+    allowed = {("prepass", 80, 64, False, False), ("dk", 90, 128, True, True)}  # Triton 3.7
+    if counts_hold():  # 3.6
+        allowed = {("dk", 86, 96, True, False), ("dk", 89, 96, True, False)}
     names = ("kernel", "arch", "dim", "causal", "packed")
-    assert_all(shipped, lambda row: not spills(row, tuple(row[n] for n in names) in later))
+    assert_all(shipped, lambda row: not spills(row, tuple(row[n] for n in names) in allowed))
 
 
 def test_the_matrix_units_do_the_products(rows: list[Row]) -> None:
@@ -67,8 +71,10 @@ def test_products_of_prefill_do_not_wait_for_each_other(rows: list[Row]) -> None
     """On 9.0, of a tile: one wait for the scores of each operand, and that for the values.
 
     ptxas puts one behind every matrix instruction where it can't tell who writes accumulators.
+    Uneven heads have more operands, of fewer instructions each.
     """
     shipped = [row for row in rows if row["arch"] == 90 and row["pairs"] != 0]
+    shipped = [row for row in shipped if row["dim"] % 16 == 0]
     prefill = [row for row in shipped if row["kernel"] == "prepass"]
     assert_all(prefill, lambda row: row["tile_waits"] < row["tile_matrix"] / 2)
     plain = [row for row in prefill if row["tile"] == [128, 128] and row["stages"] == 3]

@@ -37,13 +37,15 @@ def test_the_page_is_of_these_kernels(output: dict[str, Any]) -> None:
 
 def test_every_head_dim_is_compiled_for_each_architecture(rows: list[Row]) -> None:
     every = {(arch, dim) for arch in (80, 90) for dim in (64, 80, 96, 128, 256)}
+    uneven = {(arch, dim) for arch in (80, 90) for dim in (72, 120)}
     for block_size, float8, rotate in ((0, False, True), (0, False, False), (16, True, True)):
         served = {
             (row["arch"], row["dim"])
             for row in rows
             if (row["block_size"], row["float8"], row["rotate"]) == (block_size, float8, rotate)
         }
-        assert {(arch, dim) for arch, dim in served if arch in (80, 90)} == every
+        expected = every | (uneven if rotate else set())
+        assert {(arch, dim) for arch, dim in served if arch in (80, 90)} == expected
         assert {arch for arch, _ in served} >= ({86, 89, 120} if rotate else set())
 
 
@@ -106,9 +108,11 @@ def test_one_sine_and_one_cosine_a_key_and_pair_and_no_more(rows: list[Row]) -> 
 def test_memory_bounds_decoding_and_not_what_is_issued(rows: list[Row]) -> None:
     """Of the instructions that fit beside the bytes of a 16-bit cache, three quarters at most.
 
-    Positions of keys in any order cost a choice of two steps for each pair: nine tenths.
+    Positions of keys in any order cost a choice of two steps for each pair: nine tenths. Uneven
+    heads, loaded in narrower pieces and masked, are bound by what is issued.
     """
-    for row in rows:
-        if not row["float8"] and row["queries"] == 1 and row["arch"] in CYCLES_A_BYTE:
+    dense = [row for row in rows if not row["float8"] and row["queries"] == 1]
+    for row in dense:
+        if row["dim"] % 16 == 0 and row["arch"] in CYCLES_A_BYTE:
             cycles = 4 * row["dim"] * CYCLES_A_BYTE[row["arch"]]
             assert row["key_issue"] <= (0.9 if row["positions"] else 0.75) * cycles, row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,10 @@ from longrope_kernels.backends import reference
 from longrope_kernels.backends.triton import attention, device, rotary
 from longrope_kernels.calls import kinds
 from longrope_kernels.calls.records import RotaryCall, Selection
+from longrope_kernels.kernels import attention as forward
+from longrope_kernels.kernels import attention_backward as backward
 from longrope_kernels.kernels import rotary as kernels
+from longrope_kernels.kernels.attention_tiles import UNEVEN, nearest
 from longrope_kernels.kernels.rotation import cos_sin, phase, sequence_of_token, set_of_length
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -311,3 +315,27 @@ def test_kv_heads_in_turns(at_once: int, monkeypatch: pytest.MonkeyPatch) -> Non
     for one, other in zip(longrope_attention(*given, **named), together, strict=True):
         assert torch.equal(one, other)
     assert launched == {1: [1, 1, 1], 2: [2, 1]}[at_once]
+
+
+@pytest.mark.parametrize("arch", [0, 80, 86, 89, 90, 100, 120])
+def test_every_head_dim_has_tiles_that_products_take(arch: int) -> None:
+    for dim, masks in itertools.product(range(16, 257), itertools.product((False, True), repeat=4)):
+        interleaved, packed, window, padded = masks
+        chosen = [forward.choose_config(arch, dim, among, *masks) for among in (False, True)]
+        softcap = 50.0 * padded
+        chosen += filter(
+            None, backward.choose_configs(arch, dim, softcap, window, packed, interleaved)
+        )
+        assert {size for config in chosen for size in config[:2]} <= {16, 32, 64, 128}, (dim, masks)
+
+
+def test_uneven_head_dims_share_an_entry_until_they_have_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = forward.CONFIGS[90]
+    for dim in (17, 40, 72, 100, 120, 248):
+        assert forward.choose_config(90, dim, False) is table[UNEVEN][0]
+    assert forward.choose_config(90, 80, False) is table[96][0]
+    tuned = (table[128][1],) * 3
+    monkeypatch.setitem(table, 72, tuned)
+    assert nearest(forward.CONFIGS, 90, 72) is tuned

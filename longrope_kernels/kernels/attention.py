@@ -19,6 +19,7 @@ import triton.language as tl
 from ..calls.records import AttentionCall
 from .attention_tiles import (
     LN2,
+    UNEVEN,
     Config,
     cap_scores,
     first_key_of,
@@ -70,12 +71,14 @@ CONFIGS = {
         96: (Config(128, 128, 8, 3, True), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
         128: (Config(128, 128, 8, 3, True), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
         256: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 16, 8, 2)),
+        UNEVEN: (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(128, 16, 8, 2)),
     },
     80: {
         64: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
         96: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
         128: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
         256: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+        UNEVEN: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
     },
 }
 # What benchmarks/tune.py tries beside them.
@@ -102,7 +105,8 @@ def choose_config(
     of_dim: tuple[Config, ...] = nearest(CONFIGS, arch, dim)
     config = of_dim[2 if in_registers else int(interleaved or packed or window or padded)]
     # Smaller tiles of k where the compiler would spill some registers.
-    if (packed and window) if in_registers else interleaved and 64 < dim <= 96:
+    many = (interleaved and 64 < dim <= 96) or (padded and dim > 128)
+    if (packed and window) if in_registers else many:
         if config.block_n > 16:
             return config._replace(block_n=config.block_n // 2)
         return config._replace(block_m=config.block_m // 2)

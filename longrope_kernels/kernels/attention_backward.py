@@ -18,6 +18,7 @@ import torch
 from ..calls.records import AttentionCall
 from .attention_gradients import delta_kernel, dk_dv_kernel, dq_kernel
 from .attention_tiles import (
+    UNEVEN,
     Config,
     grid_of,
     mask_args,
@@ -48,12 +49,14 @@ CONFIGS = {
         96: Configs(Config(32, 128, 8, 2), None, Config(128, 64, 8, 2)),
         128: Configs(Config(64, 128, 8, 2), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
         256: Configs(Config(32, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        UNEVEN: Configs(Config(16, 64, 8, 2), Config(32, 64, 8, 2), Config(64, 16, 8, 2)),
     },
     80: {
         64: Configs(Config(32, 128, 8, 2), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
         96: Configs(Config(32, 128, 8, 2), Config(32, 128, 8, 2), Config(128, 32, 8, 2)),
         128: Configs(Config(16, 128, 8, 2), Config(32, 128, 8, 2), Config(128, 32, 8, 2)),
         256: Configs(Config(32, 32, 8, 1), None, Config(32, 32, 4, 2)),
+        UNEVEN: Configs(Config(16, 32, 8, 1), None, Config(32, 16, 8, 2)),
     },
 }
 # As 8.0, but for what spills there.
@@ -88,7 +91,7 @@ def choose_configs(
     if (packed and dim > 128) or (interleaved and dim <= 64 and dv is None):
         dk = dk._replace(block_m=max(16, dk.block_m // 2))
     if dim > 128 and (softcap > 0 or window > 0):
-        dq = dq._replace(block_n=dq.block_n // 2)
+        dq = dq._replace(block_n=max(16, dq.block_n // 2))
     return Configs(dk, dv, dq)
 
 

@@ -25,6 +25,9 @@ LN2 = tl.constexpr(math.log(2))
 # k and v of the heads that run together: about what the L2 of an A100 (40 MB) or H100 (50 MB) holds
 # beside everything else.
 _SECTION_BYTES = 32 * 2**20
+# In tables of tiles: for every head_dim that is no multiple of 16. Its halves are not whole pieces
+# of 16 bytes, and what loads and masks them takes registers.
+UNEVEN = 0
 
 # ----------------------------------------------------------------------------------------- launch
 
@@ -93,8 +96,10 @@ def table_of(configs: dict[int, Any], arch: int) -> Any:
 
 
 def nearest(configs: dict[int, Any], arch: int, dim: int) -> Any:
-    """The entry of `table_of` for the least head_dim that fits."""
+    """The entry of `table_of` for the least head_dim that fits, or for those that are `UNEVEN`."""
     table = table_of(configs, arch)
+    if dim % 16 and dim not in table and UNEVEN in table:
+        return table[UNEVEN]
     return table[min(d for d in table if d >= dim)]
 
 

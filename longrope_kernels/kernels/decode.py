@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..calls.records import FEW_QUERIES, DecodeCall
-from .attention_tiles import nearest, score_args
+from .attention_tiles import UNEVEN, nearest, score_args
 from .decode_float8 import CONVERT, SHIFT
 from .decode_kernel import decode_kernel
 from .decode_sets import selection_args, several_sets
@@ -45,12 +45,14 @@ CONFIGS = {
         64: (Config(16, 64, 4, 3, 2), Config(64, 64, 8, 3, 1)),
         128: (Config(16, 64, 4, 3, 2), Config(64, 64, 8, 3, 1)),
         256: (Config(16, 64, 8, 3, 1), Config(32, 32, 8, 3, 1)),
+        UNEVEN: (Config(16, 32, 8, 3, 1), Config(32, 32, 8, 3, 1)),
     },
     80: {
         64: (Config(16, 64, 4, 3, 2), Config(64, 64, 8, 3, 1)),
         96: (Config(16, 32, 4, 3, 2), Config(16, 32, 4, 3, 2)),
         128: (Config(16, 32, 4, 3, 2), Config(32, 64, 8, 3, 1)),
         256: (Config(16, 32, 8, 3, 1), Config(32, 32, 8, 3, 1)),
+        UNEVEN: (Config(16, 32, 8, 3, 1), Config(32, 32, 8, 3, 1)),
     },
 }
 # What benchmarks/tune.py tries beside them.
