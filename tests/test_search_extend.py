@@ -257,7 +257,7 @@ def test_other_texts_or_another_model_under_the_same_paths_are_refused(work, tmp
         ({"stages": ()}, r"stages: expected ascending lengths, got \[\]"),
         ({"stages": (Stage(64), Stage(64))}, "stages: expected ascending lengths"),
         ({"stages": (Stage(64, -1),)}, "stages: expected 0 or more steps, got -1"),
-        ({"training": ()}, "training: expected texts for the stages that fine-tune"),
+        ({"training": ()}, r"training: expected texts \(--train\) for the stages"),
         ({"short": (128,)}, r"short: expected ascending lengths below 128, got \[128\]"),
         ({"options": replace(OPTIONS, critical=4)}, "critical: expected one stage"),
         ({"stages": (Stage(32), Stage(64))}, "stages: expected more than 32 tokens"),

@@ -179,7 +179,7 @@ def test_decode_has_no_gradient_of_them() -> None:
 @pytest.mark.parametrize("capability", [8, 9])
 def test_who_is_chosen(device: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that serves them, of all that could be there."""
-    monkeypatch.setattr(choose, "missing_products", lambda name: None)
+    monkeypatch.setattr(choose, "missing_products", lambda *of: None)
     monkeypatch.setattr(choose, "_module", lambda name: pytest.fail("a library was asked"))
     for needs in ("masked", "padded", "scored"):
         of = None, device, bf16, 64, needs, False, capability

@@ -252,7 +252,7 @@ def test_offsets_above_2_31_elements(
 
 def test_missing_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install longrope-kernels[triton]" in str(device.missing())
+    assert "pip install 'longrope-kernels[triton]'" in str(device.missing())
 
 
 def test_missing_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ The calls are those of reports/codegen; registers, spills and shared memory are 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -24,19 +25,20 @@ LIMIT = 60.0  # seconds of one
 
 
 def launches(arch: int) -> list[tuple[Any, Any]]:
-    """(compile, case) of every kernel for this compute capability."""
+    """(compile, case) of every kernel for this compute capability, head dims of each in turns."""
     import codegen
     import codegen_append
     import codegen_attention
     import codegen_decode
 
     modules: list[Any] = [codegen_attention, codegen_decode, codegen, codegen_append]
-    return [(m.compile_case, case) for m in modules for case in m.cases() if case.arch == arch]
-
-
-def spread(total: int, count: int) -> list[int]:
-    """So many of the launches, from one end to the other: they are in the order of head dims."""
-    return [i * total // count for i in range(count)] if count < total else list(range(total))
+    kinds: dict[tuple[str, int], list[Any]] = {}
+    for m in modules:
+        for case in m.cases():
+            if case.arch == arch:
+                kinds.setdefault((m.__name__, case.dim), []).append((m.compile_case, case))
+    turns = itertools.zip_longest(*kinds.values())
+    return [x for turn in turns for x in turn if x is not None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(any(map(row.get, ("local", "stack", "touched_too_early"))))
     end, folder = time.monotonic() + chosen.seconds, chosen.into.with_suffix(".logs")
     many = []
-    for i in spread(len(launches(chosen.arch)), chosen.count):
+    for i in range(min(chosen.count, len(launches(chosen.arch)))):
         own = folder / f"{i}.jsonl"
         own.unlink(missing_ok=True)
         rest = ("--one", str(i), "--arch", str(chosen.arch), "--into", str(own))
