@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers.models.nemotron import modeling_nemotron
 
 from longrope_kernels.rope.published import published_configs
 
@@ -124,8 +125,13 @@ def family_model(name: str, dtype: torch.dtype = torch.float32, **overrides: Any
     return model.eval()
 
 
+# Families whose layers hand no keywords on to their attention. Nemotron's of transformers 5.6, a
+# class for each implementation, does not call transformers' interface.
+KEEPING = ["stablelm", *["nemotron"] * (not hasattr(modeling_nemotron, "NemotronSdpaAttention"))]
+
+
 def keeping_model(model_type: str) -> Any:
-    """Of a family whose layers hand no keywords on to their attention (stablelm, nemotron)."""
+    """Of one of `KEEPING`."""
     torch.manual_seed(7)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SHARED)).eval()
 

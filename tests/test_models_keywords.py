@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import factors
-from model_cases import SWITCH, family_model, keeping_model, logits, max_diff, tokens
+from model_cases import KEEPING, SWITCH, family_model, keeping_model, logits, max_diff, tokens
 from test_models_training import checkpoint
 
 from longrope_kernels import FactorSet, Rope
@@ -20,7 +20,7 @@ LENGTHS = (SWITCH + 8, 10, 1, SWITCH)
 BORDERS = torch.tensor((0, *LENGTHS), dtype=torch.int32).cumsum(0, dtype=torch.int32)
 OTHERS = torch.tensor([0, 5, sum(LENGTHS)], dtype=torch.int32)
 PACKED = tokens(1, sum(LENGTHS))
-both = pytest.mark.parametrize("name", ["stablelm", "nemotron"])
+both = pytest.mark.parametrize("name", KEEPING)
 
 
 def of_two_sets(name: str) -> Any:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from cases import factors
 from model_cases import (
+    KEEPING,
     SHARED,
     SWITCH,
     family_model,
@@ -306,7 +307,7 @@ def keeping(name: str, size: int | None) -> Any:
     return [out.logits for out in both]
 
 
-@pytest.mark.parametrize("name", ["stablelm", "nemotron"])
+@pytest.mark.parametrize("name", KEEPING)
 def test_layers_that_keep_keywords_from_their_attention(name: str, four: Ranks) -> None:
     found = zip(*results(four, 2, keeping, name, 2), strict=True)
     for parts, expected in zip(found, keeping(name, None), strict=True):

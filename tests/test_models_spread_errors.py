@@ -53,7 +53,8 @@ def refuse(case: str) -> Any:
             elif case == "without a cache":
                 generated(model, ids, use_cache=False)
             elif case == "drafts with a prompt":
-                generated(model, ids[:, :12].repeat(1, 2), prompt_lookup_num_tokens=3)
+                drafts = {"prompt_lookup_num_tokens": 3, "eos_token_id": 2}
+                generated(model, ids[:, :12].repeat(1, 2), **drafts)
             elif case == "rotated":
                 enable(model, group=group_of(4), cache="rotated")
             elif case == "backend":
