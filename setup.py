@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.build import build
+from setuptools.command import build as build_command
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
 
-class Build(build):
+class Build(build_command.build):
     """setuptools packs whatever lies in its folder, that of earlier builds too."""
 
     def run(self) -> None:
@@ -39,8 +39,8 @@ class CMakeBuild(build_ext):
         names = [extension.name for extension in self.extensions]
         # setuptools' own folder is a temporary one in editable installs: everything would be built
         # again whenever one file changes.
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{self.plat_name}"
-        folder.mkdir(parents=True, exist_ok=True)
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{self.plat_name}"
+        build.mkdir(parents=True, exist_ok=True)
         folders = {Path(self.get_ext_fullpath(name)).resolve().parent for name in names}
         (target,) = folders
         target.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ class CMakeBuild(build_ext):
             "-S",
             str(ROOT),
             "-B",
-            str(folder),
+            str(build),
             "-G",
             "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
@@ -67,7 +67,7 @@ class CMakeBuild(build_ext):
             configure.append(f"-DCMAKE_CUDA_COMPILER={compiler}")
         subprocess.run(configure, check=True)
         modules = [name.rpartition(".")[2] for name in names]
-        subprocess.run(["cmake", "--build", str(folder), "--target", *modules], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--target", *modules], check=True)
 
 
 def has_compiler() -> bool:
@@ -107,11 +107,12 @@ def builds_cuda() -> bool:
 
 
 CUDA_MODULE = "longrope_kernels._cuda"
-modules = ["longrope_kernels._native"] * has_compiler() + [CUDA_MODULE] * builds_cuda()
-if not modules:
+extensions = []
+if has_compiler():
+    extensions.append(Extension("longrope_kernels._native", sources=[]))
+else:
     print("longrope_kernels: no C++ compiler found, installing without the native CPU backend")
+if builds_cuda():
+    extensions.append(Extension(CUDA_MODULE, sources=[]))
 
-setup(
-    ext_modules=[Extension(name, sources=[]) for name in modules],
-    cmdclass={"build": Build, "build_ext": CMakeBuild},
-)
+setup(ext_modules=extensions, cmdclass={"build": Build, "build_ext": CMakeBuild})

@@ -73,12 +73,17 @@ def forward(family: str, size: int, inputs: dict[str, Any], config: dict[str, An
     model.train()
     out = model(**inputs)
     out.loss.backward()
-    grads = []
-    for p in model.parameters():
-        grad = torch.zeros_like(p) if p.grad is None else p.grad
-        dist.all_reduce(grad, group=ranks.GROUPS[size or 4])
-        grads.append(grad / (size or 4))
-    return out.logits.detach(), out.loss.detach(), grads
+    return out.logits.detach(), out.loss.detach(), gradients(model, size)
+
+
+def gradients(model: Any, size: int | None) -> list[torch.Tensor]:
+    """Of all parameters, the mean over so many ranks; None: those of one process."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    if size is not None:
+        for grad in grads:
+            dist.all_reduce(grad, group=ranks.GROUPS[size or 4])
+            grad /= size or 4
+    return grads
 
 
 def alone(family: str, inputs: dict[str, Any], config: dict[str, Any]) -> Any:
@@ -88,8 +93,7 @@ def alone(family: str, inputs: dict[str, Any], config: dict[str, Any]) -> Any:
     if out.loss is None:
         return out.logits.detach(), None, None
     out.loss.backward()
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-    return out.logits.detach(), out.loss.detach(), grads
+    return out.logits.detach(), out.loss.detach(), gradients(model, None)
 
 
 def check(pool: Ranks, size: int, family: str, inputs: dict[str, Any], **config: Any) -> None:
@@ -156,12 +160,8 @@ def routed(size: int | None, masked: bool) -> Any:
     labels, given = ids.masked_fill(mask == 0, -100), {"attention_mask": mask} if masked else {}
     out = model(ids, **given, labels=labels, output_router_logits=True, use_cache=False)
     out.loss.backward()
-    grads = [p.grad for p in model.parameters()]
-    if size is not None:
-        for grad in grads:
-            dist.all_reduce(grad, group=ranks.GROUPS[size or 4])
-            grad /= size or 4
-    return out.loss.detach(), [x.detach()[mask.flatten() == 1] for x in out.router_logits], grads
+    routers = [x.detach()[mask.flatten() == 1] for x in out.router_logits]
+    return out.loss.detach(), routers, gradients(model, size)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -183,11 +183,9 @@ def scaled_by_position(size: int | None) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.8}
     fields = {**SHARED, "rope_parameters": {**rope, "original_max_position_embeddings": 4}}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("ministral3", **fields)).eval()
-    group = None if size is None else group_of(size)
+    if size is not None:
+        enable(model, group=group_of(size))
     ids = tokens(2, 21)
-    if size is None:  # untouched
-        return generated(model, ids), model(input_ids=ids, use_cache=False).logits.detach()
-    enable(model, group=group)
     return generated(model, ids), model(input_ids=ids, use_cache=False).logits.detach()
 
 
@@ -212,12 +210,7 @@ def several_ropes(size: int | None) -> Any:
     found = generated(model.eval(), ids, max_new_tokens=12)
     out = model.train()(input_ids=found, labels=found, use_cache=False)
     out.loss.backward()
-    grads = [p.grad for p in model.parameters()]
-    if size is not None:
-        for grad in grads:
-            dist.all_reduce(grad, group=ranks.GROUPS[size or 4])
-            grad /= size or 4
-    return found, out.logits.detach(), grads
+    return found, out.logits.detach(), gradients(model, size)
 
 
 def test_layers_of_several_ropes(four: Ranks) -> None:

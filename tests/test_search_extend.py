@@ -276,17 +276,23 @@ def test_a_plan_that_cannot_be_is_refused(work, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def check_steps_alone_refused(changed, out, message):
+    with pytest.raises(ValueError, match=message):
+        Extension(changed, out)
+    assert not out.exists()
+    untuned = replace(changed, stages=(Stage(64), Stage(128)))
+    assert Extension(untuned, out).plan == untuned
+
+
 def test_quantised_weights_are_searched_and_not_fine_tuned(work, tmp_path):
     shutil.copytree(work / "model", tmp_path / "model")
     path = tmp_path / "model/config.json"
     known = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     path.write_text(json.dumps(known))
     changed = plan(work, model=str(tmp_path / "model"))
-    with pytest.raises(ValueError, match=r"no steps .* weights are quantised, got 5 at 64 tokens"):
-        Extension(changed, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    untuned = replace(changed, stages=(Stage(64), Stage(128)))
-    assert Extension(untuned, tmp_path / "out").plan == untuned
+    check_steps_alone_refused(
+        changed, tmp_path / "out", r"no steps .* weights are quantised, got 5 at 64 tokens"
+    )
     model = load(work)
     model.is_quantized = True
     with pytest.raises(ValueError, match="model: expected weights that training changes"):
@@ -299,11 +305,9 @@ def test_a_model_with_an_adapter_is_searched_and_not_fine_tuned(work, tmp_path):
     shutil.copytree(work / "model", tmp_path / "model")
     (tmp_path / "model/adapter_config.json").write_text("{}")
     changed = plan(work, model=str(tmp_path / "model"))
-    with pytest.raises(ValueError, match=r"no steps .* adapter_config\.json, .* 5 at 64 tokens"):
-        Extension(changed, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    untuned = replace(changed, stages=(Stage(64), Stage(128)))
-    assert Extension(untuned, tmp_path / "out").plan == untuned
+    check_steps_alone_refused(
+        changed, tmp_path / "out", r"no steps .* adapter_config\.json, .* 5 at 64 tokens"
+    )
     model = load(work).requires_grad_(False)
     with pytest.raises(ValueError, match=r"model: expected weights .* got frozen ones alone"):
         tune(model, rope(), documents(), 96, 1, TUNING, tmp_path / "tuned")
